@@ -1,0 +1,42 @@
+"""memsyn: learn something new without forgetting what the model knows (Memory Aware Synapses, ECCV 2018)."""
+
+from memsyn.errors import (
+    BatchError,
+    MemoryFileError,
+    MemsynError,
+    MismatchError,
+    ModelError,
+    NewParametersWarning,
+    OptionError,
+    OutputError,
+    ProtectionError,
+    SamplesInteractError,
+    SlowParametersWarning,
+)
+from memsyn.importance import Importance, LayerSummary
+from memsyn.measure import measure
+from memsyn.memory import Consolidation, Memory
+from memsyn.penalty import penalty
+from memsyn.protect import Protection, protect
+
+__all__ = [
+    "BatchError",
+    "Consolidation",
+    "Importance",
+    "LayerSummary",
+    "Memory",
+    "MemoryFileError",
+    "MemsynError",
+    "MismatchError",
+    "ModelError",
+    "NewParametersWarning",
+    "OptionError",
+    "OutputError",
+    "Protection",
+    "ProtectionError",
+    "SamplesInteractError",
+    "SlowParametersWarning",
+    "measure",
+    "penalty",
+    "protect",
+]

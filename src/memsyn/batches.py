@@ -1,0 +1,116 @@
+"""What a batch is: reading it as model input, moving it, counting and picking its samples.
+
+Owns everything that looks inside a batch. Must not look at targets.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memsyn.errors import BatchError
+
+LABEL_KEYS = frozenset({"label", "labels", "label_ids", "start_positions", "end_positions"})
+
+
+def check_iterable(batches: object) -> None:
+    """Refuse what iterates, but not over batches."""
+    if isinstance(batches, Tensor):
+        raise BatchError(
+            f"expected batches, got one tensor of shape {tuple(batches.shape)}: iterating it would take its rows for "
+            "batches. Wrap it: measure(model, [tensor])"
+        )
+    if isinstance(batches, Mapping):
+        raise BatchError("expected batches, got one mapping. Wrap it: measure(model, [mapping])")
+    if isinstance(batches, str) or not isinstance(batches, Iterable):
+        raise BatchError(f"expected a DataLoader or any iterable of batches, got a {type(batches).__name__}.")
+
+
+def model_input(batch: object) -> object:
+    """What of a batch goes into the model: the tensor, the first of a tuple, a mapping without its labels."""
+    if isinstance(batch, (tuple, list)):
+        if not batch:
+            raise BatchError("a batch is an empty tuple or list: expected (input, target) or (input,).")
+        batch = batch[0]
+    if isinstance(batch, Mapping):
+        return {key: value for key, value in batch.items() if key not in LABEL_KEYS}
+    if isinstance(batch, Tensor):
+        return batch
+    raise BatchError(
+        f"a batch must be a tensor, an (input, target) tuple or a mapping of tensors; got a {type(batch).__name__}. "
+        "For anything else say how to run the model: forward=lambda model, batch: ..."
+    )
+
+
+def call(model: nn.Module, inputs: object) -> object:
+    """Run the model: a mapping as keyword arguments, a tensor as the only argument."""
+    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+
+
+def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure with every tensor changed; what holds no tensor is passed through."""
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(value, change) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        changed = [map_tensors(value, change) for value in batch]
+        if isinstance(batch, list):
+            return changed
+        return tuple(changed) if type(batch) is tuple else type(batch)(*changed)  # else a named tuple
+    return batch
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch on `device`, its tensors free of any graph (and copied if made in inference mode)."""
+
+    def move(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        return tensor.clone().to(device) if tensor.is_inference() else tensor.to(device, non_blocking=True)
+
+    return map_tensors(batch, move)
+
+
+def num_samples(batch: Any) -> int | None:
+    """The size of the first dimension of the batch's first tensor; None if it holds no such tensor."""
+    sizes: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        sizes.extend(tensor.shape[:1])
+        return tensor
+
+    map_tensors(batch, note)
+    return sizes[0] if sizes else None
+
+
+def take(batch: Any, start: int, stop: int) -> Any:
+    """Samples start..stop of a batch: every tensor whose first dimension counts the samples is cut."""
+    total = num_samples(batch)
+    return map_tensors(batch, lambda t: t[start:stop] if t.ndim and t.shape[0] == total else t)
+
+
+def samples(batch: Any) -> Iterator[Any]:
+    """The batch as batches of one sample."""
+    total = num_samples(batch)
+    if total is None:
+        raise BatchError(
+            f"some parameters need one sample at a time, but a {type(batch).__name__} without tensors cannot be cut "
+            "into its samples. Give batches of tensors (in tuples, lists or mappings), samples first."
+        )
+    return (take(batch, k, k + 1) for k in range(total))
+
+
+def first_samples(batches: Iterator[Any], limit: int | None) -> Iterator[Any]:
+    """The batches up to `limit` samples, the last one cut."""
+    if limit is None:
+        yield from batches
+        return
+    for batch in batches:
+        size = num_samples(batch)
+        if size is None:
+            raise BatchError("max_samples needs batches made of tensors, to count and cut the samples.")
+        yield batch if size <= limit else take(batch, 0, limit)
+        limit -= size
+        if limit <= 0:
+            return

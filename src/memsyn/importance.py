@@ -1,0 +1,147 @@
+"""The value Importance: per weight, a sum over samples and their count.
+
+Owns what can be done with a measured importance. Means are computed on read, so that importances add up exactly.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from memsyn.errors import MismatchError
+from memsyn.objectives import OBJECTIVE
+from memsyn.storage import IMPORTANCE, read, write
+
+MAGNITUDE = "abs"
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """What one layer holds of an importance."""
+
+    layer: str
+    num_weights: int
+    share: float
+    """Of the total importance of the model, 0 to 1."""
+    mean: float
+    max: float
+    concentration: float
+    """The share of the layer's importance that its most important tenth of weights holds: 0.1 if spread evenly."""
+
+
+@final
+@dataclass(frozen=True)
+class Importance:
+    """How much each weight matters: Omega = sums / num_samples, Omega the mean over samples of |g_k|.
+
+    Attributes:
+        sums: parameter name -> sum over samples of |d s_k / d theta|, of the parameter's shape.
+        num_samples: how many samples were summed.
+        routes: parameter name -> how it was computed.
+    """
+
+    sums: dict[str, Tensor]
+    num_samples: int
+    routes: dict[str, str] = field(default_factory=dict)
+    objective: str = OBJECTIVE
+    magnitude: str = MAGNITUDE
+
+    def mean(self) -> dict[str, Tensor]:
+        """Omega per parameter, in units of the objective per unit of weight: sums / num_samples."""
+        return {name: total / self.num_samples for name, total in self.sums.items()}
+
+    def __add__(self, other: Importance) -> Importance:
+        """The importance over the samples of both: exactly what measuring them together gives.
+
+        Raises:
+            MismatchError: the two are of different parameters or of different quantities.
+        """
+        if (self.objective, self.magnitude) != (other.objective, other.magnitude):
+            raise MismatchError(
+                f"cannot add importances of different quantities: {self.magnitude} of {self.objective} and "
+                f"{other.magnitude} of {other.objective}."
+            )
+        check_same_shapes(self.sums, other.sums, "the first importance", "the second importance")
+        sums = {name: total + other.sums[name].to(total.device) for name, total in self.sums.items()}
+        routes = {**other.routes, **self.routes}
+        return Importance(sums, self.num_samples + other.num_samples, routes, self.objective, self.magnitude)
+
+    def summary(self) -> list[LayerSummary]:
+        """Per layer its share of the total, mean, maximum and concentration, in the model's order."""
+        return summarize(self.mean())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to one safetensors file, atomically.
+
+        Raises:
+            MemoryFileError: the file cannot be written; what was there stays.
+        """
+        header = {
+            "objective": self.objective,
+            "magnitude": self.magnitude,
+            "num_samples": self.num_samples,
+            "routes": self.routes,
+        }
+        write(path, IMPORTANCE, header, {"importance": self.sums})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Importance:
+        """Read what `save` wrote; tensors are on the CPU.
+
+        Raises:
+            MemoryFileError: the file is missing, damaged, not an importance, or of a newer format.
+        """
+        header, groups = read(path, IMPORTANCE)
+        return cls(
+            groups["importance"],
+            header["num_samples"],
+            header["routes"],
+            header["objective"],
+            header["magnitude"],
+        )
+
+
+def summarize(omega: Mapping[str, Tensor]) -> list[LayerSummary]:
+    """The summary of any importance given per weight; a layer is a parameter's name up to its last dot."""
+    layers: dict[str, list[Tensor]] = {}
+    for name, values in omega.items():
+        layers.setdefault(name.rpartition(".")[0] or name, []).append(values.detach().flatten())
+    total = sum(float(values.sum(dtype=torch.float64)) for values in omega.values())
+    return [_summarize_layer(layer, torch.cat(parts), total) for layer, parts in layers.items()]
+
+
+def _summarize_layer(layer: str, values: Tensor, total: float) -> LayerSummary:
+    own = float(values.sum(dtype=torch.float64))
+    top = values.topk(max(1, round(len(values) / 10))).values if len(values) else values
+    return LayerSummary(
+        layer=layer,
+        num_weights=len(values),
+        share=own / total if total else 0.0,
+        mean=own / len(values) if len(values) else 0.0,
+        max=float(values.max()) if len(values) else 0.0,
+        concentration=float(top.sum(dtype=torch.float64)) / own if own else 0.0,
+    )
+
+
+def check_same_shapes(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], of_found: str, of_expected: str
+) -> None:
+    """Refuse two sets of parameters that are not the same by name and shape, and name every difference.
+
+    Raises:
+        MismatchError: a parameter is missing on either side, or has another shape.
+    """
+    differences = [f"{name} is missing in {of_expected}" for name in found if name not in expected]
+    differences += [f"{name} is missing in {of_found}" for name in expected if name not in found]
+    differences += [
+        f"{name} is {tuple(values.shape)} in {of_found}, {tuple(expected[name].shape)} in {of_expected}"
+        for name, values in found.items()
+        if name in expected and values.shape != expected[name].shape
+    ]
+    if differences:
+        raise MismatchError("the parameters differ: " + "; ".join(differences) + ".")

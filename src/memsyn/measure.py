@@ -1,0 +1,200 @@
+"""measure(model, batches) -> Importance: the loop over the data.
+
+Owns what happens once per run and once per batch: the shadow, the choice of routes and its check, progress, the
+state of random generators. Formulas live in `rules`, passes in `routes`.
+"""
+
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from memsyn import guard
+from memsyn.batches import call, check_iterable, first_samples, model_input, num_samples, take, to_device
+from memsyn.errors import BatchError, ModelError, OptionError, OutputError, SlowParametersWarning
+from memsyn.importance import Importance
+from memsyn.objectives import output_tensor, squared_norm
+from memsyn.parameters import named_parameters, trainable_parameters
+from memsyn.routes import BY_SAMPLE, Scores, add_by_rules, add_by_samples, layers_by_rule, plan, wide_dtype
+from memsyn.shadow import shadow
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def measure(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Forward | None = None,
+    max_samples: int | None = None,
+    progress: bool = True,
+) -> Importance:
+    """How much each weight matters to what the model computes, from unlabelled data.
+
+    Omega = 1/N sum_k |d s(F(x_k; theta)) / d theta|, s the squared L2 norm of the raw output, summed over every
+    non-batch dimension (Aljundi et al. 2018, Eq. 2). The absolute value is taken per sample, so the result does not
+    depend on the batch size, the order or the split of the data. The cost is about one ordinary forward and backward
+    pass; parameters for which no rule holds are measured one sample at a time, with a warning that names them.
+
+    The model is measured in eval mode on a stand-in that shares its weights: it stays bit for bit as it was.
+
+    Args:
+        model: any module; parameters that do not require a gradient are left out.
+        batches: a DataLoader or any iterable of tensors, of (input, target) tuples or lists (the target is not
+            looked at), or of mappings (given as keyword arguments, labels left out). The first dimension of every
+            tensor is the samples. Batches are moved to the model's device.
+        forward: (model, batch) -> output, for everything else. Use the model it is given, not your own.
+        max_samples: stop after so many samples.
+        progress: show a progress bar.
+
+    Returns:
+        The importance of every parameter that requires a gradient, as sums and a count.
+
+    Raises:
+        BatchError: there are no samples, or the batches cannot be read.
+        ModelError: there is nothing to measure, or the model cannot be cloned.
+        OutputError: the output is not one finite, differentiable value or vector per sample.
+        SamplesInteractError: the output for one sample depends on the others.
+
+    Example:
+        >>> import torch, memsyn
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> data = [torch.tensor([[1.0, 2.0], [3.0, -3.0]])]  # outputs 3 and 0: d y^2 / d w = 2 y x
+        >>> memsyn.measure(model, data, progress=False).mean()["weight"].tolist()
+        [[3.0, 6.0]]
+    """
+    check_iterable(batches)
+    if max_samples is not None and max_samples < 1:
+        raise OptionError(f"max_samples must be at least 1, got {max_samples}.")
+    trainable = trainable_parameters(model)
+    if not trainable:
+        raise ModelError("the model has no parameter that requires a gradient: there is nothing to measure.")
+    device = next(iter(trainable.values())).device
+    with (
+        _untouched_generators(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        run = _Run(shadow(model), set(trainable), device, forward)
+        limited = first_samples(iter(batches), max_samples)
+        bar = tqdm(limited, "measuring", _length(batches, max_samples), disable=not progress, unit="batch")
+        for index, batch in enumerate(bar):
+            slow = run.add(model_input(batch) if forward is None else batch, index)
+            if slow:
+                warnings.warn(run.describe(slow), SlowParametersWarning, stacklevel=2)
+            bar.set_postfix_str(f"{run.num_samples} samples, {run.num_slow} slow parameters")
+    return run.importance()
+
+
+@final
+class _Run:
+    """What is known while the batches pass: the sums, and which parameter takes which route."""
+
+    def __init__(self, model: nn.Module, wanted: set[str], device: torch.device, forward: Forward | None) -> None:
+        self.model, self.device = model, device
+        self.forward = call if forward is None else forward
+        self.parameters = {name: p for name, p in named_parameters(model).items() if name in wanted}
+        self.routes = {name: route for name, route in plan(model).items() if name in wanted}
+        self.layers = layers_by_rule(model, self.routes)
+        self.sums = {name: torch.zeros_like(p, dtype=wide_dtype(p)) for name, p in self.parameters.items()}
+        self.num_samples = 0
+        self.num_guarded = 0
+        self.trusted: set[nn.Module] = set()
+
+    @property
+    def num_slow(self) -> int:
+        return sum(route == BY_SAMPLE for route in self.routes.values())
+
+    def add(self, inputs: Any, index: int) -> set[str]:
+        """Add one batch; returns the parameters now found to need one sample at a time."""
+        size = num_samples(inputs)
+        if size == 0:
+            return set()
+        inputs = to_device(inputs, self.device)
+        scores = partial(self._scores, index)
+        slow = self._guard(scores, inputs, size) if self.num_guarded < 2 else set()
+        if self.layers:
+            passed = add_by_rules(self.sums, self.layers, scores, inputs, torch.abs, trusted=self.trusted)
+            size = passed.num_samples
+            slow |= self._slow_down(passed.refused)
+        alone = {name: p for name, p in self.parameters.items() if self.routes[name] == BY_SAMPLE}
+        if alone:
+            size = add_by_samples(self.sums, alone, scores, inputs, torch.abs)
+        self.num_samples += size or 0
+        return slow
+
+    def _guard(self, scores: Scores, inputs: Any, size: int | None) -> set[str]:
+        """Check the routes; again later if there was one sample, which cannot show where the samples are."""
+        few = inputs if size is None else take(inputs, 0, guard.NUM_SAMPLES)
+        slow = set() if self.num_guarded else {name for name, r in self.routes.items() if r == BY_SAMPLE}
+        self.trusted, failed = guard.failing(self.parameters, self.layers, scores, few)
+        self.num_guarded = 2 if size is None else size
+        return slow | self._slow_down(failed)
+
+    def _slow_down(self, names: set[str]) -> set[str]:
+        if names:
+            self.routes.update(dict.fromkeys(names, BY_SAMPLE))
+            self.layers = layers_by_rule(self.model, self.routes)
+        return names
+
+    def _scores(self, batch_index: int, inputs: Any, first_sample: int = 0) -> Tensor:
+        output = output_tensor(self.forward(self.model, inputs))
+        return squared_norm(output, num_samples=num_samples(inputs), batch_index=batch_index, first_sample=first_sample)
+
+    def describe(self, slow: set[str]) -> str:
+        """The warning: which layers, and what they are."""
+        layers = sorted({name.rpartition(".")[0] for name in slow})
+        named = [f"{layer or 'the model'} ({type(self.model.get_submodule(layer)).__name__})" for layer in layers]
+        return (
+            f"{len(slow)} of {len(self.sums)} parameters have no fast rule and are measured one sample at a time: "
+            f"exact, but slow. They are in {', '.join(named[:8])}{' ...' if len(named) > 8 else ''}. "
+            "Give fewer samples with max_samples=, or freeze what needs no protection."
+        )
+
+    def importance(self) -> Importance:
+        """The result, if there is one."""
+        if self.num_samples == 0:
+            raise BatchError(
+                "there are no samples: the loader is empty, or all of its batches are. Nothing was measured."
+            )
+        broken = [name for name, total in self.sums.items() if not bool(total.isfinite().all())]
+        if broken:
+            raise OutputError(
+                f"the gradient of {', '.join(broken[:5])}{' ...' if len(broken) > 5 else ''} is NaN or infinite for at "
+                "least one sample, though the output is finite: look for a square root, logarithm or division at zero "
+                "in the forward pass."
+            )
+        return Importance(self.sums, self.num_samples, routes=self.routes)
+
+
+def _length(batches: object, max_samples: int | None) -> int | None:
+    if max_samples is not None or not isinstance(batches, Sized):
+        return None
+    try:
+        return len(batches)
+    except TypeError:  # a DataLoader over a stream has the method, but no length
+        return None
+
+
+@contextmanager
+def _untouched_generators() -> Iterator[None]:
+    """Leave the global random generators as they were: iterating a DataLoader draws from torch's."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)

@@ -1,0 +1,198 @@
+"""The value Memory: what a model has learned so far, as an anchor and an importance per weight.
+
+Owns consolidation and its rules, and the question whether a memory fits a model. Never changes a model.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from typing import Any, final
+
+from torch import Tensor, nn
+
+from memsyn.errors import MismatchError, NewParametersWarning, OptionError
+from memsyn.importance import Importance, LayerSummary, summarize
+from memsyn.parameters import named_parameters, trainable_parameters
+from memsyn.storage import MEMORY, read, write
+
+
+@dataclass(frozen=True)
+class Consolidation:
+    """One entry of a memory's history."""
+
+    when: str
+    """UTC, ISO 8601."""
+    num_samples: int
+    rule: str
+    decay: float | None
+    objective: str
+    magnitude: str
+
+
+Fold = Callable[[Tensor, Tensor, int, int, float], Tensor]
+
+RULES: dict[str, Fold] = {
+    "sum": lambda old, new, num_old, num_new, decay: old + new,
+    "mean": lambda old, new, num_old, num_new, decay: (old * num_old + new * num_new) / (num_old + num_new),
+    "ema": lambda old, new, num_old, num_new, decay: decay * old + (1 - decay) * new,
+    "max": lambda old, new, num_old, num_new, decay: old.maximum(new),
+}
+"""How a new importance is folded into the old one: (old, new, samples of old, samples of new, decay)."""
+
+DECAY = 0.5
+"""What `ema` keeps of the old importance unless told otherwise."""
+
+
+@final
+@dataclass(frozen=True)
+class Memory:
+    """Anchor and importance, keyed by parameter name: what `protect` needs, and all that is left of the old data.
+
+    Attributes:
+        anchor: the weights theta* when the memory was last consolidated.
+        importance: Omega, not negative, of the same names and shapes.
+        history: the consolidations, oldest first.
+    """
+
+    anchor: dict[str, Tensor] = field(default_factory=dict)
+    importance: dict[str, Tensor] = field(default_factory=dict)
+    history: tuple[Consolidation, ...] = ()
+
+    @classmethod
+    def empty(cls) -> Memory:
+        """The memory of a model that has nothing to remember yet."""
+        return cls()
+
+    @property
+    def num_samples(self) -> int:
+        """Samples over all consolidations."""
+        return sum(entry.num_samples for entry in self.history)
+
+    def consolidate(
+        self, model: nn.Module, importance: Importance, *, rule: str = "sum", decay: float | None = None
+    ) -> Memory:
+        """A new memory with `importance` folded in and the anchor at the model's present weights.
+
+        With Omega the old importance, over N samples, and Omega' the mean of the new one, over N':
+        `sum`: Omega + Omega' (the paper's code); `mean`: (N Omega + N' Omega') / (N + N'); `ema`: decay Omega +
+        (1 - decay) Omega'; `max`: the larger one. A parameter that only one side has is taken from there.
+
+        Args:
+            model: the model the importance was measured on, with the same weights.
+            importance: from `measure`.
+            rule: one of `sum`, `mean`, `ema`, `max`.
+            decay: for `ema`, from 0 (only the new) to 1 (only the old); 0.5 unless given.
+
+        Raises:
+            OptionError: an unknown rule, or a decay out of place.
+            MismatchError: the model lacks a parameter of the memory or the importance, or has it in another shape.
+        """
+        if rule not in RULES:
+            raise OptionError(f"rule must be one of {', '.join(RULES)}; got {rule!r}.")
+        if decay is not None and rule != "ema":
+            raise OptionError(f"decay belongs to rule='ema'; got decay={decay} with rule={rule!r}.")
+        if rule == "ema":
+            decay = DECAY if decay is None else decay
+            if not 0 <= decay <= 1:
+                raise OptionError(f"decay must be from 0 to 1, got {decay}.")
+        parameters = named_parameters(model)
+        check_fit(importance.sums, parameters, "the importance")
+        check_fit(self.importance, parameters, "the memory")
+        new = importance.mean()
+        folded = {
+            name: RULES[rule](old.to(new[name]), new[name], self.num_samples, importance.num_samples, decay or 0.0)
+            if name in new
+            else old
+            for name, old in self.importance.items()
+        }
+        omega = {
+            name: folded[name] if name in folded else new[name] for name in parameters if name in folded or name in new
+        }
+        entry = Consolidation(
+            when=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            num_samples=importance.num_samples,
+            rule=rule,
+            decay=decay,
+            objective=importance.objective,
+            magnitude=importance.magnitude,
+        )
+        anchor = {name: parameters[name].detach().clone() for name in omega}
+        return Memory(anchor, omega, (*self.history, entry))
+
+    def summary(self) -> list[LayerSummary]:
+        """Per layer its share of the total importance, mean, maximum and concentration."""
+        return summarize(self.importance)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to one safetensors file, atomically.
+
+        Raises:
+            MemoryFileError: the file cannot be written; what was there stays.
+        """
+        header = {"history": [asdict(entry) for entry in self.history]}
+        write(path, MEMORY, header, {"anchor": self.anchor, "importance": self.importance})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, like: nn.Module | None = None) -> Memory:
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+            like: the model it is for: names and shapes are checked, and tensors go where its parameters are.
+                Without it they stay on the CPU.
+
+        Raises:
+            MemoryFileError: the file is missing, damaged, not a memory, or of a newer format.
+            MismatchError: the memory is of another architecture than `like`.
+        """
+        header, groups = read(path, MEMORY)
+        memory = cls(
+            groups["anchor"],
+            groups["importance"],
+            tuple(Consolidation(**entry) for entry in header["history"]),
+        )
+        if like is None:
+            return memory
+        memory.check(like)
+        parameters = named_parameters(like)
+
+        def placed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(parameters[name].device) for name, tensor in tensors.items()}
+
+        return cls(placed(memory.anchor), placed(memory.importance), memory.history)
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model this memory is not of, and warn of trainable parameters that it does not know.
+
+        Raises:
+            MismatchError: names every parameter that the model lacks or has in another shape.
+        """
+        check_fit(self.importance, named_parameters(model), "the memory")
+        new = [name for name in trainable_parameters(model) if name not in self.importance]
+        if new and self.importance:
+            warnings.warn(
+                f"{len(new)} parameters of the model are not in the memory and stay free to change: {', '.join(new)}",
+                NewParametersWarning,
+                stacklevel=3,
+            )
+
+
+def check_fit(tensors: Mapping[str, Tensor], parameters: Mapping[str, Any], whose: str) -> None:
+    """Refuse what is not of this model: every one of `tensors` must be there, in its shape."""
+    missing = [name for name in tensors if name not in parameters]
+    reshaped = [
+        f"{name} (expected {tuple(tensor.shape)}, the model has {tuple(parameters[name].shape)})"
+        for name, tensor in tensors.items()
+        if name in parameters and tensor.shape != parameters[name].shape
+    ]
+    problems = [f"the model lacks {', '.join(missing)}"] if missing else []
+    problems += [f"reshaped: {', '.join(reshaped)}"] if reshaped else []
+    if problems:
+        raise MismatchError(
+            f"{whose} is of another architecture: {'; '.join(problems)}. Use the model it was made with, or measure "
+            "this one."
+        )

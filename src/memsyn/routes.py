@@ -1,0 +1,258 @@
+"""How each parameter's importance is computed: by its layer's rule, or one sample at a time.
+
+Owns the choice, and the two passes over a batch that follow from it. Must not know about loaders, progress or files.
+"""
+
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final, NamedTuple, Protocol, final
+
+import torch
+from torch import Tensor, nn
+
+from memsyn.batches import samples
+from memsyn.errors import MemsynError, ModelError
+from memsyn.parameters import named_parameters
+from memsyn.rules import RULES, Magnitude, Use, num_batched_dims
+
+BY_RULE: Final = "rule"
+BY_SAMPLE: Final = "one sample at a time"
+
+Sums = dict[str, Tensor]
+
+
+class Scores(Protocol):
+    """Runs the shadow: batch -> the objective of each of its samples."""
+
+    def __call__(self, batch: Any, first_sample: int = 0, /) -> Tensor:
+        """`first_sample` is the place of the batch's first sample, for errors."""
+        ...
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """What sums over samples are held in: float32 at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def plan(model: nn.Module) -> dict[str, str]:
+    """The first choice for every parameter: a rule where a single layer with one owns it, else one sample at a time."""
+    owners: dict[str, list[tuple[type[nn.Module], str]]] = {}
+    for layer, local, name in _owned(model):
+        owners.setdefault(name, []).append((type(layer), local))
+    return {
+        name: BY_RULE if len(owner) == 1 and owner[0][1] in RULES.get(owner[0][0], {}) else BY_SAMPLE
+        for name, owner in owners.items()
+    }
+
+
+def layers_by_rule(model: nn.Module, routes: Mapping[str, str]) -> dict[nn.Module, dict[str, str]]:
+    """layer -> local name -> full name of each of its parameters that goes by a rule."""
+    layers: dict[nn.Module, dict[str, str]] = {}
+    for layer, local, name in _owned(model):
+        if routes.get(name) == BY_RULE:
+            layers.setdefault(layer, {})[local] = name
+    return layers
+
+
+def _owned(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """(layer, local name, full name) for every place that holds a parameter."""
+    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    for layer in model.modules():
+        for local, parameter in layer.named_parameters(recurse=False):
+            yield layer, local, names[id(parameter)]
+
+
+@dataclass
+class _Slot:
+    """What is known of one use of a layer while the backward pass is on its way."""
+
+    inputs: Tensor
+    version: int
+    grad: Tensor | None = None
+
+    def is_intact(self, layer: nn.Module, num_samples: int) -> bool:
+        """Whether this is samples first, and still what the layer saw."""
+        assert self.grad is not None
+        return (
+            self.inputs.ndim > 0
+            and len(self.inputs) == len(self.grad) == num_samples
+            and self.grad.ndim >= num_batched_dims(layer)
+            and self.inputs._version == self.version
+        )
+
+
+@final
+@dataclass
+class _Recorder:
+    """The uses of layers in one forward pass; hands each layer's over when its last output gradient has come."""
+
+    consume: Callable[[nn.Module, list[_Slot]], None]
+    slots: dict[nn.Module, list[_Slot]] = field(default_factory=dict)
+    leaves: list[Tensor] = field(default_factory=list)
+
+    def on_forward(
+        self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], output: Tensor
+    ) -> Tensor:
+        if not torch.is_grad_enabled():
+            return output
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        if (
+            not output.requires_grad
+        ):  # nothing before this layer is differentiable: its output is where the graph begins
+            leaf = output.detach().requires_grad_()
+            self.leaves.append(leaf)
+            output = leaf.clone()  # a leaf could not be changed in place by what follows
+        slot = _Slot(inputs.detach(), inputs._version)
+        self.slots.setdefault(layer, []).append(slot)
+        output.register_hook(partial(self._on_grad, layer, slot))
+        return output
+
+    def _on_grad(self, layer: nn.Module, slot: _Slot, grad: Tensor) -> None:
+        slot.grad = grad
+        if all(other.grad is not None for other in self.slots[layer]):
+            self.consume(layer, self.slots.pop(layer))
+
+    def finish(self) -> None:
+        """Hand over the layers of which some outputs had no part in the objective."""
+        for layer, slots in self.slots.items():
+            used = [slot for slot in slots if slot.grad is not None]
+            if used:
+                self.consume(layer, used)
+
+
+@contextmanager
+def _recording(layers: Iterable[nn.Module], recorder: _Recorder) -> Iterator[None]:
+    handles = [layer.register_forward_hook(recorder.on_forward, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Passed(NamedTuple):
+    """What a pass by rules met."""
+
+    num_samples: int
+    used: set[nn.Module]
+    """The layers that had a part in the objective."""
+    refused: set[str]
+    """The parameters whose rule does not hold for this batch: nothing was added for them."""
+
+
+def add_by_rules(
+    sums: Sums,
+    layers: Mapping[nn.Module, Mapping[str, str]],
+    scores: Scores,
+    batch: Any,
+    magnitude: Magnitude,
+    *,
+    trusted: Container[nn.Module],
+    weights: Tensor | None = None,
+) -> Passed:
+    """Add sum_k f(g_k) of one batch by one forward and one backward pass to the activations.
+
+    Args:
+        sums: parameter name -> running sum, added to in place.
+        layers: layer -> its parameters' local name -> their full name.
+        scores: runs the shadow, whose parameters must all be frozen.
+        batch: what `scores` takes.
+        magnitude: f.
+        trusted: the layers whose rule the guard has seen to hold.
+        weights: (B,), multiplied to g_k before f.
+    """
+    used: set[nn.Module] = set()
+    refused: set[str] = set()
+    num_samples = 0
+
+    def consume(layer: nn.Module, slots: list[_Slot]) -> None:
+        used.add(layer)
+        names = layers[layer]
+        if layer not in trusted or not all(slot.is_intact(layer, num_samples) for slot in slots):
+            refused.update(names.values())
+            return
+        uses = [_widen(slot, weights) for slot in slots]
+        for local, name in names.items():
+            sums[name] += RULES[type(layer)][local](layer, uses, magnitude)
+
+    recorder = _Recorder(consume)
+    with _recording(layers, recorder):
+        values = scores(batch)
+        num_samples = len(values)
+        if recorder.leaves and values.requires_grad:
+            torch.autograd.grad(values.sum(), recorder.leaves, allow_unused=True)
+        recorder.finish()
+    return Passed(num_samples, used, refused)
+
+
+def _widen(slot: _Slot, weights: Tensor | None) -> Use:
+    """The use in float32 at least, its gradient weighted by sample."""
+    assert slot.grad is not None
+    inputs, grad = slot.inputs, slot.grad
+    if grad.dtype in (torch.float16, torch.bfloat16):
+        grad = grad.float()
+    if inputs.is_floating_point():
+        inputs = inputs.to(grad.dtype)
+    if weights is not None:
+        grad = grad * weights.to(grad.dtype).view(-1, *[1] * (grad.ndim - 1))
+    return Use(inputs, grad)
+
+
+def gradients(scores: Tensor, parameters: Mapping[str, nn.Parameter]) -> Sums:
+    """d scores / d parameter by autograd; zero where there is no path."""
+    if not scores.requires_grad:
+        return {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    grads = torch.autograd.grad(scores, list(parameters.values()), allow_unused=True)
+    found = zip(parameters.items(), grads, strict=True)
+    return {
+        name: torch.zeros_like(p) if grad is None else (grad.to_dense() if grad.is_sparse else grad)
+        for (name, p), grad in found
+    }
+
+
+@contextmanager
+def requiring_grad(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let the shadow's parameters take part in autograd for a while."""
+    parameters = list(parameters)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+
+def add_by_samples(
+    sums: Sums,
+    parameters: Mapping[str, nn.Parameter],
+    scores: Scores,
+    batch: Any,
+    magnitude: Magnitude,
+    *,
+    weights: Tensor | None = None,
+) -> int:
+    """Add sum_k f(w_k g_k) of one batch, one sample at a time: for any model whatever, at the price of a loop.
+
+    Returns:
+        The number of samples.
+    """
+    count = 0
+    with requiring_grad(parameters.values()):
+        for k, sample in enumerate(samples(batch)):
+            try:
+                score = scores(sample, k).sum()
+            except MemsynError:
+                raise
+            except Exception as error:
+                raise ModelError(
+                    f"{', '.join(list(parameters)[:3])} must be measured one sample at a time, but the model fails on "
+                    f"a batch of one: {type(error).__name__}: {error}"
+                ) from error
+            for name, grad in gradients(score, parameters).items():
+                wide = grad.to(sums[name].dtype)
+                sums[name] += magnitude(wide if weights is None else wide * weights[k])
+            count += 1
+    return count

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from memsyn.errors import OutputError, SamplesInteractError
-from memsyn.routes import Scores, Sums, add_by_rules, add_by_samples, gradients, requiring_grad, wide_dtype
+from memsyn.routes import (
+    Scores,
+    Sums,
+    add_by_rules,
+    add_by_samples,
+    check_finite,
+    gradients,
+    requiring_grad,
+    wide_dtype,
+)
 
 NUM_SAMPLES = 4
 
@@ -48,6 +57,7 @@ def failing(
             )
         weights = 0.5 + torch.rand(len(values), generator=torch.Generator().manual_seed(0)).to(values)
         expected = gradients((weights * values).sum(), parameters)
+    check_finite(expected)
     signed = {name: torch.zeros_like(grad, dtype=wide_dtype(grad)) for name, grad in expected.items()}
     passed = add_by_rules(signed, layers, scores, batch, _signed, trusted=layers, weights=weights)
     by_rule = {name for names in layers.values() for name in names.values()}
@@ -84,7 +94,7 @@ def _differing(found: Sums, expected: Sums) -> set[str]:
         reference = expected[name].to(value.dtype)
         tolerance = torch.finfo(expected[name].dtype).eps ** 0.5
         floor = tolerance * model_norm  # a gradient that is zero in exact arithmetic is only rounding
-        error = (value - reference).norm().double() / torch.maximum(reference.norm().double(), floor)
-        if not bool(error <= tolerance):
+        scale = torch.maximum(reference.norm().double(), floor)
+        if not bool((value - reference).norm().double() <= tolerance * scale):
             differing.add(name)
     return differing

@@ -18,11 +18,20 @@ from tqdm import tqdm
 
 from memsyn import guard
 from memsyn.batches import call, check_iterable, first_samples, model_input, num_samples, take, to_device
-from memsyn.errors import BatchError, ModelError, OptionError, OutputError, SlowParametersWarning
+from memsyn.errors import BatchError, ModelError, OptionError, SlowParametersWarning
 from memsyn.importance import Importance
 from memsyn.objectives import output_tensor, squared_norm
 from memsyn.parameters import named_parameters, trainable_parameters
-from memsyn.routes import BY_SAMPLE, Scores, add_by_rules, add_by_samples, layers_by_rule, plan, wide_dtype
+from memsyn.routes import (
+    BY_SAMPLE,
+    Scores,
+    add_by_rules,
+    add_by_samples,
+    check_finite,
+    layers_by_rule,
+    plan,
+    wide_dtype,
+)
 from memsyn.shadow import shadow
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -166,13 +175,7 @@ class _Run:
             raise BatchError(
                 "there are no samples: the loader is empty, or all of its batches are. Nothing was measured."
             )
-        broken = [name for name, total in self.sums.items() if not bool(total.isfinite().all())]
-        if broken:
-            raise OutputError(
-                f"the gradient of {', '.join(broken[:5])}{' ...' if len(broken) > 5 else ''} is NaN or infinite for at "
-                "least one sample, though the output is finite: look for a square root, logarithm or division at zero "
-                "in the forward pass."
-            )
+        check_finite(self.sums)
         return Importance(self.sums, self.num_samples, routes=self.routes)
 
 

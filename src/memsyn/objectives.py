@@ -55,12 +55,11 @@ def squared_norm(output: Tensor, *, num_samples: int | None, batch_index: int, f
     Raises:
         OutputError: the first dimension is not the number of samples, or a sample's objective is not finite.
     """
-    expected = "the number of samples" if num_samples is None else f"the {num_samples} samples of the batch"
     if output.ndim == 0 or (num_samples is not None and output.shape[0] != num_samples):
         raise OutputError(
-            f"batch {batch_index}: the output's first dimension must be {expected}; got shape {tuple(output.shape)}. "
-            "A mean loss will not do: importance is taken per sample. Return the raw outputs, or pick them with "
-            "forward=lambda model, batch: ..."
+            f"batch {batch_index}: the output's first dimension must be the samples; {num_samples or 'some'} went in, "
+            f"and the output has shape {tuple(output.shape)}. A mean loss will not do: importance is taken per sample. "
+            "Return the raw outputs, or pick them with forward=lambda model, batch: ..."
         )
     if not output.is_floating_point():
         raise OutputError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memsyn.batches import samples
-from memsyn.errors import MemsynError, ModelError
+from memsyn.errors import MemsynError, ModelError, OutputError
 from memsyn.parameters import named_parameters
 from memsyn.rules import RULES, Magnitude, Use, num_batched_dims
 
@@ -206,10 +206,18 @@ def gradients(scores: Tensor, parameters: Mapping[str, nn.Parameter]) -> Sums:
         return {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     grads = torch.autograd.grad(scores, list(parameters.values()), allow_unused=True)
     found = zip(parameters.items(), grads, strict=True)
-    return {
-        name: torch.zeros_like(p) if grad is None else (grad.to_dense() if grad.is_sparse else grad)
-        for (name, p), grad in found
-    }
+    return {name: torch.zeros_like(p) if grad is None else grad for (name, p), grad in found}
+
+
+def check_finite(sums: Sums) -> None:
+    """Refuse gradients that are NaN or infinite where the output was finite."""
+    broken = [name for name, total in sums.items() if not bool(total.isfinite().all())]
+    if broken:
+        raise OutputError(
+            f"the gradient of {', '.join(broken[:5])}{' ...' if len(broken) > 5 else ''} is NaN or infinite for at "
+            "least one sample, though the output is finite: look for a square root, logarithm or division at zero "
+            "in the forward pass."
+        )
 
 
 @contextmanager

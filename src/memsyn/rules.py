@@ -10,7 +10,7 @@ use = (input, gradient of the summed objective with respect to the output), both
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +137,7 @@ def conv_weight(layer: nn.Module, uses: Sequence[Use], magnitude: Magnitude) -> 
     else:
         by_offset = []
         for offset in itertools.product(*map(range, layer.kernel_size)):
-            place = (..., *offset, slice(None))
+            place: tuple[Any, ...] = (..., *offset, slice(None))
             rights = [window[place].unflatten(-1, (groups, -1)) for window in windows]
             by_offset.append(outer_products(lefts, rights, magnitude))
         weight = torch.stack(by_offset, 2).flatten(0, 1)  # (out, offsets, in per group)

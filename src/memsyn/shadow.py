@@ -36,6 +36,8 @@ def shadow(model: nn.Module) -> nn.Module:
     for module in clone.modules():
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):  # the derivative itself, not a scaled or sparse update
+            module.scale_grad_by_freq = module.sparse = False
     return clone.eval()
 
 

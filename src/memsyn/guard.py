@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from memsyn.errors import OutputError, SamplesInteractError
 from memsyn.routes import (
@@ -20,6 +20,7 @@ from memsyn.routes import (
     requiring_grad,
     wide_dtype,
 )
+from memsyn.rules import signed
 
 NUM_SAMPLES = 4
 
@@ -58,14 +59,14 @@ def failing(
         weights = 0.5 + torch.rand(len(values), generator=torch.Generator().manual_seed(0)).to(values)
         expected = gradients((weights * values).sum(), parameters)
     check_finite(expected)
-    signed = {name: torch.zeros_like(grad, dtype=wide_dtype(grad)) for name, grad in expected.items()}
-    passed = add_by_rules(signed, layers, scores, batch, _signed, trusted=layers, weights=weights)
-    by_rule = {name for names in layers.values() for name in names.values()}
-    failed = passed.refused | _differing({name: signed[name] for name in by_rule}, expected)
-    alone = {name: p for name, p in parameters.items() if name in failed or name not in by_rule}
+    by_rules = {name: torch.zeros_like(grad, dtype=wide_dtype(grad)) for name, grad in expected.items()}
+    passed = add_by_rules(by_rules, layers, scores, batch, signed, trusted=layers, weights=weights)
+    ruled = {name for names in layers.values() for name in names.values()}
+    failed = passed.refused | _differing({name: by_rules[name] for name in ruled}, expected)
+    alone = {name: p for name, p in parameters.items() if name in failed or name not in ruled}
     if alone:
-        one_by_one = {name: torch.zeros_like(signed[name]) for name in alone}
-        add_by_samples(one_by_one, alone, scores, batch, _signed, weights=weights)
+        one_by_one = {name: torch.zeros_like(by_rules[name]) for name in alone}
+        add_by_samples(one_by_one, alone, scores, batch, signed, weights=weights)
         _check_alone(one_by_one, expected)
     return passed.used, failed
 
@@ -80,10 +81,6 @@ def _check_alone(alone: Sums, together: Sums) -> None:
             "contrastive loss), or random numbers in the forward pass; give an output per sample through forward=, or "
             "batches of one."
         )
-
-
-def _signed(gradient: Tensor) -> Tensor:
-    return gradient
 
 
 def _differing(found: Sums, expected: Sums) -> set[str]:

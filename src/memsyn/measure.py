@@ -32,6 +32,7 @@ from memsyn.routes import (
     plan,
     wide_dtype,
 )
+from memsyn.rules import absolute
 from memsyn.shadow import shadow
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -132,12 +133,12 @@ class _Run:
         scores = partial(self._scores, index)
         slow = self._guard(scores, inputs, size) if self.num_guarded < 2 else set()
         if self.layers:
-            passed = add_by_rules(self.sums, self.layers, scores, inputs, torch.abs, trusted=self.trusted)
+            passed = add_by_rules(self.sums, self.layers, scores, inputs, absolute, trusted=self.trusted)
             size = passed.num_samples
             slow |= self._slow_down(passed.refused)
         alone = {name: p for name, p in self.parameters.items() if self.routes[name] == BY_SAMPLE}
         if alone:
-            size = add_by_samples(self.sums, alone, scores, inputs, torch.abs)
+            size = add_by_samples(self.sums, alone, scores, inputs, absolute)
         self.num_samples += size or 0
         return slow
 

@@ -5,7 +5,6 @@ Owns the choice, and the two passes over a batch that follow from it. Must not k
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol, final
 
@@ -64,33 +63,25 @@ def _owned(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
             yield layer, local, names[id(parameter)]
 
 
-@dataclass
-class _Slot:
-    """What is known of one use of a layer while the backward pass is on its way."""
+class _Seen(NamedTuple):
+    """What came into a layer, and its version then: a later change in place would spoil it."""
 
     inputs: Tensor
     version: int
-    grad: Tensor | None = None
-
-    def is_intact(self, layer: nn.Module, num_samples: int) -> bool:
-        """Whether this is samples first, and still what the layer saw."""
-        assert self.grad is not None
-        return (
-            self.inputs.ndim > 0
-            and len(self.inputs) == len(self.grad) == num_samples
-            and self.grad.ndim >= num_batched_dims(layer)
-            and self.inputs._version == self.version
-        )
 
 
 @final
-@dataclass
 class _Recorder:
-    """The uses of layers in one forward pass; hands each layer's over when its last output gradient has come."""
+    """The uses of layers in one forward pass; hands each layer's over, and lets go of them, when their gradients came.
 
-    consume: Callable[[nn.Module, list[_Slot]], None]
-    slots: dict[nn.Module, list[_Slot]] = field(default_factory=dict)
-    leaves: list[Tensor] = field(default_factory=list)
+    Nothing but the graph may hold a tensor longer than that: freshly freed memory is what makes the pass fast.
+    """
+
+    def __init__(self, consume: Callable[[nn.Module, list[_Seen], list[Tensor]], None]) -> None:
+        self.consume = consume
+        self.leaves: list[Tensor] = []
+        self._seen: dict[nn.Module, list[_Seen]] = {}
+        self._grads: dict[nn.Module, dict[int, Tensor]] = {}
 
     def on_forward(
         self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], output: Tensor
@@ -98,28 +89,29 @@ class _Recorder:
         if not torch.is_grad_enabled():
             return output
         inputs = args[0] if args else next(iter(kwargs.values()))
-        if (
-            not output.requires_grad
-        ):  # nothing before this layer is differentiable: its output is where the graph begins
+        if not output.requires_grad:  # nothing before this layer is differentiable: the graph begins here
             leaf = output.detach().requires_grad_()
             self.leaves.append(leaf)
             output = leaf.clone()  # a leaf could not be changed in place by what follows
-        slot = _Slot(inputs.detach(), inputs._version)
-        self.slots.setdefault(layer, []).append(slot)
-        output.register_hook(partial(self._on_grad, layer, slot))
+        uses = self._seen.setdefault(layer, [])
+        output.register_hook(partial(self._on_grad, layer, len(uses)))
+        uses.append(_Seen(inputs.detach(), inputs._version))
         return output
 
-    def _on_grad(self, layer: nn.Module, slot: _Slot, grad: Tensor) -> None:
-        slot.grad = grad
-        if all(other.grad is not None for other in self.slots[layer]):
-            self.consume(layer, self.slots.pop(layer))
+    def _on_grad(self, layer: nn.Module, use: int, grad: Tensor) -> None:
+        grads = self._grads.setdefault(layer, {})
+        grads[use] = grad
+        if len(grads) == len(self._seen[layer]):
+            self._hand_over(layer)
+
+    def _hand_over(self, layer: nn.Module) -> None:
+        grads, seen = self._grads.pop(layer), self._seen.pop(layer)
+        self.consume(layer, [seen[use] for use in grads], list(grads.values()))
 
     def finish(self) -> None:
         """Hand over the layers of which some outputs had no part in the objective."""
-        for layer, slots in self.slots.items():
-            used = [slot for slot in slots if slot.grad is not None]
-            if used:
-                self.consume(layer, used)
+        for layer in list(self._grads):
+            self._hand_over(layer)
 
 
 @contextmanager
@@ -167,15 +159,18 @@ def add_by_rules(
     refused: set[str] = set()
     num_samples = 0
 
-    def consume(layer: nn.Module, slots: list[_Slot]) -> None:
+    def consume(layer: nn.Module, seen: list[_Seen], grads: list[Tensor]) -> None:
         used.add(layer)
         names = layers[layer]
-        if layer not in trusted or not all(slot.is_intact(layer, num_samples) for slot in slots):
+        if layer in trusted and all(
+            len(grad) == num_samples and grad.ndim >= num_batched_dims(layer) and _is_intact(before, num_samples)
+            for before, grad in zip(seen, grads, strict=True)
+        ):
+            uses = [_widen(before.inputs, grad, weights) for before, grad in zip(seen, grads, strict=True)]
+            for local, name in names.items():
+                sums[name] += RULES[type(layer)][local](layer, uses, magnitude)
+        else:
             refused.update(names.values())
-            return
-        uses = [_widen(slot, weights) for slot in slots]
-        for local, name in names.items():
-            sums[name] += RULES[type(layer)][local](layer, uses, magnitude)
 
     recorder = _Recorder(consume)
     with _recording(layers, recorder):
@@ -187,10 +182,14 @@ def add_by_rules(
     return Passed(num_samples, used, refused)
 
 
-def _widen(slot: _Slot, weights: Tensor | None) -> Use:
+def _is_intact(seen: _Seen, num_samples: int) -> bool:
+    """Whether the samples come first, and nothing changed since the layer saw it."""
+    inputs = seen.inputs
+    return inputs.ndim > 0 and len(inputs) == num_samples and inputs._version == seen.version
+
+
+def _widen(inputs: Tensor, grad: Tensor, weights: Tensor | None) -> Use:
     """The use in float32 at least, its gradient weighted by sample."""
-    assert slot.grad is not None
-    inputs, grad = slot.inputs, slot.grad
     if grad.dtype in (torch.float16, torch.bfloat16):
         grad = grad.float()
     if inputs.is_floating_point():
@@ -260,7 +259,7 @@ def add_by_samples(
                     f"a batch of one: {type(error).__name__}: {error}"
                 ) from error
             for name, grad in gradients(score, parameters).items():
-                wide = grad.to(sums[name].dtype)
+                wide = grad.to(sums[name].dtype, copy=True)
                 sums[name] += magnitude(wide if weights is None else wide * weights[k])
             count += 1
     return count

@@ -25,47 +25,68 @@ class Use(NamedTuple):
 
 
 Magnitude = Callable[[Tensor], Tensor]
-"""Applied to a sample's gradient before the sum over samples. Must keep products: f(a b) = f(a) f(b)."""
+"""f, applied to a sample's gradient before the sum over samples, in place. Must keep products: f(a b) = f(a) f(b)."""
 
 Rule = Callable[[nn.Module, Sequence[Use], Magnitude], Tensor]
 """(layer, uses, f) -> sum_k f(g_k), of the parameter's shape, where g_k is the sum over all uses."""
 
-TILE = 2**20
-"""Per-sample products held at once, in numbers: 4 MiB of float32, about what a core's cache keeps."""
+NUM_PRODUCTS = 2**18
+"""Per-sample products made at once, in numbers: 1 MiB of float32, so that a core's cache keeps them."""
+
+NUM_INPUTS = 2**19
+"""Inputs and gradients read at once for that, in numbers."""
 
 UNFOLD = 64
 """A convolution's kernel is unfolded (copying its input) when it has at most so many inputs per output."""
 
 
-def outer_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], magnitude: Magnitude) -> Tensor:
-    """sum_k f(sum_t left_kt (x) right_kt): per sample the sum of outer products over its tokens.
+def absolute(gradient: Tensor) -> Tensor:
+    """f(g) = |g|, in place: the magnitude of MAS."""
+    return gradient.abs_()
+
+
+def signed(gradient: Tensor) -> Tensor:
+    """f(g) = g: sums of gradients as autograd makes them."""
+    return gradient
+
+
+def outer_products(
+    lefts: Sequence[Tensor], rights: Sequence[Sequence[Tensor]], magnitude: Magnitude
+) -> Sequence[Tensor]:
+    """For every right: sum_k f(sum_t left_kt (x) right_kt), per sample the sum of outer products over its tokens.
 
     With one token a sample, f(l r^T) = f(l) f(r)^T, so the sum over samples is one matrix product and no
-    per-sample gradient exists. Otherwise the (rows, columns) products are made tile by tile.
+    per-sample gradient exists. Otherwise the per-sample products are made a tile at a time, in one buffer.
 
     Args:
         lefts: per use (B, ..., G, rows), any token dimensions in between.
-        rights: per use (B, ..., G, columns), the same token dimensions.
+        rights: each per use (B, ..., G, columns), of the same token dimensions.
         magnitude: f.
 
     Returns:
-        (G, rows, columns)
+        (G, rows, columns) for every right.
     """
-    left, right = lefts[0], rights[0]
-    groups, rows, columns = left.shape[-2], left.shape[-1], right.shape[-1]
+    left, right = lefts[0], rights[0][0]
+    (groups, rows), columns = left.shape[-2:], right.shape[-1]
     if left.ndim == 3 and len(lefts) == 1:
-        return torch.einsum("kgr,kgc->grc", magnitude(left), magnitude(right))
-    total = left.new_zeros(groups, rows, columns)
-    height = max(1, min(rows, TILE // (groups * columns)))
-    depth = max(1, TILE // (groups * height * columns))
+        bare = magnitude(left.clone()).permute(1, 2, 0)
+        return [bare @ magnitude(right[0].clone()).transpose(0, 1) for right in rights]
+    totals = [left.new_zeros(groups, rows, columns) for _ in rights]
+    height = max(1, min(rows, NUM_PRODUCTS // (groups * columns)))
+    num_tokens = sum(math.prod(use.shape[1:-2]) for use in lefts)
+    depth = NUM_INPUTS // max(1, num_tokens * groups * (rows + columns))
+    depth = max(1, min(len(left), depth, NUM_PRODUCTS // (groups * height * columns)))
+    buffer = left.new_empty(depth * groups * height * columns)
     for start in range(0, len(left), depth):
         tile = slice(start, start + depth)
         left = _join_tokens([use[tile] for use in lefts])
-        right = _join_tokens([use[tile] for use in rights])
-        for row in range(0, rows, height):
-            block = slice(row, row + height)
-            total[:, block] += magnitude(_token_products(left[..., block], right)).sum(0)
-    return total
+        for total, uses in zip(totals, rights, strict=True):
+            right = _join_tokens([use[tile] for use in uses])
+            for row in range(0, rows, height):
+                block = slice(row, row + height)
+                products = magnitude(_token_products(left[..., block], right, buffer))
+                total[:, block] += products[0] if len(products) == 1 else products.sum(0)
+    return totals
 
 
 def _join_tokens(uses: Sequence[Tensor]) -> Tensor:
@@ -74,11 +95,14 @@ def _join_tokens(uses: Sequence[Tensor]) -> Tensor:
     return (flat[0] if len(flat) == 1 else torch.cat(flat, 1)).transpose(1, 2)
 
 
-def _token_products(left: Tensor, right: Tensor) -> Tensor:
-    """(b, G, T, rows) and (b, G, T, columns) -> (b, G, rows, columns)."""
-    if left.shape[1] > 1 and left.shape[3] * right.shape[3] == 1:  # depthwise: a matrix product of vectors is slow
-        return (left * right).sum(2).unsqueeze(-1)
-    return left.transpose(2, 3) @ right
+def _token_products(left: Tensor, right: Tensor, buffer: Tensor) -> Tensor:
+    """(b, G, T, rows) and (b, G, T, columns) -> (b, G, rows, columns), in the buffer."""
+    shape = (*left.shape[:2], left.shape[3], right.shape[3])
+    products = buffer[: math.prod(shape)].view(shape)
+    if left.shape[1] > 1 and shape[2] * shape[3] == 1:  # depthwise: a matrix product of vectors is slow
+        return torch.sum(left * right, 2, out=products.view(shape[0], shape[1], 1)).view(shape)
+    torch.bmm(left.flatten(0, 1).transpose(1, 2), right.flatten(0, 1), out=products.flatten(0, 1))
+    return products
 
 
 def token_sums(terms: Sequence[Tensor], shape: torch.Size, magnitude: Magnitude, *, feature_dim: int) -> Tensor:
@@ -106,7 +130,7 @@ def token_sums(terms: Sequence[Tensor], shape: torch.Size, magnitude: Magnitude,
 def linear_weight(layer: nn.Module, uses: Sequence[Use], magnitude: Magnitude) -> Tensor:
     """g_k = sum_t d_kt a_kt^T for inputs (B, ..., in)."""
     lefts, rights = [use.grad.unsqueeze(-2) for use in uses], [use.inputs.unsqueeze(-2) for use in uses]
-    return outer_products(lefts, rights, magnitude)[0]
+    return outer_products(lefts, [rights], magnitude)[0][0]
 
 
 def trailing_bias(layer: nn.Module, uses: Sequence[Use], magnitude: Magnitude) -> Tensor:
@@ -132,15 +156,14 @@ def conv_weight(layer: nn.Module, uses: Sequence[Use], magnitude: Magnitude) -> 
     apart = all(s >= k for s, k in zip(layer.stride, layer.kernel_size, strict=True))
     if groups == 1 and (apart or offsets * layer.in_channels <= UNFOLD):
         rights = [window.flatten(1 + spatial).unsqueeze(-2) for window in windows]
-        products = outer_products(lefts, rights, magnitude)[0]  # (out, offsets * in)
+        products = outer_products(lefts, [rights], magnitude)[0][0]  # (out, offsets * in)
         weight = products.unflatten(1, (*layer.kernel_size, layer.in_channels))
     else:
-        by_offset = []
-        for offset in itertools.product(*map(range, layer.kernel_size)):
-            place: tuple[Any, ...] = (..., *offset, slice(None))
-            rights = [window[place].unflatten(-1, (groups, -1)) for window in windows]
-            by_offset.append(outer_products(lefts, rights, magnitude))
-        weight = torch.stack(by_offset, 2).flatten(0, 1)  # (out, offsets, in per group)
+        places: list[tuple[Any, ...]] = [
+            (..., *offset, slice(None)) for offset in itertools.product(*map(range, layer.kernel_size))
+        ]
+        shifted = [[window[place].unflatten(-1, (groups, -1)) for window in windows] for place in places]
+        weight = torch.stack(list(outer_products(lefts, shifted, magnitude)), 2).flatten(0, 1)  # (out, offsets, in)
         weight = weight.unflatten(1, layer.kernel_size)
     moved: Tensor = weight.movedim(-1, 1)
     return moved

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 def importance(
     model: nn.Module, batch: object, num_samples: int, run: Callable[[nn.Module, object, int], Tensor]
 ) -> dict[str, Tensor]:
-    """Omega = 1/N sum_k |d ||F(x_k)||^2 / d theta|, by N backward passes; run(model, batch, k) -> output of sample k."""
+    """Omega = 1/N sum_k |d ||F(x_k)||^2 / d theta|, by N backward passes; `run` gives the output of sample k."""
     model.eval()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     totals = {name: torch.zeros_like(p) for name, p in parameters.items()}

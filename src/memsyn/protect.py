@@ -6,7 +6,7 @@ Owns the hook and its life. The arithmetic is in `penalty`; must not keep state 
 import math
 from collections.abc import Callable
 from typing import Any, Final, final
-from weakref import WeakKeyDictionary
+from weakref import WeakSet, ref
 
 import torch
 from torch import nn
@@ -22,7 +22,8 @@ FORMS: Final = {
 }
 AUTO: Final = "gradient"
 
-_protections: "WeakKeyDictionary[Optimizer, Protection]" = WeakKeyDictionary()
+_protected: "WeakSet[Optimizer]" = WeakSet()
+"""Which optimizers have a handle in force."""
 
 
 def protect(
@@ -66,7 +67,7 @@ def protect(
         raise OptionError(f"strength must be finite and not negative, got {strength}.")
     if form not in ("auto", *FORMS):
         raise OptionError(f"form must be one of auto, {', '.join(FORMS)}; got {form!r}.")
-    if optimizer in _protections:
+    if optimizer in _protected:
         raise ProtectionError("this optimizer is protected already: call remove() on the first handle before.")
     if not memory.importance:
         raise ProtectionError(
@@ -98,9 +99,10 @@ class Protection:
         self._parameters = list(parameters.values())
         self._anchors = [memory.anchor[name].to(p) for name, p in parameters.items()]
         self._omegas = [memory.importance[name].to(p) for name, p in parameters.items()]
-        self._optimizer = optimizer
+        self._optimizer = ref(optimizer)  # which holds this object by its hook
         self._hook = optimizer.register_step_pre_hook(self._before_step)
-        _protections[optimizer] = self
+        self._in_force = True
+        _protected.add(optimizer)
 
     def value(self) -> float:
         """The penalty now: lambda sum Omega (theta - theta*)^2 over the protected parameters."""
@@ -108,8 +110,11 @@ class Protection:
 
     def remove(self) -> None:
         """Stop protecting; may be called twice."""
-        self._hook.remove()
-        _protections.pop(self._optimizer, None)
+        optimizer = self._optimizer()
+        if self._in_force and optimizer is not None:
+            self._hook.remove()
+            _protected.discard(optimizer)
+        self._in_force = False
 
     @torch.no_grad()
     def _sum(self) -> float:

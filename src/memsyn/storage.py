@@ -60,7 +60,7 @@ def write(
         "kind": kind,
         "format": FORMAT,
         "memsyn": version("memsyn"),
-        "groups": list(groups),
+        "groups": {group: list(members) for group, members in groups.items()},  # in the model's order
         "checksum": _BLANK,
     }
     try:
@@ -100,11 +100,16 @@ def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[st
                 raise MemoryFileError(
                     f"{path} is damaged: its checksum is not that of its content. Restore it from a copy."
                 )
-        groups: Groups = {group: {} for group in header["groups"]}
         with safe_open(path, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (not a mapping)
-                group, _, name = key.partition("/")
-                groups[group][name] = _checked(path, key, tensors.get_tensor(key))
+            keys = {f"{group}/{name}" for group, names in header["groups"].items() for name in names}
+            if keys != set(tensors.keys()):
+                raise MemoryFileError(f"{path}: its tensors are not those that its metadata names.")
+            groups = {
+                group: {
+                    name: _checked(path, f"{group}/{name}", tensors.get_tensor(f"{group}/{name}")) for name in names
+                }
+                for group, names in header["groups"].items()
+            }
     except FileNotFoundError:
         raise MemoryFileError(f"{path} does not exist.") from None
     except (
@@ -154,7 +159,7 @@ def _check_header(path: Path, header: Mapping[str, Any], kind: str | None) -> No
             f"({version('memsyn')}) reads up to format {FORMAT}. Upgrade memsyn to read it."
         )
     if kind is not None and header["kind"] != kind:
-        raise MemoryFileError(f"{path} holds a {header['kind']}; expected a file of kind {kind}.")
+        raise MemoryFileError(f"{path} is of kind {header['kind']!r}; expected {kind!r}.")
 
 
 def _checked(path: Path, key: str, tensor: Tensor) -> Tensor:

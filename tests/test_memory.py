@@ -1,0 +1,127 @@
+"""Consolidation against its formulas, and whether a memory fits a model."""
+
+import pytest
+import torch
+from torch import nn
+
+import memsyn
+
+
+def model_with(weight: float, bias: float) -> nn.Module:
+    model = nn.Linear(1, 1)
+    nn.init.constant_(model.weight, weight)
+    nn.init.constant_(model.bias, bias)
+    return model
+
+
+def importance(weight: float, bias: float, count: int) -> memsyn.Importance:
+    return memsyn.Importance({"weight": torch.tensor([[weight * count]]), "bias": torch.tensor([bias * count])}, count)
+
+
+@pytest.mark.parametrize(
+    ("rule", "decay", "weight", "bias"),
+    [
+        ("sum", None, 6.0, 7.0),
+        ("mean", None, (2 * 10 + 4 * 30) / 40, (5 * 10 + 2 * 30) / 40),
+        ("ema", None, 3.0, 3.5),
+        ("ema", 0.9, 0.9 * 2 + 0.1 * 4, 0.9 * 5 + 0.1 * 2),
+        ("max", None, 4.0, 5.0),
+    ],
+)
+def test_rules(rule: str, decay: float | None, weight: float, bias: float) -> None:
+    first = memsyn.Memory.empty().consolidate(model_with(1, 2), importance(2, 5, 10), rule=rule, decay=decay)
+    assert (first.importance["weight"].item(), first.importance["bias"].item()) == (2.0, 5.0)
+    assert (first.anchor["weight"].item(), first.anchor["bias"].item()) == (1.0, 2.0)
+    second = first.consolidate(model_with(3, 4), importance(4, 2, 30), rule=rule, decay=decay)
+    assert second.importance["weight"].item() == pytest.approx(weight)
+    assert second.importance["bias"].item() == pytest.approx(bias)
+    assert (second.anchor["weight"].item(), second.anchor["bias"].item()) == (3.0, 4.0)
+    assert first.anchor["weight"].item() == 1.0
+    assert second.num_samples == 40
+    assert [(entry.num_samples, entry.rule) for entry in second.history] == [(10, rule), (30, rule)]
+
+
+def test_the_anchor_does_not_follow_the_model() -> None:
+    model = model_with(1, 2)
+    memory = memsyn.Memory.empty().consolidate(model, importance(2, 5, 10))
+    nn.init.zeros_(model.weight)
+    assert memory.anchor["weight"].item() == 1.0
+
+
+def test_parameters_of_one_side_only_are_kept() -> None:
+    """A weight frozen later keeps its importance; one that is new comes in."""
+    model = model_with(1, 2)
+    old = memsyn.Importance({"weight": torch.ones(1, 1)}, 1)
+    new = memsyn.Importance({"bias": torch.full((1,), 7.0)}, 1)
+    memory = memsyn.Memory.empty().consolidate(model, old).consolidate(model, new, rule="mean")
+    assert (memory.importance["weight"].item(), memory.importance["bias"].item()) == (1.0, 7.0)
+    assert list(memory.anchor) == ["weight", "bias"]
+
+
+def test_bad_options() -> None:
+    memory, model = memsyn.Memory.empty(), model_with(1, 2)
+    with pytest.raises(memsyn.OptionError, match=r"rule must be one of sum, mean, ema, max; got 'average'"):
+        memory.consolidate(model, importance(1, 1, 1), rule="average")
+    with pytest.raises(memsyn.OptionError, match=r"decay belongs to rule='ema'; got decay=0.5 with rule='sum'"):
+        memory.consolidate(model, importance(1, 1, 1), decay=0.5)
+    with pytest.raises(memsyn.OptionError, match=r"decay must be from 0 to 1, got 1.5"):
+        memory.consolidate(model, importance(1, 1, 1), rule="ema", decay=1.5)
+
+
+def test_a_memory_of_another_architecture_names_every_difference(tmp_path) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    memory = memsyn.Memory.empty().consolidate(model, memsyn.measure(model, [torch.ones(2, 2)], progress=False))
+    memory.save(tmp_path / "m.safetensors")
+    other = nn.Sequential(nn.Linear(2, 4), nn.Identity())
+    message = r"lacks 1.weight, 1.bias; reshaped: 0.weight \(expected \(3, 2\), the model has \(4, 2\)\), 0.bias"
+    with pytest.raises(memsyn.MismatchError, match=message):
+        memsyn.Memory.load(tmp_path / "m.safetensors", like=other)
+    with pytest.raises(memsyn.MismatchError, match=message):
+        memory.consolidate(other, memsyn.measure(other, [torch.ones(2, 2)], progress=False))
+    with pytest.raises(memsyn.MismatchError, match="the importance is of another architecture"):
+        memsyn.Memory.empty().consolidate(other, memsyn.measure(model, [torch.ones(2, 2)], progress=False))
+
+
+def test_load_with_and_without_a_model(tmp_path) -> None:
+    model = model_with(1, 2).double()
+    memory = memsyn.Memory.empty().consolidate(model, importance(2, 5, 10), rule="ema", decay=0.25)
+    memory.save(tmp_path / "m.safetensors")
+    for found in (
+        memsyn.Memory.load(tmp_path / "m.safetensors"),
+        memsyn.Memory.load(tmp_path / "m.safetensors", like=model),
+    ):
+        assert found.history == memory.history
+        assert found.anchor["weight"].dtype == torch.float64
+        assert all(torch.equal(found.anchor[name], value) for name, value in memory.anchor.items())
+        assert all(torch.equal(found.importance[name], value) for name, value in memory.importance.items())
+    assert memory.summary()[0].num_weights == 1
+
+
+def test_new_parameters_are_free_and_said_so(tmp_path) -> None:
+    model = nn.ModuleDict({"body": nn.Linear(2, 2)})
+    found = memsyn.measure(model, [torch.ones(3, 2)], forward=lambda m, x: m["body"](x), progress=False)
+    memory = memsyn.Memory.empty().consolidate(model, found)
+    memory.save(tmp_path / "m.safetensors")
+    grown = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    with pytest.warns(
+        memsyn.NewParametersWarning, match=r"2 parameters .* stay free to change: head.weight, head.bias"
+    ):
+        memsyn.Memory.load(tmp_path / "m.safetensors", like=grown)
+    optimizer = torch.optim.SGD(grown.parameters(), lr=0.1)
+    with pytest.warns(memsyn.NewParametersWarning, match=r"head.weight") as caught:
+        memsyn.protect(optimizer, grown, memory)
+    assert caught[0].filename == __file__
+    grown["head"].requires_grad_(False)
+    memory.check(grown)  # what cannot change needs no warning
+    memsyn.Memory.empty().check(grown)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_compiled_and_wrapped_models_have_the_same_names() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    memory = memsyn.Memory.empty().consolidate(model, memsyn.measure(model, [torch.ones(3, 2)], progress=False))
+    wrappers = [nn.DataParallel(model), torch.compile(model), nn.Sequential(torch.compile(model[0]))]
+    for wrapped in wrappers:
+        assert float(memsyn.penalty(wrapped, memory).detach()) == 0.0
+    importance = memsyn.measure(torch.compile(model), [torch.ones(3, 2)], progress=False)
+    assert set(importance.sums) == {"0.weight", "0.bias"}

@@ -58,6 +58,26 @@ def test_parameters_of_one_side_only_are_kept() -> None:
     assert list(memory.anchor) == ["weight", "bias"]
 
 
+def test_a_mean_weights_each_parameter_by_its_own_samples() -> None:
+    model = model_with(1, 2)
+    memory = memsyn.Memory.empty().consolidate(model, memsyn.Importance({"weight": torch.ones(1, 1)}, 1000))
+    for value in (1.0, 3.0):
+        late = memsyn.Importance({"bias": torch.tensor([value * 10])}, 10)
+        memory = memory.consolidate(model, late, rule="mean")
+    assert memory.importance["bias"].item() == 2.0
+    assert memory.counts == {"weight": 1000, "bias": 20}
+
+
+def test_unlike_quantities_are_not_folded() -> None:
+    model = model_with(1, 2)
+    memory = memsyn.Memory.empty().consolidate(model, importance(1, 1, 1))
+    other = memsyn.Importance({"weight": torch.ones(1, 1)}, 1, magnitude="square")
+    with pytest.raises(memsyn.MismatchError, match=r"holds abs of squared_l2_norm, the importance square of"):
+        memory.consolidate(model, other)
+    with pytest.raises(memsyn.OptionError, match=r"at least one sample, got num_samples=0"):
+        memsyn.Importance({}, 0)
+
+
 def test_bad_options() -> None:
     memory, model = memsyn.Memory.empty(), model_with(1, 2)
     with pytest.raises(memsyn.OptionError, match=r"rule must be one of sum, mean, ema, max; got 'average'"):
@@ -90,7 +110,7 @@ def test_load_with_and_without_a_model(tmp_path) -> None:
         memsyn.Memory.load(tmp_path / "m.safetensors"),
         memsyn.Memory.load(tmp_path / "m.safetensors", like=model),
     ):
-        assert found.history == memory.history
+        assert (found.history, found.counts) == (memory.history, {"weight": 10, "bias": 10})
         assert found.anchor["weight"].dtype == torch.float64
         assert all(torch.equal(found.anchor[name], value) for name, value in memory.anchor.items())
         assert all(torch.equal(found.importance[name], value) for name, value in memory.importance.items())

@@ -207,11 +207,50 @@ def test_a_strength_that_is_no_number(strength: Any) -> None:
         memsyn.protect(optimizer, model, memory, strength=strength)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_are_pushed_in_float32(dtype: torch.dtype) -> None:
+    """An importance beyond the range of float16, and a push within it."""
+    model = nn.Linear(2, 1, bias=False).to(dtype)
+    nn.init.ones_(model.weight)
+    memory = memsyn.Memory({"weight": torch.tensor([[1.0, 0.5]])}, {"weight": torch.tensor([[1e5, 1e-7]])})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    handle = memsyn.protect(optimizer, model, memory, strength=1e3)
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    assert model.weight.grad.tolist() == [[1.0, pytest.approx(1 + 1e-4, rel=1e-3)]]
+    assert handle.value() == pytest.approx(1e3 * 1e-7 * 0.25, rel=1e-6)
+    assert float(memsyn.penalty(model, memory).detach()) == pytest.approx(1e-7 * 0.25, rel=1e-6)
+
+
+def test_a_fused_optimizer_that_unscales_gets_a_scaled_push() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    memory = memsyn.Memory({"weight": model.weight.detach() - 1}, {"weight": torch.ones(1, 2)})
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    memsyn.protect(optimizer, model, memory)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale((0 * model.weight).sum()).backward()
+    scaler.step(optimizer)
+    assert torch.allclose(model.weight, before - 0.1 * 2.0, rtol=1e-5)
+
+
+def test_sparse_gradients_are_refused() -> None:
+    model = nn.Embedding(4, 2, sparse=True)
+    memory = memsyn.Memory({"weight": model.weight.detach() - 1}, {"weight": torch.ones(4, 2)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    memsyn.protect(optimizer, model, memory)
+    model(torch.tensor([1])).sum().backward()
+    with pytest.raises(memsyn.ProtectionError, match=r"sparse gradient: build its embedding with sparse=False"):
+        optimizer.step()
+
+
 def test_what_does_not_fit_together() -> None:
     model, memory, _, _ = start()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(memsyn.OptionError, match="form must be one of auto, gradient; got 'magic'"):
         memsyn.protect(optimizer, model, memory, form="magic")
+    with pytest.raises(memsyn.OptionError, match=r"expected protect\(optimizer, model, memory\), got \(Seq"):
+        memsyn.protect(model, optimizer, memory)
     with pytest.raises(memsyn.ProtectionError, match=r"memory is empty.*measure the model and consolidate"):
         memsyn.protect(optimizer, model, memsyn.Memory.empty())
     elsewhere = torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1)

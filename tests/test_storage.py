@@ -26,7 +26,7 @@ def rewrite(path: Path, tensors: dict[str, torch.Tensor] | None = None, **change
     with open(path, "rb") as file:
         entry = {**storage._read_header(path, file), **changes, "checksum": storage._BLANK}
     save_file(tensors or load_file(path), path, {"memsyn": json.dumps(entry, sort_keys=True)})
-    storage._seal(str(path))
+    storage._seal(path)
 
 
 def test_any_safetensors_reader_reads_it(path: Path) -> None:
@@ -121,8 +121,39 @@ def test_tensors_that_the_metadata_does_not_name_are_refused(path: Path) -> None
 
 def test_odd_metadata_is_refused(path: Path) -> None:
     rewrite(path, groups=3)
-    with pytest.raises(memsyn.MemoryFileError, match=r"could not be read: AttributeError"):
+    with pytest.raises(memsyn.MemoryFileError, match=r"could not be read: TypeError"):
         memsyn.Importance.load(path)
+
+
+def test_what_could_not_be_loaded_is_not_saved(path: Path) -> None:
+    before = path.read_bytes()
+    with pytest.raises(memsyn.MemoryFileError, match=r"importance/w holds NaN"):
+        memsyn.Importance({"w": torch.tensor([float("nan")])}, 1).save(path)
+    assert path.read_bytes() == before
+
+
+def test_a_file_replaced_while_it_is_read_is_not_mixed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def replaced(*args: object) -> dict[str, object]:
+        (IMPORTANCE + IMPORTANCE).save(path)
+        return real(*args)  # type: ignore[arg-type]
+
+    real = storage._read_tensors
+    monkeypatch.setattr(storage, "_read_tensors", replaced)
+    with pytest.raises(memsyn.MemoryFileError, match=r"was replaced while it was read: read it again"):
+        memsyn.Importance.load(path)
+
+
+def test_headers_and_tensors_must_fit(path: Path) -> None:
+    rewrite(path, num_samples="many")
+    with pytest.raises(memsyn.MemoryFileError, match=r"is not as memsyn writes it: ValueError"):
+        memsyn.Importance.load(path)
+    anchor = {"w": torch.ones(3, 1)}
+    memsyn.Memory(anchor, {"w": torch.ones(1, 3)}).save(path)
+    with pytest.raises(memsyn.MemoryFileError, match=r"is not as memsyn writes it: MismatchError"):
+        memsyn.Memory.load(path)
+    memsyn.Memory(anchor, {}).save(path)
+    with pytest.raises(memsyn.MemoryFileError, match=r"w is missing in the importance"):
+        memsyn.Memory.load(path)
 
 
 def test_the_order_of_the_model_is_kept(path: Path) -> None:
@@ -136,10 +167,16 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(path: Path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(memsyn.MemoryFileError, match=r"could not be written: .*No space left.*as it was"):
+    with pytest.raises(memsyn.MemoryFileError, match=r"could not be written: .*No space left.*is whole"):
         (IMPORTANCE + IMPORTANCE).save(path)
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_others_may_read_a_file_if_the_umask_lets_them(path: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

@@ -21,6 +21,12 @@ def check_iterable(batches: object) -> None:
             f"expected batches, got one tensor of shape {tuple(batches.shape)}: iterating it would take its rows for "
             "batches. Wrap it: measure(model, [tensor])"
         )
+    if isinstance(batches, tuple) and len(batches) == 2 and all(isinstance(part, Tensor) for part in batches):
+        first, second = batches
+        if first.ndim != second.ndim and first.shape[:1] == second.shape[:1]:
+            raise BatchError(
+                "expected batches, got what looks like one (input, target) pair. Wrap it: [(input, target)]"
+            )
     if isinstance(batches, Mapping):
         raise BatchError("expected batches, got one mapping. Wrap it: measure(model, [mapping])")
     if isinstance(batches, str) or not isinstance(batches, Iterable):
@@ -53,12 +59,13 @@ def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, Tensor):
         return change(batch)
     if isinstance(batch, Mapping):
-        return {key: map_tensors(value, change) for key, value in batch.items()}
+        changed = {key: map_tensors(value, change) for key, value in batch.items()}
+        return changed if isinstance(batch, dict) else type(batch)(changed)  # type: ignore[call-arg]
     if isinstance(batch, (tuple, list)):
-        changed = [map_tensors(value, change) for value in batch]
+        parts = [map_tensors(value, change) for value in batch]
         if isinstance(batch, list):
-            return changed
-        return tuple(changed) if type(batch) is tuple else type(batch)(*changed)  # else a named tuple
+            return parts
+        return tuple(parts) if type(batch) is tuple else type(batch)(*parts)  # else a named tuple
     return batch
 
 

@@ -25,14 +25,17 @@ try:
     from memsyn.bench.sequences import SEQUENCES
     from memsyn.bench.settings import Settings
 except ModuleNotFoundError as error:
-    if error.name not in {"typer", "rich", "PIL", "matplotlib"}:
+    missing = (error.name or "").partition(".")[0]
+    if missing not in {"typer", "rich", "PIL", "matplotlib"}:
         raise
-    raise SystemExit(f"the memsyn command needs {error.name}: pip install 'memsyn[bench]'") from None
+    raise SystemExit(f"the memsyn command needs {missing}: pip install 'memsyn[bench]'") from None
 
 from memsyn import Consolidation, Importance, LayerSummary, Memory, MemsynError
 from memsyn.storage import MEMORY, read
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+)
 bench = typer.Typer(no_args_is_help=True, help="Compare methods on a sequence of tasks.")
 app.add_typer(bench, name="bench")
 
@@ -100,7 +103,7 @@ def run_(
             sequence=sequence, size=size, epochs=epochs, batch_size=batch_size, lr=lr, strength=strength
         )
         try:
-            results = run(settings, methods=methods.split(","), num_seeds=seeds, out=folder)
+            results = run(settings, methods=[name.strip() for name in methods.split(",")], num_seeds=seeds, out=folder)
         except KeyboardInterrupt:
             typer.echo(f"stopped; the same command continues: {shlex.join(['memsyn', *sys.argv[1:]])}", err=True)
             raise typer.Exit(130) from None

@@ -13,9 +13,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from memsyn.errors import MismatchError
+from memsyn.errors import MismatchError, OptionError
 from memsyn.objectives import OBJECTIVE
-from memsyn.storage import IMPORTANCE, read, write
+from memsyn.storage import IMPORTANCE, read, well_formed, write
 
 MAGNITUDE = "abs"
 
@@ -35,7 +35,7 @@ class LayerSummary:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Importance:
     """How much each weight matters: Omega = sums / num_samples, Omega the mean over samples of |g_k|.
 
@@ -51,6 +51,15 @@ class Importance:
     objective: str = OBJECTIVE
     magnitude: str = MAGNITUDE
 
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise OptionError(f"an importance is over at least one sample, got num_samples={self.num_samples}.")
+
+    @property
+    def quantity(self) -> tuple[str, str]:
+        """What was measured: objective and magnitude. Importances of one quantity can be added."""
+        return self.objective, self.magnitude
+
     def mean(self) -> dict[str, Tensor]:
         """Omega per parameter, in units of the objective per unit of weight: sums / num_samples."""
         return {name: total / self.num_samples for name, total in self.sums.items()}
@@ -61,7 +70,7 @@ class Importance:
         Raises:
             MismatchError: the two are of different parameters or of different quantities.
         """
-        if (self.objective, self.magnitude) != (other.objective, other.magnitude):
+        if self.quantity != other.quantity:
             raise MismatchError(
                 f"cannot add importances of different quantities: {self.magnitude} of {self.objective} and "
                 f"{other.magnitude} of {other.objective}."
@@ -97,13 +106,10 @@ class Importance:
             MemoryFileError: the file is missing, damaged, not an importance, or of a newer format.
         """
         header, groups = read(path, IMPORTANCE)
-        return cls(
-            groups["importance"],
-            header["num_samples"],
-            header["routes"],
-            header["objective"],
-            header["magnitude"],
-        )
+        with well_formed(path):
+            routes = {str(name): str(route) for name, route in header["routes"].items()}
+            quantity = str(header["objective"]), str(header["magnitude"])
+            return cls(groups["importance"], int(header["num_samples"]), routes, *quantity)
 
 
 def summarize(omega: Mapping[str, Tensor]) -> list[LayerSummary]:

@@ -18,13 +18,12 @@ from tqdm import tqdm
 
 from memsyn import guard
 from memsyn.batches import call, check_iterable, first_samples, model_input, num_samples, take, to_device
-from memsyn.errors import BatchError, ModelError, OptionError, SlowParametersWarning
+from memsyn.errors import BatchError, MemsynError, ModelError, OptionError, SlowParametersWarning
 from memsyn.importance import Importance
 from memsyn.objectives import output_tensor, squared_norm
-from memsyn.parameters import named_parameters, trainable_parameters
+from memsyn.parameters import named_parameters, trainable_parameters, unwrap
 from memsyn.routes import (
     BY_SAMPLE,
-    Scores,
     add_by_rules,
     add_by_samples,
     check_finite,
@@ -33,7 +32,7 @@ from memsyn.routes import (
     wide_dtype,
 )
 from memsyn.rules import absolute
-from memsyn.shadow import shadow
+from memsyn.shadow import check_measurable, shadow
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -84,6 +83,7 @@ def measure(
     check_iterable(batches)
     if max_samples is not None and max_samples < 1:
         raise OptionError(f"max_samples must be at least 1, got {max_samples}.")
+    check_measurable(model)
     trainable = trainable_parameters(model)
     if not trainable:
         raise ModelError("the model has no parameter that requires a gradient: there is nothing to measure.")
@@ -93,8 +93,9 @@ def measure(
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
+        _layers_of_attention(),
     ):
-        run = _Run(shadow(model), set(trainable), device, forward)
+        run = _Run(model, trainable, device, forward)
         limited = first_samples(iter(batches), max_samples)
         bar = tqdm(limited, "measuring", _length(batches, max_samples), disable=not progress, unit="batch")
         for index, batch in enumerate(bar):
@@ -109,16 +110,18 @@ def measure(
 class _Run:
     """What is known while the batches pass: the sums, and which parameter takes which route."""
 
-    def __init__(self, model: nn.Module, wanted: set[str], device: torch.device, forward: Forward | None) -> None:
-        self.model, self.device = model, device
+    def __init__(
+        self, model: nn.Module, trainable: dict[str, nn.Parameter], device: torch.device, forward: Forward | None
+    ) -> None:
+        self.original, self.device = model, device
         self.forward = call if forward is None else forward
-        self.parameters = {name: p for name, p in named_parameters(model).items() if name in wanted}
-        self.routes = {name: route for name, route in plan(model).items() if name in wanted}
-        self.layers = layers_by_rule(model, self.routes)
-        self.sums = {name: torch.zeros_like(p, dtype=wide_dtype(p)) for name, p in self.parameters.items()}
+        self.routes = {name: route for name, route in plan(unwrap(model)).items() if name in trainable}
+        self.sums = {name: torch.zeros_like(p, dtype=wide_dtype(p)) for name, p in trainable.items()}
         self.num_samples = 0
+        self.trusted: set[str] = set()
+        self.unproven: set[str] = set()
         self.num_guarded = 0
-        self.trusted: set[nn.Module] = set()
+        self.shadow: nn.Module | None = None
 
     @property
     def num_slow(self) -> int:
@@ -130,44 +133,66 @@ class _Run:
         if size == 0:
             return set()
         inputs = to_device(inputs, self.device)
-        scores = partial(self._scores, index)
-        slow = self._guard(scores, inputs, size) if self.num_guarded < 2 else set()
-        if self.layers:
-            passed = add_by_rules(self.sums, self.layers, scores, inputs, absolute, trusted=self.trusted)
-            size = passed.num_samples
-            slow |= self._slow_down(passed.refused)
-        alone = {name: p for name, p in self.parameters.items() if self.routes[name] == BY_SAMPLE}
-        if alone:
-            size = add_by_samples(self.sums, alone, scores, inputs, absolute)
-        self.num_samples += size or 0
-        return slow
+        known = {name for name, route in self.routes.items() if route == BY_SAMPLE and self.num_guarded}
+        if self._should_guard(size, index):
+            self._guard(inputs, size, index)
+        assert self.shadow is not None
+        scores = partial(self._scores, self.shadow, index)
+        layers = layers_by_rule(self.shadow, self.routes)
+        passed = add_by_rules(self.sums, layers, scores, inputs, absolute, trusted=self.trusted)
+        self.routes.update(dict.fromkeys(passed.refused, BY_SAMPLE))
+        slow = {name for name, route in self.routes.items() if route == BY_SAMPLE}
+        if slow:
+            alone = {name: p for name, p in named_parameters(self.shadow).items() if name in slow}
+            add_by_samples(self.sums, alone, scores, inputs, absolute, together=passed.scores)
+        self.num_samples += len(passed.scores)
+        return slow - known
 
-    def _guard(self, scores: Scores, inputs: Any, size: int | None) -> set[str]:
-        """Check the routes; again later if there was one sample, which cannot show where the samples are."""
+    def _should_guard(self, size: int | None, index: int) -> bool:
+        """Once; again if then there was one sample, which cannot show where the samples are, or no gradient yet."""
+        if self.num_guarded < 2:
+            return self.num_guarded == 0 or size != 1
+        return bool(self.unproven) and index & (index - 1) == 0
+
+    def _guard(self, inputs: Any, size: int | None, index: int) -> None:
         few = inputs if size is None else take(inputs, 0, guard.NUM_SAMPLES)
-        slow = set() if self.num_guarded else {name for name, r in self.routes.items() if r == BY_SAMPLE}
-        self.trusted, failed = guard.failing(self.parameters, self.layers, scores, few)
+
+        def run(model: nn.Module, batch: Any, first_sample: int) -> Tensor:
+            return self._scores(model, index, batch, first_sample)
+
+        verdict = guard.check(self.original, self.routes, run, few)
+        self.trusted, self.unproven = verdict.trusted, verdict.unproven
+        self.routes.update(dict.fromkeys(verdict.failed, BY_SAMPLE))
         self.num_guarded = 2 if size is None else size
-        return slow | self._slow_down(failed)
+        if self.shadow is None:
+            self.shadow = shadow(self.original, private=verdict.written)
 
-    def _slow_down(self, names: set[str]) -> set[str]:
-        if names:
-            self.routes.update(dict.fromkeys(names, BY_SAMPLE))
-            self.layers = layers_by_rule(self.model, self.routes)
-        return names
-
-    def _scores(self, batch_index: int, inputs: Any, first_sample: int = 0) -> Tensor:
-        output = output_tensor(self.forward(self.model, inputs))
-        return squared_norm(output, num_samples=num_samples(inputs), batch_index=batch_index, first_sample=first_sample)
+    def _scores(self, model: nn.Module, batch_index: int, inputs: Any, first_sample: int = 0) -> Tensor:
+        try:
+            output = self.forward(model, inputs)
+        except MemsynError:
+            raise
+        except Exception as error:
+            raise BatchError(
+                f"batch {batch_index}: the model failed on it: {type(error).__name__}: {error}. If it wants to be "
+                "called in another way, say how: forward=lambda model, batch: ..."
+            ) from error
+        return squared_norm(
+            output_tensor(output),
+            num_samples=num_samples(inputs),
+            batch_index=batch_index,
+            first_sample=first_sample,
+        )
 
     def describe(self, slow: set[str]) -> str:
         """The warning: which layers, and what they are."""
         layers = sorted({name.rpartition(".")[0] for name in slow})
-        named = [f"{layer or 'the model'} ({type(self.model.get_submodule(layer)).__name__})" for layer in layers]
+        model = unwrap(self.original)
+        named = [f"{layer or 'the model'} ({type(model.get_submodule(layer)).__name__})" for layer in layers]
         return (
-            f"{len(slow)} of {len(self.sums)} parameters have no fast rule and are measured one sample at a time: "
-            f"exact, but slow. They are in {', '.join(named[:8])}{' ...' if len(named) > 8 else ''}. "
-            "Give fewer samples with max_samples=, or freeze what needs no protection."
+            f"{len(slow)} of {len(self.sums)} parameters have no fast rule that holds, and are measured one sample at "
+            f"a time: exact, but slow. They are in {', '.join(named)}. Give fewer samples with max_samples=, or freeze "
+            "what needs no protection."
         )
 
     def importance(self) -> Importance:
@@ -187,6 +212,17 @@ def _length(batches: object, max_samples: int | None) -> int | None:
         return len(batches)
     except TypeError:  # a DataLoader over a stream has the method, but no length
         return None
+
+
+@contextmanager
+def _layers_of_attention() -> Iterator[None]:
+    """Let a frozen nn.TransformerEncoderLayer call its layers: its fast path has no backward pass."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager

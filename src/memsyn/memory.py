@@ -15,9 +15,9 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from memsyn.errors import MismatchError, NewParametersWarning, OptionError
-from memsyn.importance import Importance, LayerSummary, summarize
+from memsyn.importance import Importance, LayerSummary, check_same_shapes, summarize
 from memsyn.parameters import named_parameters, trainable_parameters
-from memsyn.storage import MEMORY, read, write
+from memsyn.storage import MEMORY, read, well_formed, write
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ DECAY = 0.5
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Memory:
     """Anchor and importance, keyed by parameter name: what `protect` needs, and all that is left of the old data.
 
@@ -56,11 +56,13 @@ class Memory:
         anchor: the weights theta* when the memory was last consolidated.
         importance: Omega, not negative, of the same names and shapes.
         history: the consolidations, oldest first.
+        counts: on how many samples each parameter's importance was measured: the weights of `mean`.
     """
 
     anchor: dict[str, Tensor] = field(default_factory=dict)
     importance: dict[str, Tensor] = field(default_factory=dict)
     history: tuple[Consolidation, ...] = ()
+    counts: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def empty(cls) -> Memory:
@@ -69,7 +71,7 @@ class Memory:
 
     @property
     def num_samples(self) -> int:
-        """Samples over all consolidations."""
+        """Samples of all consolidations together."""
         return sum(entry.num_samples for entry in self.history)
 
     def consolidate(
@@ -102,16 +104,21 @@ class Memory:
         parameters = named_parameters(model)
         check_fit(importance.sums, parameters, "the importance")
         check_fit(self.importance, parameters, "the memory")
-        new = importance.mean()
-        folded = {
-            name: RULES[rule](old.to(new[name]), new[name], self.num_samples, importance.num_samples, decay or 0.0)
-            if name in new
-            else old
-            for name, old in self.importance.items()
-        }
+        if self.history and (self.history[-1].objective, self.history[-1].magnitude) != importance.quantity:
+            raise MismatchError(
+                f"the memory holds {self.history[-1].magnitude} of {self.history[-1].objective}, the importance "
+                f"{importance.magnitude} of {importance.objective}: they cannot be folded."
+            )
+        new, old, count = importance.mean(), self.importance, importance.num_samples
+        fold = RULES[rule]
         omega = {
-            name: folded[name] if name in folded else new[name] for name in parameters if name in folded or name in new
+            name: fold(old[name].to(new[name]), new[name], self.counts.get(name, 0), count, decay or 0.0)
+            if name in old and name in new
+            else (new[name] if name in new else old[name])
+            for name in parameters
+            if name in old or name in new
         }
+        counts = {name: self.counts.get(name, 0) + (count if name in new else 0) for name in omega}
         entry = Consolidation(
             when=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             num_samples=importance.num_samples,
@@ -121,7 +128,7 @@ class Memory:
             magnitude=importance.magnitude,
         )
         anchor = {name: parameters[name].detach().clone() for name in omega}
-        return Memory(anchor, omega, (*self.history, entry))
+        return Memory(anchor, omega, (*self.history, entry), counts)
 
     def summary(self) -> list[LayerSummary]:
         """Per layer its share of the total importance, mean, maximum and concentration."""
@@ -133,7 +140,7 @@ class Memory:
         Raises:
             MemoryFileError: the file cannot be written; what was there stays.
         """
-        header = {"history": [asdict(entry) for entry in self.history]}
+        header = {"history": [asdict(entry) for entry in self.history], "counts": self.counts}
         write(path, MEMORY, header, {"anchor": self.anchor, "importance": self.importance})
 
     @classmethod
@@ -150,11 +157,11 @@ class Memory:
             MismatchError: the memory is of another architecture than `like`.
         """
         header, groups = read(path, MEMORY)
-        memory = cls(
-            groups["anchor"],
-            groups["importance"],
-            tuple(Consolidation(**entry) for entry in header["history"]),
-        )
+        with well_formed(path):
+            history = tuple(Consolidation(**entry) for entry in header["history"])
+            counts = {str(name): int(count) for name, count in header["counts"].items()}
+            memory = cls(groups["anchor"], groups["importance"], history, counts)
+            check_same_shapes(memory.anchor, memory.importance, "the anchor", "the importance")
         if like is None:
             return memory
         memory.check(like)
@@ -163,7 +170,7 @@ class Memory:
         def placed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: tensor.to(parameters[name].device) for name, tensor in tensors.items()}
 
-        return cls(placed(memory.anchor), placed(memory.importance), memory.history)
+        return cls(placed(memory.anchor), placed(memory.importance), memory.history, memory.counts)
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model this memory is not of, and warn of trainable parameters that it does not know.

@@ -39,8 +39,10 @@ def penalty(model: nn.Module, memory: Memory) -> Tensor:
 
 
 def loss_term(parameter: Tensor, anchor: Tensor, omega: Tensor) -> Tensor:
-    """sum Omega (theta - theta*)^2 of one parameter."""
-    return (omega.to(parameter) * (parameter - anchor.to(parameter)).square()).sum()
+    """sum Omega (theta - theta*)^2 of one parameter, in float32 at least: Omega may overflow in half precision."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    moved = parameter.to(dtype) - anchor.to(parameter.device, dtype)
+    return (omega.to(moved) * moved.square()).sum()
 
 
 @torch.no_grad()
@@ -51,6 +53,13 @@ def add_gradients_(
     omegas: Sequence[Tensor],
     strength: float,
 ) -> None:
-    """gradient += 2 strength Omega (theta - theta*), for all parameters at once, in place."""
-    moved = torch._foreach_sub(list(parameters), list(anchors))
-    torch._foreach_addcmul_(list(gradients), moved, list(omegas), value=2 * strength)
+    """gradient += 2 strength Omega (theta - theta*), for all parameters at once, in place.
+
+    Computed in the precision of the anchors, and rounded once where a gradient is in half precision.
+    """
+    moved = torch._foreach_sub([p.to(a.dtype) for p, a in zip(parameters, anchors, strict=True)], list(anchors))
+    sums = [gradient.to(a.dtype) for gradient, a in zip(gradients, anchors, strict=True)]
+    torch._foreach_addcmul_(sums, moved, list(omegas), value=2 * strength)
+    for gradient, total in zip(gradients, sums, strict=True):
+        if gradient is not total:
+            gradient.copy_(total)

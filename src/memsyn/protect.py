@@ -5,11 +5,12 @@ Owns the hook and its life. The arithmetic is in `penalty`; must not keep state 
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, Final, final
 from weakref import WeakSet, ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memsyn.errors import OptionError, ProtectionError
@@ -61,8 +62,12 @@ def protect(
         >>> handle.value()
         0.0
     """
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
+    if not (isinstance(optimizer, Optimizer) and isinstance(model, nn.Module) and isinstance(memory, Memory)):
+        given = ", ".join(type(value).__name__ for value in (optimizer, model, memory))
+        raise OptionError(f"expected protect(optimizer, model, memory), got ({given}).")
+    if isinstance(strength, bool) or not isinstance(strength, Real):
         raise OptionError(f"strength must be a number, got {strength!r}.")
+    strength = float(strength)
     if not (math.isfinite(strength) and strength >= 0):
         raise OptionError(f"strength must be finite and not negative, got {strength}.")
     if form not in ("auto", *FORMS):
@@ -85,7 +90,7 @@ def protect(
             f"the optimizer holds none of the memory's {len(memory.importance)} parameters. Was it made from another "
             "model, or before the model was copied or moved?"
         )
-    return Protection(optimizer, protected, memory, float(strength))
+    return Protection(optimizer, protected, memory, strength)
 
 
 @final
@@ -97,8 +102,8 @@ class Protection:
     ) -> None:
         self.strength = strength
         self._parameters = list(parameters.values())
-        self._anchors = [memory.anchor[name].to(p) for name, p in parameters.items()]
-        self._omegas = [memory.importance[name].to(p) for name, p in parameters.items()]
+        self._anchors = [_beside(p, memory.anchor[name]) for name, p in parameters.items()]
+        self._omegas = [_beside(p, memory.importance[name]) for name, p in parameters.items()]
         self._optimizer = ref(optimizer)  # which holds this object by its hook
         self._hook = optimizer.register_step_pre_hook(self._before_step)
         self._in_force = True
@@ -148,6 +153,16 @@ class Protection:
             for p, anchor, omega in zip(self._parameters, self._anchors, self._omegas, strict=True)
             if p.grad is not None
         ]
-        if now and self.strength:
-            gradients, parameters, anchors, omegas = map(list, zip(*now, strict=True))
-            add_gradients_(gradients, parameters, anchors, omegas, self.strength)
+        if not now or not self.strength:
+            return
+        gradients, parameters, anchors, omegas = map(list, zip(*now, strict=True))
+        if any(gradient.is_sparse for gradient in gradients):
+            raise ProtectionError("a protected parameter has a sparse gradient: build its embedding with sparse=False.")
+        scale = getattr(self._optimizer(), "grad_scale", None)  # set by GradScaler when a fused optimizer unscales
+        strength = self.strength if scale is None else self.strength * float(scale)
+        add_gradients_(gradients, parameters, anchors, omegas, strength)
+
+
+def _beside(parameter: nn.Parameter, held: Tensor) -> Tensor:
+    """A tensor of the memory on the parameter's device, in float32 at least."""
+    return held.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))

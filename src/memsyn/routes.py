@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from memsyn.batches import samples
-from memsyn.errors import MemsynError, ModelError, OutputError
+from memsyn.errors import BatchError, ModelError, OutputError, SamplesInteractError
 from memsyn.parameters import named_parameters
 from memsyn.rules import RULES, Magnitude, Use, num_batched_dims
 
 BY_RULE: Final = "rule"
 BY_SAMPLE: Final = "one sample at a time"
+
+TOLERANCE: Final = 0.05
+"""By how much of the largest a sample's objective may differ alone and among others, in any precision."""
 
 Sums = dict[str, Tensor]
 
@@ -83,10 +86,8 @@ class _Recorder:
         self._seen: dict[nn.Module, list[_Seen]] = {}
         self._grads: dict[nn.Module, dict[int, Tensor]] = {}
 
-    def on_forward(
-        self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], output: Tensor
-    ) -> Tensor:
-        if not torch.is_grad_enabled():
+    def on_forward(self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], output: Any) -> Any:
+        if not torch.is_grad_enabled() or not isinstance(output, Tensor):  # a hook may have made it something else
             return output
         inputs = args[0] if args else next(iter(kwargs.values()))
         if not output.requires_grad:  # nothing before this layer is differentiable: the graph begins here
@@ -127,9 +128,10 @@ def _recording(layers: Iterable[nn.Module], recorder: _Recorder) -> Iterator[Non
 class Passed(NamedTuple):
     """What a pass by rules met."""
 
-    num_samples: int
-    used: set[nn.Module]
-    """The layers that had a part in the objective."""
+    scores: Tensor
+    """The objective of each sample."""
+    used: set[str]
+    """The parameters whose layers had a part in the objective."""
     refused: set[str]
     """The parameters whose rule does not hold for this batch: nothing was added for them."""
 
@@ -141,7 +143,7 @@ def add_by_rules(
     batch: Any,
     magnitude: Magnitude,
     *,
-    trusted: Container[nn.Module],
+    trusted: Container[str],
     weights: Tensor | None = None,
 ) -> Passed:
     """Add sum_k f(g_k) of one batch by one forward and one backward pass to the activations.
@@ -152,25 +154,28 @@ def add_by_rules(
         scores: runs the shadow, whose parameters must all be frozen.
         batch: what `scores` takes.
         magnitude: f.
-        trusted: the layers whose rule the guard has seen to hold.
+        trusted: the parameters whose rule the guard has seen to hold.
         weights: (B,), multiplied to g_k before f.
     """
-    used: set[nn.Module] = set()
+    used: set[str] = set()
     refused: set[str] = set()
     num_samples = 0
 
     def consume(layer: nn.Module, seen: list[_Seen], grads: list[Tensor]) -> None:
-        used.add(layer)
         names = layers[layer]
-        if layer in trusted and all(
+        used.update(names.values())
+        intact = all(
             len(grad) == num_samples and grad.ndim >= num_batched_dims(layer) and _is_intact(before, num_samples)
             for before, grad in zip(seen, grads, strict=True)
-        ):
-            uses = [_widen(before.inputs, grad, weights) for before, grad in zip(seen, grads, strict=True)]
-            for local, name in names.items():
+        )
+        uses = (
+            [_widen(before.inputs, grad, weights) for before, grad in zip(seen, grads, strict=True)] if intact else []
+        )
+        for local, name in names.items():
+            if intact and name in trusted:
                 sums[name] += RULES[type(layer)][local](layer, uses, magnitude)
-        else:
-            refused.update(names.values())
+            else:
+                refused.add(name)
 
     recorder = _Recorder(consume)
     with _recording(layers, recorder):
@@ -179,7 +184,7 @@ def add_by_rules(
         if recorder.leaves and values.requires_grad:
             torch.autograd.grad(values.sum(), recorder.leaves, allow_unused=True)
         recorder.finish()
-    return Passed(num_samples, used, refused)
+    return Passed(values.detach(), used, refused)
 
 
 def _is_intact(seen: _Seen, num_samples: int) -> bool:
@@ -205,7 +210,10 @@ def gradients(scores: Tensor, parameters: Mapping[str, nn.Parameter]) -> Sums:
         return {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     grads = torch.autograd.grad(scores, list(parameters.values()), allow_unused=True)
     found = zip(parameters.items(), grads, strict=True)
-    return {name: torch.zeros_like(p) if grad is None else grad for (name, p), grad in found}
+    return {
+        name: torch.zeros_like(p) if grad is None else (grad.to_dense() if grad.is_sparse else grad)
+        for (name, p), grad in found
+    }
 
 
 def check_finite(sums: Sums) -> None:
@@ -239,27 +247,45 @@ def add_by_samples(
     batch: Any,
     magnitude: Magnitude,
     *,
+    together: Tensor,
+    tolerance: float = TOLERANCE,
     weights: Tensor | None = None,
-) -> int:
+) -> None:
     """Add sum_k f(w_k g_k) of one batch, one sample at a time: for any model whatever, at the price of a loop.
 
-    Returns:
-        The number of samples.
+    Args:
+        sums, scores, batch, magnitude, weights: as in `add_by_rules`.
+        parameters: those to measure; none only checks that the samples do not interact.
+        together: (B,), the objective of each sample as it came out of the whole batch.
+        tolerance: by how much of the largest a sample alone may differ from that.
+
+    Raises:
+        SamplesInteractError: a sample alone gives something else.
+        ModelError: the model fails on a single sample.
     """
-    count = 0
     with requiring_grad(parameters.values()):
         for k, sample in enumerate(samples(batch)):
             try:
                 score = scores(sample, k).sum()
-            except MemsynError:
-                raise
-            except Exception as error:
+            except BatchError as error:
                 raise ModelError(
-                    f"{', '.join(list(parameters)[:3])} must be measured one sample at a time, but the model fails on "
-                    f"a batch of one: {type(error).__name__}: {error}"
+                    f"the model takes the batch, but fails on sample {k} alone, so it cannot be seen whether its "
+                    f"samples interact: {error.__cause__!r}. Look for a normalisation over the batch, or a squeeze()."
                 ) from error
-            for name, grad in gradients(score, parameters).items():
-                wide = grad.to(sums[name].dtype, copy=True)
-                sums[name] += magnitude(wide if weights is None else wide * weights[k])
-            count += 1
-    return count
+            if not float((score.detach() - together[k]).abs()) <= tolerance * float(together.abs().max()):
+                raise samples_interact(f"the objective of sample {k}")
+            if parameters:
+                for name, grad in gradients(score, parameters).items():
+                    wide = grad.to(sums[name].dtype, copy=True)
+                    sums[name] += magnitude(wide if weights is None else wide * weights[k])
+
+
+def samples_interact(what: str) -> SamplesInteractError:
+    """The error for a batch of which no sample can be looked at alone."""
+    return SamplesInteractError(
+        f"{what} changes with the other samples of the batch, so there is no importance per sample. Look for a "
+        "normalisation that uses batch statistics in eval mode (track_running_stats=False), outputs that compare "
+        "samples (a contrastive loss), random numbers in the forward pass, or something in the batch that belongs to "
+        "the samples but does not look so (make it a tensor, samples first); or give an output per sample through "
+        "forward=."
+    )

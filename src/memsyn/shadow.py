@@ -5,43 +5,67 @@ hooks and flags. Must never write to the user's model.
 """
 
 import copy
+from collections.abc import Container
 from types import MethodType
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from memsyn.errors import ModelError
-from memsyn.parameters import unwrap
+from memsyn.parameters import canonical_name, unwrap
 
 
-def shadow(model: nn.Module) -> nn.Module:
-    """A structural clone of `model` in eval mode whose frozen parameters alias the model's own storage.
+def check_measurable(model: nn.Module) -> None:
+    """Refuse models whose per-sample gradients do not exist, or cannot be had.
+
+    Raises:
+        ModelError: it is no module, was scripted, or holds a lazy or complex parameter.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module to measure, got a {type(model).__name__}.")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise ModelError("a scripted or traced module cannot be measured: measure the module it was made from.")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ModelError(f"{name} has no shape yet: run one batch through the model, then measure it.")
+        if parameter.requires_grad and parameter.is_complex():
+            raise ModelError(f"{name} is complex, and importance is of real weights. Freeze it, or hold it as two.")
+
+
+def shadow(model: nn.Module, *, private: Container[str] = ()) -> nn.Module:
+    """A structural clone of `model`, its modules in eval mode, whose frozen parameters alias the model's own storage.
 
     Measuring hooks, freezes and runs the clone, so the user's model stays bit for bit as it is, and may go on
     serving requests meanwhile. Forward hooks are kept, since they may be part of what the model computes (the
-    older `weight_norm` is one); backward hooks are left out. A parameter is copied only where an alias would not do:
-    made in inference mode (autograd refuses it), or rewritten by its layer's forward (`Embedding(max_norm=...)`).
+    older `weight_norm` is one); backward hooks are left out. The modules' own `eval()` is not called: it may rewrite
+    weights (merging an adapter). A parameter is copied only where an alias would not do: named in `private`, made in
+    inference mode (autograd refuses it), or rewritten by its layer's forward (`Embedding(max_norm=...)`).
 
     Raises:
-        ModelError: a lazy parameter has no shape yet, or the model cannot be cloned.
+        ModelError: the model cannot be cloned.
     """
     model = unwrap(model)
     try:
-        clone = copy.deepcopy(model, _aliases(model))
+        clone = copy.deepcopy(model, _aliases(model, private))
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} cannot be cloned for measuring: {type(error).__name__}: {error}. Keep locks, "
-            "open files and handles out of the module, or give it a __deepcopy__ that leaves them out."
+            "open files, handles and tensors with a graph out of the module, or give it a __deepcopy__ that leaves "
+            "them out."
         ) from error
     for module in clone.modules():
+        module.training = False
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):  # the derivative itself, not a scaled or sparse update
             module.scale_grad_by_freq = module.sparse = False
-    return clone.eval()
+        if isinstance(module, nn.TransformerEncoder):  # frozen, it would take nested tensors, which have no backward
+            module.use_nested_tensor = False
+    return clone
 
 
-def _aliases(model: nn.Module) -> dict[int, object]:
+def _aliases(model: nn.Module, private: Container[str]) -> dict[int, object]:
     """What deepcopy must not copy: id of the original -> what stands for it in the clone."""
     memo: dict[int, object] = {}
     rewritten = {
@@ -50,16 +74,16 @@ def _aliases(model: nn.Module) -> dict[int, object]:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
     }
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedParameter):
-            raise ModelError(f"{name} has no shape yet: run one batch through the model, then measure it.")
         alias = parameter.detach()
-        if id(parameter) in rewritten or parameter.is_inference():
+        if canonical_name(name) in private or id(parameter) in rewritten or parameter.is_inference():
             alias = alias.clone()
-        memo[id(parameter)] = nn.Parameter(alias, requires_grad=False)
+        stand_in = nn.Parameter(alias, requires_grad=False)
+        stand_in.__dict__.update(vars(parameter))  # what its module may have noted on it
+        memo[id(parameter)] = stand_in
     for module in model.modules():
-        for value in vars(module).values():
+        for value in (*vars(module).values(), *module.buffers(recurse=False)):
             if isinstance(value, Tensor) and not value.is_leaf:  # a cached weight: deepcopy refuses it
-                memo[id(value)] = value.detach()
+                memo[id(value)] = value.detach().clone()
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if not (isinstance(hook, MethodType) and isinstance(hook.__self__, nn.Module)):
                 memo[id(hook)] = hook  # else deepcopy would clone whatever the hook belongs to

@@ -5,13 +5,13 @@ Owns the format, its checksum and its version, and the checks on the way in. A f
 what the caller gave. Must not know what the tensors mean.
 """
 
-import contextlib
 import hashlib
 import json
 import os
+import secrets
 import struct
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -47,11 +47,11 @@ def write(
     checksum's own digits set to zero.
 
     Raises:
-        MemoryFileError: it cannot be written; the old file, if any, is intact.
+        MemoryFileError: it cannot be written, or holds what could not be read again; an old file stays whole.
     """
     path = Path(path)
     tensors = {
-        f"{group}/{name}": tensor.detach().cpu().contiguous()
+        f"{group}/{name}": _checked(path, f"{group}/{name}", tensor.detach().cpu().contiguous())
         for group, members in groups.items()
         for name, tensor in members.items()
     }
@@ -64,18 +64,21 @@ def write(
         "checksum": _BLANK,
     }
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
         try:
+            temporary.touch(exist_ok=False)
+            mode = temporary.stat().st_mode  # as the user's umask has it, which save_file does not heed
             save_file(tensors, temporary, {"memsyn": json.dumps(entry, sort_keys=True)})
+            temporary.chmod(mode)
             _seal(temporary)
             os.replace(temporary, path)
             _sync_folder(path.parent)
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
-        raise MemoryFileError(f"{path} could not be written: {error}. The file that was there is as it was.") from error
+        raise MemoryFileError(
+            f"{path} could not be written: {error}. A file that was there before is whole."
+        ) from error
 
 
 def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[str, Any], Groups]:
@@ -100,31 +103,38 @@ def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[st
                 raise MemoryFileError(
                     f"{path} is damaged: its checksum is not that of its content. Restore it from a copy."
                 )
-        with safe_open(path, framework="pt") as tensors:
-            keys = {f"{group}/{name}" for group, names in header["groups"].items() for name in names}
-            if keys != set(tensors.keys()):
-                raise MemoryFileError(f"{path}: its tensors are not those that its metadata names.")
-            groups = {
-                group: {
-                    name: _checked(path, f"{group}/{name}", tensors.get_tensor(f"{group}/{name}")) for name in names
-                }
-                for group, names in header["groups"].items()
-            }
+            groups = _read_tensors(path, header["groups"])
+            if os.stat(path).st_ino != os.fstat(file.fileno()).st_ino:
+                raise MemoryFileError(f"{path} was replaced while it was read: read it again.")
+    except MemoryFileError:
+        raise
     except FileNotFoundError:
         raise MemoryFileError(f"{path} does not exist.") from None
-    except (
-        OSError,
-        SafetensorError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RecursionError,
-    ) as error:
-        if isinstance(error, MemoryFileError):
-            raise
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise MemoryFileError(f"{path} could not be read: {type(error).__name__}: {error}.") from error
     return header, groups
+
+
+@contextmanager
+def well_formed(path: str | os.PathLike[str]) -> Iterator[None]:
+    """While open, a header or tensors that are not as they should be are the file's fault."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise MemoryFileError(f"{path} is not as memsyn writes it: {type(error).__name__}: {error}.") from error
+
+
+def _read_tensors(path: Path, names: Mapping[str, Sequence[str]]) -> Groups:
+    """The tensors of a file by group, in the order of `names`, all of them and no others."""
+    groups: Groups = {group: {} for group in names}
+    with safe_open(path, framework="pt") as tensors:
+        if {f"{group}/{name}" for group in names for name in names[group]} != set(tensors.keys()):
+            raise MemoryFileError(f"{path}: its tensors are not those that its metadata names.")
+        for group in names:
+            for name in names[group]:
+                key = f"{group}/{name}"
+                groups[group][name] = _checked(path, key, tensors.get_tensor(key))
+    return groups
 
 
 def _read_header(path: Path, file: BinaryIO) -> dict[str, Any]:
@@ -170,7 +180,7 @@ def _checked(path: Path, key: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _seal(path: str) -> None:
+def _seal(path: Path) -> None:
     """Put the checksum in its place, and the bytes on the disk."""
     with open(path, "r+b") as file:
         checksum = _checksum(file, _BLANK)

@@ -1,0 +1,191 @@
+"""The command: what it prints, writes and exits with."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from memsyn import Importance, Memory, measure
+from memsyn.bench import runner
+from memsyn.bench.sequences import SEQUENCES
+from memsyn.cli import app
+from tests import tiny
+
+QUICK = ["--size", "8", "--epochs", "1", "--batch-size", "6", "--seeds", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _tiny_sequence(monkeypatch):
+    monkeypatch.setitem(SEQUENCES, "tiny", tiny.SEQUENCE)
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result
+
+
+def test_version():
+    assert call("--version").output == "memsyn 0.1.0\n"
+
+
+def test_list_names_sequences_and_methods():
+    assert [line.split()[0] for line in call("bench", "list").output.splitlines()] == [
+        "Sequences", "emoji8", "tiny", "Methods", "finetune", "mas"
+    ]  # fmt: skip
+
+
+def test_no_option_comes_or_goes_unnoticed():
+    commands = typer.main.get_command(app).commands
+    surface = {
+        name: [option for parameter in command.params for option in parameter.opts]
+        for name, command in {**commands["bench"].commands, "inspect": commands["inspect"]}.items()
+    }
+    assert surface == {
+        "list": [],
+        "run": [
+            "sequence", "--methods", "--seeds", "--size", "--epochs", "--batch-size", "--lr", "--strength", "--out"
+        ],
+        "inspect": ["path"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "example"),
+    [
+        (["bench", "run"], "memsyn bench run emoji8 --methods finetune,mas --seeds 3"),
+        (["inspect"], "memsyn inspect runs/demo/mas-seed0.memsyn.safetensors"),
+    ],
+)
+def test_help_gives_an_example(command, example):
+    assert example in " ".join(call(*command, "--help").output.replace("│", " ").split())
+
+
+def test_a_run_prints_rows_and_a_table_and_fills_its_folder(tmp_path):
+    out = tmp_path / "out"
+    output = call("bench", "run", "tiny", *QUICK, "--out", out).output
+    for method in ("finetune", "mas"):
+        for task in (1, 2, 3):
+            assert f"{method}, seed 0, after {task}/3 noise {task}" in output
+    assert "Average accuracy (%)" in output
+    assert {path.name for path in out.iterdir()} == {
+        "results.jsonl", "table.md", "accuracy.png", "mas-seed0.memsyn.safetensors"
+    }  # fmt: skip
+    cells = [line.strip("| \n").split(" | ") for line in (out / "table.md").read_text().splitlines()[4:6]]
+    assert [row[0] for row in cells] == ["finetune", "mas"]
+    assert all(cell in output for row in cells for cell in row)
+    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_folder_is_named_after_the_sequence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "are in runs/tiny." in call("bench", "run", "tiny", *QUICK, "--methods", "finetune").output
+    assert (tmp_path / "runs" / "tiny" / "table.md").exists()
+
+
+def test_ctrl_c_says_how_to_continue_and_the_same_command_does(tmp_path, monkeypatch):
+    command = ["bench", "run", "tiny", *QUICK, "--out", str(tmp_path / "a run")]
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/memsyn", *command])
+    train, calls = runner.train, []
+
+    def pressed(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > 4:
+            raise KeyboardInterrupt
+        return train(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "train", pressed)
+        stopped = call(*command, code=130)
+    assert stopped.stderr.splitlines()[-1] == (
+        "stopped; the same command continues: memsyn bench run tiny --size 8 --epochs 1 --batch-size 6 --seeds 1 "
+        f"--out '{tmp_path / 'a run'}'"
+    )
+    assert not (tmp_path / "a run" / "table.md").exists()
+    assert "mas, seed 0: continues after task 1 of 3" in call(*command).output
+    again = call(*command).output
+    assert "after" not in again.split("Average")[0]
+    assert "mas" in again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mnist"], "error: the sequence must be one of emoji8, tiny; got 'mnist'."),
+        (["tiny", *QUICK, "--methods", "x"], "error: methods must be of finetune, mas, with commas between; got 'x'."),
+        (["tiny", "--size", "8", "--lr", "0"], "error: lr must be finite and above 0, got 0.0."),
+        (["tiny"], "error: size must be one of 8; got 32."),
+    ],
+)  # fmt: skip
+def test_an_error_of_ours_is_one_line(tmp_path, arguments, message):
+    result = call("bench", "run", *arguments, "--out", tmp_path / "out", code=1)
+    assert result.stderr == message + "\n"
+    assert result.stdout == ""
+
+
+def test_other_settings_in_the_folder_are_an_error(tmp_path):
+    call("bench", "run", "tiny", *QUICK, "--methods", "finetune", "--out", tmp_path)
+    result = call("bench", "run", "tiny", *QUICK, "--lr", "0.5", "--out", tmp_path, code=1)
+    assert "holds results of other settings: lr is 0.003 there and 0.5 here. Use another --out" in result.stderr
+
+
+@pytest.fixture
+def linear():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(1, 1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    return model, measure(model, [torch.tensor([[1.0, 2.0]])], progress=False)
+
+
+def test_inspect_a_memory(linear, tmp_path):
+    # The output is 4: |d y^2| is 8 (1, 2) for the first layer, 8 * 3 and 8 for the second one's weight and bias.
+    model, importance = linear
+    Memory.empty().consolidate(model, importance).consolidate(model, importance, rule="ema").save(tmp_path / "m")
+    output = call("inspect", tmp_path / "m").output
+    assert "Memory of 2 samples" in output
+    rows = [[cell.strip() for cell in line.strip("│┃").split("│")] for line in output.splitlines() if "│" in line]
+    assert ["0", "2", "42.9%", "12", "16", "66.7%"] in rows
+    assert ["1", "2", "57.1%", "16", "24", "75.0%"] in rows
+    assert ["all", "4", "100.0%", "", "", ""] in rows
+    assert [row[1:3] for row in rows[-2:]] == [["1", "sum"], ["1", "ema, decay 0.5"]]
+
+
+def test_inspect_an_importance(linear, tmp_path):
+    importance = linear[1]
+    Importance(importance.sums, 1).save(tmp_path / "i")
+    output = call("inspect", tmp_path / "i").output
+    assert "Importance over 1 sample\n" in output.replace(" \n", "\n").replace("  ", "")
+    assert "42.9%" in output
+    assert f"abs of {importance.objective}" in output
+
+
+def test_inspect_names_what_is_wrong(tmp_path):
+    result = call("inspect", tmp_path / "none", code=1)
+    assert result.stderr == f"error: {tmp_path / 'none'} does not exist.\n"
+    (tmp_path / "text").write_text("not a memory at all")
+    assert "was not written by memsyn" in call("inspect", tmp_path / "text", code=1).stderr
+
+
+@pytest.mark.parametrize("package", ["typer", "rich", "PIL", "matplotlib"])
+def test_without_the_extra_the_command_says_what_to_install(package):
+    code = f"import sys; sys.modules[{package!r}] = None; import memsyn.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"the memsyn command needs {package}: pip install 'memsyn[bench]'\n"
+
+
+def test_emoji8_itself_in_little(tmp_path, monkeypatch):
+    emoji8 = SEQUENCES["emoji8"]
+    monkeypatch.setitem(SEQUENCES, "emoji8", replace(emoji8, load=lambda size: emoji8.load(size)[:2]))
+    output = call(
+        "bench", "run", "emoji8", "--methods", "mas", "--seeds", "1", "--epochs", "1", "--out", tmp_path
+    ).output
+    last = next(line for line in output.splitlines() if "after 2/2 Animals & Nature" in line)
+    assert all(float(value) > 10 for value in last.split()[-2:])  # of 40 objects: chance is 2.5%
+    assert "heads.1" in call("inspect", tmp_path / "mas-seed0.memsyn.safetensors").output

@@ -119,11 +119,13 @@ def test_a_checkpoint_brings_weights_and_memory_back(model, checkpoint):
         assert torch.equal(parameter, other.state_dict()[name])
         assert torch.equal(memory.importance[name], loaded.importance[name])
         assert torch.equal(memory.anchor[name], loaded.anchor[name])
+    assert (loaded.history, loaded.counts) == (memory.history, memory.counts)
 
 
 def test_without_a_checkpoint_nothing_is_learned_yet(model, tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert load_checkpoint(tmp_path / "none", model, fingerprint="abc") == (Memory.empty(), 0)
+    memory, num_tasks = load_checkpoint(tmp_path / "none", model, fingerprint="abc")
+    assert (memory.importance, memory.history, num_tasks) == ({}, (), 0)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

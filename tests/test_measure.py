@@ -385,6 +385,11 @@ def _scaled_by_the_largest(m: nn.Module, x: Tensor) -> Tensor:
     return y / y.detach().abs().max()
 
 
+def _same_value_other_gradient(m: nn.Module, x: Tensor) -> Tensor:
+    y = m.a(x)
+    return y * (1 + y.mean() - y.mean().detach())
+
+
 def _by_closure() -> nn.Module:
     """A module whose forward reaches its own layers by a closure, which a clone does not follow."""
     layer = nn.Linear(4, 3)
@@ -411,13 +416,13 @@ BAD: dict[str, tuple[Any, Any, Any, str]] = {
         lambda: Lambda(lambda m, x: m.a(x).mean(), a=nn.Linear(4, 3)),
         [GOOD],
         memsyn.OutputError,
-        r"first dimension must be the samples; 4 went in, and the output has shape \(\)\. A mean loss",
+        r"first dimension must be the samples; for 2 samples its shape is \(\)\. A mean loss",
     ),
     "batch mean": (
         lambda: Lambda(lambda m, x: m.a(x).mean(0), a=nn.Linear(4, 3)),
         [GOOD],
         memsyn.OutputError,
-        r"output has shape \(3,\)",
+        r"its shape is \(3,\)",
     ),
     "no gradient": (
         lambda: Lambda(lambda m, x: m.a(x).detach(), a=nn.Linear(4, 3)),
@@ -488,11 +493,17 @@ BAD: dict[str, tuple[Any, Any, Any, str]] = {
         memsyn.SamplesInteractError,
         "the objective of sample",
     ),
+    "dependence in the gradient alone": (
+        lambda: Lambda(_same_value_other_gradient, a=nn.Linear(4, 3)),
+        [normal(4)(6, torch.float32)],
+        memsyn.SamplesInteractError,
+        "the gradient of a.weight changes with the other samples",
+    ),
     "time first in the output, as many steps as samples": (
         lambda: Lambda(lambda m, x: m.a(x).transpose(0, 1), a=nn.Linear(3, 2)),
         [normal(4, 3)(4, torch.float32)],
         memsyn.OutputError,
-        "1 went in, and the output has shape",
+        r"for 2 samples its shape is \(4, 2, 2\)",
     ),
     "normalised output": (
         lambda: Lambda(lambda m, x: F.normalize(m.a(x), dim=1), a=nn.Linear(4, 3)),
@@ -680,6 +691,29 @@ def test_a_model_that_insists_on_its_precision_is_guarded_in_it() -> None:
     batch = normal(4)(6, torch.float32)
     found, expected = (memsyn.measure(m, [batch], progress=False).sums.values() for m in (model, model.a))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_loader_over_a_stream_has_no_length() -> None:
+    class Stream(torch.utils.data.IterableDataset[Tensor]):
+        def __iter__(self) -> Any:
+            yield from GOOD
+
+    found = memsyn.measure(mlp(), torch.utils.data.DataLoader(Stream(), batch_size=4), progress=False)
+    assert found.num_samples == 6
+
+
+def test_a_layer_under_no_grad_has_no_importance() -> None:
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = m.a(x)
+        return m.b(x)
+
+    model = Lambda(run, a=nn.Linear(4, 4), b=nn.Linear(4, 3)).double()
+    batch = normal(4)(6, torch.float64)
+    found = memsyn.measure(model, [batch], progress=False).mean()
+    expected = reference.importance(model, batch, 6, lambda m, x, k: m(x[k : k + 1]))
+    assert not found["a.weight"].any()
+    assert max(reference.errors(found, expected).values()) <= 1e-9
 
 
 def test_a_mapping_that_is_no_dict_stays_what_it_is() -> None:

@@ -72,7 +72,7 @@ def test_mas_holds_the_weights_back_and_finetune_does_not():
     start = tiny.build(tasks, torch.Generator().manual_seed(0))
     memory = METHODS["mas"].end(start, tasks[0], 0, Memory.empty())
     assert memory.num_samples == 12
-    assert METHODS["finetune"].end(start, tasks[0], 0, Memory.empty()) == Memory.empty()
+    assert METHODS["finetune"].end(start, tasks[0], 0, Memory.empty()).importance == {}
     free, held = (train_tiny(method, memory, index=1, strength=1e3) for method in ("finetune", "mas"))
     assert free[1].penalty == 0.0
     omega = memory.importance["body.layers.0.weight"]

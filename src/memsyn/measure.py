@@ -122,6 +122,7 @@ class _Run:
         self.unproven: set[str] = set()
         self.num_guarded = 0
         self.shadow: nn.Module | None = None
+        self.layers: dict[nn.Module, dict[str, str]] = {}
 
     @property
     def num_slow(self) -> int:
@@ -138,9 +139,8 @@ class _Run:
             self._guard(inputs, size, index)
         assert self.shadow is not None
         scores = partial(self._scores, self.shadow, index)
-        layers = layers_by_rule(self.shadow, self.routes)
-        passed = add_by_rules(self.sums, layers, scores, inputs, absolute, trusted=self.trusted)
-        self.routes.update(dict.fromkeys(passed.refused, BY_SAMPLE))
+        passed = add_by_rules(self.sums, self.layers, scores, inputs, absolute, trusted=self.trusted)
+        self._slow_down(passed.refused)
         slow = {name for name, route in self.routes.items() if route == BY_SAMPLE}
         if slow:
             alone = {name: p for name, p in named_parameters(self.shadow).items() if name in slow}
@@ -162,10 +162,17 @@ class _Run:
 
         verdict = guard.check(self.original, self.routes, run, few)
         self.trusted, self.unproven = verdict.trusted, verdict.unproven
-        self.routes.update(dict.fromkeys(verdict.failed, BY_SAMPLE))
         self.num_guarded = 2 if size is None else size
         if self.shadow is None:
             self.shadow = shadow(self.original, private=verdict.written)
+            self.layers = layers_by_rule(self.shadow, self.routes)
+        self._slow_down(verdict.failed)
+
+    def _slow_down(self, names: set[str]) -> None:
+        if names:
+            assert self.shadow is not None
+            self.routes.update(dict.fromkeys(names, BY_SAMPLE))
+            self.layers = layers_by_rule(self.shadow, self.routes)
 
     def _scores(self, model: nn.Module, batch_index: int, inputs: Any, first_sample: int = 0) -> Tensor:
         try:

@@ -30,8 +30,8 @@ Magnitude = Callable[[Tensor], Tensor]
 Rule = Callable[[nn.Module, Sequence[Use], Magnitude], Tensor]
 """(layer, uses, f) -> sum_k f(g_k), of the parameter's shape, where g_k is the sum over all uses."""
 
-NUM_PRODUCTS = 2**18
-"""Per-sample products made at once, in numbers: 1 MiB of float32, so that a core's cache keeps them."""
+NUM_PRODUCTS = 2**21
+"""Per-sample products made at once, in numbers: 8 MiB of float32."""
 
 NUM_INPUTS = 2**19
 """Inputs and gradients read at once for that, in numbers."""
@@ -85,7 +85,7 @@ def outer_products(
             for row in range(0, rows, height):
                 block = slice(row, row + height)
                 products = magnitude(_token_products(left[..., block], right, buffer))
-                total[:, block] += products[0] if len(products) == 1 else products.sum(0)
+                total[:, block].add_(products[0] if len(products) == 1 else products.sum(0))
     return totals
 
 

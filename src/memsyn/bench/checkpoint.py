@@ -27,6 +27,7 @@ def save_checkpoint(path: Path, model: nn.Module, memory: Memory, *, num_tasks: 
         "num_tasks": num_tasks,
         "fingerprint": fingerprint,
         "history": [asdict(entry) for entry in memory.history],
+        "counts": memory.counts,
     }
     write(
         path,
@@ -50,4 +51,4 @@ def load_checkpoint(path: Path, model: nn.Module, *, fingerprint: str) -> tuple[
         raise MemsynError(f"{path} is of other settings. Use another --out, or remove the folder.")
     model.load_state_dict(groups["model"])
     history = tuple(Consolidation(**entry) for entry in header["history"])
-    return Memory(groups["anchor"], groups["importance"], history), header["num_tasks"]
+    return Memory(groups["anchor"], groups["importance"], history, header["counts"]), header["num_tasks"]

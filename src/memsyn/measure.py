@@ -161,8 +161,12 @@ class _Run:
             return self._scores(model, index, batch, first_sample)
 
         verdict = guard.check(self.original, self.routes, run, few)
-        self.trusted, self.unproven = verdict.trusted, verdict.unproven
-        self.num_guarded = 2 if size is None else size
+        if self.num_guarded < 2:
+            self.trusted, self.unproven = verdict.trusted, verdict.unproven
+        else:
+            self.trusted = (self.trusted | verdict.trusted) - verdict.failed
+            self.unproven &= verdict.unproven | (self.trusted - verdict.trusted)
+        self.num_guarded = max(self.num_guarded, 2 if size is None else size)
         if self.shadow is None:
             self.shadow = shadow(self.original, private=verdict.written)
             self.layers = layers_by_rule(self.shadow, self.routes)

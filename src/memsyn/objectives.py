@@ -57,9 +57,9 @@ def squared_norm(output: Tensor, *, num_samples: int | None, batch_index: int, f
     """
     if output.ndim == 0 or (num_samples is not None and output.shape[0] != num_samples):
         raise OutputError(
-            f"batch {batch_index}: the output's first dimension must be the samples; for {num_samples or 'some'} samples "
-            f"its shape is {tuple(output.shape)}. A mean loss will not do: importance is taken per sample. Return the raw "
-            "outputs, or pick them with forward=lambda model, batch: ..."
+            f"batch {batch_index}: the output's first dimension must be the samples; for {num_samples or 'some'} "
+            f"samples its shape is {tuple(output.shape)}. A mean loss will not do: importance is taken per sample. "
+            "Return the raw outputs, or pick them with forward=lambda model, batch: ..."
         )
     if not output.is_floating_point():
         raise OutputError(

@@ -303,8 +303,9 @@ def test_max_samples_cuts_the_last_batch_and_reads_no_further() -> None:
     expected = memsyn.measure(model, [batch[:3]], progress=False)
     assert (found.num_samples, read) == (3, [2, 2])
     assert max(reference.errors(found.mean(), expected.mean()).values()) <= 1e-12
-    with pytest.raises(memsyn.OptionError, match="max_samples must be at least 1, got 0"):
-        memsyn.measure(model, [batch], max_samples=0)
+    for wrong in (0, 2.5, "3"):
+        with pytest.raises(memsyn.OptionError, match=f"max_samples must be a whole number, at least 1; got {wrong!r}"):
+            memsyn.measure(model, [batch], max_samples=wrong)
     with pytest.raises(memsyn.BatchError, match="max_samples needs batches made of tensors"):
         memsyn.measure(model, [["a"]], max_samples=2, forward=lambda m, b: m(batch), progress=False)
 
@@ -635,6 +636,52 @@ def test_a_rule_that_only_zeros_have_vouched_for_is_checked_again() -> None:
         found = memsyn.measure(model, [data[:4], data[4:]], progress=False)
     expected = reference.importance(model, data, 10, lambda m, x, k: m(x[k : k + 1]))
     assert max(reference.errors(found.mean(), expected).values()) <= 1e-9
+
+
+def test_a_rule_that_the_first_samples_say_nothing_of_is_checked_on_others() -> None:
+    model = Lambda(lambda m, x: m.a(x) + F.linear(torch.tanh(x), m.a.weight), a=nn.Linear(4, 4, bias=False)).double()
+    data = torch.cat([torch.zeros(4, 4, dtype=torch.float64), normal(4)(6, torch.float64)])
+    with pytest.warns(memsyn.SlowParametersWarning):
+        found = memsyn.measure(model, [data], progress=False)
+    expected = reference.importance(model, data, 10, lambda m, x, k: m(x[k : k + 1]))
+    assert max(reference.errors(found.mean(), expected).values()) <= 1e-9
+
+
+def test_a_weight_without_any_gradient_is_zero_and_measuring_goes_on() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2, bias=False))
+    nn.init.zeros_(model[1].weight)  # as adapters start
+    found = memsyn.measure(model, [GOOD] * 5, progress=False)
+    assert not any(total.any() for total in found.sums.values())
+    assert found.num_samples == 30
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_model_that_changes_its_input_in_place(slow: bool) -> None:
+    layer = nn.Linear(4, 3).double()
+    model = Lambda(lambda m, x: m.a(x.mul_(2).add_(m.p)), a=layer, p=nn.Parameter(torch.ones(4).double()))
+    model.p.requires_grad_(slow)
+    batch = normal(4)(6, torch.float64)
+    expected = reference.importance(model, batch, 6, lambda m, x, k: m(x[k : k + 1].clone()))
+    with pytest.warns(memsyn.SlowParametersWarning) if slow else contextlib.nullcontext():
+        found = memsyn.measure(model, [batch], progress=False)
+    assert max(reference.errors(found.mean(), expected).values()) <= 1e-9
+
+
+def test_checkpoints() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    def model(reentrant: bool) -> nn.Module:
+        def run(m: nn.Module, x: Tensor) -> Tensor:
+            return m.c(checkpoint(m.b, torch.tanh(m.a(x)), use_reentrant=reentrant))
+
+        return Lambda(run, a=nn.Linear(4, 5), b=nn.Linear(5, 5), c=nn.Linear(5, 3)).double()
+
+    batch = normal(4)(6, torch.float64)
+    found = memsyn.measure(subject := model(False), [batch], progress=False)
+    expected = reference.importance(subject, batch, 6, lambda m, x, k: m(x[k : k + 1]))
+    assert max(reference.errors(found.mean(), expected).values()) <= 1e-9
+    with pytest.raises(memsyn.ModelError, match=r"reentrant checkpoints.*use_reentrant=False"):
+        memsyn.measure(model(True), [batch], progress=False)
 
 
 def test_small_gradients_are_guarded_as_closely_in_half_precision() -> None:

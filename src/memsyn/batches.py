@@ -79,6 +79,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return map_tensors(batch, move)
 
 
+def copied(batch: Any) -> Any:
+    """The batch with tensors of its own."""
+    return map_tensors(batch, torch.clone)
+
+
 def num_samples(batch: Any) -> int | None:
     """The size of the first dimension of the batch's first tensor; None if it holds no such tensor."""
     sizes: list[int] = []

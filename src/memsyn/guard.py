@@ -5,14 +5,14 @@ to any importance, nor leave anything on the user's model.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memsyn.batches import map_tensors, num_samples
+from memsyn.batches import map_tensors, num_samples, take
 from memsyn.errors import BatchError, ModelError, OutputError
 from memsyn.parameters import named_parameters, trainable_parameters
 from memsyn.routes import (
@@ -50,6 +50,16 @@ class Verdict:
     """Their rule does not hold."""
     written: set[str]
     """The forward pass writes to them."""
+
+
+def choices(batch: Any) -> Iterator[Any]:
+    """Samples to look at, from the start, the end and the middle of a batch: the next when the last were not enough."""
+    total = num_samples(batch)
+    if total is None:
+        yield batch
+        return
+    for start in dict.fromkeys((0, max(0, total - NUM_SAMPLES), total // 2)):
+        yield take(batch, start, start + NUM_SAMPLES)
 
 
 def check(
@@ -152,6 +162,7 @@ def _double(tensor: Tensor) -> Tensor:
 def _check_dependence(values: Tensor, own: Iterable[nn.Parameter]) -> None:
     """The objective must depend on the clone it was asked of, and not on the user's model."""
     if values.requires_grad:
+        _check_graph(values)
         strays = torch.autograd.grad(values.sum(), list(own), retain_graph=True, allow_unused=True)
         if any(stray is not None for stray in strays):
             raise ModelError(
@@ -164,6 +175,22 @@ def _check_dependence(values: Tensor, own: Iterable[nn.Parameter]) -> None:
             "the model's output has no gradient with respect to any trainable parameter. Does its forward run "
             "under torch.no_grad(), detach the output, or skip the trainable part?"
         )
+
+
+def _check_graph(values: Tensor) -> None:
+    """Reentrant checkpoints hide their parameters from autograd.grad."""
+    seen, nodes = set(), [values.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            raise ModelError(
+                "the forward pass uses reentrant checkpoints, whose parameters cannot be measured: call "
+                "torch.utils.checkpoint with use_reentrant=False."
+            )
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
 
 
 def _check_not_constant(values: Tensor, parameters: Mapping[str, nn.Parameter], gradients: Sums) -> None:

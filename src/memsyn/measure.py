@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from memsyn import guard
-from memsyn.batches import call, check_iterable, first_samples, model_input, num_samples, take, to_device
+from memsyn.batches import call, check_iterable, copied, first_samples, model_input, num_samples, to_device
 from memsyn.errors import BatchError, MemsynError, ModelError, OptionError, SlowParametersWarning
 from memsyn.importance import Importance
 from memsyn.objectives import output_tensor, squared_norm
@@ -81,8 +81,8 @@ def measure(
         [[3.0, 6.0]]
     """
     check_iterable(batches)
-    if max_samples is not None and max_samples < 1:
-        raise OptionError(f"max_samples must be at least 1, got {max_samples}.")
+    if max_samples is not None and (not isinstance(max_samples, int) or max_samples < 1):
+        raise OptionError(f"max_samples must be a whole number, at least 1; got {max_samples!r}.")
     check_measurable(model)
     trainable = trainable_parameters(model)
     if not trainable:
@@ -136,7 +136,10 @@ class _Run:
         inputs = to_device(inputs, self.device)
         known = {name for name, route in self.routes.items() if route == BY_SAMPLE and self.num_guarded}
         if self._should_guard(size, index):
-            self._guard(inputs, size, index)
+            for few in guard.choices(inputs):
+                self._guard(few, index)
+                if not self.unproven:
+                    break
         assert self.shadow is not None
         scores = partial(self._scores, self.shadow, index)
         passed = add_by_rules(self.sums, self.layers, scores, inputs, absolute, trusted=self.trusted)
@@ -154,13 +157,11 @@ class _Run:
             return self.num_guarded == 0 or size != 1
         return bool(self.unproven) and index & (index - 1) == 0
 
-    def _guard(self, inputs: Any, size: int | None, index: int) -> None:
-        few = inputs if size is None else take(inputs, 0, guard.NUM_SAMPLES)
-
+    def _guard(self, few: Any, index: int) -> None:
         def run(model: nn.Module, batch: Any, first_sample: int) -> Tensor:
             return self._scores(model, index, batch, first_sample)
 
-        verdict = guard.check(self.original, self.routes, run, few)
+        verdict, size = guard.check(self.original, self.routes, run, few), num_samples(few)
         if self.num_guarded < 2:
             self.trusted, self.unproven = verdict.trusted, verdict.unproven
         else:
@@ -179,6 +180,8 @@ class _Run:
             self.layers = layers_by_rule(self.shadow, self.routes)
 
     def _scores(self, model: nn.Module, batch_index: int, inputs: Any, first_sample: int = 0) -> Tensor:
+        if self.num_slow or model is not self.shadow:
+            inputs = copied(inputs)  # it will be read again, and the forward pass may change it in place
         try:
             output = self.forward(model, inputs)
         except MemsynError:

@@ -26,7 +26,8 @@ def penalty(model: nn.Module, memory: Memory) -> Tensor:
     Example:
         >>> import torch, memsyn
         >>> model = torch.nn.Linear(1, 1, bias=False)
-        >>> memory = memsyn.Memory({"weight": model.weight.detach() - 2}, {"weight": torch.full((1, 1), 3.0)})
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> memory = memsyn.Memory({"weight": torch.full((1, 1), -1.0)}, {"weight": torch.full((1, 1), 3.0)})
         >>> memsyn.penalty(model, memory)  # 3 * 2^2
         tensor(12., grad_fn=<SumBackward0>)
     """

@@ -768,6 +768,19 @@ def test_a_mapping_that_is_no_dict_stays_what_it_is() -> None:
     assert found.num_samples == 6
 
 
+def test_batches_without_tensors_are_read_by_forward() -> None:
+    codes = {"red": [1.0, 0.0, 0.0, 1.0], "green": [0.0, 2.0, 0.0, 1.0], "blue": [0.0, 0.0, 3.0, 1.0]}
+
+    def run(m: nn.Module, words: list[str]) -> Tensor:
+        return m(torch.tensor([codes[word] for word in words]))
+
+    model = mlp()
+    found = memsyn.measure(model, [["red", "green"], ["blue"]], forward=run, progress=False)
+    expected = memsyn.measure(model, [torch.tensor(list(codes.values()))], progress=False)
+    assert found.num_samples == 3
+    assert max(reference.errors(found.mean(), expected.mean()).values()) <= 1e-5
+
+
 def test_slow_parameters_need_batches_that_can_be_cut() -> None:
     model = nn.LSTM(4, 3, batch_first=True)
     texts = {"short": torch.randn(2, 5, 4)}

@@ -15,6 +15,7 @@ FLOORS = [
     "objectives",
     "batches",
     "shadow",
+    "products",
     "rules",
     "routes",
     "guard",

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from memsyn.batches import samples
 from memsyn.errors import BatchError, ModelError, OutputError, SamplesInteractError
 from memsyn.parameters import named_parameters
-from memsyn.rules import RULES, Magnitude, Use, num_batched_dims
+from memsyn.products import Magnitude
+from memsyn.rules import RULES, Use, num_batched_dims
 
 BY_RULE: Final = "rule"
 BY_SAMPLE: Final = "one sample at a time"

@@ -1,10 +1,10 @@
 """What a batch is: reading it as model input, moving it, counting and picking its samples.
 
-Owns everything that looks inside a batch. Must not look at targets.
+Owns everything that looks inside a batch.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,23 @@ def model_input(batch: object) -> object:
     )
 
 
+def labels_of(batch: object) -> Tensor | None:
+    """A batch's labels: the second of a tuple or list, or what a mapping has under 'labels' or 'label'."""
+    if isinstance(batch, Mapping):
+        found = batch.get("labels", batch.get("label"))
+    else:
+        found = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+    return found if isinstance(found, Tensor) else None
+
+
+class Given(NamedTuple):
+    """A batch as it is measured."""
+
+    inputs: Any
+    """What the forward pass takes."""
+    labels: Tensor | None = None
+
+
 def call(model: nn.Module, inputs: object) -> object:
     """Run the model: a mapping as keyword arguments, a tensor as the only argument."""
     return model(**inputs) if isinstance(inputs, dict) else model(inputs)
@@ -84,16 +101,21 @@ def copied(batch: Any) -> Any:
     return map_tensors(batch, torch.clone)
 
 
-def num_samples(batch: Any) -> int | None:
-    """The size of the first dimension of the batch's first tensor; None if it holds no such tensor."""
-    sizes: list[int] = []
+def tensors(batch: Any) -> list[Tensor]:
+    """The tensors in a batch, in order."""
+    found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
-        sizes.extend(tensor.shape[:1])
+        found.append(tensor)
         return tensor
 
     map_tensors(batch, note)
-    return sizes[0] if sizes else None
+    return found
+
+
+def num_samples(batch: Any) -> int | None:
+    """The size of the first dimension of the batch's first tensor; None if it holds no such tensor."""
+    return next((tensor.shape[0] for tensor in tensors(batch) if tensor.ndim), None)
 
 
 def take(batch: Any, start: int, stop: int) -> Any:

@@ -6,30 +6,35 @@ to any importance, nor leave anything on the user's model.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memsyn.batches import map_tensors, num_samples, take
+from memsyn.batches import map_tensors, num_samples, take, tensors
 from memsyn.errors import BatchError, ModelError, OutputError
 from memsyn.parameters import named_parameters, trainable_parameters
 from memsyn.routes import (
+    BY_OPERATION,
     BY_RULE,
+    BY_SAMPLE,
     TOLERANCE,
+    UNUSED,
     Sums,
-    add_by_rules,
-    add_by_samples,
-    check_finite,
+    add_by_operation,
+    add_by_rule,
+    backward_to_activations,
+    check_same_alone,
     gradients,
-    layers_by_rule,
-    requiring_grad,
+    refuse_broken,
     samples_interact,
+    score_alone,
     wide_dtype,
 )
-from memsyn.rules import signed
+from memsyn.rules import Axis, NoRuleError, signed
 from memsyn.shadow import shadow
+from memsyn.tracer import Call, Group, Observer, Path, Recorder, Split, compare, guess, path_of
 
 NUM_SAMPLES = 2
 """Enough to tell samples apart, and half the cost of four."""
@@ -37,19 +42,22 @@ NUM_SAMPLES = 2
 FLOAT32 = math.sqrt(torch.finfo(torch.float32).eps)
 """What parts of a model that insist on float32 may differ by, in and out of company."""
 
+Run = Callable[[nn.Module, Any, int], Tensor]
+"""(model, batch, place of the first sample) -> (B, R), the objectives of each sample."""
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the guard saw, as sets of parameters."""
+    """What the guard saw."""
 
-    trusted: set[str]
-    """Their rule holds: it gave autograd's gradient."""
+    routes: dict[str, str]
+    """Parameter -> the best route that gave autograd's gradient."""
+    splits: dict[Path, Split | None]
+    """What the operations at each path do with samples."""
     unproven: set[str]
-    """Trusted, but only because the gradient was zero on these samples."""
-    failed: set[str]
-    """Their rule does not hold."""
+    """Parameters whose gradient was zero on these samples: that their route gave zero says little."""
     written: set[str]
-    """The forward pass writes to them."""
+    """Parameters to which the forward pass writes."""
 
 
 def choices(batch: Any) -> Iterator[Any]:
@@ -62,23 +70,21 @@ def choices(batch: Any) -> Iterator[Any]:
         yield take(batch, start, start + NUM_SAMPLES)
 
 
-def check(
-    model: nn.Module, routes: Mapping[str, str], run: Callable[[nn.Module, Any, int], Tensor], batch: Any
-) -> Verdict:
-    """See which of the rules in `routes` hold for a few samples.
+def check(model: nn.Module, measured: Iterable[str], run: Run, batch: Any) -> Verdict:
+    """Find the best route for every parameter, and see that it holds for a few samples.
 
-    With sample weights w, the signed sum_k w_k g_k of each rule must equal autograd's gradient of sum_k w_k s_k. Since
-    the rules see the gradient of the unweighted sum, this fails wherever the samples are not where the rule looks for
-    them, where a weight is used outside its layer, and where samples interact. Weights are powers of two, so that they
-    change no rounding. Each sample's objective must also be the same alone as among others.
+    With sample weights w, the signed sum_k w_k g_k of each route must equal autograd's gradient of sum_k w_k s_k. Since
+    the routes see the gradient of the unweighted sum, this fails wherever the samples are not where they are looked
+    for, where a weight is used unseen, and where samples interact. Weights are powers of two: they change no rounding.
+    Each sample's objective must also be the same alone as among others.
 
     All this runs in float64 on a private clone, where rounding cannot be taken for an error; in the model's own
-    precision only if its forward pass insists on that.
+    precision only if its forward pass insists on that. No more than one parameter's gradients are held at a time.
 
     Args:
         model: the user's; it is not changed.
-        routes: parameter -> route, of all that is to be measured.
-        run: (model, batch, place of the first sample) -> the objective of each sample.
+        measured: the parameters to measure.
+        run: (model, batch, place of the first sample) -> the objectives of each sample.
         batch: a few samples.
 
     Raises:
@@ -87,11 +93,12 @@ def check(
         SamplesInteractError: the samples interact, or the forward pass draws random numbers.
     """
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    measured = list(measured)
     try:
         try:
-            return _check(model, _private(model, torch.float64), routes, run, map_tensors(batch, _double))
-        except BatchError:  # a forward pass with a precision of its own
-            return _check(model, _private(model, None), routes, run, batch)
+            return _Check(model, _private(model, torch.float64), measured, run).verdict(map_tensors(batch, _double))
+        except (BatchError, OutputError):  # a forward pass with a precision of its own
+            return _Check(model, _private(model, None), measured, run).verdict(batch)
     except ModelError:
         with torch.no_grad():
             for buffer, value in before:  # it may have been the user's own model that ran
@@ -100,50 +107,185 @@ def check(
         raise
 
 
-def _check(
-    model: nn.Module,
-    clone: nn.Module,
-    routes: Mapping[str, str],
-    run: Callable[[nn.Module, Any, int], Tensor],
-    batch: Any,
-) -> Verdict:
-    parameters = {name: p for name, p in named_parameters(clone).items() if name in routes}
-    precise = all(p.dtype == torch.float64 for p in parameters.values())
+@dataclass(eq=False)
+class _Check:
+    """One look at a few samples."""
 
-    def scores(batch: Any, first_sample: int = 0) -> Tensor:
-        return run(clone, batch, first_sample)
+    model: nn.Module
+    clone: nn.Module
+    measured: list[str]
+    run: Run
+    splits: dict[Path, Split | None] = field(default_factory=dict)
 
-    with requiring_grad(parameters.values()):
-        values = scores(batch)
-        _check_dependence(values, trainable_parameters(model).values())
-        weights = torch.tensor([1.0, 4.0, 2.0, 8.0]).repeat(len(values) // 4 + 1)[: len(values)].to(values)
-        expected = gradients((weights * values).sum(), parameters)
-    check_finite(expected)
-    if precise:
-        _check_not_constant(values, parameters, expected)
-    ruled = {name for name, route in routes.items() if route == BY_RULE}
-    found = {name: torch.zeros_like(grad, dtype=wide_dtype(grad)) for name, grad in expected.items()}
-    layers = layers_by_rule(clone, routes)
-    passed = add_by_rules(found, layers, scores, batch, signed, trusted=ruled, weights=weights)
-    failed = passed.refused | _differing({name: found[name] for name in ruled}, expected, exactly=precise)
-    slow = {name: p for name, p in parameters.items() if name in failed or name not in ruled}
-    if slow or num_samples(batch) is not None:
-        alone = {name: torch.zeros_like(found[name]) for name in slow}
-        tolerance = FLOAT32 if precise else TOLERANCE
-        add_by_samples(
-            alone, slow, scores, batch, signed, together=values.detach(), tolerance=tolerance, weights=weights
-        )
-        differing = _differing(alone, expected, exactly=False)
+    def __post_init__(self) -> None:
+        own = named_parameters(self.clone)
+        self.parameters = {name: own[name].requires_grad_() for name in self.measured}
+        self.precise = all(p.dtype == torch.float64 for p in self.parameters.values())
+
+    def scores(self, batch: Any, first_sample: int = 0) -> Tensor:
+        return self.run(self.clone, batch, first_sample)
+
+    def verdict(self, batch: Any) -> Verdict:
+        observer = Observer(self.parameters, tensors(batch))
+        with observer:
+            values = self.scores(batch)
+        _check_dependence(values.sum(1), trainable_parameters(self.model).values())
+        groups: list[Group] = []
+        alone: Tensor | None = None
+        if len(values) > 1:
+            if num_samples(batch) is None:
+                self.splits = guess(observer, len(values))
+            else:
+                alone = self._compare_with_one(observer, take(batch, 0, 1))
+            recorder = Recorder(self.parameters, self.splits, groups.append)
+            with recorder, torch.autograd.set_multithreading_enabled(False):
+                again = self.scores(batch)
+                backward_to_activations(recorder, again.sum(1, keepdim=True), self.parameters.values())
+        routes, unproven, slow = self._compare(values, groups)
+        if self.precise:
+            _check_not_constant(values, self.parameters, self.whole)
+        if alone is not None:
+            self._check_alone(batch, values, alone, slow)
+        own = named_parameters(self.model)
+        written = {
+            name
+            for name, parameter in named_parameters(self.clone).items()
+            if not torch.equal(parameter, own[name].detach().to(parameter.dtype))
+        }
+        return Verdict(routes, self.splits, unproven, written)
+
+    def _compare_with_one(self, observer: Observer, sample: Any) -> Tensor:
+        """Run one sample alone, to see what each operation does with samples."""
+        single = Observer(self.parameters, tensors(sample))
+        with single:
+            alone = score_alone(self.scores, sample, 0)
+        self.splits = compare(single, observer)
+        return alone
+
+    def _compare(self, values: Tensor, groups: list[Group]) -> tuple[dict[str, str], set[str], Sums]:
+        """Compare each group's routes with autograd as soon as its gradients are there.
+
+        Returns:
+            The routes found; the parameters whose gradient is zero; the gradients of those for which none was.
+        """
+        weights = _weights(values)
+        group_of = {name: group for group in groups for name in group.names & set(self.parameters)}
+        routes: dict[str, str] = {}
+        squares: dict[str, float] = {}
+        waiting: Sums = {}
+        broken: list[str] = []
+
+        def arrived(name: str, parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            expected = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+            parameter.grad = None
+            squares[name] = float(expected.norm()) ** 2
+            if not math.isfinite(squares[name]):
+                broken.append(name)
+            waiting[name] = expected
+            group = group_of.get(name)
+            if group is not None and (group.names & set(self.parameters)) <= waiting.keys():
+                route = self._route(group, waiting, weights, 0.0)
+                if route is not None:
+                    routes.update(dict.fromkeys(group.names & set(self.parameters), route))
+                    for done in group.names & set(self.parameters):
+                        del waiting[done]
+
+        hooks = []
+        for name, parameter in self.parameters.items():
+            hooks.append(parameter.register_post_accumulate_grad_hook(lambda p, name=name: arrived(name, p)))
+        try:
+            torch.autograd.backward((weights * values.sum(1)).sum(), inputs=list(self.parameters.values()))
+        except RuntimeError as error:
+            raise ModelError(f"autograd cannot differentiate the model, so it cannot be measured: {error}") from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        refuse_broken([name for name in self.parameters if name in broken])
+        self.whole = math.sqrt(sum(squares.values()))
+        for name in self.parameters.keys() - waiting.keys() - routes.keys():
+            waiting[name] = torch.zeros_like(self.parameters[name])
+        for name in [name for name in self.parameters if name in waiting]:  # zero up to rounding, or not ruled
+            group = group_of.get(name, Group(frozenset((name,))))
+            route = self._route(group, waiting, weights, self.whole) if name in waiting else None
+            for member in group.names & waiting.keys() if route is not None else ():
+                routes[member] = UNUSED if route == BY_RULE and not group.uses else route
+                del waiting[member]
+        routes.update(dict.fromkeys(waiting, BY_SAMPLE))
+        unproven = {name for name in routes if squares.get(name, 0.0) == 0.0 and routes[name] != BY_SAMPLE}
+        return routes, unproven, waiting
+
+    def _route(self, group: Group, expected: Sums, weights: Tensor, whole: float) -> str | None:
+        """The first route that gives a group's expected gradients, up to rounding relative to them or the `whole`."""
+        names = sorted(group.names & set(self.parameters))
+        original = list(group.uses)
+        for minor in (False, True):
+            uses = _with_minor(original, len(weights)) if minor else original
+            if uses is None:
+                break
+            group.uses = uses
+            for route in (BY_RULE, BY_OPERATION):
+                found = {name: torch.zeros_like(expected[name], dtype=wide_dtype(expected[name])) for name in names}
+                try:
+                    if route == BY_OPERATION:
+                        if uses:
+                            add_by_operation(found, self.parameters, group, len(weights), signed, weights=weights)
+                    elif len(group.names) == 1:
+                        own = self.parameters[names[0]]
+                        add_by_rule(found[names[0]], own, uses, len(weights), signed, weights=weights)
+                    else:
+                        continue
+                except NoRuleError:
+                    continue
+                if not any(_differs(found[name], expected[name], whole, exactly=self.precise) for name in names):
+                    if minor:
+                        self._note_minor(uses)
+                    return route
+        group.uses = original
+        return None
+
+    def _note_minor(self, uses: list[tuple[Call, str]]) -> None:
+        for call, place in uses:
+            self.splits[path_of(call.values[place], call.function, place)] = call.splits[place]
+
+    def _check_alone(self, batch: Any, values: Tensor, first: Tensor, slow: Sums) -> None:
+        """Each sample must give the same objective alone; and the gradients that no route gave."""
+        found = {name: torch.zeros_like(grad) for name, grad in slow.items()}
+        parameters = {name: self.parameters[name] for name in slow}
+        tolerance = FLOAT32 if self.precise else TOLERANCE
+        weights = _weights(values)
+        for k in range(len(values)):
+            value = first if k == 0 else score_alone(self.scores, take(batch, k, k + 1), k)
+            check_same_alone(value.detach(), values.detach(), k, tolerance)
+            for name, grad in gradients(value.sum(), parameters).items():
+                found[name] += weights[k] * grad
+        differing = sorted(name for name in found if _differs(found[name], slow[name], self.whole, exactly=False))
         if differing:
-            raise samples_interact(f"the gradient of {', '.join(sorted(differing)[:3])}")
-    trusted = (passed.used & ruled) - failed
-    own = named_parameters(model)
-    return Verdict(
-        trusted=trusted,
-        unproven={name for name in trusted if not bool(expected[name].any())},
-        failed=failed,
-        written={n for n, p in named_parameters(clone).items() if not torch.equal(p, own[n].detach().to(p.dtype))},
-    )
+            raise samples_interact(f"the gradient of {', '.join(differing[:3])}")
+
+
+def _weights(values: Tensor) -> Tensor:
+    """(B,), powers of two, unlike for neighbours."""
+    return torch.tensor([1.0, 4.0, 2.0, 8.0]).repeat(len(values) // 4 + 1)[: len(values)].to(values)
+
+
+def _with_minor(uses: list[tuple[Call, str]], num_samples: int) -> list[tuple[Call, str]] | None:
+    """The same uses, if some dimension holds more than samples, with neighbours in it from different samples."""
+
+    def turned(axis: Axis | None) -> Axis | None:
+        return None if axis is None else axis._replace(minor=True)
+
+    calls: dict[int, Call] = {}
+    folded = False
+    for call, _ in uses:
+        assert call.grad is not None
+        splits = {
+            place: Split(turned(split.out), {other: turned(axis) for other, axis in split.args.items()})
+            for place, split in call.splits.items()
+        }
+        folded = folded or any(s.out is not None and call.grad.shape[s.out.dim] != num_samples for s in splits.values())
+        calls.setdefault(id(call), replace(call, splits=splits))
+    return [(calls[id(call)], place) for call, place in uses] if folded else None
 
 
 def _private(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -193,31 +335,22 @@ def _check_graph(values: Tensor) -> None:
         nodes += [following for following, _ in node.next_functions]
 
 
-def _check_not_constant(values: Tensor, parameters: Mapping[str, nn.Parameter], gradients: Sums) -> None:
+def _check_not_constant(values: Tensor, parameters: Mapping[str, nn.Parameter], whole: float) -> None:
     """A squared norm that no weight can change has only rounding for a gradient."""
-    size = _norm(gradients.values()) * _norm(parameters.values())
-    if 0 < size < 1e-9 * float(values.detach().sum()):
+    size = whole * math.hypot(*(float(parameter.detach().norm()) for parameter in parameters.values()))
+    if 0 < size < 1e-9 * float(values.detach().abs().sum()):
         raise OutputError(
             "the squared norm of the output is the same whatever the weights are, as of outputs that were normalised, "
             "so it says nothing about their importance. Measure an earlier output: forward=lambda model, batch: ..."
         )
 
 
-def _norm(tensors: Iterable[Tensor]) -> float:
-    return math.hypot(*(float(tensor.detach().norm()) for tensor in tensors))
-
-
-def _differing(found: Sums, expected: Sums, *, exactly: bool) -> set[str]:
-    """The parameters whose error is beyond rounding: relative to their norm, or to a part of the model's."""
-    whole = _norm(expected.values())
-    differing = set()
-    for name, value in found.items():
-        reference = expected[name].to(value.dtype)
-        tolerance, floor = (1e-6, 1e-4) if exactly else (_rounding(expected[name]),) * 2
-        scale = max(_norm([reference]), floor * whole)  # a gradient of zero in exact arithmetic is only rounding
-        if not _norm([value - reference]) <= tolerance * scale:
-            differing.add(name)
-    return differing
+def _differs(found: Tensor, expected: Tensor, whole: float, *, exactly: bool) -> bool:
+    """Whether an error is beyond rounding: relative to the gradient's norm, or to a part of the model's."""
+    tolerance, floor = (1e-6, 1e-4) if exactly else (_rounding(expected),) * 2
+    reference = expected.to(found.dtype)
+    scale = max(float(reference.norm()), floor * whole)  # a gradient of zero in exact arithmetic is only rounding
+    return not float((found - reference).norm()) <= tolerance * scale
 
 
 def _rounding(gradient: Tensor) -> float:

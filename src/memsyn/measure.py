@@ -17,22 +17,25 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from memsyn import guard
-from memsyn.batches import call, check_iterable, copied, first_samples, model_input, num_samples, to_device
+from memsyn.batches import (
+    Given,
+    call,
+    check_iterable,
+    copied,
+    first_samples,
+    labels_of,
+    model_input,
+    num_samples,
+    to_device,
+)
 from memsyn.errors import BatchError, MemsynError, ModelError, OptionError, SlowParametersWarning
 from memsyn.importance import Importance
-from memsyn.objectives import output_tensor, squared_norm
+from memsyn.objectives import ESTIMATORS, Estimator, Place, find_estimator, output_tensor, scores, token_mask
 from memsyn.parameters import named_parameters, trainable_parameters, unwrap
-from memsyn.routes import (
-    BY_SAMPLE,
-    add_by_rules,
-    add_by_samples,
-    check_finite,
-    layers_by_rule,
-    plan,
-    wide_dtype,
-)
-from memsyn.rules import absolute
+from memsyn.routes import BY_SAMPLE, Passed, Scores, add_batched, add_by_samples, add_by_uses, check_finite, wide_dtype
+from memsyn.rules import MAGNITUDES
 from memsyn.shadow import check_measurable, shadow
+from memsyn.tracer import Path, Split
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -43,6 +46,8 @@ def measure(
     *,
     forward: Forward | None = None,
     max_samples: int | None = None,
+    estimator: str | Estimator = "mas",
+    batched: bool = False,
     progress: bool = True,
 ) -> Importance:
     """How much each weight matters to what the model computes, from unlabelled data.
@@ -50,7 +55,10 @@ def measure(
     Omega = 1/N sum_k |d s(F(x_k; theta)) / d theta|, s the squared L2 norm of the raw output, summed over every
     non-batch dimension (Aljundi et al. 2018, Eq. 2). The absolute value is taken per sample, so the result does not
     depend on the batch size, the order or the split of the data. The cost is about one ordinary forward and backward
-    pass; parameters for which no rule holds are measured one sample at a time, with a warning that names them.
+    pass; parameters for which no fast route holds are measured one sample at a time, with a warning that names them.
+
+    Tokens that the batch's `attention_mask` (with a decoder, its `decoder_attention_mask`) says are padding do not
+    count in outputs (samples, tokens, ...), unless there is a `forward`, which then has to see to that.
 
     The model is measured in eval mode on a stand-in that shares its weights: it stays bit for bit as it was.
 
@@ -61,6 +69,9 @@ def measure(
             tensor is the samples. Batches are moved to the model's device.
         forward: (model, batch) -> output, for everything else. Use the model it is given, not your own.
         max_samples: stop after so many samples.
+        estimator: what to measure: one of `ESTIMATORS` by name, or an `Estimator`. "fisher-empirical" looks at labels.
+        batched: take the magnitude of each batch's mean gradient in place of each sample's: what most other libraries
+            do. It depends on the batch size, and is too small: for comparisons only.
         progress: show a progress bar.
 
     Returns:
@@ -83,6 +94,7 @@ def measure(
     check_iterable(batches)
     if max_samples is not None and (not isinstance(max_samples, int) or max_samples < 1):
         raise OptionError(f"max_samples must be a whole number, at least 1; got {max_samples!r}.")
+    chosen = find_estimator(estimator)
     check_measurable(model)
     trainable = trainable_parameters(model)
     if not trainable:
@@ -95,14 +107,15 @@ def measure(
         torch.autocast(device.type, enabled=False),
         _layers_of_attention(),
     ):
-        run = _Run(model, trainable, device, forward)
+        run = _Run(model, trainable, device, forward, chosen, batched)
         limited = first_samples(iter(batches), max_samples)
         bar = tqdm(limited, "measuring", _length(batches, max_samples), disable=not progress, unit="batch")
         for index, batch in enumerate(bar):
-            slow = run.add(model_input(batch) if forward is None else batch, index)
+            given = Given(model_input(batch) if forward is None else batch, labels_of(batch) if run.labelled else None)
+            slow = run.add(given, index)
             if slow:
                 warnings.warn(run.describe(slow), SlowParametersWarning, stacklevel=2)
-            bar.set_postfix_str(f"{run.num_samples} samples, {run.num_slow} slow parameters")
+            bar.set_postfix_str(f"{run.num_samples} samples, {len(run.slow)} slow parameters")
     return run.importance()
 
 
@@ -111,45 +124,75 @@ class _Run:
     """What is known while the batches pass: the sums, and which parameter takes which route."""
 
     def __init__(
-        self, model: nn.Module, trainable: dict[str, nn.Parameter], device: torch.device, forward: Forward | None
+        self,
+        model: nn.Module,
+        trainable: dict[str, nn.Parameter],
+        device: torch.device,
+        forward: Forward | None,
+        estimator: Estimator,
+        batched: bool,
     ) -> None:
         self.original, self.device = model, device
-        self.forward = call if forward is None else forward
-        self.routes = {name: route for name, route in plan(unwrap(model)).items() if name in trainable}
-        self.sums = {name: torch.zeros_like(p, dtype=wide_dtype(p)) for name, p in trainable.items()}
-        self.num_samples = 0
-        self.trusted: set[str] = set()
+        self.forward, self.masks = (call, token_mask) if forward is None else (forward, lambda _: None)
+        self.estimator, self.batched = estimator, batched
+        self.labelled = estimator == ESTIMATORS["fisher-empirical"]
+        self.magnitude = MAGNITUDES[estimator.magnitude]
+        self.routes = dict.fromkeys(trainable, BY_SAMPLE)
+        self.splits: dict[Path, Split | None] = {}
         self.unproven: set[str] = set()
         self.num_guarded = 0
+        """The most samples that a guard looked at together."""
+        self.sums: dict[str, Tensor] = {}
+        self.num_samples = 0
         self.shadow: nn.Module | None = None
-        self.layers: dict[nn.Module, dict[str, str]] = {}
+        self.parameters: dict[str, nn.Parameter] = {}
 
     @property
-    def num_slow(self) -> int:
-        return sum(route == BY_SAMPLE for route in self.routes.values())
+    def slow(self) -> set[str]:
+        """The parameters that need one sample at a time."""
+        return {name for name, route in self.routes.items() if route == BY_SAMPLE}
 
-    def add(self, inputs: Any, index: int) -> set[str]:
+    def add(self, inputs: Given, index: int) -> set[str]:
         """Add one batch; returns the parameters now found to need one sample at a time."""
         size = num_samples(inputs)
         if size == 0:
             return set()
         inputs = to_device(inputs, self.device)
-        known = {name for name, route in self.routes.items() if route == BY_SAMPLE and self.num_guarded}
+        known = self.slow if self.num_guarded > 1 else set()
         if self._should_guard(size, index):
-            for few in guard.choices(inputs):
-                self._guard(few, index)
-                if not self.unproven:
-                    break
+            self._guard(inputs, index)
         assert self.shadow is not None
-        scores = partial(self._scores, self.shadow, index)
-        passed = add_by_rules(self.sums, self.layers, scores, inputs, absolute, trusted=self.trusted)
-        self._slow_down(passed.refused)
-        slow = {name for name, route in self.routes.items() if route == BY_SAMPLE}
+        run = partial(self._scores, self.shadow, index)
+        if self.batched:
+            self.num_samples += add_batched(self.sums, self.parameters, run, inputs, self.magnitude)
+            return set()
+        if self.num_guarded == 1:  # a batch of one is an ordinary pass
+            alone = add_by_samples(self.sums, self.parameters, run, inputs, self.magnitude, together=None)
+            self.num_samples += len(alone)
+            return set()
+        passed = self._pass(run, inputs, None)
+        if passed.unknown:  # something happens here that did not happen before
+            self._guard(inputs, index, only=passed.unknown)
+            passed = passed._replace(refused=self._pass(run, inputs, passed.unknown).refused)
+        self.routes.update(dict.fromkeys(passed.refused, BY_SAMPLE))
+        slow = self.slow
         if slow:
-            alone = {name: p for name, p in named_parameters(self.shadow).items() if name in slow}
-            add_by_samples(self.sums, alone, scores, inputs, absolute, together=passed.scores)
+            own = {name: self.parameters[name] for name in slow}
+            add_by_samples(self.sums, own, run, inputs, self.magnitude, together=passed.scores)
         self.num_samples += len(passed.scores)
         return slow - known
+
+    def _pass(self, run: Scores, inputs: Given, only: set[str] | None) -> Passed:
+        return add_by_uses(
+            self.sums,
+            self.parameters,
+            run,
+            inputs,
+            self.magnitude,
+            routes=self.routes,
+            splits=self.splits,
+            only=only,
+        )
 
     def _should_guard(self, size: int | None, index: int) -> bool:
         """Once; again if then there was one sample, which cannot show where the samples are, or no gradient yet."""
@@ -157,33 +200,44 @@ class _Run:
             return self.num_guarded == 0 or size != 1
         return bool(self.unproven) and index & (index - 1) == 0
 
-    def _guard(self, few: Any, index: int) -> None:
+    def _guard(self, inputs: Given, index: int, only: set[str] | None = None) -> None:
         def run(model: nn.Module, batch: Any, first_sample: int) -> Tensor:
             return self._scores(model, index, batch, first_sample)
 
-        verdict, size = guard.check(self.original, self.routes, run, few), num_samples(few)
-        if self.num_guarded < 2:
-            self.trusted, self.unproven = verdict.trusted, verdict.unproven
-        else:
-            self.trusted = (self.trusted | verdict.trusted) - verdict.failed
-            self.unproven &= verdict.unproven | (self.trusted - verdict.trusted)
-        self.num_guarded = max(self.num_guarded, 2 if size is None else size)
-        if self.shadow is None:
-            self.shadow = shadow(self.original, private=verdict.written)
-            self.layers = layers_by_rule(self.shadow, self.routes)
-        self._slow_down(verdict.failed)
+        for few in guard.choices(inputs):
+            verdict, size = guard.check(self.original, self.routes, run, few), num_samples(few)
+            if self.num_guarded < 2:
+                self.routes, self.splits, self.unproven = dict(verdict.routes), verdict.splits, verdict.unproven
+            else:
+                self._learn(verdict, only or self.unproven)
+            self.num_guarded = max(self.num_guarded, 2 if size is None else size)
+            if self.shadow is None:
+                self._clone(verdict.written)
+            if self.num_guarded == 1 or not (self.unproven if only is None else only & self.slow):
+                break
 
-    def _slow_down(self, names: set[str]) -> None:
-        if names:
-            assert self.shadow is not None
-            self.routes.update(dict.fromkeys(names, BY_SAMPLE))
-            self.layers = layers_by_rule(self.shadow, self.routes)
+    def _learn(self, verdict: guard.Verdict, names: set[str]) -> None:
+        """Take over what a further look has shown about `names`, and what it has shown to be wrong about others."""
+        for path, split in verdict.splits.items():
+            same = path not in self.splits or self.splits[path] == split
+            self.splits[path] = split if same else None
+        for name, route in verdict.routes.items():
+            if name in names or route == BY_SAMPLE:
+                self.routes[name] = route
+        self.unproven = {n for n in self.unproven if n in verdict.unproven} | (names & verdict.unproven)
 
-    def _scores(self, model: nn.Module, batch_index: int, inputs: Any, first_sample: int = 0) -> Tensor:
-        if self.num_slow or model is not self.shadow:
-            inputs = copied(inputs)  # it will be read again, and the forward pass may change it in place
+    def _clone(self, written: set[str]) -> None:
+        self.shadow = shadow(self.original, private=written)
+        own = named_parameters(self.shadow)
+        self.parameters = {name: own[name].requires_grad_() for name in self.routes}
+        self.sums = {name: torch.zeros_like(p, dtype=wide_dtype(p)) for name, p in self.parameters.items()}
+
+    def _scores(self, model: nn.Module, batch_index: int, given: Given, first_sample: int = 0) -> Tensor:
+        size, mask = num_samples(given.inputs), self.masks(given.inputs)
+        if self.slow or model is not self.shadow:
+            given = copied(given)  # it will be read again, and the forward pass may change it in place
         try:
-            output = self.forward(model, inputs)
+            output = self.forward(model, given.inputs)
         except MemsynError:
             raise
         except Exception as error:
@@ -191,11 +245,14 @@ class _Run:
                 f"batch {batch_index}: the model failed on it: {type(error).__name__}: {error}. If it wants to be "
                 "called in another way, say how: forward=lambda model, batch: ..."
             ) from error
-        return squared_norm(
+        return scores(
+            self.estimator.objective,
             output_tensor(output),
-            num_samples=num_samples(inputs),
+            Place(self.num_samples + first_sample, given.labels),
+            num_samples=size,
+            mask=mask,
             batch_index=batch_index,
-            first_sample=first_sample,
+            first_in_batch=first_sample,
         )
 
     def describe(self, slow: set[str]) -> str:
@@ -204,7 +261,7 @@ class _Run:
         model = unwrap(self.original)
         named = [f"{layer or 'the model'} ({type(model.get_submodule(layer)).__name__})" for layer in layers]
         return (
-            f"{len(slow)} of {len(self.sums)} parameters have no fast rule that holds, and are measured one sample at "
+            f"{len(slow)} of {len(self.sums)} parameters have no fast route that holds, and are measured one sample at "
             f"a time: exact, but slow. They are in {', '.join(named)}. Give fewer samples with max_samples=, or freeze "
             "what needs no protection."
         )
@@ -216,7 +273,9 @@ class _Run:
                 "there are no samples: the loader is empty, or all of its batches are. Nothing was measured."
             )
         check_finite(self.sums)
-        return Importance(self.sums, self.num_samples, routes=self.routes)
+        magnitude = f"{self.estimator.magnitude} of the batch mean" if self.batched else self.estimator.magnitude
+        routes = {} if self.batched else self.routes
+        return Importance(self.sums, self.num_samples, routes, self.estimator.name, magnitude)
 
 
 def _length(batches: object, max_samples: int | None) -> int | None:

@@ -1,36 +1,69 @@
-"""One small function per layer type and parameter: from a layer's inputs and output gradients to importance.
+"""One small function per operation and argument: from inputs and output gradients to importance.
 
-Owns the formulas, and how they are tiled. A rule sees only the layer and its uses; it must not touch the
-model, autograd or any state.
+Owns the formulas. A rule sees only one operation's uses of one parameter; it must not touch the model, autograd or
+any state.
 
-Words: B samples, T tokens (whatever is neither sample nor feature: sequence positions, pixels, repeated uses), a
-use = (input, gradient of the summed objective with respect to the output), both with the samples first.
+Words: B samples; tokens are whatever is neither sample nor feature (sequence positions, pixels, repeated uses); a
+use is one call of an operation with the parameter. d stands for the gradient of the summed objective with respect to
+the operation's output, a for the operand that the parameter meets.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from memsyn.products import Magnitude, outer_products
 
-
-class Use(NamedTuple):
-    """One call of a layer: what came in, and the objective's gradient with respect to what went out."""
-
-    inputs: Tensor
-    grad: Tensor
-
-
-Rule = Callable[[nn.Module, Sequence[Use], Magnitude], Tensor]
-"""(layer, uses, f) -> sum_k f(g_k), of the parameter's shape, where g_k is the sum over all uses."""
-
 UNFOLD = 64
 """A convolution's kernel is unfolded (copying its input) when it has at most so many inputs per output."""
+
+
+class NoRuleError(Exception):
+    """The rule does not know such a call: another route must be taken. Never reaches the user."""
+
+
+class Axis(NamedTuple):
+    """Where a tensor keeps its samples."""
+
+    dim: int
+    minor: bool = False
+    """If the dimension is longer than there are samples: whether neighbours in it belong to different samples."""
+
+    def first(self, tensor: Tensor, num_samples: int) -> Tensor:
+        """The tensor as (B, ...); a dimension that held more than samples keeps the rest in its old place."""
+        size = tensor.shape[self.dim]
+        if size == num_samples:
+            return tensor.movedim(self.dim, 0)
+        if size % num_samples:
+            raise NoRuleError
+        sizes = (-1, num_samples) if self.minor else (num_samples, -1)
+        return tensor.unflatten(self.dim, sizes).movedim(self.dim + self.minor, 0)
+
+    def sample(self, tensor: Tensor, k: int, num_samples: int) -> Tensor:
+        """Sample k as a batch of one, in the tensor's own layout."""
+        size = tensor.shape[self.dim]
+        if size % num_samples:
+            raise NoRuleError
+        if self.minor:
+            return tensor.unflatten(self.dim, (-1, num_samples)).select(self.dim + 1, k)
+        return tensor.narrow(self.dim, k * (size // num_samples), size // num_samples)
+
+
+class Use(NamedTuple):
+    """One call of an operation: what a parameter met, and the objective's gradient with respect to what came out."""
+
+    options: Mapping[str, Any]
+    """The call's other arguments by name, as far as they were given."""
+    operand: Tensor | None
+    operand_axis: Axis | None
+    grad: Tensor
+    axis: Axis
 
 
 def absolute(gradient: Tensor) -> Tensor:
@@ -38,190 +71,403 @@ def absolute(gradient: Tensor) -> Tensor:
     return gradient.abs_()
 
 
+def square(gradient: Tensor) -> Tensor:
+    """f(g) = g^2, in place: the magnitude of the diagonal Fisher information."""
+    return gradient.square_()
+
+
 def signed(gradient: Tensor) -> Tensor:
     """f(g) = g: sums of gradients as autograd makes them."""
     return gradient
 
 
-def token_sums(terms: Sequence[Tensor], shape: torch.Size, magnitude: Magnitude, *, feature_dim: int) -> Tensor:
-    """sum_k f(sum_t term_kt): sum a sample's terms over all but its feature dimensions, then over samples.
+MAGNITUDES: dict[str, Magnitude] = {"abs": absolute, "square": square}
+
+Join = Callable[[Sequence[Use], torch.Size, int, Magnitude], Tensor]
+"""(uses, shape of the parameter, B, f) -> sum_k f(g_k), where g_k is the sum over all uses."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one argument of one operation gets its importance."""
+
+    operand: str | None
+    """The argument whose value the rule needs beside the gradient."""
+    join: Join
+    term: Callable[[Use], Tensor] | None = None
+    """For elementwise rules: the gradient before its sum over tokens, of the output's shape."""
+    channels: bool = False
+    """For elementwise rules: whether the parameter's one dimension lies along the output's second."""
+
+
+def samples_first(tensors: Sequence[tuple[Tensor, Axis]], num_samples: int) -> list[Tensor]:
+    """Every tensor as (B, ...)."""
+    return [axis.first(tensor, num_samples) for tensor, axis in tensors]
+
+
+def _operands(uses: Sequence[Use], num_samples: int) -> list[Tensor]:
+    pairs = [(use.operand, use.operand_axis) for use in uses]
+    if any(operand is None or axis is None for operand, axis in pairs):
+        raise NoRuleError  # the operand is the same for all samples
+    return samples_first(pairs, num_samples)  # type: ignore[arg-type]
+
+
+def _grads(uses: Sequence[Use], num_samples: int) -> list[Tensor]:
+    return samples_first([(use.grad, use.axis) for use in uses], num_samples)
+
+
+# Elementwise: g_k is the sum of terms over everything the parameter was broadcast to
+
+
+def per_sample(terms: Sequence[tuple[Tensor, Axis]], shape: torch.Size, num_samples: int, *, channels: bool) -> Tensor:
+    """g_k = sum_t term_kt, (B, *shape): the terms of every use summed to the parameter's place in them.
 
     Args:
-        terms: per use (B, ...), holding the parameter's `shape` from `feature_dim` on.
+        terms: per use a tensor of its output's shape, and where the samples are in it.
         shape: of the parameter.
-        magnitude: f.
-        feature_dim: where the features stand: 1 for channels, -len(shape) for trailing dimensions.
+        num_samples: B.
+        channels: the parameter lies along the second dimension; else along the last ones, as in broadcasting.
     """
-    per_sample: Tensor | float = 0.0
-    for term in terms:
-        first = feature_dim % term.ndim
-        features = range(first, first + len(shape))
-        tokens = [dim for dim in range(1, term.ndim) if dim not in features]
-        per_sample = per_sample + (term.sum(tokens) if tokens else term)
-    assert isinstance(per_sample, Tensor)
-    return magnitude(per_sample).sum(0)
+    total: Tensor | None = None
+    for term, axis in terms:
+        aligned = (*shape, *[1] * (term.ndim - 2)) if channels else tuple(shape)
+        first = axis.first(term, num_samples)
+        if first.ndim == term.ndim:  # the samples had a dimension of their own: leave one in its place
+            first = first.unsqueeze(axis.dim + 1)
+        extra = first.ndim - 1 - len(aligned)
+        if extra < 0:
+            raise NoRuleError
+        kept = (*[1] * extra, *aligned)
+        if any(k not in (1, size) for k, size in zip(kept, first.shape[1:], strict=True)):
+            raise NoRuleError
+        tokens = [i + 1 for i, (k, size) in enumerate(zip(kept, first.shape[1:], strict=True)) if k == 1 and size != 1]
+        summed = (first.sum(tokens) if tokens else first.clone()).reshape(num_samples, *shape)
+        total = summed if total is None else total.add_(summed)
+    assert total is not None
+    return total
 
 
-# Linear: y = x W^T + b
+def _elementwise(term: Callable[[Use], Tensor], operand: str | None = None, *, channels: bool = False) -> Rule:
+    def join(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
+        terms = [(term(use), use.axis) for use in uses]
+        return magnitude(per_sample(terms, shape, num_samples, channels=channels)).sum(0)
+
+    return Rule(operand, join, term, channels)
 
 
-def linear_weight(layer: nn.Module, uses: Sequence[Use], magnitude: Magnitude) -> Tensor:
-    """g_k = sum_t d_kt a_kt^T for inputs (B, ..., in)."""
-    lefts, rights = [use.grad.unsqueeze(-2) for use in uses], [use.inputs.unsqueeze(-2) for use in uses]
+def _as_it_is(use: Use) -> Tensor:
+    """y = ... + p: term d."""
+    return use.grad
+
+
+def _scaled(name: str, sign: int = 1) -> Callable[[Use], Tensor]:
+    """y = ... + c p: term c d."""
+
+    def term(use: Use) -> Tensor:
+        scale = sign * use.options.get(name, 1)
+        return use.grad if scale == 1 else use.grad * scale
+
+    return term
+
+
+def _times_operand(use: Use) -> Tensor:
+    """y = a p: term d a."""
+    return use.grad * use.operand
+
+
+def _over_operand(use: Use) -> Tensor:
+    """y = p / a: term d / a."""
+    if use.options.get("rounding_mode") is not None:
+        raise NoRuleError
+    assert use.operand is not None
+    return use.grad / use.operand
+
+
+def _layer_norm(use: Use) -> Tensor:
+    """y = p normalised(a): term d normalised(a)."""
+    assert use.operand is not None
+    eps = use.options.get("eps", 1e-5)
+    return use.grad * F.layer_norm(use.operand, use.options["normalized_shape"], eps=eps)
+
+
+def _rms_norm(use: Use) -> Tensor:
+    """y = p a / rms(a): term d a / rms(a)."""
+    assert use.operand is not None
+    eps = use.options.get("eps")
+    if eps is None:
+        eps = torch.finfo(use.options["weight"].dtype).eps
+    return use.grad * F.rms_norm(use.operand, use.options["normalized_shape"], eps=eps)
+
+
+def _group_norm(use: Use) -> Tensor:
+    """y = p normalised(a): term d normalised(a)."""
+    assert use.operand is not None
+    return use.grad * F.group_norm(use.operand, use.options["num_groups"], eps=use.options.get("eps", 1e-5))
+
+
+def _batch_norm(use: Use) -> Tensor:
+    """y = p (a - mean) / sqrt(var + eps), with running statistics if there are any."""
+    assert use.operand is not None
+    mean, var = use.options.get("running_mean"), use.options.get("running_var")
+    training = bool(use.options.get("training", False)) or mean is None
+    if mean is not None and var is not None:
+        mean, var = mean.to(use.operand.dtype, copy=True), var.to(use.operand.dtype, copy=True)
+    eps = use.options.get("eps", 1e-5)
+    return use.grad * F.batch_norm(use.operand, mean, var, training=training, eps=eps)
+
+
+def _instance_norm(use: Use) -> Tensor:
+    """y = p normalised(a), each sample and channel on its own, or with running statistics."""
+    if not use.options.get("use_input_stats", True):
+        return _batch_norm(use)
+    assert use.operand is not None
+    return use.grad * F.instance_norm(use.operand, eps=use.options.get("eps", 1e-5))
+
+
+def _prelu(use: Use) -> Tensor:
+    """y = max(a, 0) + p min(a, 0): term d min(a, 0)."""
+    assert use.operand is not None
+    return use.grad * use.operand.clamp(max=0)
+
+
+def _join_prelu(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
+    terms = [(_prelu(use), use.axis) for use in uses]
+    return magnitude(per_sample(terms, shape, num_samples, channels=shape.numel() > 1)).sum(0)
+
+
+# Products: y = a W^T, and convolutions as a Linear over windows
+
+
+def _linear_weight(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
+    """y = a W^T, a (..., in): g_k = sum_t d_kt a_kt^T."""
+    lefts = [grad.unsqueeze(-2) for grad in _grads(uses, num_samples)]
+    rights = [operand.unsqueeze(-2) for operand in _operands(uses, num_samples)]
     return outer_products(lefts, [rights], magnitude)[0][0]
 
 
-def trailing_bias(layer: nn.Module, uses: Sequence[Use], magnitude: Magnitude) -> Tensor:
-    """g_k = sum_t d_kt, features last: the bias of Linear and LayerNorm."""
-    shape = layer.bias.shape
-    assert isinstance(shape, torch.Size)
-    return token_sums([use.grad for use in uses], shape, magnitude, feature_dim=-len(shape))
+def _matrix(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
+    """y = c a W, a (..., in) and W a matrix: g_k = c sum_t a_kt d_kt^T."""
+    if len(shape) != 2 or any(use.grad.ndim < 2 for use in uses):
+        raise NoRuleError
+    lefts = [operand.unsqueeze(-2) for operand in _operands(uses, num_samples)]
+    rights = [grad.unsqueeze(-2) for grad in samples_first([(_scaled("alpha")(u), u.axis) for u in uses], num_samples)]
+    return outer_products(lefts, [rights], magnitude)[0][0]
 
 
-# Convolution: a Linear over windows
+class Geometry(NamedTuple):
+    """Where a convolution's windows lie, per spatial dimension."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    sides: tuple[tuple[int, int], ...]
+    """The zeros before and after."""
 
 
-def conv_weight(layer: nn.Module, uses: Sequence[Use], magnitude: Magnitude) -> Tensor:
-    """g_k[:, :, o] = sum_t d_kt a_k(t + o)^T for each kernel offset o: shifted views of the padded input.
+def _geometry(options: Mapping[str, Any], kernel: tuple[int, ...]) -> Geometry:
+    def each(name: str, default: int) -> tuple[int, ...]:
+        value = options.get(name, default)
+        values = (value,) if isinstance(value, int) else tuple(value)
+        return values * len(kernel) if len(values) == 1 else values
+
+    dilation = each("dilation", 1)
+    padding = options.get("padding", 0)
+    if isinstance(padding, str):
+        totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        sides = tuple((total // 2, total - total // 2) for total in totals)
+    else:
+        sides = tuple((p, p) for p in each("padding", 0))
+    return Geometry(kernel, each("stride", 1), dilation, sides)
+
+
+def _conv_weight(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
+    """g_k[:, :, o] = sum_t d_kt a_k(t + o)^T for each kernel offset o: shifted views of the padded input."""
+    geometry, groups = _geometry(uses[0].options, tuple(shape[2:])), uses[0].options.get("groups", 1)
+    grads, inputs = _images(_grads(uses, num_samples), len(shape)), _images(_operands(uses, num_samples), len(shape))
+    return conv_products(grads, inputs, shape, geometry, groups, magnitude)
+
+
+def _conv_transpose_weight(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
+    """The transpose of a convolution: inputs and gradients change places."""
+    geometry, groups = _geometry(uses[0].options, tuple(shape[2:])), uses[0].options.get("groups", 1)
+    grads, inputs = _images(_grads(uses, num_samples), len(shape)), _images(_operands(uses, num_samples), len(shape))
+    return conv_products(inputs, grads, shape, geometry, groups, magnitude)
+
+
+def _images(uses: Sequence[Tensor], ndim: int) -> list[Tensor]:
+    """(B, channels, ...) each; what was folded into the batch becomes uses of its own."""
+    images: list[Tensor] = []
+    for use in uses:
+        if use.ndim not in (ndim, ndim + 1):
+            raise NoRuleError
+        images += [use] if use.ndim == ndim else use.unbind(1)
+    return images
+
+
+def conv_products(
+    grads: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    shape: torch.Size,
+    geometry: Geometry,
+    groups: int,
+    magnitude: Magnitude,
+) -> Tensor:
+    """sum_k f(sum_t d_kt a_k(t + o)^T) for each kernel offset o, of the weight's shape (rows, columns, *kernel).
 
     Small kernels and patches (windows that do not overlap) are unfolded and become one product instead.
     """
-    assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    groups, spatial = layer.groups, len(layer.kernel_size)
-    lefts = [use.grad.movedim(1, -1).contiguous().unflatten(-1, (groups, -1)) for use in uses]
-    windows = [_windows(layer, use.inputs, use.grad.shape[2:]) for use in uses]
-    offsets = math.prod(layer.kernel_size)
-    apart = all(s >= k for s, k in zip(layer.stride, layer.kernel_size, strict=True))
-    if groups == 1 and (apart or offsets * layer.in_channels <= UNFOLD):
+    spatial, columns = len(geometry.kernel), shape[1] * groups
+    lefts = [grad.movedim(1, -1).contiguous().unflatten(-1, (groups, -1)) for grad in grads]
+    windows = [_windows(image, grad.shape[2:], geometry) for image, grad in zip(inputs, grads, strict=True)]
+    offsets = math.prod(geometry.kernel)
+    apart = all(s >= k for s, k in zip(geometry.stride, geometry.kernel, strict=True))
+    if groups == 1 and (apart or offsets * columns <= UNFOLD):
         rights = [window.flatten(1 + spatial).unsqueeze(-2) for window in windows]
         products = outer_products(lefts, [rights], magnitude)[0][0]  # (out, offsets * in)
-        weight = products.unflatten(1, (*layer.kernel_size, layer.in_channels))
+        weight = products.unflatten(1, (*geometry.kernel, columns))
     else:
         places: list[tuple[Any, ...]] = [
-            (..., *offset, slice(None)) for offset in itertools.product(*map(range, layer.kernel_size))
+            (..., *offset, slice(None)) for offset in itertools.product(*map(range, geometry.kernel))
         ]
         shifted = [[window[place].unflatten(-1, (groups, -1)) for window in windows] for place in places]
         weight = torch.stack(list(outer_products(lefts, shifted, magnitude)), 2).flatten(0, 1)  # (out, offsets, in)
-        weight = weight.unflatten(1, layer.kernel_size)
+        weight = weight.unflatten(1, geometry.kernel)
     moved: Tensor = weight.movedim(-1, 1)
     return moved
 
 
-def _windows(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor, out_size: torch.Size) -> Tensor:
-    """The input each output position sees, as a view: (B, *out_size, *kernel_size, channels)."""
-    if isinstance(layer.padding, str):
-        totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        sides = [(t // 2, t - t // 2) if layer.padding == "same" else (0, 0) for t in totals]
-    else:
-        sides = [(p, p) for p in layer.padding]
-    pad = [side for pair in reversed(sides) for side in pair]  # F.pad wants the last dimension first
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = (F.pad(inputs, pad, mode=mode) if any(pad) else inputs).movedim(1, -1).contiguous()
+def _windows(image: Tensor, out_size: torch.Size, geometry: Geometry) -> Tensor:
+    """The input each output position sees, as a view: (B, *out_size, *kernel, channels)."""
+    pad = [side for pair in reversed(geometry.sides) for side in pair]  # F.pad wants the last dimension first
+    padded = (F.pad(image, pad) if any(pad) else image).movedim(1, -1).contiguous()
     sample, *steps, channel = padded.stride()
     return padded.as_strided(
-        (len(padded), *out_size, *layer.kernel_size, padded.shape[-1]),
+        (len(padded), *out_size, *geometry.kernel, padded.shape[-1]),
         (
             sample,
-            *(step * s for step, s in zip(steps, layer.stride, strict=True)),
-            *(step * d for step, d in zip(steps, layer.dilation, strict=True)),
+            *(step * s for step, s in zip(steps, geometry.stride, strict=True)),
+            *(step * d for step, d in zip(steps, geometry.dilation, strict=True)),
             channel,
         ),
     )
 
 
-def channel_bias(layer: nn.Module, uses: Sequence[Use], magnitude: Magnitude) -> Tensor:
-    """g_k = sum_t d_kt, channels second: the bias of convolutions, GroupNorm and BatchNorm."""
-    shape = layer.bias.shape
-    assert isinstance(shape, torch.Size)
-    return token_sums([use.grad for use in uses], shape, magnitude, feature_dim=1)
+# Tables
 
 
-# Normalisations: y = w * normalised(x) + b
-
-
-def layer_norm_weight(layer: nn.Module, uses: Sequence[Use], magnitude: Magnitude) -> Tensor:
-    """g_k = sum_t d_kt * normalised(a_kt)."""
-    assert isinstance(layer, nn.LayerNorm)
-    shape = torch.Size(layer.normalized_shape)
-    terms = [use.grad * F.layer_norm(use.inputs, shape, eps=layer.eps) for use in uses]
-    return token_sums(terms, shape, magnitude, feature_dim=-len(shape))
-
-
-def rms_norm_weight(layer: nn.Module, uses: Sequence[Use], magnitude: Magnitude) -> Tensor:
-    """g_k = sum_t d_kt * a_kt / rms(a_kt)."""
-    assert isinstance(layer, nn.RMSNorm)
-    shape = torch.Size(layer.normalized_shape)
-    eps = torch.finfo(layer.weight.dtype).eps if layer.eps is None else layer.eps
-    terms = [use.grad * F.rms_norm(use.inputs, shape, eps=eps) for use in uses]
-    return token_sums(terms, shape, magnitude, feature_dim=-len(shape))
-
-
-def group_norm_weight(layer: nn.Module, uses: Sequence[Use], magnitude: Magnitude) -> Tensor:
-    """g_k = sum_t d_kt * normalised(a_kt), channels second."""
-    assert isinstance(layer, nn.GroupNorm)
-    terms = [use.grad * F.group_norm(use.inputs, layer.num_groups, eps=layer.eps) for use in uses]
-    return token_sums(terms, layer.weight.shape, magnitude, feature_dim=1)
-
-
-def batch_norm_weight(layer: nn.Module, uses: Sequence[Use], magnitude: Magnitude) -> Tensor:
-    """g_k = sum_t d_kt * (a_kt - mean) / sqrt(var + eps), with the running statistics."""
-    assert isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
-    mean, var = layer.running_mean, layer.running_var
-    if mean is not None and var is not None:
-        mean, var = mean.to(uses[0].inputs.dtype), var.to(uses[0].inputs.dtype)
-    training = mean is None  # without running statistics the layer uses the batch's, even in eval mode
-    terms = [use.grad * F.batch_norm(use.inputs, mean, var, training=training, eps=layer.eps) for use in uses]
-    return token_sums(terms, layer.weight.shape, magnitude, feature_dim=1)
-
-
-# Others
-
-
-def prelu_weight(layer: nn.Module, uses: Sequence[Use], magnitude: Magnitude) -> Tensor:
-    """g_k = sum_t d_kt * min(a_kt, 0), for one slope or one per channel."""
-    assert isinstance(layer, nn.PReLU)
-    terms = [use.grad * use.inputs.clamp(max=0) for use in uses]
-    if layer.num_parameters == 1:
-        terms = [term.reshape(len(term), 1, -1) for term in terms]
-    return token_sums(terms, layer.weight.shape, magnitude, feature_dim=1)
-
-
-def embedding_weight(layer: nn.Module, uses: Sequence[Use], magnitude: Magnitude) -> Tensor:
+def _embedding(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
     """g_k[v] = sum of d_kt over the tokens t with index v: one signed sum for a token that occurs twice."""
-    assert isinstance(layer, nn.Embedding)
-    rows, size = layer.num_embeddings, layer.embedding_dim
-    indices = torch.cat([use.inputs.reshape(len(use.inputs), -1) for use in uses], 1)
-    grads = torch.cat([use.grad.reshape(len(use.grad), -1, size) for use in uses], 1)
-    keys = indices + rows * torch.arange(len(indices), device=indices.device).unsqueeze(1)
-    cells, cell_of_token = keys.flatten().unique(return_inverse=True)  # one cell a (sample, index)
-    sums = grads.new_zeros(len(cells), size).index_add_(0, cell_of_token, grads.flatten(0, 1))
-    total = grads.new_zeros(rows, size).index_add_(0, cells % rows, magnitude(sums))
-    if layer.padding_idx is not None:
-        total[layer.padding_idx] = 0
+    indices, grads = token_rows(uses, shape[0], num_samples)
+    sums, cells = row_sums(indices, grads, shape[0])
+    return grads.new_zeros(shape).index_add_(0, cells % shape[0], magnitude(sums))
+
+
+def token_rows(uses: Sequence[Use], num_rows: int, num_samples: int) -> tuple[Tensor, Tensor]:
+    """The tokens of all uses: their indices (B, T), and their gradients (B, T, features)."""
+    found, grads = _operands(uses, num_samples), _grads(uses, num_samples)
+    if uses[0].options.get("scale_grad_by_freq"):
+        raise NoRuleError
+    indices = torch.cat([index.reshape(num_samples, -1) for index in found], 1)
+    rows = torch.cat([grad.reshape(num_samples, -1, grad.shape[-1]) for grad in grads], 1)
+    padding = uses[0].options.get("padding_idx")
+    return indices, rows if padding is None else rows * (indices != padding % num_rows).unsqueeze(-1)
+
+
+def row_sums(indices: Tensor, grads: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Per (sample, index) that occurs: the sum of its gradients, and its cell = sample * num_rows + index."""
+    keys = indices + num_rows * torch.arange(len(indices), device=indices.device).unsqueeze(1)
+    cells, cell_of_token = keys.flatten().unique(return_inverse=True)
+    sums = grads.new_zeros(len(cells), grads.shape[-1]).index_add_(0, cell_of_token, grads.flatten(0, 1))
+    return sums, cells
+
+
+def tied(
+    tables: Sequence[Use], maps: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude
+) -> Tensor:
+    """One matrix used by an embedding and by Linear layers: the few rows a sample looked up are put right.
+
+    With L_k the Linear's gradient and E_k the embedding's: sum_k f(L_k), and f(L_k + E_k) - f(L_k) where E_k is not 0.
+    """
+    total = _linear_weight(maps, shape, num_samples, magnitude)
+    sums, cells = row_sums(*token_rows(tables, shape[0], num_samples), shape[0])
+    samples, rows = cells // shape[0], cells % shape[0]
+    grads = [grad.reshape(num_samples, -1, shape[0]) for grad in _grads(maps, num_samples)]
+    inputs = [operand.reshape(num_samples, -1, shape[1]) for operand in _operands(maps, num_samples)]
+    for k in range(num_samples):
+        own = samples == k
+        found = rows[own]
+        linear = sum(grad[k][:, found].T @ operand[k] for grad, operand in zip(grads, inputs, strict=True))
+        assert isinstance(linear, Tensor)
+        total.index_add_(0, found, magnitude(linear + sums[own]).sub_(magnitude(linear)))
     return total
 
 
-RULES: dict[type[nn.Module], dict[str, Rule]] = {
-    nn.Linear: {"weight": linear_weight, "bias": trailing_bias},
-    nn.Conv1d: {"weight": conv_weight, "bias": channel_bias},
-    nn.Conv2d: {"weight": conv_weight, "bias": channel_bias},
-    nn.Conv3d: {"weight": conv_weight, "bias": channel_bias},
-    nn.LayerNorm: {"weight": layer_norm_weight, "bias": trailing_bias},
-    nn.RMSNorm: {"weight": rms_norm_weight},
-    nn.GroupNorm: {"weight": group_norm_weight, "bias": channel_bias},
-    nn.BatchNorm1d: {"weight": batch_norm_weight, "bias": channel_bias},
-    nn.BatchNorm2d: {"weight": batch_norm_weight, "bias": channel_bias},
-    nn.BatchNorm3d: {"weight": batch_norm_weight, "bias": channel_bias},
-    nn.PReLU: {"weight": prelu_weight},
-    nn.Embedding: {"weight": embedding_weight},
+@dataclass(frozen=True)
+class Operation:
+    """An operation's arguments in their order, and the rules of those that a parameter may be."""
+
+    arguments: tuple[str, ...]
+    rules: Mapping[str, Rule]
+
+
+_TERMS = ("input", "other")
+_NORM = ("input", "running_mean", "running_var", "weight", "bias")
+_ADD = Operation((*_TERMS, "alpha"), {"input": _elementwise(_as_it_is), "other": _elementwise(_scaled("alpha"))})
+_SUB = Operation((*_TERMS, "alpha"), {"input": _elementwise(_as_it_is), "other": _elementwise(_scaled("alpha", -1))})
+_MUL = Operation(
+    _TERMS, {"input": _elementwise(_times_operand, "other"), "other": _elementwise(_times_operand, "input")}
+)
+_DIV = Operation(_TERMS, {"input": _elementwise(_over_operand, "other")})
+_MATMUL = Operation(_TERMS, {"other": Rule("input", _matrix)})
+_EXPAND = Operation(("input",), {"input": _elementwise(_as_it_is)})
+_CHANNEL_BIAS = _elementwise(_as_it_is, channels=True)
+_CONV = Operation(
+    ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    {"weight": Rule("input", _conv_weight), "bias": _CHANNEL_BIAS},
+)
+_CONV_TRANSPOSE = Operation(
+    ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
+    {"weight": Rule("input", _conv_transpose_weight), "bias": _CHANNEL_BIAS},
+)
+
+OPERATIONS: dict[Callable[..., Any], Operation] = {
+    F.linear: Operation(
+        ("input", "weight", "bias"), {"weight": Rule("input", _linear_weight), "bias": _elementwise(_as_it_is)}
+    ),
+    torch.addmm: Operation(
+        ("input", "mat1", "mat2", "beta", "alpha"),
+        {"input": _elementwise(_scaled("beta")), "mat2": Rule("mat1", _matrix)},
+    ),
+    F.layer_norm: Operation(
+        ("input", "normalized_shape", "weight", "bias", "eps"),
+        {"weight": _elementwise(_layer_norm, "input"), "bias": _elementwise(_as_it_is)},
+    ),
+    F.rms_norm: Operation(("input", "normalized_shape", "weight", "eps"), {"weight": _elementwise(_rms_norm, "input")}),
+    F.group_norm: Operation(
+        ("input", "num_groups", "weight", "bias", "eps"),
+        {"weight": _elementwise(_group_norm, "input", channels=True), "bias": _CHANNEL_BIAS},
+    ),
+    F.batch_norm: Operation(
+        (*_NORM, "training", "momentum", "eps"),
+        {"weight": _elementwise(_batch_norm, "input", channels=True), "bias": _CHANNEL_BIAS},
+    ),
+    F.instance_norm: Operation(
+        (*_NORM, "use_input_stats", "momentum", "eps"),
+        {"weight": _elementwise(_instance_norm, "input", channels=True), "bias": _CHANNEL_BIAS},
+    ),
+    torch.bilinear: Operation(("input1", "input2", "weight", "bias"), {"bias": _elementwise(_as_it_is)}),
+    F.prelu: Operation(("input", "weight"), {"weight": Rule("input", _join_prelu)}),
+    F.embedding: Operation(
+        ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+        {"weight": Rule("input", _embedding)},
+    ),
+    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _CONV),
+    **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), _CONV_TRANSPOSE),
+    **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm), _MATMUL),
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.add_), _ADD),
+    **dict.fromkeys((torch.sub, Tensor.sub, Tensor.sub_), _SUB),
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.mul_), _MUL),
+    **dict.fromkeys((torch.div, torch.true_divide, Tensor.div, Tensor.true_divide), _DIV),
+    **dict.fromkeys((Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to), _EXPAND),
 }
-"""Exact types only: a subclass may compute something else."""
-
-
-def num_batched_dims(layer: nn.Module) -> int:
-    """The fewest dimensions an output of `layer` has when its first one is the samples."""
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return 2 + len(layer.kernel_size)
-    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
-        return 1 + len(layer.normalized_shape)
-    return 2
+"""The operations that have rules, as torch hands them to a function mode. All others are differentiated by autograd."""

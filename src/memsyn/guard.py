@@ -131,12 +131,12 @@ class _Check:
             values = self.scores(batch)
         _check_dependence(values.sum(1), trainable_parameters(self.model).values())
         groups: list[Group] = []
-        alone: Tensor | None = None
+        alone: list[Tensor] = []
         if len(values) > 1:
             if num_samples(batch) is None:
                 self.splits = guess(observer, len(values))
             else:
-                alone = self._compare_with_one(observer, take(batch, 0, 1))
+                alone = self._compare_with_single(observer, batch, values)
             recorder = Recorder(self.parameters, self.splits, groups.append)
             with recorder, torch.autograd.set_multithreading_enabled(False):
                 again = self.scores(batch)
@@ -144,8 +144,8 @@ class _Check:
         routes, unproven, slow = self._compare(values, groups)
         if self.precise:
             _check_not_constant(values, self.parameters, self.whole)
-        if alone is not None:
-            self._check_alone(batch, values, alone, slow)
+        if alone and slow:
+            self._check_slow(alone, slow)
         own = named_parameters(self.model)
         written = {
             name
@@ -154,12 +154,19 @@ class _Check:
         }
         return Verdict(routes, self.splits, unproven, written)
 
-    def _compare_with_one(self, observer: Observer, sample: Any) -> Tensor:
-        """Run one sample alone, to see what each operation does with samples."""
-        single = Observer(self.parameters, tensors(sample))
-        with single:
-            alone = score_alone(self.scores, sample, 0)
-        self.splits = compare(single, observer)
+    def _compare_with_single(self, observer: Observer, batch: Any, together: Tensor) -> list[Tensor]:
+        """Run every sample alone, to see what each operation does with samples, and that they do not interact."""
+        tolerance = FLOAT32 if self.precise else TOLERANCE
+        alone = []
+        for k in range(len(together)):
+            sample = take(batch, k, k + 1)
+            single = Observer(self.parameters, tensors(sample))
+            with single:
+                alone.append(score_alone(self.scores, sample, k))
+            check_same_alone(alone[-1].detach(), together.detach(), k, tolerance)
+            for path, split in compare(single, observer).items():  # a sample may take a short cut: no padding, no mask
+                if self.splits.get(path) is None:
+                    self.splits[path] = split
         return alone
 
     def _compare(self, values: Tensor, groups: list[Group]) -> tuple[dict[str, str], set[str], Sums]:
@@ -209,10 +216,10 @@ class _Check:
             group = group_of.get(name, Group(frozenset((name,))))
             route = self._route(group, waiting, weights, self.whole) if name in waiting else None
             for member in group.names & waiting.keys() if route is not None else ():
-                routes[member] = UNUSED if route == BY_RULE and not group.uses else route
+                routes[member] = route if group.uses else UNUSED
                 del waiting[member]
         routes.update(dict.fromkeys(waiting, BY_SAMPLE))
-        unproven = {name for name in routes if squares.get(name, 0.0) == 0.0 and routes[name] != BY_SAMPLE}
+        unproven = {n for n, route in routes.items() if squares.get(n, 0.0) == 0.0 and route not in (BY_SAMPLE, UNUSED)}
         return routes, unproven, waiting
 
     def _route(self, group: Group, expected: Sums, weights: Tensor, whole: float) -> str | None:
@@ -248,18 +255,14 @@ class _Check:
         for call, place in uses:
             self.splits[path_of(call.values[place], call.function, place)] = call.splits[place]
 
-    def _check_alone(self, batch: Any, values: Tensor, first: Tensor, slow: Sums) -> None:
-        """Each sample must give the same objective alone; and the gradients that no route gave."""
-        found = {name: torch.zeros_like(grad) for name, grad in slow.items()}
-        parameters = {name: self.parameters[name] for name in slow}
-        tolerance = FLOAT32 if self.precise else TOLERANCE
-        weights = _weights(values)
-        for k in range(len(values)):
-            value = first if k == 0 else score_alone(self.scores, take(batch, k, k + 1), k)
-            check_same_alone(value.detach(), values.detach(), k, tolerance)
+    def _check_slow(self, alone: list[Tensor], expected: Sums) -> None:
+        """Where no route gave autograd's gradients, those of the samples alone must."""
+        found = {name: torch.zeros_like(grad) for name, grad in expected.items()}
+        parameters = {name: self.parameters[name] for name in expected}
+        for weight, value in zip(_weights(torch.cat(alone)), alone, strict=True):
             for name, grad in gradients(value.sum(), parameters).items():
-                found[name] += weights[k] * grad
-        differing = sorted(name for name in found if _differs(found[name], slow[name], self.whole, exactly=False))
+                found[name] += weight * grad
+        differing = sorted(name for name in found if _differs(found[name], expected[name], self.whole, exactly=False))
         if differing:
             raise samples_interact(f"the gradient of {', '.join(differing[:3])}")
 

@@ -248,10 +248,14 @@ def add_by_uses(
         only: add nothing for other parameters.
     """
     refused: set[str] = set()
+    unknown: set[str] = set()
     num_samples = 0
 
     def consume(group: Group) -> None:
         names = group.names & set(parameters)
+        if group.uses and any(routes[name] == UNUSED for name in names):
+            unknown.update(names)
+            return
         if any(routes[name] == BY_SAMPLE for name in names) or (only is not None and not any(n in only for n in names)):
             refused.update(name for name in names if routes[name] != BY_SAMPLE and only is None)
             return
@@ -271,7 +275,8 @@ def add_by_uses(
         values = scores(batch)
         num_samples = len(values)
         backward_to_activations(recorder, values, parameters.values())
-    return Passed(values.detach(), refused | recorder.unknown, recorder.unknown)
+    unknown |= recorder.unknown
+    return Passed(values.detach(), refused | unknown, unknown)
 
 
 def backward_to_activations(recorder: Recorder, values: Tensor, parameters: Iterable[nn.Parameter]) -> None:

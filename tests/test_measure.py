@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from memsyn.batches import model_input, take
 from memsyn.objectives import output_tensor
 from memsyn.routes import BY_RULE, BY_SAMPLE
 from tests import reference
-from tests.cases import ALL_LSTM, CASES, Case, Lambda, normal
+from tests.cases import CASES, Case, Hidden, Lambda, hidden, normal, parameter
 
 NUM_SAMPLES = 7
 
@@ -38,7 +39,8 @@ def truth(case: Case, model: nn.Module, batch: Any, count: int = NUM_SAMPLES) ->
 
 
 def quietly(case: Case) -> contextlib.AbstractContextManager[Any]:
-    return pytest.warns(memsyn.SlowParametersWarning) if case.slow else contextlib.nullcontext()
+    slow = BY_SAMPLE in case.routes.values()
+    return pytest.warns(memsyn.SlowParametersWarning) if slow else contextlib.nullcontext()
 
 
 def measured(case: Case, model: nn.Module, batches: Any) -> memsyn.Importance:
@@ -46,7 +48,7 @@ def measured(case: Case, model: nn.Module, batches: Any) -> memsyn.Importance:
         return memsyn.measure(model, batches, forward=case.forward, progress=False)
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths", "ignore:enable_nested_tensor")
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float64, n) for n in CASES] + [(torch.float32, n) for n in CASES])
 def test_measure_equals_the_batch_of_one_reference(name: str, dtype: torch.dtype) -> None:
     case = CASES[name]
@@ -56,9 +58,11 @@ def test_measure_equals_the_batch_of_one_reference(name: str, dtype: torch.dtype
     found = reference.errors(importance.mean(), expected)
     assert importance.num_samples == NUM_SAMPLES
     assert max(found.values()) <= (1e-9 if dtype == torch.float64 else case.float32), found
-    slow = {n for n, route in importance.routes.items() if route == BY_SAMPLE}
-    assert slow == set(case.slow) & set(importance.routes)
-    assert set(importance.routes.values()) <= {BY_RULE, BY_SAMPLE}
+    routes = {
+        name: next((route for pattern, route in case.routes.items() if fnmatchcase(name, pattern)), BY_RULE)
+        for name in importance.routes
+    }
+    assert importance.routes == routes
     assert all(total.dtype == dtype for total in importance.sums.values())
 
 
@@ -71,7 +75,7 @@ def test_an_embedding_is_measured_without_the_scaling_of_its_updates() -> None:
     assert scaled.scale_grad_by_freq
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths", "ignore:enable_nested_tensor")
 def test_every_case_moves_some_weight() -> None:
     for name, case in CASES.items():
         expected = truth(case, *build(case, torch.float64))
@@ -332,8 +336,8 @@ def test_a_layer_first_met_after_the_guard_is_still_exact() -> None:
 
     model = Lambda(route, a=nn.Linear(4, 3), b=nn.Linear(5, 3)).double()
     wide = normal(5)(6, torch.float64)
-    with pytest.warns(memsyn.SlowParametersWarning, match=r"b \(Linear\)"):
-        found = memsyn.measure(model, [normal(4)(6, torch.float64), wide], progress=False)
+    found = memsyn.measure(model, [normal(4)(6, torch.float64), wide], progress=False)
+    assert set(found.routes.values()) == {BY_RULE}
     expected = reference.importance(model, wide, 6, lambda m, x, k: m(x[k : k + 1]))
     assert torch.allclose(found.sums["b.weight"], 6 * expected["b.weight"], rtol=1e-12)
 
@@ -342,8 +346,8 @@ def test_a_sample_axis_that_only_a_single_first_sample_hides() -> None:
     """With one sample, (time, samples, features) with one time step cannot be told from samples first."""
     case = CASES["time before samples"]
     model, batch = case.model().double(), normal(3, 3)(6, torch.float64)
-    with pytest.warns(memsyn.SlowParametersWarning):
-        found = memsyn.measure(model, [batch[:1], batch[1:4], batch[4:]], progress=False)
+    found = memsyn.measure(model, [batch[:1], batch[1:4], batch[4:]], progress=False)
+    assert set(found.routes.values()) == {BY_RULE}
     expected = truth(case, model, batch, 6)
     assert max(reference.errors(found.mean(), expected).values()) <= 1e-9
 
@@ -358,11 +362,11 @@ def test_progress_is_shown_unless_turned_off(capsys: pytest.CaptureFixture[str])
 
 
 def test_the_warning_names_the_slow_layers() -> None:
-    case = CASES["forward="]
-    model, batch = build(case, torch.float32)
-    with pytest.warns(memsyn.SlowParametersWarning, match=r"4 of 4 parameters .* the model \(GRU\).*max_samples"):
-        memsyn.measure(model, [batch], forward=case.forward, progress=False)
-    assert set(dict(model.named_parameters())) == ALL_LSTM
+    model, batch = build(CASES["experts"], torch.float32)
+    with pytest.warns(
+        memsyn.SlowParametersWarning, match=r"4 of 6 parameters .* in b \(Linear\), c \(Linear\)\..*max_sam"
+    ):
+        memsyn.measure(model, [batch], progress=False)
 
 
 # Bad input
@@ -619,7 +623,7 @@ def test_what_is_noted_on_a_parameter_is_there() -> None:
 
 def test_a_slow_batch_that_cannot_be_cut_rightly_is_an_error() -> None:
     """A table of three rows is no table of three samples."""
-    model = Lambda(lambda m, x, table: m.a(x * m.p * table.mean(0)), a=nn.Linear(4, 3), p=nn.Parameter(torch.randn(4)))
+    model = Lambda(lambda m, x, table: Hidden.apply(x * table.mean(0), m.p), p=parameter(3, 4))
     table, x = torch.rand(3, 4), normal(4)(11, torch.float32)
     batches = [{"x": x[:8], "table": table}, {"x": x[8:], "table": table}]
     with (
@@ -630,16 +634,16 @@ def test_a_slow_batch_that_cannot_be_cut_rightly_is_an_error() -> None:
 
 
 def test_a_rule_that_only_zeros_have_vouched_for_is_checked_again() -> None:
-    model = Lambda(lambda m, x: m.a(x) + F.linear(torch.tanh(x), m.a.weight), a=nn.Linear(4, 4, bias=False)).double()
+    model = Lambda(lambda m, x: F.linear(x, m.w) + Hidden.apply(torch.tanh(x), m.w), w=parameter(4, 4)).double()
     data = torch.cat([torch.zeros(4, 4, dtype=torch.float64), normal(4)(6, torch.float64)])
-    with pytest.warns(memsyn.SlowParametersWarning, match=r"a \(Linear\)"):
+    with pytest.warns(memsyn.SlowParametersWarning, match="the model"):
         found = memsyn.measure(model, [data[:4], data[4:]], progress=False)
     expected = reference.importance(model, data, 10, lambda m, x, k: m(x[k : k + 1]))
     assert max(reference.errors(found.mean(), expected).values()) <= 1e-9
 
 
 def test_a_rule_that_the_first_samples_say_nothing_of_is_checked_on_others() -> None:
-    model = Lambda(lambda m, x: m.a(x) + F.linear(torch.tanh(x), m.a.weight), a=nn.Linear(4, 4, bias=False)).double()
+    model = Lambda(lambda m, x: F.linear(x, m.w) + Hidden.apply(torch.tanh(x), m.w), w=parameter(4, 4)).double()
     data = torch.cat([torch.zeros(4, 4, dtype=torch.float64), normal(4)(6, torch.float64)])
     with pytest.warns(memsyn.SlowParametersWarning):
         found = memsyn.measure(model, [data], progress=False)
@@ -657,9 +661,12 @@ def test_a_weight_without_any_gradient_is_zero_and_measuring_goes_on() -> None:
 
 @pytest.mark.parametrize("slow", [False, True])
 def test_a_model_that_changes_its_input_in_place(slow: bool) -> None:
-    layer = nn.Linear(4, 3).double()
-    model = Lambda(lambda m, x: m.a(x.mul_(2).add_(m.p)), a=layer, p=nn.Parameter(torch.ones(4).double()))
-    model.p.requires_grad_(slow)
+    model = Lambda(
+        lambda m, x: Hidden.apply(x.mul_(2).add_(m.p), m.w) if slow else m.a(x.mul_(2).add_(m.p)),
+        a=nn.Linear(4, 3),
+        p=parameter(4),
+        w=parameter(3, 4),
+    ).double()
     batch = normal(4)(6, torch.float64)
     expected = reference.importance(model, batch, 6, lambda m, x, k: m(x[k : k + 1].clone()))
     with pytest.warns(memsyn.SlowParametersWarning) if slow else contextlib.nullcontext():
@@ -686,7 +693,9 @@ def test_checkpoints() -> None:
 
 def test_small_gradients_are_guarded_as_closely_in_half_precision() -> None:
     model = Lambda(
-        lambda m, x: m.h(torch.tanh(x)) * 30 + 0.03 * torch.tanh(m.g(x)) + 0.03 * F.linear(torch.cos(x), m.g.weight),
+        lambda m, x: (
+            m.h(torch.tanh(x)) * 30 + 0.03 * torch.tanh(m.g(x)) + 0.03 * Hidden.apply(torch.cos(x), m.g.weight)
+        ),
         h=nn.Linear(4, 4),
         g=nn.Linear(4, 4),
     ).bfloat16()
@@ -724,10 +733,9 @@ def test_a_transformer_encoder_with_padding(frozen: bool) -> None:
     model.tokens.requires_grad_(not frozen)
     ids = torch.tensor([[1, 2, 3, 0], [4, 5, 0, 0], [6, 7, 8, 9], [1, 0, 0, 0], [2, 2, 2, 0]])
     enabled = torch.backends.mha.get_fastpath_enabled()
-    with pytest.warns(memsyn.SlowParametersWarning):
-        found = memsyn.measure(model, [ids], progress=False)
+    found = memsyn.measure(model, [ids], progress=False)
     assert torch.backends.mha.get_fastpath_enabled() == enabled
-    assert found.routes["encoder.layers.1.linear1.weight"] == BY_RULE
+    assert set(found.routes.values()) == {BY_RULE}
     model.encoder.use_nested_tensor = False
     expected = reference.importance(model, ids, 5, lambda m, x, k: m(x[k : k + 1]))
     assert max(reference.errors(found.mean(), expected).values()) <= 1e-9
@@ -782,7 +790,7 @@ def test_batches_without_tensors_are_read_by_forward() -> None:
 
 
 def test_slow_parameters_need_batches_that_can_be_cut() -> None:
-    model = nn.LSTM(4, 3, batch_first=True)
+    model = Lambda(hidden, a=nn.Linear(4, 5), b=nn.Linear(3, 2), w=parameter(3, 5))
     texts = {"short": torch.randn(2, 5, 4)}
-    with pytest.raises(memsyn.BatchError, match="str without tensors cannot be cut"):
-        memsyn.measure(model, ["short"], forward=lambda m, text: m(texts[text])[0], progress=False)
+    with pytest.raises(memsyn.BatchError, match="without tensors cannot be cut"):
+        memsyn.measure(model, ["short"], forward=lambda m, text: m(texts[text]), progress=False)

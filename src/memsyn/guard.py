@@ -46,6 +46,10 @@ Run = Callable[[nn.Module, Any, int], Tensor]
 """(model, batch, place of the first sample) -> (B, R), the objectives of each sample."""
 
 
+class _ConstantError(OutputError):
+    """The objective does not depend on any weight."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the guard saw."""
@@ -97,6 +101,8 @@ def check(model: nn.Module, measured: Iterable[str], run: Run, batch: Any) -> Ve
     try:
         try:
             return _Check(model, _private(model, torch.float64), measured, run).verdict(map_tensors(batch, _double))
+        except _ConstantError:
+            raise
         except (BatchError, OutputError):  # a forward pass with a precision of its own
             return _Check(model, _private(model, None), measured, run).verdict(batch)
     except ModelError:
@@ -342,7 +348,7 @@ def _check_not_constant(values: Tensor, parameters: Mapping[str, nn.Parameter], 
     """A squared norm that no weight can change has only rounding for a gradient."""
     size = whole * math.hypot(*(float(parameter.detach().norm()) for parameter in parameters.values()))
     if 0 < size < 1e-9 * float(values.detach().abs().sum()):
-        raise OutputError(
+        raise _ConstantError(
             "the squared norm of the output is the same whatever the weights are, as of outputs that were normalised, "
             "so it says nothing about their importance. Measure an earlier output: forward=lambda model, batch: ..."
         )

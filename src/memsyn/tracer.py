@@ -371,6 +371,8 @@ class Recorder(_Tracer):
                 output = result = leaf.clone()  # a leaf could not be changed in place by what follows
             if not self._passive:
                 self.leaves.append(leaf)
+        elif result._is_view() and not changed:  # a later change in place would pass by a hook on a view
+            output = result = result.clone()
         if not self._passive:
             versions = {place: tensor._version for place, tensor in kept.items()}
             stripped, named = replaced(function, args, kwargs, dict.fromkeys(tensors))

@@ -16,12 +16,11 @@ from memsyn.errors import (
 from memsyn.importance import Importance, LayerSummary
 from memsyn.measure import measure
 from memsyn.memory import Consolidation, Memory
-from memsyn.objectives import ESTIMATORS, Estimator
+from memsyn.objectives import Estimator
 from memsyn.penalty import penalty
 from memsyn.protect import Protection, protect
 
 __all__ = [
-    "ESTIMATORS",
     "BatchError",
     "Consolidation",
     "Estimator",

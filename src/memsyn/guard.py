@@ -13,28 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from memsyn.batches import map_tensors, num_samples, take, tensors
+from memsyn.calls import Call, Path, Split, path_of
 from memsyn.errors import BatchError, ModelError, OutputError
 from memsyn.parameters import named_parameters, trainable_parameters
-from memsyn.routes import (
-    BY_OPERATION,
-    BY_RULE,
-    BY_SAMPLE,
+from memsyn.passes import (
     TOLERANCE,
-    UNUSED,
-    Sums,
-    add_by_operation,
-    add_by_rule,
     backward_to_activations,
     check_same_alone,
     gradients,
     refuse_broken,
     samples_interact,
     score_alone,
-    wide_dtype,
 )
+from memsyn.recorder import Group, Recorder
+from memsyn.routes import BY_OPERATION, BY_RULE, BY_SAMPLE, UNUSED, Sums, add_by_operation, add_by_rule, wide_dtype
 from memsyn.rules import Axis, NoRuleError, signed
 from memsyn.shadow import shadow
-from memsyn.tracer import Call, Group, Observer, Path, Recorder, Split, compare, guess, path_of
+from memsyn.tracer import Observer, compare, guess
 
 NUM_SAMPLES = 2
 """Enough to tell samples apart, and half the cost of four."""
@@ -125,7 +120,9 @@ class _Check:
 
     def __post_init__(self) -> None:
         own = named_parameters(self.clone)
-        self.parameters = {name: own[name].requires_grad_() for name in self.measured}
+        self.parameters = {name: own[name] for name in self.measured}
+        for parameter in self.parameters.values():
+            parameter.requires_grad_()
         self.precise = all(p.dtype == torch.float64 for p in self.parameters.values())
 
     def scores(self, batch: Any, first_sample: int = 0) -> Tensor:
@@ -220,9 +217,9 @@ class _Check:
             waiting[name] = torch.zeros_like(self.parameters[name])
         for name in [name for name in self.parameters if name in waiting]:  # zero up to rounding, or not ruled
             group = group_of.get(name, Group(frozenset((name,))))
-            route = self._route(group, waiting, weights, self.whole) if name in waiting else None
-            for member in group.names & waiting.keys() if route is not None else ():
-                routes[member] = route if group.uses else UNUSED
+            own = self._route(group, waiting, weights, self.whole) if name in waiting else None
+            for member in group.names & waiting.keys() if own is not None else ():
+                routes[member] = (own if group.uses else UNUSED) or BY_SAMPLE
                 del waiting[member]
         routes.update(dict.fromkeys(waiting, BY_SAMPLE))
         unproven = {n for n, route in routes.items() if squares.get(n, 0.0) == 0.0 and route not in (BY_SAMPLE, UNUSED)}

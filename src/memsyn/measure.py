@@ -28,14 +28,15 @@ from memsyn.batches import (
     num_samples,
     to_device,
 )
+from memsyn.calls import Path, Split
 from memsyn.errors import BatchError, MemsynError, ModelError, OptionError, SlowParametersWarning
 from memsyn.importance import Importance
 from memsyn.objectives import ESTIMATORS, Estimator, Place, find_estimator, output_tensor, scores, token_mask
 from memsyn.parameters import named_parameters, trainable_parameters, unwrap
-from memsyn.routes import BY_SAMPLE, Passed, Scores, add_batched, add_by_samples, add_by_uses, check_finite, wide_dtype
+from memsyn.passes import Passed, Scores, add_batched, add_by_samples, add_by_uses, check_finite
+from memsyn.routes import BY_SAMPLE, wide_dtype
 from memsyn.rules import MAGNITUDES
 from memsyn.shadow import check_measurable, shadow
-from memsyn.tracer import Path, Split
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -133,7 +134,8 @@ class _Run:
         batched: bool,
     ) -> None:
         self.original, self.device = model, device
-        self.forward, self.masks = (call, token_mask) if forward is None else (forward, lambda _: None)
+        self.forward: Forward = forward or call
+        self.masked = forward is None
         self.estimator, self.batched = estimator, batched
         self.labelled = estimator == ESTIMATORS["fisher-empirical"]
         self.magnitude = MAGNITUDES[estimator.magnitude]
@@ -229,11 +231,13 @@ class _Run:
     def _clone(self, written: set[str]) -> None:
         self.shadow = shadow(self.original, private=written)
         own = named_parameters(self.shadow)
-        self.parameters = {name: own[name].requires_grad_() for name in self.routes}
+        self.parameters = {name: own[name] for name in self.routes}
+        for parameter in self.parameters.values():
+            parameter.requires_grad_()
         self.sums = {name: torch.zeros_like(p, dtype=wide_dtype(p)) for name, p in self.parameters.items()}
 
     def _scores(self, model: nn.Module, batch_index: int, given: Given, first_sample: int = 0) -> Tensor:
-        size, mask = num_samples(given.inputs), self.masks(given.inputs)
+        size, mask = num_samples(given.inputs), token_mask(given.inputs) if self.masked else None
         if self.slow or model is not self.shadow:
             given = copied(given)  # it will be read again, and the forward pass may change it in place
         try:

@@ -30,7 +30,8 @@ def output_tensor(output: object) -> Tensor:
         for keys in (("logits",), EMBEDDINGS, (HIDDEN,)):
             found = [entries[key] for key in keys if isinstance(entries.get(key), Tensor)]
             if len(found) == 1:
-                return found[0]
+                chosen: Tensor = found[0]
+                return chosen
             if found:
                 break
         named = f"a mapping with keys {', '.join(map(repr, entries)) or '(none)'}"
@@ -95,7 +96,7 @@ def log_likelihood(output: Tensor, place: Place) -> Tensor:
     if labels is None or labels.is_floating_point() or labels.shape != output.shape[:1]:
         given = "none" if labels is None else f"{labels.dtype} of shape {tuple(labels.shape)}"
         raise BatchError(
-            f"this estimator needs one class number per sample: give (input, label) batches, or mappings with 'labels'. "
+            "this estimator needs one class number per sample: give (input, label) batches, or mappings with 'labels'. "
             f"Got {given}."
         )
     return _log_probabilities(output).gather(1, labels.unsqueeze(1)).squeeze(1)
@@ -114,7 +115,7 @@ def sampled_log_likelihood(output: Tensor, place: Place) -> Tensor:
 
 
 def expected_log_likelihood(output: Tensor, place: Place) -> Tensor:
-    """sqrt(p_c) log p_c for every class, (B, classes), p_c outside the graph: squares sum to sum_c p_c (d log p_c)^2."""
+    """sqrt(p_c) log p_c for every class c, (B, classes), with p_c held: squares sum to sum_c p_c (d log p_c)^2."""
     log_p = _log_probabilities(output)
     return (0.5 * log_p.detach()).exp() * log_p
 
@@ -161,8 +162,8 @@ ESTIMATORS: Final = {
     "fisher-sampled": Estimator(sampled_log_likelihood, "square"),
     "fisher-empirical": Estimator(log_likelihood, "square"),
 }
-"""The estimators by name: MAS, on probabilities, and per output; the diagonal Fisher information: exact over the model's
-own distribution (as many backward passes as classes), with one label drawn from it, and with the batch's labels."""
+"""The estimators by name: MAS, on probabilities, and per output; the diagonal Fisher information: exact over the
+model's own distribution (as many backward passes as classes), with one label drawn from it, and with the batch's."""
 
 OBJECTIVE: Final = ESTIMATORS["mas"].name
 

@@ -8,8 +8,6 @@ use is one call of an operation with the parameter. d stands for the gradient of
 the operation's output, a for the operand that the parameter meets.
 """
 
-import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,10 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memsyn.convolutions import conv_products, geometry_of
 from memsyn.products import Magnitude, outer_products
-
-UNFOLD = 64
-"""A convolution's kernel is unfolded (copying its input) when it has at most so many inputs per output."""
 
 
 class NoRuleError(Exception):
@@ -43,7 +39,8 @@ class Axis(NamedTuple):
         if size % num_samples:
             raise NoRuleError
         sizes = (-1, num_samples) if self.minor else (num_samples, -1)
-        return tensor.unflatten(self.dim, sizes).movedim(self.dim + self.minor, 0)
+        first: Tensor = tensor.unflatten(self.dim, sizes).movedim(self.dim + self.minor, 0)
+        return first
 
     def sample(self, tensor: Tensor, k: int, num_samples: int) -> Tensor:
         """Sample k as a batch of one, in the tensor's own layout."""
@@ -51,7 +48,8 @@ class Axis(NamedTuple):
         if size % num_samples:
             raise NoRuleError
         if self.minor:
-            return tensor.unflatten(self.dim, (-1, num_samples)).select(self.dim + 1, k)
+            own: Tensor = tensor.unflatten(self.dim, (-1, num_samples)).select(self.dim + 1, k)
+            return own
         return tensor.narrow(self.dim, k * (size // num_samples), size // num_samples)
 
 
@@ -147,7 +145,9 @@ def per_sample(terms: Sequence[tuple[Tensor, Axis]], shape: torch.Size, num_samp
     return total
 
 
-def _elementwise(term: Callable[[Use], Tensor], operand: str | None = None, *, channels: bool = False) -> Rule:
+def elementwise(term: Callable[[Use], Tensor], operand: str | None = None, *, channels: bool = False) -> Rule:
+    """The rule of a parameter that is broadcast: sum_k f(sum_t term_kt)."""
+
     def join(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
         terms = [(term(use), use.axis) for use in uses]
         return magnitude(per_sample(terms, shape, num_samples, channels=channels)).sum(0)
@@ -155,12 +155,12 @@ def _elementwise(term: Callable[[Use], Tensor], operand: str | None = None, *, c
     return Rule(operand, join, term, channels)
 
 
-def _as_it_is(use: Use) -> Tensor:
+def as_it_is(use: Use) -> Tensor:
     """y = ... + p: term d."""
     return use.grad
 
 
-def _scaled(name: str, sign: int = 1) -> Callable[[Use], Tensor]:
+def scaled(name: str, sign: int = 1) -> Callable[[Use], Tensor]:
     """y = ... + c p: term c d."""
 
     def term(use: Use) -> Tensor:
@@ -170,12 +170,13 @@ def _scaled(name: str, sign: int = 1) -> Callable[[Use], Tensor]:
     return term
 
 
-def _times_operand(use: Use) -> Tensor:
+def times_operand(use: Use) -> Tensor:
     """y = a p: term d a."""
+    assert use.operand is not None
     return use.grad * use.operand
 
 
-def _over_operand(use: Use) -> Tensor:
+def over_operand(use: Use) -> Tensor:
     """y = p / a: term d / a."""
     if use.options.get("rounding_mode") is not None:
         raise NoRuleError
@@ -183,14 +184,14 @@ def _over_operand(use: Use) -> Tensor:
     return use.grad / use.operand
 
 
-def _layer_norm(use: Use) -> Tensor:
+def layer_norm(use: Use) -> Tensor:
     """y = p normalised(a): term d normalised(a)."""
     assert use.operand is not None
     eps = use.options.get("eps", 1e-5)
     return use.grad * F.layer_norm(use.operand, use.options["normalized_shape"], eps=eps)
 
 
-def _rms_norm(use: Use) -> Tensor:
+def rms_norm(use: Use) -> Tensor:
     """y = p a / rms(a): term d a / rms(a)."""
     assert use.operand is not None
     eps = use.options.get("eps")
@@ -199,13 +200,13 @@ def _rms_norm(use: Use) -> Tensor:
     return use.grad * F.rms_norm(use.operand, use.options["normalized_shape"], eps=eps)
 
 
-def _group_norm(use: Use) -> Tensor:
+def group_norm(use: Use) -> Tensor:
     """y = p normalised(a): term d normalised(a)."""
     assert use.operand is not None
     return use.grad * F.group_norm(use.operand, use.options["num_groups"], eps=use.options.get("eps", 1e-5))
 
 
-def _batch_norm(use: Use) -> Tensor:
+def batch_norm(use: Use) -> Tensor:
     """y = p (a - mean) / sqrt(var + eps), with running statistics if there are any."""
     assert use.operand is not None
     mean, var = use.options.get("running_mean"), use.options.get("running_var")
@@ -216,10 +217,10 @@ def _batch_norm(use: Use) -> Tensor:
     return use.grad * F.batch_norm(use.operand, mean, var, training=training, eps=eps)
 
 
-def _instance_norm(use: Use) -> Tensor:
+def instance_norm(use: Use) -> Tensor:
     """y = p normalised(a), each sample and channel on its own, or with running statistics."""
     if not use.options.get("use_input_stats", True):
-        return _batch_norm(use)
+        return batch_norm(use)
     assert use.operand is not None
     return use.grad * F.instance_norm(use.operand, eps=use.options.get("eps", 1e-5))
 
@@ -230,7 +231,8 @@ def _prelu(use: Use) -> Tensor:
     return use.grad * use.operand.clamp(max=0)
 
 
-def _join_prelu(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
+def join_prelu(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
+    """One slope, or one per channel: sum_k f(sum_t d_kt min(a_kt, 0))."""
     terms = [(_prelu(use), use.axis) for use in uses]
     return magnitude(per_sample(terms, shape, num_samples, channels=shape.numel() > 1)).sum(0)
 
@@ -238,58 +240,32 @@ def _join_prelu(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnit
 # Products: y = a W^T, and convolutions as a Linear over windows
 
 
-def _linear_weight(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
+def linear_weight(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
     """y = a W^T, a (..., in): g_k = sum_t d_kt a_kt^T."""
     lefts = [grad.unsqueeze(-2) for grad in _grads(uses, num_samples)]
     rights = [operand.unsqueeze(-2) for operand in _operands(uses, num_samples)]
     return outer_products(lefts, [rights], magnitude)[0][0]
 
 
-def _matrix(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
+def matrix(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
     """y = c a W, a (..., in) and W a matrix: g_k = c sum_t a_kt d_kt^T."""
     if len(shape) != 2 or any(use.grad.ndim < 2 for use in uses):
         raise NoRuleError
     lefts = [operand.unsqueeze(-2) for operand in _operands(uses, num_samples)]
-    rights = [grad.unsqueeze(-2) for grad in samples_first([(_scaled("alpha")(u), u.axis) for u in uses], num_samples)]
+    rights = [grad.unsqueeze(-2) for grad in samples_first([(scaled("alpha")(u), u.axis) for u in uses], num_samples)]
     return outer_products(lefts, [rights], magnitude)[0][0]
 
 
-class Geometry(NamedTuple):
-    """Where a convolution's windows lie, per spatial dimension."""
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    sides: tuple[tuple[int, int], ...]
-    """The zeros before and after."""
-
-
-def _geometry(options: Mapping[str, Any], kernel: tuple[int, ...]) -> Geometry:
-    def each(name: str, default: int) -> tuple[int, ...]:
-        value = options.get(name, default)
-        values = (value,) if isinstance(value, int) else tuple(value)
-        return values * len(kernel) if len(values) == 1 else values
-
-    dilation = each("dilation", 1)
-    padding = options.get("padding", 0)
-    if isinstance(padding, str):
-        totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
-        sides = tuple((total // 2, total - total // 2) for total in totals)
-    else:
-        sides = tuple((p, p) for p in each("padding", 0))
-    return Geometry(kernel, each("stride", 1), dilation, sides)
-
-
-def _conv_weight(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
+def conv_weight(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
     """g_k[:, :, o] = sum_t d_kt a_k(t + o)^T for each kernel offset o: shifted views of the padded input."""
-    geometry, groups = _geometry(uses[0].options, tuple(shape[2:])), uses[0].options.get("groups", 1)
+    geometry, groups = geometry_of(uses[0].options, tuple(shape[2:])), uses[0].options.get("groups", 1)
     grads, inputs = _images(_grads(uses, num_samples), len(shape)), _images(_operands(uses, num_samples), len(shape))
     return conv_products(grads, inputs, shape, geometry, groups, magnitude)
 
 
-def _conv_transpose_weight(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
+def conv_transpose_weight(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
     """The transpose of a convolution: inputs and gradients change places."""
-    geometry, groups = _geometry(uses[0].options, tuple(shape[2:])), uses[0].options.get("groups", 1)
+    geometry, groups = geometry_of(uses[0].options, tuple(shape[2:])), uses[0].options.get("groups", 1)
     grads, inputs = _images(_grads(uses, num_samples), len(shape)), _images(_operands(uses, num_samples), len(shape))
     return conv_products(inputs, grads, shape, geometry, groups, magnitude)
 
@@ -304,58 +280,10 @@ def _images(uses: Sequence[Tensor], ndim: int) -> list[Tensor]:
     return images
 
 
-def conv_products(
-    grads: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    shape: torch.Size,
-    geometry: Geometry,
-    groups: int,
-    magnitude: Magnitude,
-) -> Tensor:
-    """sum_k f(sum_t d_kt a_k(t + o)^T) for each kernel offset o, of the weight's shape (rows, columns, *kernel).
-
-    Small kernels and patches (windows that do not overlap) are unfolded and become one product instead.
-    """
-    spatial, columns = len(geometry.kernel), shape[1] * groups
-    lefts = [grad.movedim(1, -1).contiguous().unflatten(-1, (groups, -1)) for grad in grads]
-    windows = [_windows(image, grad.shape[2:], geometry) for image, grad in zip(inputs, grads, strict=True)]
-    offsets = math.prod(geometry.kernel)
-    apart = all(s >= k for s, k in zip(geometry.stride, geometry.kernel, strict=True))
-    if groups == 1 and (apart or offsets * columns <= UNFOLD):
-        rights = [window.flatten(1 + spatial).unsqueeze(-2) for window in windows]
-        products = outer_products(lefts, [rights], magnitude)[0][0]  # (out, offsets * in)
-        weight = products.unflatten(1, (*geometry.kernel, columns))
-    else:
-        places: list[tuple[Any, ...]] = [
-            (..., *offset, slice(None)) for offset in itertools.product(*map(range, geometry.kernel))
-        ]
-        shifted = [[window[place].unflatten(-1, (groups, -1)) for window in windows] for place in places]
-        weight = torch.stack(list(outer_products(lefts, shifted, magnitude)), 2).flatten(0, 1)  # (out, offsets, in)
-        weight = weight.unflatten(1, geometry.kernel)
-    moved: Tensor = weight.movedim(-1, 1)
-    return moved
-
-
-def _windows(image: Tensor, out_size: torch.Size, geometry: Geometry) -> Tensor:
-    """The input each output position sees, as a view: (B, *out_size, *kernel, channels)."""
-    pad = [side for pair in reversed(geometry.sides) for side in pair]  # F.pad wants the last dimension first
-    padded = (F.pad(image, pad) if any(pad) else image).movedim(1, -1).contiguous()
-    sample, *steps, channel = padded.stride()
-    return padded.as_strided(
-        (len(padded), *out_size, *geometry.kernel, padded.shape[-1]),
-        (
-            sample,
-            *(step * s for step, s in zip(steps, geometry.stride, strict=True)),
-            *(step * d for step, d in zip(steps, geometry.dilation, strict=True)),
-            channel,
-        ),
-    )
-
-
 # Tables
 
 
-def _embedding(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
+def embedding(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
     """g_k[v] = sum of d_kt over the tokens t with index v: one signed sum for a token that occurs twice."""
     indices, grads = token_rows(uses, shape[0], num_samples)
     sums, cells = row_sums(indices, grads, shape[0])
@@ -388,7 +316,7 @@ def tied(
 
     With L_k the Linear's gradient and E_k the embedding's: sum_k f(L_k), and f(L_k + E_k) - f(L_k) where E_k is not 0.
     """
-    total = _linear_weight(maps, shape, num_samples, magnitude)
+    total = linear_weight(maps, shape, num_samples, magnitude)
     sums, cells = row_sums(*token_rows(tables, shape[0], num_samples), shape[0])
     samples, rows = cells // shape[0], cells % shape[0]
     grads = [grad.reshape(num_samples, -1, shape[0]) for grad in _grads(maps, num_samples)]
@@ -400,74 +328,3 @@ def tied(
         assert isinstance(linear, Tensor)
         total.index_add_(0, found, magnitude(linear + sums[own]).sub_(magnitude(linear)))
     return total
-
-
-@dataclass(frozen=True)
-class Operation:
-    """An operation's arguments in their order, and the rules of those that a parameter may be."""
-
-    arguments: tuple[str, ...]
-    rules: Mapping[str, Rule]
-
-
-_TERMS = ("input", "other")
-_NORM = ("input", "running_mean", "running_var", "weight", "bias")
-_ADD = Operation((*_TERMS, "alpha"), {"input": _elementwise(_as_it_is), "other": _elementwise(_scaled("alpha"))})
-_SUB = Operation((*_TERMS, "alpha"), {"input": _elementwise(_as_it_is), "other": _elementwise(_scaled("alpha", -1))})
-_MUL = Operation(
-    _TERMS, {"input": _elementwise(_times_operand, "other"), "other": _elementwise(_times_operand, "input")}
-)
-_DIV = Operation(_TERMS, {"input": _elementwise(_over_operand, "other")})
-_MATMUL = Operation(_TERMS, {"other": Rule("input", _matrix)})
-_EXPAND = Operation(("input",), {"input": _elementwise(_as_it_is)})
-_CHANNEL_BIAS = _elementwise(_as_it_is, channels=True)
-_CONV = Operation(
-    ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-    {"weight": Rule("input", _conv_weight), "bias": _CHANNEL_BIAS},
-)
-_CONV_TRANSPOSE = Operation(
-    ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
-    {"weight": Rule("input", _conv_transpose_weight), "bias": _CHANNEL_BIAS},
-)
-
-OPERATIONS: dict[Callable[..., Any], Operation] = {
-    F.linear: Operation(
-        ("input", "weight", "bias"), {"weight": Rule("input", _linear_weight), "bias": _elementwise(_as_it_is)}
-    ),
-    torch.addmm: Operation(
-        ("input", "mat1", "mat2", "beta", "alpha"),
-        {"input": _elementwise(_scaled("beta")), "mat2": Rule("mat1", _matrix)},
-    ),
-    F.layer_norm: Operation(
-        ("input", "normalized_shape", "weight", "bias", "eps"),
-        {"weight": _elementwise(_layer_norm, "input"), "bias": _elementwise(_as_it_is)},
-    ),
-    F.rms_norm: Operation(("input", "normalized_shape", "weight", "eps"), {"weight": _elementwise(_rms_norm, "input")}),
-    F.group_norm: Operation(
-        ("input", "num_groups", "weight", "bias", "eps"),
-        {"weight": _elementwise(_group_norm, "input", channels=True), "bias": _CHANNEL_BIAS},
-    ),
-    F.batch_norm: Operation(
-        (*_NORM, "training", "momentum", "eps"),
-        {"weight": _elementwise(_batch_norm, "input", channels=True), "bias": _CHANNEL_BIAS},
-    ),
-    F.instance_norm: Operation(
-        (*_NORM, "use_input_stats", "momentum", "eps"),
-        {"weight": _elementwise(_instance_norm, "input", channels=True), "bias": _CHANNEL_BIAS},
-    ),
-    torch.bilinear: Operation(("input1", "input2", "weight", "bias"), {"bias": _elementwise(_as_it_is)}),
-    F.prelu: Operation(("input", "weight"), {"weight": Rule("input", _join_prelu)}),
-    F.embedding: Operation(
-        ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
-        {"weight": Rule("input", _embedding)},
-    ),
-    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _CONV),
-    **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), _CONV_TRANSPOSE),
-    **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm), _MATMUL),
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.add_), _ADD),
-    **dict.fromkeys((torch.sub, Tensor.sub, Tensor.sub_), _SUB),
-    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.mul_), _MUL),
-    **dict.fromkeys((torch.div, torch.true_divide, Tensor.div, Tensor.true_divide), _DIV),
-    **dict.fromkeys((Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to), _EXPAND),
-}
-"""The operations that have rules, as torch hands them to a function mode. All others are differentiated by autograd."""

@@ -1,0 +1,125 @@
+"""One operation that takes values and samples, as it was called.
+
+Owns reading and rebuilding the arguments of operations.
+
+Words: a value is a tensor computed of parameters alone (a parameter, its transpose, a normalised weight, the rows of
+a table for places); a path is how a value came from its parameter, as names of operations, the same in every batch.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from memsyn.operations import OPERATIONS
+from memsyn.rules import Axis, Rule
+
+Path = tuple[str, ...]
+Function = Callable[..., Any]
+
+
+@dataclass(eq=False, frozen=True)
+class Value:
+    """A tensor computed of parameters alone, with its graph back to them."""
+
+    tensor: Tensor
+    names: frozenset[str]
+    path: Path
+
+
+class Split(NamedTuple):
+    """What the operation at a path does with samples."""
+
+    out: Axis | None
+    """Where its output keeps them; None if it only makes another value."""
+    args: Mapping[str, Axis | None]
+    """Where each of its tensors keeps them."""
+
+
+@dataclass(eq=False)
+class Call:
+    """A use: one operation on values and samples, and the gradient of what came out."""
+
+    function: Function
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    values: Mapping[str, Value]
+    """The values among its tensors, by place."""
+    splits: Mapping[str, Split]
+    """What it does with samples, as each value's rule should see it."""
+    tensors: dict[str, Tensor]
+    """The tensors that the rules of its values need, or all, without their graphs."""
+    versions: dict[str, int]
+    places: frozenset[str]
+    """Of all its tensors."""
+    grad: Tensor | None = None
+
+    def is_intact(self) -> bool:
+        """Whether nothing changed since the operation saw it."""
+        return all(self.tensors[place]._version == version for place, version in self.versions.items())
+
+
+def rule_of(function: Function, place: str) -> Rule | None:
+    """The rule for an argument of an operation."""
+    operation = OPERATIONS.get(function)
+    return operation.rules.get(place) if operation else None
+
+
+def name_of(function: Function) -> str:
+    """A name for what torch hands to a function mode."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def path_of(value: Value, function: Function, place: str) -> Path:
+    """The path of a value's use, or of a further value."""
+    return (*value.path, f"{name_of(function)}.{place}")
+
+
+def arguments(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The arguments by place: their name where it is known, else their number; parts of a list as place.number."""
+    operation = OPERATIONS.get(function)
+    names = operation.arguments if operation else ()
+    for index, value in enumerate(args):
+        yield from _parts(names[index] if index < len(names) else str(index), value)
+    for name, value in kwargs.items():
+        yield from _parts(name, value)
+
+
+def _parts(place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value):
+        for index, part in enumerate(value):
+            yield f"{place}.{index}", part
+    else:
+        yield place, value
+
+
+def replaced(
+    function: Function, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Mapping[str, Tensor | None]
+) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments with other tensors at some places."""
+    operation = OPERATIONS.get(function)
+    names = operation.arguments if operation else ()
+
+    def put(place: str, value: Any) -> Any:
+        if isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value):
+            return type(value)([tensors.get(f"{place}.{index}", part) for index, part in enumerate(value)])
+        return tensors.get(place, value)
+
+    return (
+        [put(names[index] if index < len(names) else str(index), value) for index, value in enumerate(args)],
+        {name: put(name, value) for name, value in kwargs.items()},
+    )
+
+
+def changes_its_input(function: Function, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the operation writes to its first argument."""
+    name = name_of(function)
+    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or "out" in kwargs
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors an operation gave."""
+    if isinstance(output, Tensor):
+        return [output]
+    return [part for part in output if isinstance(part, Tensor)] if isinstance(output, (list, tuple)) else []

@@ -1,0 +1,173 @@
+"""A pass over a batch in which the uses of parameters are kept until their gradients come.
+
+Owns cutting the graph between values and samples, and handing over what was used together. Knows no formulas.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from memsyn.calls import (
+    Call,
+    Function,
+    Path,
+    Split,
+    Value,
+    arguments,
+    changes_its_input,
+    path_of,
+    replaced,
+    rule_of,
+    tensors_of,
+)
+from memsyn.tracer import Tracer
+
+
+@dataclass(eq=False)
+class Group:
+    """Parameters that are measured together, since some value is computed of several; and their uses."""
+
+    names: frozenset[str]
+    uses: list[tuple[Call, str]] = field(default_factory=list)
+    """Calls, and the place of the value in each."""
+    num_waiting: int = 0
+
+
+@final
+class Recorder(Tracer):
+    """Cuts the graph between values and samples, and hands each group of parameters over when its gradients came.
+
+    Nothing but the graph may hold a tensor longer than that: freshly freed memory is what makes the pass fast.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        splits: Mapping[Path, Split | None],
+        consume: Callable[[Group], None],
+    ) -> None:
+        super().__init__(parameters)
+        self.splits, self.consume = splits, consume
+        self.leaves: list[Tensor] = []
+        self.unknown: set[str] = set()
+        """Parameters used where nothing is known about the samples."""
+        self._calls: list[Call] = []
+        self._groups: dict[str, Group] = {}
+        self._passive = False
+
+    def meet(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Make a further value, or record a use, as the guard has seen it; what it has not seen is left to autograd."""
+        tensors = {place: v for place, v in arguments(function, args, kwargs) if isinstance(v, Tensor)}
+        met = self._met(tensors)
+        splits = {place: self.splits.get(path_of(value, function, place)) for place, value in met.items()}
+        known = {place: split for place, split in splits.items() if split is not None}
+        makes_value = [split.out is None for split in known.values()]
+        if len(known) < len(met) or any(makes_value) != all(makes_value):
+            output = function(*args, **kwargs)
+            result = args[0] if output is None and changes_its_input(function, kwargs) else output
+            if any(tensor.requires_grad for tensor in tensors_of(result)):
+                self.unknown.update(*(value.names for value in met.values()))
+            return output
+        if all(makes_value):
+            output = function(*args, **kwargs)
+            self._follow(function, met, output)
+            return output
+        return self._use(function, args, kwargs, tensors, met, known)
+
+    def _use(
+        self,
+        function: Function,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        met: Mapping[str, Value],
+        splits: Mapping[str, Split],
+    ) -> Any:
+        kept: dict[str, Tensor] = {}
+        changed = changes_its_input(function, kwargs)
+        if not self._passive:
+            kept = self._keep(function, tensors, met)
+            if changed:  # what is there now is what it needs
+                kept = {place: t.clone() if t.data_ptr() == args[0].data_ptr() else t for place, t in kept.items()}
+        cut = {place: value.tensor.detach() for place, value in met.items()}
+        new_args, new_kwargs = replaced(function, args, kwargs, cut)
+        output = function(*new_args, **new_kwargs)
+        result = args[0] if output is None else output
+        if not result.requires_grad:  # nothing before this is differentiable: the graph begins here
+            if changed:
+                leaf = result.new_zeros((), requires_grad=True)
+                result.add_(leaf)
+            else:
+                leaf = result.detach().requires_grad_()
+                output = result = leaf.clone()  # a leaf could not be changed in place by what follows
+            if not self._passive:
+                self.leaves.append(leaf)
+        elif result._is_view() and not changed:  # a later change in place would pass by a hook on a view
+            output = result = result.clone()
+        if not self._passive:
+            versions = {place: tensor._version for place, tensor in kept.items()}
+            stripped, named = replaced(function, args, kwargs, dict.fromkeys(tensors))
+            call = Call(function, tuple(stripped), named, dict(met), splits, kept, versions, frozenset(tensors))
+            result.register_hook(partial(self._on_grad, call))
+            self._calls.append(call)
+        return output
+
+    @staticmethod
+    def _keep(function: Function, tensors: Mapping[str, Tensor], met: Mapping[str, Value]) -> dict[str, Tensor]:
+        """Only what the rules of the values need, or everything if one has none; and small things like statistics."""
+        rules = [rule_of(function, place) for place in met]
+        if all(rule is not None for rule in rules):
+            operands = {rule.operand for rule in rules if rule is not None}
+            large = {"input", "other", "mat1"} - operands
+            return {place: t.detach() for place, t in tensors.items() if place not in large or place in met}
+        return {place: tensor.detach() for place, tensor in tensors.items()}
+
+    def start_backward(self, *, last: bool) -> None:
+        """All uses are known now: group the parameters that share a value, for one backward pass."""
+        self._passive = True
+        for call in self._calls:
+            call.grad = None
+            for place, value in call.values.items():
+                self._group(value.names).uses.append((call, place))
+        for group in {id(group): group for group in self._groups.values()}.values():
+            group.num_waiting = len({id(call) for call, _ in group.uses})
+        if last:
+            self._calls.clear()
+
+    def _group(self, names: frozenset[str]) -> Group:
+        found = {id(g): g for name in names if (g := self._groups.get(name)) is not None}
+        if len(found) == 1 and names <= next(iter(found.values())).names:
+            return next(iter(found.values()))
+        group = Group(names.union(*(g.names for g in found.values())))
+        for other in found.values():
+            group.uses += other.uses
+        self._groups.update(dict.fromkeys(group.names, group))
+        return group
+
+    def _on_grad(self, call: Call, grad: Tensor) -> None:
+        call.grad = grad
+        with torch._C.DisableTorchFunction():
+            names = {name for value in call.values.values() for name in value.names}
+            for group in {id(g): g for name in names if (g := self._groups.get(name)) is not None}.values():
+                group.num_waiting -= 1
+                if group.num_waiting == 0:
+                    self._hand_over(group)
+
+    def _hand_over(self, group: Group) -> None:
+        for name in group.names:
+            del self._groups[name]
+        if group.names & self.unknown:
+            self.unknown |= group.names
+            return
+        group.uses = [(call, place) for call, place in group.uses if call.grad is not None]
+        self.consume(group)
+
+    def finish(self) -> None:
+        """Hand over the groups of which some uses, or all, had no part in the objective."""
+        with torch._C.DisableTorchFunction():
+            for group in list({id(group): group for group in self._groups.values()}.values()):
+                self._hand_over(group)

@@ -34,6 +34,7 @@ from memsyn.importance import Importance
 from memsyn.objectives import ESTIMATORS, Estimator, Place, find_estimator, output_tensor, scores, token_mask
 from memsyn.parameters import named_parameters, trainable_parameters, unwrap
 from memsyn.passes import Passed, Scores, add_batched, add_by_samples, add_by_uses, check_finite
+from memsyn.products import workspace
 from memsyn.routes import BY_SAMPLE, wide_dtype
 from memsyn.rules import MAGNITUDES
 from memsyn.shadow import check_measurable, shadow
@@ -107,6 +108,7 @@ def measure(
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
         _layers_of_attention(),
+        workspace(),
     ):
         run = _Run(model, trainable, device, forward, chosen, batched)
         limited = first_samples(iter(batches), max_samples)

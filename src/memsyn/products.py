@@ -1,10 +1,13 @@
 """Sums over samples of a magnitude of per-sample sums of outer products, in tiles that stay in cache.
 
-Owns how the largest part of measuring is computed, and every number chosen for its speed. Knows nothing of layers.
+Owns how the largest part of measuring is computed, every number chosen for its speed, and the memory it works in.
+Knows nothing of layers. `benchmarks/products.py` measures the numbers again.
 """
 
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -12,63 +15,174 @@ from torch import Tensor
 Magnitude = Callable[[Tensor], Tensor]
 """f, applied to a sample's gradient before the sum over samples, in place. Must keep products: f(a b) = f(a) f(b)."""
 
-NUM_PRODUCTS = 2**21
-"""Per-sample products made at once, in numbers: 8 MiB of float32."""
+Tokens = Callable[[slice], Sequence[tuple[Tensor, Sequence[Tensor]]]]
+"""Some samples -> per use a left (b, G, T, rows) and its rights (b, G, T, columns), views or copies of any strides."""
 
-NUM_INPUTS = 2**19
-"""Inputs and gradients read at once for that, in numbers."""
+TILE = 2**18
+"""Per-sample products made at once on the CPU, in numbers: 1 MiB of float32, which level-two caches hold."""
+
+TILE_ELSEWHERE = 2**22
+"""The same on accelerators, where a tile is one call more and the caches are no concern."""
+
+DEPTH = 4
+"""Samples in a tile, if there are so many: adding four at once reads and writes the sum once, not four times."""
+
+HEIGHT, WIDTH = 192, 1024
+"""Rows of a tile at least, and columns at most, if there are so many: the products of smaller parts are slower."""
+
+INPUTS = 2**20
+"""Inputs copied at once to make rights of them, in numbers: 4 MiB of float32."""
+
+_held = threading.local()
+
+
+@contextmanager
+def workspace() -> Iterator[None]:
+    """Keep the memory for tiles from call to call, in this thread: asking for it each time costs page faults."""
+    outer = getattr(_held, "tensors", None)
+    _held.tensors = {}
+    try:
+        yield
+    finally:
+        _held.tensors = outer
+
+
+def scratch(use: str, shape: Sequence[int], like: Tensor) -> Tensor:
+    """Uninitialised memory, of the dtype and device of `like`, that the next call for the same use hands out again."""
+    size = math.prod(shape)
+    tensors = getattr(_held, "tensors", None)
+    if tensors is None or size > 4 * INPUTS:
+        return like.new_empty(shape)
+    key = (use, like.dtype, like.device)
+    if key not in tensors or len(tensors[key]) < size:
+        tensors[key] = like.new_empty(size)
+    found: Tensor = tensors[key][:size].view(shape)
+    return found
 
 
 def outer_products(
-    lefts: Sequence[Tensor], rights: Sequence[Sequence[Tensor]], magnitude: Magnitude
-) -> Sequence[Tensor]:
-    """For every right: sum_k f(sum_t left_kt (x) right_kt), per sample the sum of outer products over its tokens.
+    tokens: Tokens, totals: Sequence[Tensor], magnitude: Magnitude, *, num_samples: int, copied: int = 0
+) -> None:
+    """For every right, sum_k f(sum_t left_kt (x) right_kt) into its total, the inner sum over all tokens and uses.
 
     With one token a sample, f(l r^T) = f(l) f(r)^T, so the sum over samples is one matrix product and no
     per-sample gradient exists. Otherwise the per-sample products are made a tile at a time, in one buffer.
 
     Args:
-        lefts: per use (B, ..., G, rows), any token dimensions in between.
-        rights: each per use (B, ..., G, columns), of the same token dimensions.
+        tokens: makes lefts and rights of some samples.
+        totals: for every right (G, rows, columns), of any strides and uninitialised; written to.
         magnitude: f.
-
-    Returns:
-        (G, rows, columns) for every right.
+        num_samples: B.
+        copied: how many numbers `tokens` copies for a sample, that the samples are taken some at a time.
     """
-    left, right = lefts[0], rights[0][0]
-    (groups, rows), columns = left.shape[-2:], right.shape[-1]
-    if left.ndim == 3 and len(lefts) == 1:
-        bare = magnitude(left.clone()).permute(1, 2, 0)
-        return [bare @ magnitude(right[0].clone()).transpose(0, 1) for right in rights]
-    totals = [left.new_zeros(groups, rows, columns) for _ in rights]
-    height = max(1, min(rows, NUM_PRODUCTS // (groups * columns)))
-    num_tokens = sum(math.prod(use.shape[1:-2]) for use in lefts)
-    depth = NUM_INPUTS // max(1, num_tokens * groups * (rows + columns))
-    depth = max(1, min(len(left), depth, NUM_PRODUCTS // (groups * height * columns)))
-    buffer = left.new_empty(depth * groups * height * columns)
-    for start in range(0, len(left), depth):
-        tile = slice(start, start + depth)
-        left = _join_tokens([use[tile] for use in lefts])
-        for total, uses in zip(totals, rights, strict=True):
-            right = _join_tokens([use[tile] for use in uses])
-            for row in range(0, rows, height):
-                block = slice(row, row + height)
-                products = magnitude(_token_products(left[..., block], right, buffer))
-                total[:, block].add_(products[0] if len(products) == 1 else products.sum(0))
-    return totals
+    step = max(1, min(num_samples, INPUTS // copied if copied else num_samples))
+    if num_samples == 0:
+        for total in totals:
+            total.zero_()
+    for start in range(0, num_samples, step):
+        uses = tokens(slice(start, min(start + step, num_samples)))
+        for index, total in enumerate(totals):
+            pairs = [(left, rights[index]) for left, rights in uses]
+            if len(pairs) == 1 and pairs[0][0].shape[2] == 1:
+                _write_single(*pairs[0], total, magnitude, add=start > 0)
+            else:
+                _write_tiles(pairs, total, magnitude, add=start > 0)
 
 
-def _join_tokens(uses: Sequence[Tensor]) -> Tensor:
-    """Uses of shape (b, ..., G, features) -> (b, G, T, features), tokens of all uses one after the other."""
-    flat = [use.flatten(1, -3) if use.ndim > 3 else use.unsqueeze(1) for use in uses]
-    return (flat[0] if len(flat) == 1 else torch.cat(flat, 1)).transpose(1, 2)
+def token_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], magnitude: Magnitude) -> Tensor:
+    """sum_k f(sum_t left_kt (x) right_kt) of (B, ..., rows) and (B, ..., columns), one of each per use."""
+    pairs = [(_tokens_of(left), _tokens_of(right)) for left, right in zip(lefts, rights, strict=True)]
+    left, right = pairs[0]
+    total = left.new_empty(1, left.shape[-1], right.shape[-1])
+    num_tokens = sum(own.shape[2] for own, _ in pairs)
+    copied = 0 if len(pairs) == 1 and num_tokens > 1 else num_tokens * (left.shape[-1] + right.shape[-1])
+
+    def tokens(some: slice) -> Sequence[tuple[Tensor, Sequence[Tensor]]]:
+        if len(pairs) == 1:
+            return [(left[some], [right[some]])]
+        own_lefts, own_rights = zip(*((left[some], right[some]) for left, right in pairs), strict=True)
+        return [(torch.cat(own_lefts, 2), [torch.cat(own_rights, 2)])]  # one product: a use may be a single token
+
+    outer_products(tokens, [total], magnitude, num_samples=len(left), copied=copied)
+    return total[0]
 
 
-def _token_products(left: Tensor, right: Tensor, buffer: Tensor) -> Tensor:
-    """(b, G, T, rows) and (b, G, T, columns) -> (b, G, rows, columns), in the buffer."""
-    shape = (*left.shape[:2], left.shape[3], right.shape[3])
-    products = buffer[: math.prod(shape)].view(shape)
-    if left.shape[1] > 1 and shape[2] * shape[3] == 1:  # depthwise: a matrix product of vectors is slow
-        return torch.sum(left * right, 2, out=products.view(shape[0], shape[1], 1)).view(shape)
-    torch.bmm(left.flatten(0, 1).transpose(1, 2), right.flatten(0, 1), out=products.flatten(0, 1))
-    return products
+def _tokens_of(features: Tensor) -> Tensor:
+    """(B, ..., features) -> (B, 1, T, features)."""
+    return features.reshape(len(features), 1, math.prod(features.shape[1:-1]), features.shape[-1])
+
+
+def _write_single(left: Tensor, right: Tensor, total: Tensor, magnitude: Magnitude, *, add: bool) -> None:
+    """One token a sample: the product of the magnitudes."""
+    bare = [magnitude(scratch(f"single {i}", t.shape, t).copy_(t)).squeeze(2) for i, t in enumerate((left, right))]
+    for group, sums in enumerate(total):
+        factors = bare[0][:, group].T, bare[1][:, group]
+        if add:
+            sums.addmm_(*factors)
+        else:
+            torch.mm(*factors, out=sums)
+
+
+def _write_tiles(pairs: Sequence[tuple[Tensor, Tensor]], total: Tensor, magnitude: Magnitude, *, add: bool) -> None:
+    """Tiles of some samples, rows and columns: products, magnitude, and the sum over their samples."""
+    num_samples, (groups, rows, columns) = len(pairs[0][0]), total.shape
+    area = max(TILE, TILE // 2 * torch.get_num_threads()) if total.device.type == "cpu" else TILE_ELSEWHERE
+    if groups > 1 and groups * rows * columns * min(DEPTH, num_samples) > area:  # a group at a time
+        for group in range(groups):
+            one = slice(group, group + 1)
+            _write_tiles([(left[:, one], right[:, one]) for left, right in pairs], total[one], magnitude, add=add)
+        return
+    depth, height, width = _tile(num_samples, groups * rows, columns, area)
+    height = max(1, height // groups)
+    factors = [(left.flatten(0, 1).transpose(1, 2), right.flatten(0, 1)) for left, right in pairs]
+    for row in range(0, rows, height):
+        for column in range(0, columns, width):
+            block = total[:, row : row + height, column : column + width]
+            tiles = [
+                zip(
+                    left[:, row : row + height].split(depth * groups),
+                    right[..., column : column + width].split(depth * groups),
+                    strict=True,
+                )
+                for left, right in factors
+            ]
+            found = _sum_of_tiles(zip(*tiles, strict=True), depth, block, magnitude)
+            if add:
+                block += found
+            else:
+                block.copy_(found)
+
+
+def _sum_of_tiles(
+    tiles: Iterable[Sequence[tuple[Tensor, Tensor]]], depth: int, like: Tensor, magnitude: Magnitude
+) -> Tensor:
+    """The sum over tiles (per use: b * G rows-by-tokens, b * G tokens-by-columns) of at most `depth` samples each."""
+    groups, cells = len(like), like.numel()
+    total = scratch("total of tiles", (cells,), like).zero_()
+    buffer = scratch("products", (depth, cells), like)
+    shape, ones = like.shape[1:], like.new_ones(depth)
+    for uses in tiles:
+        samples = buffer[: len(uses[0][0]) // groups]
+        products = samples.view(-1, *shape)
+        torch.bmm(*uses[0], out=products)
+        for use in uses[1:]:
+            products.baddbmm_(*use)
+        magnitude(products)
+        if len(samples) == 1:
+            total += samples[0]
+        else:
+            total.addmv_(samples.t(), ones[: len(samples)])  # sum(0), but twice as fast
+    return total.view(like.shape)
+
+
+def _tile(num_samples: int, rows: int, columns: int, area: int) -> tuple[int, int, int]:
+    """(samples, rows, columns) of a tile of about `area` numbers."""
+    width = _equal_part(columns, WIDTH)
+    height = _equal_part(rows, max(HEIGHT, area // (DEPTH * width)))
+    return max(1, min(num_samples, area // (height * width))), height, width
+
+
+def _equal_part(whole: int, most: int) -> int:
+    """The size of the fewest equal parts of at most so much, rounded up to whole vectors."""
+    part = math.ceil(whole / math.ceil(whole / most))
+    return min(whole, 16 * math.ceil(part / 16))

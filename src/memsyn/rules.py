@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memsyn.convolutions import conv_products, geometry_of
-from memsyn.products import Magnitude, outer_products
+from memsyn.convolutions import Pair, conv_products, geometry_of
+from memsyn.products import Magnitude, token_products
 
 
 class NoRuleError(Exception):
@@ -188,7 +188,7 @@ def layer_norm(use: Use) -> Tensor:
     """y = p normalised(a): term d normalised(a)."""
     assert use.operand is not None
     eps = use.options.get("eps", 1e-5)
-    return use.grad * F.layer_norm(use.operand, use.options["normalized_shape"], eps=eps)
+    return F.layer_norm(use.operand, use.options["normalized_shape"], eps=eps).mul_(use.grad)
 
 
 def rms_norm(use: Use) -> Tensor:
@@ -197,13 +197,13 @@ def rms_norm(use: Use) -> Tensor:
     eps = use.options.get("eps")
     if eps is None:
         eps = torch.finfo(use.options["weight"].dtype).eps
-    return use.grad * F.rms_norm(use.operand, use.options["normalized_shape"], eps=eps)
+    return F.rms_norm(use.operand, use.options["normalized_shape"], eps=eps).mul_(use.grad)
 
 
 def group_norm(use: Use) -> Tensor:
     """y = p normalised(a): term d normalised(a)."""
     assert use.operand is not None
-    return use.grad * F.group_norm(use.operand, use.options["num_groups"], eps=use.options.get("eps", 1e-5))
+    return F.group_norm(use.operand, use.options["num_groups"], eps=use.options.get("eps", 1e-5)).mul_(use.grad)
 
 
 def batch_norm(use: Use) -> Tensor:
@@ -214,7 +214,7 @@ def batch_norm(use: Use) -> Tensor:
     if mean is not None and var is not None:
         mean, var = mean.to(use.operand.dtype, copy=True), var.to(use.operand.dtype, copy=True)
     eps = use.options.get("eps", 1e-5)
-    return use.grad * F.batch_norm(use.operand, mean, var, training=training, eps=eps)
+    return F.batch_norm(use.operand, mean, var, training=training, eps=eps).mul_(use.grad)
 
 
 def instance_norm(use: Use) -> Tensor:
@@ -222,13 +222,13 @@ def instance_norm(use: Use) -> Tensor:
     if not use.options.get("use_input_stats", True):
         return batch_norm(use)
     assert use.operand is not None
-    return use.grad * F.instance_norm(use.operand, eps=use.options.get("eps", 1e-5))
+    return F.instance_norm(use.operand, eps=use.options.get("eps", 1e-5)).mul_(use.grad)
 
 
 def _prelu(use: Use) -> Tensor:
     """y = max(a, 0) + p min(a, 0): term d min(a, 0)."""
     assert use.operand is not None
-    return use.grad * use.operand.clamp(max=0)
+    return use.operand.clamp(max=0).mul_(use.grad)
 
 
 def join_prelu(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
@@ -242,32 +242,29 @@ def join_prelu(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitu
 
 def linear_weight(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
     """y = a W^T, a (..., in): g_k = sum_t d_kt a_kt^T."""
-    lefts = [grad.unsqueeze(-2) for grad in _grads(uses, num_samples)]
-    rights = [operand.unsqueeze(-2) for operand in _operands(uses, num_samples)]
-    return outer_products(lefts, [rights], magnitude)[0][0]
+    return token_products(_grads(uses, num_samples), _operands(uses, num_samples), magnitude)
 
 
 def matrix(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
     """y = c a W, a (..., in) and W a matrix: g_k = c sum_t a_kt d_kt^T."""
     if len(shape) != 2 or any(use.grad.ndim < 2 for use in uses):
         raise NoRuleError
-    lefts = [operand.unsqueeze(-2) for operand in _operands(uses, num_samples)]
-    rights = [grad.unsqueeze(-2) for grad in samples_first([(scaled("alpha")(u), u.axis) for u in uses], num_samples)]
-    return outer_products(lefts, [rights], magnitude)[0][0]
+    grads = samples_first([(scaled("alpha")(use), use.axis) for use in uses], num_samples)
+    return token_products(_operands(uses, num_samples), grads, magnitude)
 
 
 def conv_weight(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
-    """g_k[:, :, o] = sum_t d_kt a_k(t + o)^T for each kernel offset o: shifted views of the padded input."""
-    geometry, groups = geometry_of(uses[0].options, tuple(shape[2:])), uses[0].options.get("groups", 1)
-    grads, inputs = _images(_grads(uses, num_samples), len(shape)), _images(_operands(uses, num_samples), len(shape))
-    return conv_products(grads, inputs, shape, geometry, groups, magnitude)
+    """g_k[:, :, o] = sum_t d_kt a_k(t + o)^T for each kernel offset o."""
+    images, grads = _images(_operands(uses, num_samples), len(shape)), _images(_grads(uses, num_samples), len(shape))
+    pairs = [Pair(grad, image) for grad, image in zip(grads, images, strict=True)]
+    return conv_products(pairs, geometry_of(uses[0].options, tuple(shape[2:])), magnitude)
 
 
 def conv_transpose_weight(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
     """The transpose of a convolution: inputs and gradients change places."""
-    geometry, groups = geometry_of(uses[0].options, tuple(shape[2:])), uses[0].options.get("groups", 1)
-    grads, inputs = _images(_grads(uses, num_samples), len(shape)), _images(_operands(uses, num_samples), len(shape))
-    return conv_products(inputs, grads, shape, geometry, groups, magnitude)
+    images, grads = _images(_operands(uses, num_samples), len(shape)), _images(_grads(uses, num_samples), len(shape))
+    pairs = [Pair(image, grad) for grad, image in zip(grads, images, strict=True)]
+    return conv_products(pairs, geometry_of(uses[0].options, tuple(shape[2:])), magnitude)
 
 
 def _images(uses: Sequence[Tensor], ndim: int) -> list[Tensor]:

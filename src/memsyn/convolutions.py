@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from memsyn.products import Magnitude, outer_products, scratch
+from memsyn.products import Magnitude, add_outer_products, scratch
 
 UNFOLD = 64
 """A convolution's kernel is unfolded (copying its input) when it has at most so many inputs per output."""
@@ -76,7 +76,7 @@ def _conv_weight_unfolded(pairs: Sequence[Pair], geometry: Geometry, magnitude: 
     """One product with all that an output position sees; a kernel of one pixel sees the input as it lies."""
     grad, inputs = pairs[0].grad, pairs[0].image
     window = (geometry.groups, inputs.shape[1] // geometry.groups, *geometry.kernel)
-    total = grad.new_empty(geometry.groups, grad.shape[1] // geometry.groups, math.prod(window[1:]))
+    total = grad.new_zeros(geometry.groups, grad.shape[1] // geometry.groups, math.prod(window[1:]))
     as_it_lies = all(n == 1 for n in (*geometry.kernel, *geometry.stride)) and not _is_padded(geometry)
     seen = sum(math.prod(pair.grad.shape[2:]) for pair in pairs)
 
@@ -91,7 +91,7 @@ def _conv_weight_unfolded(pairs: Sequence[Pair], geometry: Geometry, magnitude: 
         return made
 
     copied = 0 if as_it_lies else seen * math.prod(window)
-    outer_products(tokens, [total], magnitude, num_samples=len(grad), copied=copied)
+    add_outer_products(tokens, [total], magnitude, num_samples=len(grad), copied=copied)
     weight: Tensor = total.flatten(0, 1).unflatten(1, window[1:])
     return weight
 
@@ -151,7 +151,7 @@ def _conv_weight_by_rows(pairs: Sequence[Pair], geometry: Geometry, magnitude: M
     grad, inputs, groups = pairs[0].grad, pairs[0].image, geometry.groups
     (first, *rest), channels = geometry.kernel, inputs.shape[1] // groups
     columns = math.prod(rest) * channels
-    total = grad.new_empty(groups, grad.shape[1] // groups, first, columns)
+    total = grad.new_zeros(groups, grad.shape[1] // groups, first, columns)
 
     def tokens(some: slice) -> Sequence[tuple[Tensor, Sequence[Tensor]]]:
         return [
@@ -160,7 +160,7 @@ def _conv_weight_by_rows(pairs: Sequence[Pair], geometry: Geometry, magnitude: M
         ]
 
     copied = sum(pair.image.shape[2] * math.prod(pair.grad.shape[3:]) * groups * columns for pair in pairs)
-    outer_products(tokens, total.unbind(2), magnitude, num_samples=len(grad), copied=copied)
+    add_outer_products(tokens, total.unbind(2), magnitude, num_samples=len(grad), copied=copied)
     weight: Tensor = total.view(-1, *geometry.kernel, channels).movedim(-1, 1)
     return weight
 

@@ -67,7 +67,7 @@ def _direction(
     """One layer in one direction over (T, B, features); where not `active` (T, B), a sample's state stays."""
     bias, recurrent_bias = weights[2:4] if biased else (None, None)
     projection = weights[-1] if len(weights) % 2 else None
-    gates = F.linear(inputs, weights[0], bias)
+    gates = F.linear(inputs, weights[0], bias).unbind(0)  # indexing would cost a whole gradient a step
     outputs: list[Tensor] = []
     for t in range(len(gates) - 1, -1, -1) if backwards else range(len(gates)):
         new = step(gates[t], state, weights[1], recurrent_bias)

@@ -97,11 +97,11 @@ def add_by_uses(
 
 def backward_to_activations(recorder: Recorder, values: Tensor, parameters: Iterable[nn.Parameter]) -> None:
     """One backward pass for each column of `values` (B, R), from which the recorder gets its gradients."""
-    inputs = [*recorder.leaves, *parameters]  # the graph reaches parameters that were used unseen by the recorder
+    inputs = [recorder.root, *parameters]  # the graph reaches parameters that were used unseen by the recorder
     for column, objective in enumerate(values.unbind(1)):
         last = column == values.shape[1] - 1
         recorder.start_backward(last=last)
-        if objective.requires_grad and recorder.leaves:
+        if objective.requires_grad:
             _run_backward(objective.sum(), inputs, retain_graph=not last)
             for tensor in inputs:
                 tensor.grad = None

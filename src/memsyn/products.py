@@ -8,12 +8,19 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-Magnitude = Callable[[Tensor], Tensor]
-"""f, applied to a sample's gradient before the sum over samples, in place. Must keep products: f(a b) = f(a) f(b)."""
+
+class Magnitude(Protocol):
+    """f, applied to a sample's gradient before the sum over samples. Must keep products: f(a b) = f(a) f(b)."""
+
+    def __call__(self, gradient: Tensor, out: Tensor | None = None, /) -> Tensor:
+        """f(gradient), in `out`, or else in place."""
+        ...
+
 
 Tokens = Callable[[slice], Sequence[tuple[Tensor, Sequence[Tensor]]]]
 """Some samples -> per use a left (b, G, T, rows) and its rights (b, G, T, columns), views or copies of any strides."""
@@ -60,40 +67,36 @@ def scratch(use: str, shape: Sequence[int], like: Tensor) -> Tensor:
     return found
 
 
-def outer_products(
+def add_outer_products(
     tokens: Tokens, totals: Sequence[Tensor], magnitude: Magnitude, *, num_samples: int, copied: int = 0
 ) -> None:
-    """For every right, sum_k f(sum_t left_kt (x) right_kt) into its total, the inner sum over all tokens and uses.
+    """For every right, add sum_k f(sum_t left_kt (x) right_kt) to its total, the inner sum over all tokens and uses.
 
     With one token a sample, f(l r^T) = f(l) f(r)^T, so the sum over samples is one matrix product and no
     per-sample gradient exists. Otherwise the per-sample products are made a tile at a time, in one buffer.
 
     Args:
         tokens: makes lefts and rights of some samples.
-        totals: for every right (G, rows, columns), of any strides and uninitialised; written to.
+        totals: for every right (G, rows, columns), of any strides.
         magnitude: f.
         num_samples: B.
         copied: how many numbers `tokens` copies for a sample, that the samples are taken some at a time.
     """
     step = max(1, min(num_samples, INPUTS // copied if copied else num_samples))
-    if num_samples == 0:
-        for total in totals:
-            total.zero_()
     for start in range(0, num_samples, step):
         uses = tokens(slice(start, min(start + step, num_samples)))
         for index, total in enumerate(totals):
             pairs = [(left, rights[index]) for left, rights in uses]
             if len(pairs) == 1 and pairs[0][0].shape[2] == 1:
-                _write_single(*pairs[0], total, magnitude, add=start > 0)
+                _add_single(*pairs[0], total, magnitude)
             else:
-                _write_tiles(pairs, total, magnitude, add=start > 0)
+                _add_tiles(pairs, total, magnitude)
 
 
-def token_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], magnitude: Magnitude) -> Tensor:
-    """sum_k f(sum_t left_kt (x) right_kt) of (B, ..., rows) and (B, ..., columns), one of each per use."""
+def add_token_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], total: Tensor, magnitude: Magnitude) -> None:
+    """Add sum_k f(sum_t left_kt (x) right_kt) of (B, ..., rows) and (B, ..., columns), one of each per use."""
     pairs = [(_tokens_of(left), _tokens_of(right)) for left, right in zip(lefts, rights, strict=True)]
     left, right = pairs[0]
-    total = left.new_empty(1, left.shape[-1], right.shape[-1])
     num_tokens = sum(own.shape[2] for own, _ in pairs)
     copied = 0 if len(pairs) == 1 and num_tokens > 1 else num_tokens * (left.shape[-1] + right.shape[-1])
 
@@ -103,8 +106,7 @@ def token_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], magnitude:
         own_lefts, own_rights = zip(*((left[some], right[some]) for left, right in pairs), strict=True)
         return [(torch.cat(own_lefts, 2), [torch.cat(own_rights, 2)])]  # one product: a use may be a single token
 
-    outer_products(tokens, [total], magnitude, num_samples=len(left), copied=copied)
-    return total[0]
+    add_outer_products(tokens, [total.unsqueeze(0)], magnitude, num_samples=len(left), copied=copied)
 
 
 def _tokens_of(features: Tensor) -> Tensor:
@@ -112,25 +114,21 @@ def _tokens_of(features: Tensor) -> Tensor:
     return features.reshape(len(features), 1, math.prod(features.shape[1:-1]), features.shape[-1])
 
 
-def _write_single(left: Tensor, right: Tensor, total: Tensor, magnitude: Magnitude, *, add: bool) -> None:
+def _add_single(left: Tensor, right: Tensor, total: Tensor, magnitude: Magnitude) -> None:
     """One token a sample: the product of the magnitudes."""
-    bare = [magnitude(scratch(f"single {i}", t.shape, t).copy_(t)).squeeze(2) for i, t in enumerate((left, right))]
+    bare = [magnitude(t, scratch(f"single {i}", t.shape, t)).squeeze(2) for i, t in enumerate((left, right))]
     for group, sums in enumerate(total):
-        factors = bare[0][:, group].T, bare[1][:, group]
-        if add:
-            sums.addmm_(*factors)
-        else:
-            torch.mm(*factors, out=sums)
+        sums.addmm_(bare[0][:, group].T, bare[1][:, group])
 
 
-def _write_tiles(pairs: Sequence[tuple[Tensor, Tensor]], total: Tensor, magnitude: Magnitude, *, add: bool) -> None:
+def _add_tiles(pairs: Sequence[tuple[Tensor, Tensor]], total: Tensor, magnitude: Magnitude) -> None:
     """Tiles of some samples, rows and columns: products, magnitude, and the sum over their samples."""
     num_samples, (groups, rows, columns) = len(pairs[0][0]), total.shape
     area = max(TILE, TILE // 2 * torch.get_num_threads()) if total.device.type == "cpu" else TILE_ELSEWHERE
     if groups > 1 and groups * rows * columns * min(DEPTH, num_samples) > area:  # a group at a time
         for group in range(groups):
             one = slice(group, group + 1)
-            _write_tiles([(left[:, one], right[:, one]) for left, right in pairs], total[one], magnitude, add=add)
+            _add_tiles([(left[:, one], right[:, one]) for left, right in pairs], total[one], magnitude)
         return
     depth, height, width = _tile(num_samples, groups * rows, columns, area)
     height = max(1, height // groups)
@@ -146,11 +144,7 @@ def _write_tiles(pairs: Sequence[tuple[Tensor, Tensor]], total: Tensor, magnitud
                 )
                 for left, right in factors
             ]
-            found = _sum_of_tiles(zip(*tiles, strict=True), depth, block, magnitude)
-            if add:
-                block += found
-            else:
-                block.copy_(found)
+            block += _sum_of_tiles(zip(*tiles, strict=True), depth, block, magnitude)
 
 
 def _sum_of_tiles(

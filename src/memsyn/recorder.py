@@ -37,6 +37,19 @@ class Group:
     num_waiting: int = 0
 
 
+class _Root(torch.autograd.Function):
+    """Makes a tensor differentiable as it is, without a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, root: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, torch.zeros(())
+
+
 @final
 class Recorder(Tracer):
     """Cuts the graph between values and samples, and hands each group of parameters over when its gradients came.
@@ -52,7 +65,8 @@ class Recorder(Tracer):
     ) -> None:
         super().__init__(parameters)
         self.splits, self.consume = splits, consume
-        self.leaves: list[Tensor] = []
+        self.root = torch.zeros((), requires_grad=True)
+        """Where the graph begins, in place of the parameters."""
         self.unknown: set[str] = set()
         """Parameters used where nothing is known about the samples."""
         self._calls: list[Call] = []
@@ -97,17 +111,10 @@ class Recorder(Tracer):
         new_args, new_kwargs = replaced(function, args, kwargs, cut)
         output = function(*new_args, **new_kwargs)
         result = args[0] if output is None else output
-        if not result.requires_grad:  # nothing before this is differentiable: the graph begins here
-            if changed:
-                leaf = result.new_zeros((), requires_grad=True)
-                result.add_(leaf)
-            else:
-                leaf = result.detach().requires_grad_()
-                output = result = leaf.clone()  # a leaf could not be changed in place by what follows
-            if not self._passive:
-                self.leaves.append(leaf)
-        elif result._is_view() and not changed:  # a later change in place would pass by a hook on a view
+        if result._is_view() and not changed:  # a later change in place would pass by a hook on a view
             output = result = result.clone()
+        if not result.requires_grad:  # nothing before this is differentiable: the graph begins here
+            _Root.apply(result, self.root)  # type: ignore[no-untyped-call]
         if not self._passive:
             versions = {place: tensor._version for place, tensor in kept.items()}
             stripped, named = replaced(function, args, kwargs, dict.fromkeys(tensors))

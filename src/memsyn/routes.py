@@ -13,7 +13,7 @@ from memsyn.calls import Call, arguments, changes_its_input, replaced, rule_of
 from memsyn.operations import OPERATIONS
 from memsyn.products import Magnitude
 from memsyn.recorder import Group
-from memsyn.rules import Axis, NoRuleError, Rule, Use, per_sample, signed, tied
+from memsyn.rules import Axis, NoRuleError, Rule, Use, add_terms, per_sample, signed, tied
 
 BY_RULE: Final = "rule"
 """By a formula, for all samples of a batch at once."""
@@ -50,7 +50,7 @@ def add_by_rule(
     A parameter may be used in parts (views of it), if they do not overlap.
 
     Raises:
-        NoRuleError: no rule holds; nothing was added.
+        NoRuleError: no rule holds; nothing was added for a parameter that is used whole.
     """
     parts: dict[tuple[Any, ...], list[tuple[Call, str]]] = {}
     for call, place in uses:
@@ -61,10 +61,9 @@ def add_by_rule(
     whole = (parameter.shape, parameter.stride(), parameter.storage_offset())
     if set(parts) - {whole} and (total.stride() != parameter.stride() or _overlap(parameter, parts)):
         raise NoRuleError
-    found = {part: _join(own, part[0], num_samples, magnitude, weights) for part, own in parts.items()}
-    for (shape, stride, offset), result in found.items():
+    for (shape, stride, offset), own in parts.items():
         offset += total.storage_offset() - parameter.storage_offset()
-        total.as_strided(shape, stride, offset).add_(result)
+        _join(own, total.as_strided(shape, stride, offset), num_samples, magnitude, weights)
 
 
 def _overlap(parameter: Tensor, parts: Iterable[tuple[Any, ...]]) -> bool:
@@ -74,22 +73,24 @@ def _overlap(parameter: Tensor, parts: Iterable[tuple[Any, ...]]) -> bool:
     return bool((count > 1).any())
 
 
-def _join(uses: Uses, shape: torch.Size, num_samples: int, magnitude: Magnitude, weights: Tensor | None) -> Tensor:
+def _join(uses: Uses, total: Tensor, num_samples: int, magnitude: Magnitude, weights: Tensor | None) -> None:
+    """Add sum_k f(w_k g_k) for one way of using a parameter."""
     found = [(rule_of(call.function, place), call, place) for call, place in uses]
     rules = [rule for rule, _, _ in found if rule is not None]
     if len(rules) < len(found):
         raise NoRuleError
     made = [_make_use(call, place, rule, num_samples, weights) for rule, call, place in found if rule is not None]
-    if all(rule.join == rules[0].join for rule in rules):
-        return rules[0].join(made, shape, num_samples, magnitude)
-    if all(rule.term is not None for rule in rules):
-        return magnitude(_sum_of_terms(rules, made, shape, num_samples)).sum(0)
     table, linear = (OPERATIONS[f].rules["weight"] for f in (nn.functional.embedding, nn.functional.linear))
-    if all(rule in (table, linear) for rule in rules):
+    if all(rule.join == rules[0].join for rule in rules):
+        rules[0].join(made, total, num_samples, magnitude)
+    elif all(rule.term is not None for rule in rules):
+        add_terms(_sum_of_terms(rules, made, total.shape, num_samples), total, magnitude)
+    elif all(rule in (table, linear) for rule in rules):
         tables = [use for rule, use in zip(rules, made, strict=True) if rule is table]
         maps = [use for rule, use in zip(rules, made, strict=True) if rule is linear]
-        return tied(tables, maps, shape, num_samples, magnitude)
-    raise NoRuleError
+        tied(tables, maps, total, num_samples, magnitude)
+    else:
+        raise NoRuleError
 
 
 def _sum_of_terms(rules: Sequence[Rule], uses: Sequence[Use], shape: torch.Size, num_samples: int) -> Tensor:
@@ -97,7 +98,7 @@ def _sum_of_terms(rules: Sequence[Rule], uses: Sequence[Use], shape: torch.Size,
     for rule, use in zip(rules, uses, strict=True):
         assert rule.term is not None
         own = per_sample([(rule.term(use), use.axis)], shape, num_samples, channels=rule.channels)
-        total = own if total is None else total.add_(own)
+        total = own if total is None else total + own
     assert total is not None
     return total
 
@@ -180,7 +181,9 @@ def _sample_gradient(call: Call, place: str, k: int, num_samples: int) -> Tensor
     if rule is not None:
         one = Call(call.function, call.args, call.kwargs, call.values, call.splits, cut, {}, call.places, grad)
         try:
-            return rule.join([_make_use(one, place, rule, 1)], call.values[place].tensor.shape, 1, signed)
+            found = torch.zeros_like(call.values[place].tensor, dtype=wide_dtype(grad))
+            rule.join([_make_use(one, place, rule, 1)], found, 1, signed)
+            return found
         except NoRuleError:
             pass
     if cut.keys() != call.places:
@@ -194,5 +197,5 @@ def _sample_gradient(call: Call, place: str, k: int, num_samples: int) -> Tensor
     output = args[0] if output is None else output
     if output.shape != grad.shape:
         raise NoRuleError
-    (found,) = torch.autograd.grad(output, leaf, grad, allow_unused=True)
-    return torch.zeros_like(leaf) if found is None else found
+    (gradient,) = torch.autograd.grad(output, leaf, grad, allow_unused=True)
+    return torch.zeros_like(leaf) if gradient is None else gradient

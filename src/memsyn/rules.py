@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memsyn.convolutions import Pair, conv_products, geometry_of
-from memsyn.products import Magnitude, token_products
+from memsyn.products import Magnitude, add_token_products
 
 
 class NoRuleError(Exception):
@@ -64,25 +64,25 @@ class Use(NamedTuple):
     axis: Axis
 
 
-def absolute(gradient: Tensor) -> Tensor:
-    """f(g) = |g|, in place: the magnitude of MAS."""
-    return gradient.abs_()
+def absolute(gradient: Tensor, out: Tensor | None = None) -> Tensor:
+    """f(g) = |g|: the magnitude of MAS."""
+    return torch.abs(gradient, out=gradient if out is None else out)
 
 
-def square(gradient: Tensor) -> Tensor:
-    """f(g) = g^2, in place: the magnitude of the diagonal Fisher information."""
-    return gradient.square_()
+def square(gradient: Tensor, out: Tensor | None = None) -> Tensor:
+    """f(g) = g^2: the magnitude of the diagonal Fisher information."""
+    return torch.mul(gradient, gradient, out=gradient if out is None else out)
 
 
-def signed(gradient: Tensor) -> Tensor:
+def signed(gradient: Tensor, out: Tensor | None = None) -> Tensor:
     """f(g) = g: sums of gradients as autograd makes them."""
-    return gradient
+    return gradient if out is None else out.copy_(gradient)
 
 
 MAGNITUDES: dict[str, Magnitude] = {"abs": absolute, "square": square}
 
-Join = Callable[[Sequence[Use], torch.Size, int, Magnitude], Tensor]
-"""(uses, shape of the parameter, B, f) -> sum_k f(g_k), where g_k is the sum over all uses."""
+Join = Callable[[Sequence[Use], Tensor, int, Magnitude], None]
+"""(uses, total, B, f): add sum_k f(g_k), where g_k is the sum over all uses. Adds all or nothing."""
 
 
 @dataclass(frozen=True)
@@ -139,18 +139,23 @@ def per_sample(terms: Sequence[tuple[Tensor, Axis]], shape: torch.Size, num_samp
         if any(k not in (1, size) for k, size in zip(kept, first.shape[1:], strict=True)):
             raise NoRuleError
         tokens = [i + 1 for i, (k, size) in enumerate(zip(kept, first.shape[1:], strict=True)) if k == 1 and size != 1]
-        summed = (first.sum(tokens) if tokens else first.clone()).reshape(num_samples, *shape)
-        total = summed if total is None else total.add_(summed)
+        summed = (first.sum(tokens) if tokens else first).reshape(num_samples, *shape)
+        total = summed if total is None else total + summed
     assert total is not None
     return total
+
+
+def add_terms(gradients: Tensor, total: Tensor, magnitude: Magnitude) -> None:
+    """Add sum_k f(g_k) of (B, ...)."""
+    total += magnitude(gradients, torch.empty_like(gradients)).sum(0)
 
 
 def elementwise(term: Callable[[Use], Tensor], operand: str | None = None, *, channels: bool = False) -> Rule:
     """The rule of a parameter that is broadcast: sum_k f(sum_t term_kt)."""
 
-    def join(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
+    def join(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
         terms = [(term(use), use.axis) for use in uses]
-        return magnitude(per_sample(terms, shape, num_samples, channels=channels)).sum(0)
+        add_terms(per_sample(terms, total.shape, num_samples, channels=channels), total, magnitude)
 
     return Rule(operand, join, term, channels)
 
@@ -231,40 +236,40 @@ def _prelu(use: Use) -> Tensor:
     return use.operand.clamp(max=0).mul_(use.grad)
 
 
-def join_prelu(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
+def join_prelu(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
     """One slope, or one per channel: sum_k f(sum_t d_kt min(a_kt, 0))."""
     terms = [(_prelu(use), use.axis) for use in uses]
-    return magnitude(per_sample(terms, shape, num_samples, channels=shape.numel() > 1)).sum(0)
+    add_terms(per_sample(terms, total.shape, num_samples, channels=total.numel() > 1), total, magnitude)
 
 
 # Products: y = a W^T, and convolutions as a Linear over windows
 
 
-def linear_weight(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
+def linear_weight(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
     """y = a W^T, a (..., in): g_k = sum_t d_kt a_kt^T."""
-    return token_products(_grads(uses, num_samples), _operands(uses, num_samples), magnitude)
+    add_token_products(_grads(uses, num_samples), _operands(uses, num_samples), total, magnitude)
 
 
-def matrix(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
+def matrix(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
     """y = c a W, a (..., in) and W a matrix: g_k = c sum_t a_kt d_kt^T."""
-    if len(shape) != 2 or any(use.grad.ndim < 2 for use in uses):
+    if total.ndim != 2 or any(use.grad.ndim < 2 for use in uses):
         raise NoRuleError
     grads = samples_first([(scaled("alpha")(use), use.axis) for use in uses], num_samples)
-    return token_products(_operands(uses, num_samples), grads, magnitude)
+    add_token_products(_operands(uses, num_samples), grads, total, magnitude)
 
 
-def conv_weight(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
+def conv_weight(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
     """g_k[:, :, o] = sum_t d_kt a_k(t + o)^T for each kernel offset o."""
-    images, grads = _images(_operands(uses, num_samples), len(shape)), _images(_grads(uses, num_samples), len(shape))
+    images, grads = _images(_operands(uses, num_samples), total.ndim), _images(_grads(uses, num_samples), total.ndim)
     pairs = [Pair(grad, image) for grad, image in zip(grads, images, strict=True)]
-    return conv_products(pairs, geometry_of(uses[0].options, tuple(shape[2:])), magnitude)
+    total += conv_products(pairs, geometry_of(uses[0].options, tuple(total.shape[2:])), magnitude)
 
 
-def conv_transpose_weight(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
+def conv_transpose_weight(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
     """The transpose of a convolution: inputs and gradients change places."""
-    images, grads = _images(_operands(uses, num_samples), len(shape)), _images(_grads(uses, num_samples), len(shape))
+    images, grads = _images(_operands(uses, num_samples), total.ndim), _images(_grads(uses, num_samples), total.ndim)
     pairs = [Pair(image, grad) for grad, image in zip(grads, images, strict=True)]
-    return conv_products(pairs, geometry_of(uses[0].options, tuple(shape[2:])), magnitude)
+    total += conv_products(pairs, geometry_of(uses[0].options, tuple(total.shape[2:])), magnitude)
 
 
 def _images(uses: Sequence[Tensor], ndim: int) -> list[Tensor]:
@@ -280,11 +285,10 @@ def _images(uses: Sequence[Tensor], ndim: int) -> list[Tensor]:
 # Tables
 
 
-def embedding(uses: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude) -> Tensor:
+def embedding(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
     """g_k[v] = sum of d_kt over the tokens t with index v: one signed sum for a token that occurs twice."""
-    indices, grads = token_rows(uses, shape[0], num_samples)
-    sums, cells = row_sums(indices, grads, shape[0])
-    return grads.new_zeros(shape).index_add_(0, cells % shape[0], magnitude(sums))
+    sums, cells = row_sums(*token_rows(uses, len(total), num_samples), len(total))
+    total.index_add_(0, cells % len(total), magnitude(sums).to(total.dtype))
 
 
 def token_rows(uses: Sequence[Use], num_rows: int, num_samples: int) -> tuple[Tensor, Tensor]:
@@ -306,22 +310,19 @@ def row_sums(indices: Tensor, grads: Tensor, num_rows: int) -> tuple[Tensor, Ten
     return sums, cells
 
 
-def tied(
-    tables: Sequence[Use], maps: Sequence[Use], shape: torch.Size, num_samples: int, magnitude: Magnitude
-) -> Tensor:
+def tied(tables: Sequence[Use], maps: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
     """One matrix used by an embedding and by Linear layers: the few rows a sample looked up are put right.
 
     With L_k the Linear's gradient and E_k the embedding's: sum_k f(L_k), and f(L_k + E_k) - f(L_k) where E_k is not 0.
     """
-    total = linear_weight(maps, shape, num_samples, magnitude)
-    sums, cells = row_sums(*token_rows(tables, shape[0], num_samples), shape[0])
-    samples, rows = cells // shape[0], cells % shape[0]
-    grads = [grad.reshape(num_samples, -1, shape[0]) for grad in _grads(maps, num_samples)]
-    inputs = [operand.reshape(num_samples, -1, shape[1]) for operand in _operands(maps, num_samples)]
+    linear_weight(maps, total, num_samples, magnitude)
+    sums, cells = row_sums(*token_rows(tables, len(total), num_samples), len(total))
+    samples, rows = cells // len(total), cells % len(total)
+    grads = [grad.reshape(num_samples, -1, len(total)) for grad in _grads(maps, num_samples)]
+    inputs = [operand.reshape(num_samples, -1, total.shape[1]) for operand in _operands(maps, num_samples)]
     for k in range(num_samples):
         own = samples == k
         found = rows[own]
         linear = sum(grad[k][:, found].T @ operand[k] for grad, operand in zip(grads, inputs, strict=True))
         assert isinstance(linear, Tensor)
         total.index_add_(0, found, magnitude(linear + sums[own]).sub_(magnitude(linear)))
-    return total

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memsyn.calls import (
@@ -37,17 +38,24 @@ class Group:
     num_waiting: int = 0
 
 
-class _Root(torch.autograd.Function):
-    """Makes a tensor differentiable as it is, without a copy."""
+SAVE_NO_OUTPUT = frozenset((F.linear, torch.matmul, Tensor.matmul, torch.addmm, F.embedding))
+"""Operations whose backward pass does not read what they gave."""
+
+
+class _Alias(torch.autograd.Function):
+    """The same numbers in the same memory, differentiable if they were not, and no view.
+
+    The graph begins at the root, in place of the parameters; and a hook on a view would miss the gradient if the view
+    is changed in place.
+    """
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, root: Tensor) -> Tensor:
-        ctx.mark_dirty(tensor)
-        return tensor
+        return tensor.new_empty(0).set_(tensor)  # type: ignore[call-overload, no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, torch.zeros(())
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.zeros(())
 
 
 @final
@@ -111,10 +119,12 @@ class Recorder(Tracer):
         new_args, new_kwargs = replaced(function, args, kwargs, cut)
         output = function(*new_args, **new_kwargs)
         result = args[0] if output is None else output
-        if result._is_view() and not changed:  # a later change in place would pass by a hook on a view
-            output = result = result.clone()
-        if not result.requires_grad:  # nothing before this is differentiable: the graph begins here
-            _Root.apply(result, self.root)  # type: ignore[no-untyped-call]
+        if changed and not result.requires_grad:
+            result.add_(self.root)
+        elif not changed and (result._is_view() or not result.requires_grad):
+            if result.requires_grad and function not in SAVE_NO_OUTPUT:
+                result = result.clone()
+            output = result = _Alias.apply(result, self.root)  # type: ignore[no-untyped-call]
         if not self._passive:
             versions = {place: tensor._version for place, tensor in kept.items()}
             stripped, named = replaced(function, args, kwargs, dict.fromkeys(tensors))

@@ -54,6 +54,8 @@ class Call:
     places: frozenset[str]
     """Of all its tensors."""
     grad: Tensor | None = None
+    num_groups: int = 0
+    """How many groups of parameters have yet to read it."""
 
     def is_intact(self) -> bool:
         """Whether nothing changed since the operation saw it."""

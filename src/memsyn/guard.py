@@ -140,7 +140,7 @@ class _Check:
                 self.splits = guess(observer, len(values))
             else:
                 alone = self._compare_with_single(observer, batch, values)
-            recorder = Recorder(self.parameters, self.splits, groups.append)
+            recorder = Recorder(self.parameters, self.splits, groups.append, keeps=True)
             with recorder, torch.autograd.set_multithreading_enabled(False):
                 again = self.scores(batch)
                 backward_to_activations(recorder, again.sum(1, keepdim=True), self.parameters.values())

@@ -6,7 +6,7 @@ Knows nothing of layers. `benchmarks/products.py` measures the numbers again.
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -37,8 +37,8 @@ DEPTH = 4
 HEIGHT, WIDTH = 192, 1024
 """Rows of a tile at least, and columns at most, if there are so many: the products of smaller parts are slower."""
 
-INPUTS = 2**20
-"""Inputs copied at once to make rights of them, in numbers: 4 MiB of float32."""
+INPUTS = 2**21
+"""Inputs copied at once to make rights of them, in numbers: 8 MiB of float32."""
 
 _held = threading.local()
 
@@ -82,6 +82,8 @@ def add_outer_products(
         num_samples: B.
         copied: how many numbers `tokens` copies for a sample, that the samples are taken some at a time.
     """
+    if num_samples == 0 or totals[0].numel() == 0:
+        return
     step = max(1, min(num_samples, INPUTS // copied if copied else num_samples))
     for start in range(0, num_samples, step):
         uses = tokens(slice(start, min(start + step, num_samples)))
@@ -124,49 +126,47 @@ def _add_single(left: Tensor, right: Tensor, total: Tensor, magnitude: Magnitude
 def _add_tiles(pairs: Sequence[tuple[Tensor, Tensor]], total: Tensor, magnitude: Magnitude) -> None:
     """Tiles of some samples, rows and columns: products, magnitude, and the sum over their samples."""
     num_samples, (groups, rows, columns) = len(pairs[0][0]), total.shape
-    area = max(TILE, TILE // 2 * torch.get_num_threads()) if total.device.type == "cpu" else TILE_ELSEWHERE
-    if groups > 1 and groups * rows * columns * min(DEPTH, num_samples) > area:  # a group at a time
+    threads = torch.get_num_threads() if total.device.type == "cpu" else 1
+    area = TILE * threads if total.device.type == "cpu" else TILE_ELSEWHERE
+    if groups > 1 and groups * rows * columns * min(DEPTH, num_samples) > area:
         for group in range(groups):
             one = slice(group, group + 1)
             _add_tiles([(left[:, one], right[:, one]) for left, right in pairs], total[one], magnitude)
         return
     depth, height, width = _tile(num_samples, groups * rows, columns, area)
     height = max(1, height // groups)
+    depth -= depth % threads if depth > threads else 0  # else some threads wait for others
     factors = [(left.flatten(0, 1).transpose(1, 2), right.flatten(0, 1)) for left, right in pairs]
     for row in range(0, rows, height):
         for column in range(0, columns, width):
             block = total[:, row : row + height, column : column + width]
-            tiles = [
-                zip(
-                    left[:, row : row + height].split(depth * groups),
-                    right[..., column : column + width].split(depth * groups),
-                    strict=True,
-                )
-                for left, right in factors
-            ]
-            block += _sum_of_tiles(zip(*tiles, strict=True), depth, block, magnitude)
+            parts = [(left[:, row : row + height], right[..., column : column + width]) for left, right in factors]
+            if block.is_contiguous():
+                _add_samples(parts, depth, block, magnitude)
+            else:
+                found = scratch("total of tiles", block.shape, block).zero_()
+                _add_samples(parts, depth, found, magnitude)
+                block += found
 
 
-def _sum_of_tiles(
-    tiles: Iterable[Sequence[tuple[Tensor, Tensor]]], depth: int, like: Tensor, magnitude: Magnitude
-) -> Tensor:
-    """The sum over tiles (per use: b * G rows-by-tokens, b * G tokens-by-columns) of at most `depth` samples each."""
-    groups, cells = len(like), like.numel()
-    total = scratch("total of tiles", (cells,), like).zero_()
-    buffer = scratch("products", (depth, cells), like)
-    shape, ones = like.shape[1:], like.new_ones(depth)
-    for uses in tiles:
-        samples = buffer[: len(uses[0][0]) // groups]
-        products = samples.view(-1, *shape)
-        torch.bmm(*uses[0], out=products)
-        for use in uses[1:]:
-            products.baddbmm_(*use)
-        magnitude(products)
-        if len(samples) == 1:
-            total += samples[0]
-        else:
-            total.addmv_(samples.t(), ones[: len(samples)])  # sum(0), but twice as fast
-    return total.view(like.shape)
+def _add_samples(parts: Sequence[tuple[Tensor, Tensor]], depth: int, total: Tensor, magnitude: Magnitude) -> None:
+    """Add up all samples of one tile's rows and columns (per use: B * G rows-by-tokens, B * G tokens-by-columns).
+
+    Nothing but three calls for every `depth` samples: calls cost as much as small products.
+    """
+    groups, flat = len(total), total.view(-1)
+    buffer = scratch("products", (depth, *total.shape), total)
+    ones = total.new_ones(depth)
+    tiles = [(left.split(depth * groups), right.split(depth * groups)) for left, right in parts]
+    for index, left in enumerate(tiles[0][0]):
+        num_samples = len(left) // groups
+        samples = buffer[:num_samples]
+        products = samples.view(-1, *total.shape[1:])
+        torch.bmm(left, tiles[0][1][index], out=products)
+        for lefts, rights in tiles[1:]:
+            products.baddbmm_(lefts[index], rights[index])
+        magnitude(samples)
+        flat.addmv_(samples.view(num_samples, -1).t(), ones[:num_samples])  # sum(0), but twice as fast
 
 
 def _tile(num_samples: int, rows: int, columns: int, area: int) -> tuple[int, int, int]:

@@ -70,16 +70,18 @@ class Recorder(Tracer):
         parameters: Mapping[str, nn.Parameter],
         splits: Mapping[Path, Split | None],
         consume: Callable[[Group], None],
+        *,
+        keeps: bool = False,
     ) -> None:
         super().__init__(parameters)
-        self.splits, self.consume = splits, consume
+        self.splits, self.consume, self.keeps = splits, consume, keeps
         self.root = torch.zeros((), requires_grad=True)
         """Where the graph begins, in place of the parameters."""
         self.unknown: set[str] = set()
         """Parameters used where nothing is known about the samples."""
         self._calls: list[Call] = []
         self._groups: dict[str, Group] = {}
-        self._passive = False
+        self._passive = self._last = False
 
     def meet(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Make a further value, or record a use, as the guard has seen it; what it has not seen is left to autograd."""
@@ -152,6 +154,9 @@ class Recorder(Tracer):
                 self._group(value.names).uses.append((call, place))
         for group in {id(group): group for group in self._groups.values()}.values():
             group.num_waiting = len({id(call) for call, _ in group.uses})
+            for call in {id(call): call for call, _ in group.uses}.values():
+                call.num_groups += 1
+        self._last = last
         if last:
             self._calls.clear()
 
@@ -180,8 +185,15 @@ class Recorder(Tracer):
         if group.names & self.unknown:
             self.unknown |= group.names
             return
+        calls = {id(call): call for call, _ in group.uses}.values()
         group.uses = [(call, place) for call, place in group.uses if call.grad is not None]
         self.consume(group)
+        for call in calls:  # the graph, and with it the call, lives on until the end of the pass
+            call.num_groups -= 1
+            if call.num_groups == 0 and not self.keeps:
+                call.grad = None
+                if self._last:
+                    call.tensors.clear()
 
     def finish(self) -> None:
         """Hand over the groups of which some uses, or all, had no part in the objective."""

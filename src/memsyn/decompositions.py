@@ -63,44 +63,45 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, from_outputs: Tensor, from_cell: Tensor) -> tuple[Tensor | None, ...]:
-        weight, first, active, cells = ctx.saved_tensors
-        entry, forget, candidate, exit_ = active.unbind(2)
-        before, squashed = torch.cat([first.unsqueeze(0), cells[:-1]]), torch.tanh(cells)
-        factors = torch.stack(
-            [
-                candidate * entry * (1 - entry),
-                before * forget * (1 - forget),
-                entry * (1 - candidate.square()),
-                squashed * exit_ * (1 - exit_),
-            ],
-            2,
-        )
-        to_cell = exit_ * (1 - squashed.square())
-        grads = torch.empty_like(factors)
-        of_cell, of_hidden = from_cell.clone(), torch.zeros_like(first)
-        for t in range(len(grads) - 1, -1, -1):
-            of_hidden = of_hidden + from_outputs[t]
-            of_cell = torch.addcmul(of_cell, of_hidden, to_cell[t])
-            torch.mul(of_cell.unsqueeze(1), factors[t, :, :3], out=grads[t, :, :3])
-            torch.mul(of_hidden, factors[t, :, 3], out=grads[t, :, 3])
-            of_cell = of_cell * forget[t]
-            of_hidden = grads[t].flatten(1) @ weight
-        flat = grads.flatten(2)
-        return flat, flat, of_hidden, of_cell, None, None
+        with torch._C.DisableTorchFunction():
+            weight, first, active, cells = ctx.saved_tensors
+            entry, forget, candidate, exit_ = active.unbind(2)
+            before, squashed = torch.cat([first.unsqueeze(0), cells[:-1]]), torch.tanh(cells)
+            factors = torch.stack(
+                [
+                    candidate * entry * (1 - entry),
+                    before * forget * (1 - forget),
+                    entry * (1 - candidate.square()),
+                    squashed * exit_ * (1 - exit_),
+                ],
+                2,
+            )
+            to_cell = exit_ * (1 - squashed.square())
+            grads = torch.empty_like(factors)
+            of_cell, of_hidden = from_cell.clone(), torch.zeros_like(first)
+            for t in range(len(grads) - 1, -1, -1):
+                of_hidden = of_hidden + from_outputs[t]
+                of_cell = torch.addcmul(of_cell, of_hidden, to_cell[t])
+                torch.mul(of_cell.unsqueeze(1), factors[t, :, :3], out=grads[t, :, :3])
+                torch.mul(of_hidden, factors[t, :, 3], out=grads[t, :, 3])
+                of_cell = of_cell * forget[t]
+                of_hidden = grads[t].flatten(1) @ weight
+            flat = grads.flatten(2)
+            return flat, flat, of_hidden, of_cell, None, None
 
 
-@torch.no_grad()
 def _run_lstm(gates: Tensor, hidden: Tensor, cell: Tensor, weight: Tensor, bias: Tensor | None) -> _Steps:
-    active = (gates if bias is None else gates + bias).unflatten(-1, (4, -1)).clone()
-    outputs, cells = torch.empty_like(active[:, :, 0]), torch.empty_like(active[:, :, 0])
-    for t, now in enumerate(active):
-        flat = now.view(len(now), -1).addmm_(hidden, weight.T).view(now.shape)
-        flat[:, :2].sigmoid_()
-        flat[:, 2].tanh_()
-        flat[:, 3].sigmoid_()
-        cell = torch.addcmul(now[:, 1] * cell, now[:, 0], now[:, 2], out=cells[t])
-        hidden = torch.mul(now[:, 3], torch.tanh(cell), out=outputs[t])
-    return _Steps(outputs, cells, active)
+    with torch.no_grad(), torch._C.DisableTorchFunction():  # no mode need see the steps
+        active = (gates if bias is None else gates + bias).unflatten(-1, (4, -1)).clone()
+        outputs, cells = torch.empty_like(active[:, :, 0]), torch.empty_like(active[:, :, 0])
+        for t, now in enumerate(active):
+            flat = now.view(len(now), -1).addmm_(hidden, weight.T).view(now.shape)
+            flat[:, :2].sigmoid_()
+            flat[:, 2].tanh_()
+            flat[:, 3].sigmoid_()
+            cell = torch.addcmul(now[:, 1] * cell, now[:, 0], now[:, 2], out=cells[t])
+            hidden = torch.mul(now[:, 3], torch.tanh(cell), out=outputs[t])
+        return _Steps(outputs, cells, active)
 
 
 def _lstm(

@@ -22,6 +22,9 @@ LENGTHS = (7, 4, 5, 2)
 
 VOCABULARY = 23
 
+EXPERTS = frozenset({"*.experts.*"})
+"""Which tokens of which samples an expert sees is decided by the data: no dimension holds the samples."""
+
 
 @dataclass(frozen=True)
 class Specimen:
@@ -213,11 +216,13 @@ ZOO: dict[str, Specimen] = {
         transformer("MixtralForCausalLM", "MixtralConfig", **MIXTRAL, experts_implementation="eager"),
         padded,
         logits_of_tokens,
+        slow=EXPERTS,
     ),
     "Mixtral, with a product that has no float64": Specimen(
         transformer("MixtralForCausalLM", "MixtralConfig", **MIXTRAL, experts_implementation="grouped_mm"),
         padded,
         logits_of_tokens,
+        slow=EXPERTS,
         attentions=("sdpa",),
         dtype=torch.float32,
         error=1e-4,

@@ -794,3 +794,126 @@ def test_slow_parameters_need_batches_that_can_be_cut() -> None:
     texts = {"short": torch.randn(2, 5, 4)}
     with pytest.raises(memsyn.BatchError, match="without tensors cannot be cut"):
         memsyn.measure(model, ["short"], forward=lambda m, text: m(texts[text]), progress=False)
+
+
+# Routes
+
+
+def test_experts_whose_work_is_new_in_a_later_batch() -> None:
+    """A weight that is first used, or used in another way, after the guard is looked at again there."""
+
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return y if x.shape[1] < 4 else torch.tanh(y) * m.scale + F.linear(y, m.a.weight[:, :3])
+
+    torch.manual_seed(0)
+    model = Lambda(run, a=nn.Linear(5, 3), scale=parameter(3)).double()
+    short, long = normal(3, 5)(6, torch.float64), normal(4, 5)(5, torch.float64)
+    found = memsyn.measure(model, [short, short, long, short, long], progress=False)
+    batches = [short, short, long, short, long]
+    samples = [sample for batch in batches for sample in batch.split(1)]
+    expected = reference.importance(model, samples, len(samples), lambda m, x, k: m(x[k]))
+    assert max(reference.errors(found.mean(), expected).values()) <= 1e-9
+    assert found.routes["scale"] == BY_RULE
+
+
+@pytest.mark.parametrize("length", [2, 3, 7])
+def test_sizes_that_coincide_do_not_matter(length: int) -> None:
+    """As many samples as tokens, heads, channels, or as the guard looks at."""
+    torch.manual_seed(0)
+    model = Lambda(
+        lambda m, x: m.c(m.lstm((m.a(x) + m.table(torch.arange(x.shape[1])))[:, :, :3].transpose(0, 1))[0]).transpose(
+            0, 1
+        ),
+        a=nn.Linear(length, 4),
+        table=nn.Embedding(9, 4),
+        lstm=nn.LSTM(3, length),
+        c=nn.Linear(length, 2),
+    ).double()
+    for sizes in ([length, length], [2, length], [3, 1, length]):
+        parts = [normal(length, length)(size, torch.float64) for size in sizes]
+        found = memsyn.measure(model, parts, progress=False)
+        whole = torch.cat(parts)
+        expected = reference.importance(model, whole, len(whole), lambda m, x, k: m(x[k : k + 1]))
+        assert max(reference.errors(found.mean(), expected).values()) <= 1e-9
+        assert BY_SAMPLE not in found.routes.values()
+
+
+def test_batches_of_one_are_ordinary_passes() -> None:
+    model, batch = build(CASES["state space"], torch.float64)
+    expected = memsyn.measure(model, [batch], progress=False)
+    found = memsyn.measure(model, batch.split(1), progress=False)
+    assert max(reference.errors(found.mean(), expected.mean()).values()) <= 1e-9
+    assert set(found.routes.values()) == {BY_SAMPLE}
+
+
+def test_an_output_in_place_of_a_view_stays_differentiable() -> None:
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.a(x)  # of tokens: a view
+        y[:, 0].mul_(3)
+        y.mul_(2)
+        z = y.expand(2, *y.shape)[1]
+        return m.b(z)
+
+    model = Lambda(run, a=nn.Linear(4, 5), b=nn.Linear(5, 2)).double()
+    batch = normal(3, 4)(6, torch.float64)
+    found = memsyn.measure(model, [batch], progress=False)
+    expected = reference.importance(model, batch, 6, lambda m, x, k: m(x[k : k + 1]))
+    assert max(reference.errors(found.mean(), expected).values()) <= 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_parameters_cast_in_the_forward_pass(dtype: torch.dtype) -> None:
+    model = Lambda(
+        lambda m, x: F.linear(x, m.w.float()) * m.s.float(),
+        w=nn.Parameter(torch.randn(3, 4).to(dtype)),
+        s=nn.Parameter(torch.randn(3).to(dtype)),
+    )
+    batch = normal(4)(6, torch.float32)
+    found = memsyn.measure(model, [batch], progress=False)
+    wide = Lambda(lambda m, x: F.linear(x, m.w) * m.s, w=parameter(3, 4), s=parameter(3)).double()
+    wide.load_state_dict(model.state_dict())
+    expected = reference.importance(wide, batch.double(), 6, lambda m, x, k: m(x[k : k + 1]))
+    assert max(reference.errors(found.mean(), expected).values()) <= 0.02
+    assert all(total.dtype == torch.float32 for total in found.sums.values())
+
+
+def test_half_precision_convolutions_and_images_with_channels_last() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.ReLU(inplace=True), nn.Conv2d(6, 2, 1))
+    batch = normal(3, 5, 4)(6, torch.float64)
+    expected = reference.importance(model.double(), batch, 6, lambda m, x, k: m(x[k : k + 1]))
+    last = model.to(memory_format=torch.channels_last)
+    found = memsyn.measure(last, [batch.to(memory_format=torch.channels_last)], progress=False)
+    assert max(reference.errors(found.mean(), expected).values()) <= 1e-9
+    half = memsyn.measure(last.to(torch.bfloat16), [batch.bfloat16()], progress=False)
+    assert max(reference.errors(half.mean(), expected).values()) <= 0.05
+
+
+def test_a_model_that_autograd_cannot_differentiate() -> None:
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        y = torch.exp(m.a(x))
+        z = y * y
+        y += 1
+        return z
+
+    with pytest.raises(memsyn.ModelError, match="autograd cannot differentiate the model"):
+        memsyn.measure(Lambda(run, a=nn.Linear(4, 3)), [GOOD], progress=False)
+
+
+def test_threads_measure_one_model_at_once() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    model, batch = build(CASES["residual network"], torch.float64)
+    expected = memsyn.measure(model, [batch], progress=False)
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda _: memsyn.measure(model, [batch] * 2, progress=False), range(6)))
+    for found in results:
+        assert max(reference.errors(found.mean(), expected.mean()).values()) <= 1e-12
+
+
+def test_empty_weights() -> None:
+    model = Lambda(lambda m, x: m.a(x) + F.linear(x[:, :0], m.b), a=nn.Linear(4, 3), b=parameter(3, 0)).double()
+    batch = normal(4)(6, torch.float64)
+    found = memsyn.measure(model, [batch], progress=False)
+    assert found.sums["b"].shape == (3, 0)

@@ -46,7 +46,10 @@ DEFINITIONS: dict[str, tuple[Scalars, int]] = {
     "mas": (lambda y, k: [(1.0, (y**2).sum())], 1),
     "mas-probabilities": (lambda y, k: [(1.0, (y.softmax(0) ** 2).sum())], 1),
     "mas-vector": (lambda y, k: [(1.0, part) for part in y], 1),
-    "fisher": (lambda y, k: [(float(p.detach()), log) for p, log in zip(y.softmax(0), y.log_softmax(0), strict=True)], 2),
+    "fisher": (
+        lambda y, k: [(float(p.detach()), log) for p, log in zip(y.softmax(0), y.log_softmax(0), strict=True)],
+        2,
+    ),
     "fisher-sampled": (lambda y, k: [(1.0, y.log_softmax(0)[drawn(y, k)])], 2),
     "fisher-empirical": (lambda y, k: [(1.0, y.log_softmax(0)[LABELS[k]])], 2),
 }

@@ -22,6 +22,7 @@ from memsyn.passes import (
     check_same_alone,
     gradients,
     refuse_broken,
+    run_backward,
     samples_interact,
     score_alone,
 )
@@ -205,9 +206,7 @@ class _Check:
         for name, parameter in self.parameters.items():
             hooks.append(parameter.register_post_accumulate_grad_hook(lambda p, name=name: arrived(name, p)))
         try:
-            torch.autograd.backward((weights * values.sum(1)).sum(), inputs=list(self.parameters.values()))
-        except RuntimeError as error:
-            raise ModelError(f"autograd cannot differentiate the model, so it cannot be measured: {error}") from error
+            run_backward((weights * values.sum(1)).sum(), list(self.parameters.values()), retain_graph=False)
         finally:
             for hook in hooks:
                 hook.remove()

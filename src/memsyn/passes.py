@@ -102,21 +102,26 @@ def backward_to_activations(recorder: Recorder, values: Tensor, parameters: Iter
         last = column == values.shape[1] - 1
         recorder.start_backward(last=last)
         if objective.requires_grad:
-            _run_backward(objective.sum(), inputs, retain_graph=not last)
+            run_backward(objective.sum(), inputs, retain_graph=not last)
             for tensor in inputs:
                 tensor.grad = None
         recorder.finish()
 
 
-def _run_backward(total: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool) -> None:
+def run_backward(total: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool) -> None:
     """torch.autograd.backward(total, inputs=inputs), but inside the function mode, which that would leave.
 
     A checkpoint runs its part of the forward pass again during it, and must do there what it did the first time.
     """
     engine = torch.autograd.Variable._execution_engine
-    engine.run_backward(
-        (total,), (torch.ones_like(total),), retain_graph, False, tuple(inputs), True, accumulate_grad=True
-    )
+    try:
+        engine.run_backward(
+            (total,), (torch.ones_like(total),), retain_graph, False, tuple(inputs), True, accumulate_grad=True
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ModelError(f"autograd cannot differentiate the model, so it cannot be measured: {error}") from error
 
 
 def gradients(scores: Tensor, parameters: Mapping[str, nn.Parameter], *, retain_graph: bool = False) -> Sums:

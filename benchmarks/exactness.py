@@ -9,7 +9,6 @@ exact one of the same drawings. Draws the picture and prints its numbers as a Ma
 import argparse
 import math
 import statistics
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -25,7 +24,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from memsyn import Memory, SlowParametersWarning, measure
+from memsyn import Memory, measure
 from memsyn.bench.drawings import Task, augment, load_emoji8
 from memsyn.bench.learners import METHODS, accuracy, train
 from memsyn.bench.runner import generator
@@ -68,15 +67,7 @@ class Comparison:
 
 def batched_importance(model: nn.Module, batches: Sequence[Tensor], forward: Forward) -> Values:
     """1/N sum_b B_b |d mean_{k in b} s_k / d theta|: the absolute value after the mean over a batch."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    totals = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    for batch in batches:
-        score = forward(model, batch).square().sum() / len(batch)
-        gradients = torch.autograd.grad(score, list(parameters.values()), allow_unused=True)
-        for name, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                totals[name] += len(batch) * gradient.abs()
-    return {name: total / sum(map(len, batches)) for name, total in totals.items()}
+    return measure(model, batches, forward=forward, batched=True, progress=False).mean()
 
 
 def compare(found: Values, exact: Values) -> Comparison:
@@ -280,7 +271,6 @@ def main() -> None:
         sources.append(pretrained_efficientnet)
     except ModuleNotFoundError as error:
         print(f"EfficientNet-Lite0 is left out: {error}.")
-    warnings.simplefilter("ignore", SlowParametersWarning)  # it is exact all the same
     results: Results = {}
     with tqdm(total=(len(sources) + 1) * options.orders * len(SIZES), unit="importance") as bar:
         for source in sources:

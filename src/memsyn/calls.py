@@ -6,7 +6,7 @@ Words: a value is a tensor computed of parameters alone (a parameter, its transp
 a table for places); a path is how a value came from its parameter, as names of operations, the same in every batch.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,8 +42,8 @@ class Call:
     """A use: one operation on values and samples, and the gradient of what came out."""
 
     function: Function
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    options: Mapping[str, Any]
+    """Its arguments that are no tensors, by place."""
     values: Mapping[str, Value]
     """The values among its tensors, by place."""
     splits: Mapping[str, Split]
@@ -51,8 +51,8 @@ class Call:
     tensors: dict[str, Tensor]
     """The tensors that the rules of its values need, or all, without their graphs."""
     versions: dict[str, int]
-    places: frozenset[str]
-    """Of all its tensors."""
+    again: tuple[Sequence[Any], Mapping[str, Any]] | None
+    """Its arguments without the tensors, to call it again with others; None if not all tensors were kept."""
     grad: Tensor | None = None
     num_groups: int = 0
     """How many groups of parameters have yet to read it."""
@@ -78,39 +78,47 @@ def path_of(value: Value, function: Function, place: str) -> Path:
     return (*value.path, f"{name_of(function)}.{place}")
 
 
-def arguments(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def arguments(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments by place: their name where it is known, else their number; parts of a list as place.number."""
-    operation = OPERATIONS.get(function)
-    names = operation.arguments if operation else ()
+    names = _names(function)
+    found: dict[str, Any] = {}
     for index, value in enumerate(args):
-        yield from _parts(names[index] if index < len(names) else str(index), value)
-    for name, value in kwargs.items():
-        yield from _parts(name, value)
+        place = names[index] if index < len(names) else str(index)
+        if _holds_tensors(value):
+            found.update((f"{place}.{number}", part) for number, part in enumerate(value))
+        else:
+            found[place] = value
+    for place, value in kwargs.items():
+        if _holds_tensors(value):
+            found.update((f"{place}.{number}", part) for number, part in enumerate(value))
+        else:
+            found[place] = value
+    return found
 
 
-def _parts(place: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value):
-        for index, part in enumerate(value):
-            yield f"{place}.{index}", part
-    else:
-        yield place, value
+def _names(function: Function) -> tuple[str, ...]:
+    operation = OPERATIONS.get(function)
+    return operation.arguments if operation else ()
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value)
 
 
 def replaced(
     function: Function, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Mapping[str, Tensor | None]
 ) -> tuple[list[Any], dict[str, Any]]:
     """The arguments with other tensors at some places."""
-    operation = OPERATIONS.get(function)
-    names = operation.arguments if operation else ()
+    names = _names(function)
 
     def put(place: str, value: Any) -> Any:
-        if isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value):
-            return type(value)([tensors.get(f"{place}.{index}", part) for index, part in enumerate(value)])
+        if _holds_tensors(value):
+            return type(value)([tensors.get(f"{place}.{number}", part) for number, part in enumerate(value)])
         return tensors.get(place, value)
 
     return (
         [put(names[index] if index < len(names) else str(index), value) for index, value in enumerate(args)],
-        {name: put(name, value) for name, value in kwargs.items()},
+        {place: put(place, value) for place, value in kwargs.items()},
     )
 
 

@@ -42,6 +42,10 @@ SAVE_NO_OUTPUT = frozenset((F.linear, torch.matmul, Tensor.matmul, torch.addmm, 
 """Operations whose backward pass does not read what they gave."""
 
 
+LARGE = frozenset[str | None](("input", "other", "mat1"))
+"""Arguments that hold activations, and are kept only for a rule that needs them."""
+
+
 class _Alias(torch.autograd.Function):
     """The same numbers in the same memory, differentiable if they were not, and no view.
 
@@ -85,8 +89,8 @@ class Recorder(Tracer):
 
     def meet(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Make a further value, or record a use, as the guard has seen it; what it has not seen is left to autograd."""
-        tensors = {place: v for place, v in arguments(function, args, kwargs) if isinstance(v, Tensor)}
-        met = self._met(tensors)
+        given = arguments(function, args, kwargs)
+        met = {place: value for place, argument in given.items() if (value := self.values.get(id(argument)))}
         splits = {place: self.splits.get(path_of(value, function, place)) for place, value in met.items()}
         known = {place: split for place, split in splits.items() if split is not None}
         makes_value = [split.out is None for split in known.values()]
@@ -100,23 +104,22 @@ class Recorder(Tracer):
             output = function(*args, **kwargs)
             self._follow(function, met, output)
             return output
-        return self._use(function, args, kwargs, tensors, met, known)
+        return self._use(function, args, kwargs, given, met, known)
 
     def _use(
         self,
         function: Function,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
+        given: Mapping[str, Any],
         met: Mapping[str, Value],
         splits: Mapping[str, Split],
     ) -> Any:
-        kept: dict[str, Tensor] = {}
         changed = changes_its_input(function, kwargs)
-        if not self._passive:
-            kept = self._keep(function, tensors, met)
-            if changed:  # what is there now is what it needs
-                kept = {place: t.clone() if t.data_ptr() == args[0].data_ptr() else t for place, t in kept.items()}
+        call = None if self._passive else self._keep(function, args, kwargs, given, met, splits)
+        if call is not None and changed:  # what is there now is what it needs
+            first = args[0].data_ptr()
+            call.tensors = {place: t.clone() if t.data_ptr() == first else t for place, t in call.tensors.items()}
         cut = {place: value.tensor.detach() for place, value in met.items()}
         new_args, new_kwargs = replaced(function, args, kwargs, cut)
         output = function(*new_args, **new_kwargs)
@@ -127,23 +130,32 @@ class Recorder(Tracer):
             if result.requires_grad and function not in SAVE_NO_OUTPUT:
                 result = result.clone()
             output = result = _Alias.apply(result, self.root)  # type: ignore[no-untyped-call]
-        if not self._passive:
-            versions = {place: tensor._version for place, tensor in kept.items()}
-            stripped, named = replaced(function, args, kwargs, dict.fromkeys(tensors))
-            call = Call(function, tuple(stripped), named, dict(met), splits, kept, versions, frozenset(tensors))
+        if call is not None:
+            call.versions = {place: tensor._version for place, tensor in call.tensors.items()}
             result.register_hook(partial(self._on_grad, call))
             self._calls.append(call)
         return output
 
     @staticmethod
-    def _keep(function: Function, tensors: Mapping[str, Tensor], met: Mapping[str, Value]) -> dict[str, Tensor]:
-        """Only what the rules of the values need, or everything if one has none; and small things like statistics."""
+    def _keep(
+        function: Function,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        given: Mapping[str, Any],
+        met: Mapping[str, Value],
+        splits: Mapping[str, Split],
+    ) -> Call:
+        """Keep only what the rules of the values need, and small things like statistics; all, if one has no rule."""
         rules = [rule_of(function, place) for place in met]
+        again, large = None, frozenset[str | None]()
         if all(rule is not None for rule in rules):
-            operands = {rule.operand for rule in rules if rule is not None}
-            large = {"input", "other", "mat1"} - operands
-            return {place: t.detach() for place, t in tensors.items() if place not in large or place in met}
-        return {place: tensor.detach() for place, tensor in tensors.items()}
+            large = LARGE - {rule.operand for rule in rules if rule is not None} - met.keys()
+        if not large & given.keys():
+            tensors = [place for place, value in given.items() if isinstance(value, Tensor)]
+            again = replaced(function, args, kwargs, dict.fromkeys(tensors))
+        kept = {p: v.detach() for p, v in given.items() if isinstance(v, Tensor) and p not in large}
+        options = {p: v for p, v in given.items() if not isinstance(v, Tensor)}
+        return Call(function, options, dict(met), splits, kept, {}, again)
 
     def start_backward(self, *, last: bool) -> None:
         """All uses are known now: group the parameters that share a value, for one backward pass."""
@@ -161,6 +173,9 @@ class Recorder(Tracer):
             self._calls.clear()
 
     def _group(self, names: frozenset[str]) -> Group:
+        if len(names) == 1:
+            (name,) = names
+            return self._groups.setdefault(name, Group(names))
         found = {id(g): g for name in names if (g := self._groups.get(name)) is not None}
         if len(found) == 1 and names <= next(iter(found.values())).names:
             return next(iter(found.values()))
@@ -173,7 +188,7 @@ class Recorder(Tracer):
     def _on_grad(self, call: Call, grad: Tensor) -> None:
         call.grad = grad
         with torch._C.DisableTorchFunction():
-            names = {name for value in call.values.values() for name in value.names}
+            names = [name for value in call.values.values() for name in value.names]
             for group in {id(g): g for name in names if (g := self._groups.get(name)) is not None}.values():
                 group.num_waiting -= 1
                 if group.num_waiting == 0:

@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from memsyn.calls import Call, arguments, changes_its_input, replaced, rule_of
+from memsyn.calls import Call, changes_its_input, replaced, rule_of
 from memsyn.operations import OPERATIONS
 from memsyn.products import Magnitude
 from memsyn.recorder import Group
@@ -50,20 +50,25 @@ def add_by_rule(
     A parameter may be used in parts (views of it), if they do not overlap.
 
     Raises:
-        NoRuleError: no rule holds; nothing was added for a parameter that is used whole.
+        NoRuleError: no rule holds; nothing was added.
     """
+    if not uses:
+        return
+    if all(call.values[place].tensor is parameter for call, place in uses):
+        return _join(uses, total, num_samples, magnitude, weights)
     parts: dict[tuple[Any, ...], list[tuple[Call, str]]] = {}
     for call, place in uses:
         value = call.values[place].tensor
         if value is not parameter and (value._base is not parameter or 0 in value.stride()):
             raise NoRuleError
         parts.setdefault((value.shape, value.stride(), value.storage_offset()), []).append((call, place))
-    whole = (parameter.shape, parameter.stride(), parameter.storage_offset())
-    if set(parts) - {whole} and (total.stride() != parameter.stride() or _overlap(parameter, parts)):
+    if total.stride() != parameter.stride() or _overlap(parameter, parts):
         raise NoRuleError
+    found = torch.zeros_like(total)
     for (shape, stride, offset), own in parts.items():
-        offset += total.storage_offset() - parameter.storage_offset()
-        _join(own, total.as_strided(shape, stride, offset), num_samples, magnitude, weights)
+        part = found.as_strided(shape, stride, offset - parameter.storage_offset())
+        _join(own, part, num_samples, magnitude, weights)
+    total += found
 
 
 def _overlap(parameter: Tensor, parts: Iterable[tuple[Any, ...]]) -> bool:
@@ -114,10 +119,8 @@ def _make_use(call: Call, place: str, rule: Rule, num_samples: int, weights: Ten
     operand = None if rule.operand is None else call.tensors[rule.operand]
     if operand is not None and operand.is_floating_point():
         operand = operand.to(grad.dtype)
-    options = {place: value for place, value in arguments(call.function, call.args, call.kwargs) if value is not None}
-    options.update(call.tensors)
     axis = None if rule.operand is None else split.args.get(rule.operand)
-    return Use(options, operand, axis, grad, split.out)
+    return Use({**call.options, **call.tensors}, operand, axis, grad, split.out)
 
 
 def _along(weights: Tensor, axis: Axis, tensor: Tensor, num_samples: int) -> Tensor:
@@ -179,19 +182,20 @@ def _sample_gradient(call: Call, place: str, k: int, num_samples: int) -> Tensor
     grad = split.out.sample(call.grad, k, num_samples)
     rule = rule_of(call.function, place)
     if rule is not None:
-        one = Call(call.function, call.args, call.kwargs, call.values, call.splits, cut, {}, call.places, grad)
+        one = Call(call.function, call.options, call.values, call.splits, cut, {}, None, grad)
         try:
             found = torch.zeros_like(call.values[place].tensor, dtype=wide_dtype(grad))
             rule.join([_make_use(one, place, rule, 1)], found, 1, signed)
             return found
         except NoRuleError:
             pass
-    if cut.keys() != call.places:
+    if call.again is None:
         raise NoRuleError
     leaf = cut[place] = call.values[place].tensor.detach().requires_grad_()
-    if changes_its_input(call.function, call.kwargs):
+    changed = changes_its_input(call.function, call.again[1])
+    if changed:
         cut = {name: tensor if name == place else tensor.clone() for name, tensor in cut.items()}
-    args, kwargs = replaced(call.function, call.args, call.kwargs, cut)
+    args, kwargs = replaced(call.function, *call.again, cut)
     with torch.enable_grad():
         output = call.function(*args, **kwargs)
     output = args[0] if output is None else output

@@ -315,8 +315,8 @@ def tied(tables: Sequence[Use], maps: Sequence[Use], total: Tensor, num_samples:
 
     With L_k the Linear's gradient and E_k the embedding's: sum_k f(L_k), and f(L_k + E_k) - f(L_k) where E_k is not 0.
     """
-    linear_weight(maps, total, num_samples, magnitude)
     sums, cells = row_sums(*token_rows(tables, len(total), num_samples), len(total))
+    linear_weight(maps, total, num_samples, magnitude)
     samples, rows = cells // len(total), cells % len(total)
     grads = [grad.reshape(num_samples, -1, len(total)) for grad in _grads(maps, num_samples)]
     inputs = [operand.reshape(num_samples, -1, total.shape[1]) for operand in _operands(maps, num_samples)]

@@ -36,7 +36,10 @@ class Tracer(TorchFunctionMode):
 
     def _holds(self, args: Iterable[Any]) -> bool:
         values = self.values
-        return any(id(arg) in values or (type(arg) in (list, tuple) and self._holds(arg)) for arg in args)
+        for arg in args:  # noqa: SIM110 (every operation comes through here, and a generator takes twice as long)
+            if id(arg) in values or (type(arg) in (list, tuple) and self._holds(arg)):
+                return True
+        return False
 
     def meet(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """An operation that takes a value."""
@@ -45,9 +48,6 @@ class Tracer(TorchFunctionMode):
     def pass_by(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Any other operation."""
         return function(*args, **kwargs)
-
-    def _met(self, tensors: Mapping[str, Tensor]) -> dict[str, Value]:
-        return {place: self.values[id(tensor)] for place, tensor in tensors.items() if id(tensor) in self.values}
 
     def _follow(self, function: Function, met: Mapping[str, Value], output: Any) -> None:
         """What was computed of values is a value."""
@@ -79,16 +79,16 @@ class Observer(Tracer):
     def pass_by(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What is computed of samples is of samples."""
         output = function(*args, **kwargs)
-        given = [value for _, value in arguments(function, args, kwargs) if isinstance(value, Tensor)]
+        given = [value for value in arguments(function, args, kwargs).values() if isinstance(value, Tensor)]
         if any(map(self._is_of_samples, given)):
             self._mark(output, args if changes_its_input(function, kwargs) else ())
         return output
 
     def meet(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Note what the operation does, and whether a value or samples come of it."""
-        tensors = {place: v for place, v in arguments(function, args, kwargs) if isinstance(v, Tensor)}
+        tensors = {place: v for place, v in arguments(function, args, kwargs).items() if isinstance(v, Tensor)}
         shapes = {place: tensor.shape for place, tensor in tensors.items()}
-        met = self._met(tensors)
+        met = {place: self.values[id(tensor)] for place, tensor in tensors.items() if id(tensor) in self.values}
         with_samples = any(self._is_of_samples(t) for place, t in tensors.items() if place not in met)
         output = function(*args, **kwargs)
         changed = changes_its_input(function, kwargs)

@@ -290,7 +290,9 @@ MORE: dict[str, Case] = {
         {"*": BY_SAMPLE},
         forward=packed,
     ),
-    "gru, packed": Case(lambda: nn.GRU(3, 4, batch_first=True), sequences([6, 6, 5, 4, 3, 1, 1]), forward=packed),
+    "gru, packed": Case(
+        lambda: nn.GRU(3, 4, batch_first=True), sequences([6, 6, 5, 4, 3, 1, 1]), {"*": BY_SAMPLE}, forward=packed
+    ),
     "cells": Case(
         lambda: Lambda(
             lambda m, x: m.b(m.c(x, m.a(x)[0])), a=nn.LSTMCell(3, 4), b=nn.RNNCell(4, 4), c=nn.GRUCell(3, 4)

@@ -141,13 +141,12 @@ def _direction(
     *,
     biased: bool,
     backwards: bool,
-    active: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One layer in one direction over (T, B, features); where not `active` (T, B), a sample's state stays."""
+    """One layer in one direction over (T, B, features)."""
     bias, recurrent_bias = weights[2:4] if biased else (None, None)
     projection = weights[-1] if len(weights) % 2 else None
     gates = F.linear(inputs, weights[0], bias)
-    if step is _lstm_step and projection is None and active is None:
+    if step is _lstm_step and projection is None:
         return _lstm(gates, state, weights[1], recurrent_bias, backwards=backwards)
     at = gates.unbind(0)  # indexing would cost a whole gradient a step
     outputs: list[Tensor] = []
@@ -155,8 +154,6 @@ def _direction(
         new = step(at[t], state, weights[1], recurrent_bias)
         if projection is not None:
             new = (F.linear(new[0], projection), *new[1:])
-        if active is not None:
-            new = tuple(torch.where(active[t, :, None], a, b) for a, b in zip(new, state, strict=True))
         state = new
         outputs.append(state[0])
     return torch.stack(outputs[::-1] if backwards else outputs), state
@@ -171,7 +168,6 @@ def _layers(
     biased: bool,
     num_layers: int,
     bidirectional: bool,
-    active: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """All layers over (T, B, features): the outputs, and the last states (layers * directions, B, features)."""
     num_directions = 2 if bidirectional else 1
@@ -188,7 +184,6 @@ def _layers(
                 weights[index * size : (index + 1) * size],
                 biased=biased,
                 backwards=direction == 1,
-                active=active,
             )
             outputs.append(output)
             ends.append(end)
@@ -196,10 +191,10 @@ def _layers(
     return sequence, [torch.stack(parts) for parts in zip(*ends, strict=True)]
 
 
-def _network(step: Step) -> Callable[..., tuple[Tensor, ...]]:
-    def run(*args: Any) -> tuple[Tensor, ...]:
-        if not isinstance(args[3], bool):  # the weights stand one place later for packed sequences
-            return packed(*args)
+def _network(step: Step) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        if not isinstance(args[3], bool):  # packed sequences: their rows are in no order of samples
+            return NotImplemented
         inputs, start, weights, biased, num_layers, _, _, bidirectional, batch_first = args
         sequence, last = _layers(
             step,
@@ -211,23 +206,6 @@ def _network(step: Step) -> Callable[..., tuple[Tensor, ...]]:
             bidirectional=bidirectional,
         )
         return (sequence.transpose(0, 1) if batch_first else sequence, *last)
-
-    def packed(*args: Any) -> tuple[Tensor, ...]:
-        data, sizes, start, weights, biased, num_layers, _, _, bidirectional = args
-        active = torch.arange(int(sizes[0])) < sizes.unsqueeze(1)  # (T, B)
-        places = (active.flatten().cumsum(0) - 1).clamp(min=0).view(active.shape).to(data.device)
-        active = active.to(data.device)
-        sequence, last = _layers(
-            step,
-            data[places],
-            [start] if isinstance(start, Tensor) else start,
-            weights,
-            biased=biased,
-            num_layers=num_layers,
-            bidirectional=bidirectional,
-            active=active,
-        )
-        return (sequence[active], *last)
 
     return run
 

@@ -29,7 +29,7 @@ from memsyn.passes import (
 from memsyn.recorder import Group, Recorder
 from memsyn.routes import BY_OPERATION, BY_RULE, BY_SAMPLE, UNUSED, Sums, add_by_operation, add_by_rule, wide_dtype
 from memsyn.rules import Axis, NoRuleError, signed
-from memsyn.shadow import shadow
+from memsyn.shadow import cached_values, shadow
 from memsyn.tracer import Observer, compare, guess
 
 NUM_SAMPLES = 2
@@ -131,9 +131,11 @@ class _Check:
 
     def verdict(self, batch: Any) -> Verdict:
         observer = Observer(self.parameters, tensors(batch))
+        cached = {name: tensor.requires_grad_() for name, tensor in cached_values(self.model, self.clone).items()}
         with observer:
             values = self.scores(batch)
         _check_dependence(values.sum(1), trainable_parameters(self.model).values())
+        _check_cached(values.sum(1), cached)
         groups: list[Group] = []
         alone: list[Tensor] = []
         if len(values) > 1:
@@ -156,7 +158,7 @@ class _Check:
             for name, parameter in named_parameters(self.clone).items()
             if not torch.equal(parameter, own[name].detach().to(parameter.dtype))
         }
-        return Verdict(routes, self.splits, unproven, written)
+        return Verdict(routes, self.splits, unproven, written | observer.written)
 
     def _compare_with_single(self, observer: Observer, batch: Any, together: Tensor) -> list[Tensor]:
         """Run every sample alone, to see what each operation does with samples, and that they do not interact."""
@@ -221,7 +223,8 @@ class _Check:
                 routes[member] = (own if group.uses else UNUSED) or BY_SAMPLE
                 del waiting[member]
         routes.update(dict.fromkeys(waiting, BY_SAMPLE))
-        unproven = {n for n, route in routes.items() if squares.get(n, 0.0) == 0.0 and route not in (BY_SAMPLE, UNUSED)}
+        zero = {n for n, parameter in self.parameters.items() if not squares.get(n) and parameter.numel()}
+        unproven = {n for n in zero if routes[n] not in (BY_SAMPLE, UNUSED)}
         return routes, unproven, waiting
 
     def _route(self, group: Group, expected: Sums, weights: Tensor, whole: float) -> str | None:
@@ -244,7 +247,7 @@ class _Check:
                         add_by_rule(found[names[0]], own, uses, len(weights), signed, weights=weights)
                     else:
                         continue
-                except NoRuleError:
+                except (NoRuleError, RuntimeError):
                     continue
                 if not any(_differs(found[name], expected[name], whole, exactly=self.precise) for name in names):
                     if minor:
@@ -278,7 +281,7 @@ def _with_minor(uses: list[tuple[Call, str]], num_samples: int) -> list[tuple[Ca
     """The same uses, if some dimension holds more than samples, with neighbours in it from different samples."""
 
     def turned(axis: Axis | None) -> Axis | None:
-        return None if axis is None else axis._replace(minor=True)
+        return None if axis is None else axis._replace(minor=axis.folded)
 
     calls: dict[int, Call] = {}
     folded = False
@@ -322,6 +325,18 @@ def _check_dependence(values: Tensor, own: Iterable[nn.Parameter]) -> None:
             "the model's output has no gradient with respect to any trainable parameter. Does its forward run "
             "under torch.no_grad(), detach the output, or skip the trainable part?"
         )
+
+
+def _check_cached(values: Tensor, cached: Mapping[str, Tensor]) -> None:
+    """What was once computed of weights and kept is a constant in the clone: it must not be used."""
+    if cached:
+        grads = torch.autograd.grad(values.sum(), list(cached.values()), retain_graph=True, allow_unused=True)
+        used = [name for name, grad in zip(cached, grads, strict=True) if grad is not None]
+        if used:
+            raise ModelError(
+                f"{', '.join(used)} was computed of weights before the forward pass and kept; how much those weights "
+                "matter through it cannot be measured. Compute it in the forward pass, or register it as a parameter."
+            )
 
 
 def _check_graph(values: Tensor) -> None:

@@ -38,6 +38,7 @@ from memsyn.products import workspace
 from memsyn.routes import BY_SAMPLE, wide_dtype
 from memsyn.rules import MAGNITUDES
 from memsyn.shadow import check_measurable, shadow
+from memsyn.tracer import merge
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -107,7 +108,6 @@ def measure(
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
-        _layers_of_attention(),
         workspace(),
     ):
         run = _Run(model, trainable, device, forward, chosen, batched)
@@ -177,7 +177,8 @@ class _Run:
         passed = self._pass(run, inputs, None)
         if passed.unknown:  # something happens here that did not happen before
             self._guard(inputs, index, only=passed.unknown)
-            passed = passed._replace(refused=self._pass(run, inputs, passed.unknown).refused)
+            again = self._pass(run, inputs, passed.unknown).refused & passed.unknown
+            passed = passed._replace(refused=(passed.refused - passed.unknown) | again)
         self.routes.update(dict.fromkeys(passed.refused, BY_SAMPLE))
         slow = self.slow
         if slow:
@@ -195,6 +196,7 @@ class _Run:
             self.magnitude,
             routes=self.routes,
             splits=self.splits,
+            unproven=self.unproven,
             only=only,
         )
 
@@ -223,8 +225,7 @@ class _Run:
     def _learn(self, verdict: guard.Verdict, names: set[str]) -> None:
         """Take over what a further look has shown about `names`, and what it has shown to be wrong about others."""
         for path, split in verdict.splits.items():
-            same = path not in self.splits or self.splits[path] == split
-            self.splits[path] = split if same else None
+            self.splits[path] = merge(self.splits[path], split) if path in self.splits else split
         for name, route in verdict.routes.items():
             if name in names or route == BY_SAMPLE:
                 self.routes[name] = route
@@ -240,8 +241,7 @@ class _Run:
 
     def _scores(self, model: nn.Module, batch_index: int, given: Given, first_sample: int = 0) -> Tensor:
         size, mask = num_samples(given.inputs), token_mask(given.inputs) if self.masked else None
-        if self.slow or model is not self.shadow:
-            given = copied(given)  # it will be read again, and the forward pass may change it in place
+        given = copied(given)  # it is the user's, and may be read again; the forward pass may change it in place
         try:
             output = self.forward(model, given.inputs)
         except MemsynError:
@@ -291,17 +291,6 @@ def _length(batches: object, max_samples: int | None) -> int | None:
         return len(batches)
     except TypeError:  # a DataLoader over a stream has the method, but no length
         return None
-
-
-@contextmanager
-def _layers_of_attention() -> Iterator[None]:
-    """Let a frozen nn.TransformerEncoderLayer call its layers: its fast path has no backward pass."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager

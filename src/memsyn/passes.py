@@ -15,7 +15,7 @@ from memsyn.errors import BatchError, ModelError, OutputError, SamplesInteractEr
 from memsyn.products import Magnitude
 from memsyn.recorder import Group, Recorder
 from memsyn.routes import BY_RULE, BY_SAMPLE, UNUSED, Sums, add_by_operation, add_by_rule
-from memsyn.rules import NoRuleError
+from memsyn.rules import NoRuleError, UnseenError
 
 TOLERANCE: Final = 0.05
 """By how much of the largest a sample's objective may differ alone and among others, in any precision."""
@@ -49,6 +49,7 @@ def add_by_uses(
     *,
     routes: Mapping[str, str],
     splits: Mapping[Path, Split | None],
+    unproven: Container[str] = (),
     only: Container[str] | None = None,
 ) -> Passed:
     """Add sum_k f(g_k) of one batch by one forward pass, and a backward pass to the activations per objective.
@@ -61,7 +62,8 @@ def add_by_uses(
         magnitude: f.
         routes: parameter -> how; those that go one sample at a time are left out.
         splits: what the operations do with samples, from the guard.
-        only: add nothing for other parameters.
+        unproven: parameters whose route has given nothing but zeros so far; if it gives more now, they are unknown.
+        only: add nothing for other parameters, and refuse what is still unknown of these.
     """
     refused: set[str] = set()
     unknown: set[str] = set()
@@ -78,11 +80,17 @@ def add_by_uses(
         try:
             if not all(call.is_intact() for call, _ in group.uses):
                 raise NoRuleError
+            doubtful = any(name in unproven for name in names)
+            totals = {n: torch.zeros_like(sums[n]) if doubtful else sums[n] for n in names}
             if len(group.names) == 1 and all(routes[name] == BY_RULE for name in names):
                 (name,) = names
-                add_by_rule(sums[name], parameters[name], group.uses, num_samples, magnitude)
+                add_by_rule(totals[name], parameters[name], group.uses, num_samples, magnitude)
             elif group.uses:
-                add_by_operation(sums, parameters, group, num_samples, magnitude)
+                add_by_operation(totals, parameters, group, num_samples, magnitude)
+            if doubtful and any(bool(total.any()) for total in totals.values()):
+                raise UnseenError
+        except UnseenError:
+            unknown.update(names)
         except NoRuleError:
             refused.update(names)
 

@@ -59,7 +59,7 @@ def add_by_rule(
     parts: dict[tuple[Any, ...], list[tuple[Call, str]]] = {}
     for call, place in uses:
         value = call.values[place].tensor
-        if value is not parameter and (value._base is not parameter or 0 in value.stride()):
+        if value is not parameter and (value._base is not parameter or 0 in value.stride() or value.is_complex()):
             raise NoRuleError
         parts.setdefault((value.shape, value.stride(), value.storage_offset()), []).append((call, place))
     if total.stride() != parameter.stride() or _overlap(parameter, parts):
@@ -117,6 +117,8 @@ def _make_use(call: Call, place: str, rule: Rule, num_samples: int, weights: Ten
     if weights is not None:
         grad = grad * _along(weights, split.out, grad, num_samples)
     operand = None if rule.operand is None else call.tensors[rule.operand]
+    if grad.is_complex() or (operand is not None and operand.is_complex()):
+        raise NoRuleError
     if operand is not None and operand.is_floating_point():
         operand = operand.to(grad.dtype)
     axis = None if rule.operand is None else split.args.get(rule.operand)
@@ -150,6 +152,7 @@ def add_by_operation(
         NoRuleError: an operation cannot be cut into samples; nothing was added.
     """
     names = sorted(group.names & set(parameters))
+    found = {name: torch.zeros_like(totals[name]) for name in names}
     for k in range(num_samples):
         values = {id(call.values[place]): call.values[place].tensor for call, place in group.uses}
         grads: dict[int, Tensor] = {}
@@ -167,7 +170,9 @@ def add_by_operation(
         for name, grad in zip(names, own, strict=True):
             if grad is not None:
                 wide = grad.to(totals[name].dtype, copy=True)
-                totals[name] += magnitude(wide if weights is None else wide * weights[k])
+                found[name] += magnitude(wide if weights is None else wide * weights[k])
+    for name, total in found.items():
+        totals[name] += total
 
 
 def _sample_gradient(call: Call, place: str, k: int, num_samples: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memsyn.convolutions import Pair, conv_products, geometry_of
+from memsyn.convolutions import Geometry, Pair, conv_products, geometry_of
 from memsyn.products import Magnitude, add_token_products
 
 
@@ -24,33 +24,42 @@ class NoRuleError(Exception):
     """The rule does not know such a call: another route must be taken. Never reaches the user."""
 
 
+class UnseenError(NoRuleError):
+    """The guard has not seen such a call: it must look at it first."""
+
+
 class Axis(NamedTuple):
     """Where a tensor keeps its samples."""
 
     dim: int
+    folded: bool = False
+    """Whether the dimension was seen to be longer than there are samples: else it may not be."""
     minor: bool = False
-    """If the dimension is longer than there are samples: whether neighbours in it belong to different samples."""
+    """If it is longer: whether neighbours in it belong to different samples."""
 
     def first(self, tensor: Tensor, num_samples: int) -> Tensor:
         """The tensor as (B, ...); a dimension that held more than samples keeps the rest in its old place."""
-        size = tensor.shape[self.dim]
-        if size == num_samples:
+        if self._size(tensor, num_samples) == num_samples:
             return tensor.movedim(self.dim, 0)
-        if size % num_samples:
-            raise NoRuleError
         sizes = (-1, num_samples) if self.minor else (num_samples, -1)
         first: Tensor = tensor.unflatten(self.dim, sizes).movedim(self.dim + self.minor, 0)
         return first
 
     def sample(self, tensor: Tensor, k: int, num_samples: int) -> Tensor:
         """Sample k as a batch of one, in the tensor's own layout."""
-        size = tensor.shape[self.dim]
-        if size % num_samples:
-            raise NoRuleError
+        size = self._size(tensor, num_samples)
         if self.minor:
             own: Tensor = tensor.unflatten(self.dim, (-1, num_samples)).select(self.dim + 1, k)
             return own
         return tensor.narrow(self.dim, k * (size // num_samples), size // num_samples)
+
+    def _size(self, tensor: Tensor, num_samples: int) -> int:
+        size = tensor.shape[self.dim]
+        if size % num_samples:
+            raise NoRuleError
+        if size != num_samples > 1 and not self.folded:
+            raise UnseenError
+        return size
 
 
 class Use(NamedTuple):
@@ -262,14 +271,21 @@ def conv_weight(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude:
     """g_k[:, :, o] = sum_t d_kt a_k(t + o)^T for each kernel offset o."""
     images, grads = _images(_operands(uses, num_samples), total.ndim), _images(_grads(uses, num_samples), total.ndim)
     pairs = [Pair(grad, image) for grad, image in zip(grads, images, strict=True)]
-    total += conv_products(pairs, geometry_of(uses[0].options, tuple(total.shape[2:])), magnitude)
+    total += conv_products(pairs, _geometry(uses, total), magnitude)
 
 
 def conv_transpose_weight(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
     """The transpose of a convolution: inputs and gradients change places."""
     images, grads = _images(_operands(uses, num_samples), total.ndim), _images(_grads(uses, num_samples), total.ndim)
     pairs = [Pair(image, grad) for grad, image in zip(grads, images, strict=True)]
-    total += conv_products(pairs, geometry_of(uses[0].options, tuple(total.shape[2:])), magnitude)
+    total += conv_products(pairs, _geometry(uses, total), magnitude)
+
+
+def _geometry(uses: Sequence[Use], total: Tensor) -> Geometry:
+    geometries = {geometry_of(use.options, tuple(total.shape[2:])) for use in uses}
+    if len(geometries) > 1:
+        raise NoRuleError
+    return geometries.pop()
 
 
 def _images(uses: Sequence[Tensor], ndim: int) -> list[Tensor]:
@@ -292,14 +308,16 @@ def embedding(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: M
 
 
 def token_rows(uses: Sequence[Use], num_rows: int, num_samples: int) -> tuple[Tensor, Tensor]:
-    """The tokens of all uses: their indices (B, T), and their gradients (B, T, features)."""
-    found, grads = _operands(uses, num_samples), _grads(uses, num_samples)
-    if uses[0].options.get("scale_grad_by_freq"):
-        raise NoRuleError
-    indices = torch.cat([index.reshape(num_samples, -1) for index in found], 1)
-    rows = torch.cat([grad.reshape(num_samples, -1, grad.shape[-1]) for grad in grads], 1)
-    padding = uses[0].options.get("padding_idx")
-    return indices, rows if padding is None else rows * (indices != padding % num_rows).unsqueeze(-1)
+    """The tokens of all uses: their indices (B, T), and their gradients (B, T, features), zero for padding."""
+    indices, rows = [], []
+    for use, index, grad in zip(uses, _operands(uses, num_samples), _grads(uses, num_samples), strict=True):
+        if use.options.get("scale_grad_by_freq"):
+            raise NoRuleError
+        padding = use.options.get("padding_idx")
+        own = grad if padding is None else grad * (index != padding % num_rows).unsqueeze(-1)
+        indices.append(index.reshape(num_samples, -1))
+        rows.append(own.reshape(num_samples, -1, grad.shape[-1]))
+    return torch.cat(indices, 1), torch.cat(rows, 1)
 
 
 def row_sums(indices: Tensor, grads: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

@@ -88,3 +88,14 @@ def _aliases(model: nn.Module, private: Container[str]) -> dict[int, object]:
             if not (isinstance(hook, MethodType) and isinstance(hook.__self__, nn.Module)):
                 memo[id(hook)] = hook  # else deepcopy would clone whatever the hook belongs to
     return memo
+
+
+def cached_values(model: nn.Module, clone: nn.Module) -> dict[str, Tensor]:
+    """The stand-ins in a clone for what its model has computed of weights, with a graph, and kept."""
+    found = {}
+    for (name, module), copied in zip(unwrap(model).named_modules(), clone.modules(), strict=True):
+        for key, value in vars(module).items():
+            stand_in = vars(copied).get(key)
+            if isinstance(value, Tensor) and value.requires_grad and not value.is_leaf and isinstance(stand_in, Tensor):
+                found[f"{name}.{key}".lstrip(".")] = stand_in
+    return found

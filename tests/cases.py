@@ -459,6 +459,9 @@ CASES: dict[str, Case] = {
     ),
     "bias only": Case(lambda: frozen(nn.Linear(4, 3), "weight"), normal(4)),
     "conv1d": Case(conv_net(lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2)), normal(2, 9)),
+    "conv1d, groups larger than a tile": Case(
+        lambda: nn.Conv1d(256, 2048, 3, padding=1, groups=2, bias=False), normal(256, 4)
+    ),
     "conv1d causal": Case(conv_net(lambda: nn.Conv1d(40, 4, 3, dilation=2, padding=4)), normal(2, 9)),
     "conv2d": Case(conv_net(lambda: nn.Conv2d(9, 4, 3, padding=1)), normal(2, 6, 5)),
     "conv2d small": Case(conv_net(lambda: nn.Conv2d(3, 4, 3, padding=1)), normal(2, 6, 5)),

@@ -81,6 +81,8 @@ def path_of(value: Value, function: Function, place: str) -> Path:
 def arguments(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments by place: their name where it is known, else their number; parts of a list as place.number."""
     names = _names(function)
+    if len(args) <= len(names) and list not in map(type, args) and tuple not in map(type, args) and not kwargs:
+        return dict(zip(names, args, strict=False))
     found: dict[str, Any] = {}
     for index, value in enumerate(args):
         place = names[index] if index < len(names) else str(index)
@@ -102,7 +104,7 @@ def _names(function: Function) -> tuple[str, ...]:
 
 
 def _holds_tensors(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value)
+    return type(value) is not Tensor and isinstance(value, (list, tuple)) and any(isinstance(p, Tensor) for p in value)
 
 
 def replaced(

@@ -26,7 +26,7 @@ from memsyn.passes import (
     samples_interact,
     score_alone,
 )
-from memsyn.recorder import Group, Recorder
+from memsyn.recorder import Group, Plans, Recorder
 from memsyn.routes import BY_OPERATION, BY_RULE, BY_SAMPLE, UNUSED, Sums, add_by_operation, add_by_rule, wide_dtype
 from memsyn.rules import Axis, NoRuleError, signed
 from memsyn.shadow import cached_values, shadow
@@ -143,7 +143,7 @@ class _Check:
                 self.splits = guess(observer, len(values))
             else:
                 alone = self._compare_with_single(observer, batch, values)
-            recorder = Recorder(self.parameters, self.splits, groups.append, keeps=True)
+            recorder = Recorder(self.parameters, Plans(self.splits), groups.append, keeps=True)
             with recorder, torch.autograd.set_multithreading_enabled(False):
                 again = self.scores(batch)
                 backward_to_activations(recorder, again.sum(1, keepdim=True), self.parameters.values())
@@ -182,7 +182,7 @@ class _Check:
             The routes found; the parameters whose gradient is zero; the gradients of those for which none was.
         """
         weights = _weights(values)
-        group_of = {name: group for group in groups for name in group.names & set(self.parameters)}
+        group_of = {name: group for group in groups for name in group.names}
         routes: dict[str, str] = {}
         squares: dict[str, float] = {}
         waiting: Sums = {}
@@ -197,11 +197,11 @@ class _Check:
                 broken.append(name)
             waiting[name] = expected
             group = group_of.get(name)
-            if group is not None and (group.names & set(self.parameters)) <= waiting.keys():
+            if group is not None and group.names <= waiting.keys():
                 route = self._route(group, waiting, weights, 0.0)
                 if route is not None:
-                    routes.update(dict.fromkeys(group.names & set(self.parameters), route))
-                    for done in group.names & set(self.parameters):
+                    routes.update(dict.fromkeys(group.names, route))
+                    for done in group.names:
                         del waiting[done]
 
         hooks = []
@@ -229,7 +229,7 @@ class _Check:
 
     def _route(self, group: Group, expected: Sums, weights: Tensor, whole: float) -> str | None:
         """The first route that gives a group's expected gradients, up to rounding relative to them or the `whole`."""
-        names = sorted(group.names & set(self.parameters))
+        names = sorted(group.names)
         original = list(group.uses)
         for minor in (False, True):
             uses = _with_minor(original, len(weights)) if minor else original

@@ -35,6 +35,7 @@ from memsyn.objectives import ESTIMATORS, Estimator, Place, find_estimator, outp
 from memsyn.parameters import named_parameters, trainable_parameters, unwrap
 from memsyn.passes import Passed, Scores, add_batched, add_by_samples, add_by_uses, check_finite
 from memsyn.products import workspace
+from memsyn.recorder import Plans
 from memsyn.routes import BY_SAMPLE, wide_dtype
 from memsyn.rules import MAGNITUDES
 from memsyn.shadow import check_measurable, shadow
@@ -143,6 +144,7 @@ class _Run:
         self.magnitude = MAGNITUDES[estimator.magnitude]
         self.routes = dict.fromkeys(trainable, BY_SAMPLE)
         self.splits: dict[Path, Split | None] = {}
+        self.plans = Plans(self.splits)
         self.unproven: set[str] = set()
         self.num_guarded = 0
         """The most samples that a guard looked at together."""
@@ -195,7 +197,7 @@ class _Run:
             inputs,
             self.magnitude,
             routes=self.routes,
-            splits=self.splits,
+            plans=self.plans,
             unproven=self.unproven,
             only=only,
         )
@@ -216,6 +218,7 @@ class _Run:
                 self.routes, self.splits, self.unproven = dict(verdict.routes), verdict.splits, verdict.unproven
             else:
                 self._learn(verdict, only or self.unproven)
+            self.plans = Plans(self.splits)
             self.num_guarded = max(self.num_guarded, 2 if size is None else size)
             if self.shadow is None:
                 self._clone(verdict.written)
@@ -251,15 +254,16 @@ class _Run:
                 f"batch {batch_index}: the model failed on it: {type(error).__name__}: {error}. If it wants to be "
                 "called in another way, say how: forward=lambda model, batch: ..."
             ) from error
-        return scores(
-            self.estimator.objective,
-            output_tensor(output),
-            Place(self.num_samples + first_sample, given.labels),
-            num_samples=size,
-            mask=mask,
-            batch_index=batch_index,
-            first_in_batch=first_sample,
-        )
+        with torch._C.DisableTorchFunction():  # no parameter is used any more
+            return scores(
+                self.estimator.objective,
+                output_tensor(output),
+                Place(self.num_samples + first_sample, given.labels),
+                num_samples=size,
+                mask=mask,
+                batch_index=batch_index,
+                first_in_batch=first_sample,
+            )
 
     def describe(self, slow: set[str]) -> str:
         """The warning: which layers, and what they are."""

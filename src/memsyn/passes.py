@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from memsyn.batches import samples
-from memsyn.calls import Path, Split
 from memsyn.errors import BatchError, ModelError, OutputError, SamplesInteractError
 from memsyn.products import Magnitude
-from memsyn.recorder import Group, Recorder
+from memsyn.recorder import Group, Plans, Recorder
 from memsyn.routes import BY_RULE, BY_SAMPLE, UNUSED, Sums, add_by_operation, add_by_rule
 from memsyn.rules import NoRuleError, UnseenError
 
@@ -48,7 +47,7 @@ def add_by_uses(
     magnitude: Magnitude,
     *,
     routes: Mapping[str, str],
-    splits: Mapping[Path, Split | None],
+    plans: Plans,
     unproven: Container[str] = (),
     only: Container[str] | None = None,
 ) -> Passed:
@@ -61,7 +60,7 @@ def add_by_uses(
         batch: what `scores` takes.
         magnitude: f.
         routes: parameter -> how; those that go one sample at a time are left out.
-        splits: what the operations do with samples, from the guard.
+        plans: what the operations do with samples, from the guard.
         unproven: parameters whose route has given nothing but zeros so far; if it gives more now, they are unknown.
         only: add nothing for other parameters, and refuse what is still unknown of these.
     """
@@ -70,7 +69,7 @@ def add_by_uses(
     num_samples = 0
 
     def consume(group: Group) -> None:
-        names = group.names & set(parameters)
+        names = group.names
         if group.uses and any(routes[name] == UNUSED for name in names):
             unknown.update(names)
             return
@@ -94,8 +93,8 @@ def add_by_uses(
         except NoRuleError:
             refused.update(names)
 
-    recorder = Recorder(parameters, splits, consume)
-    with recorder, torch.autograd.set_multithreading_enabled(False):
+    recorder = Recorder(parameters, plans, consume)
+    with torch.autograd.set_multithreading_enabled(False), recorder:
         values = scores(batch)
         num_samples = len(values)
         backward_to_activations(recorder, values, parameters.values())
@@ -111,8 +110,10 @@ def backward_to_activations(recorder: Recorder, values: Tensor, parameters: Iter
         recorder.start_backward(last=last)
         if objective.requires_grad:
             run_backward(objective.sum(), inputs, retain_graph=not last)
-            for tensor in inputs:
-                tensor.grad = None
+            with torch._C.DisableTorchFunction():
+                for tensor in inputs:
+                    if tensor.grad is not None:
+                        tensor.grad = None
         recorder.finish()
 
 

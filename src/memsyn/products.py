@@ -90,13 +90,18 @@ def add_outer_products(
         for index, total in enumerate(totals):
             pairs = [(left, rights[index]) for left, rights in uses]
             if len(pairs) == 1 and pairs[0][0].shape[2] == 1:
-                _add_single(*pairs[0], total, magnitude)
+                left, right = pairs[0]
+                for group, own in enumerate(total):
+                    _add_product(left[:, group, 0], right[:, group, 0], own, magnitude)
             else:
                 _add_tiles(pairs, total, magnitude)
 
 
 def add_token_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], total: Tensor, magnitude: Magnitude) -> None:
     """Add sum_k f(sum_t left_kt (x) right_kt) of (B, ..., rows) and (B, ..., columns), one of each per use."""
+    if len(lefts) == 1 and lefts[0].ndim == 2:
+        _add_product(lefts[0], rights[0], total, magnitude)
+        return
     pairs = [(_tokens_of(left), _tokens_of(right)) for left, right in zip(lefts, rights, strict=True)]
     left, right = pairs[0]
     num_tokens = sum(own.shape[2] for own, _ in pairs)
@@ -116,11 +121,10 @@ def _tokens_of(features: Tensor) -> Tensor:
     return features.reshape(len(features), 1, math.prod(features.shape[1:-1]), features.shape[-1])
 
 
-def _add_single(left: Tensor, right: Tensor, total: Tensor, magnitude: Magnitude) -> None:
+def _add_product(left: Tensor, right: Tensor, total: Tensor, magnitude: Magnitude) -> None:
     """One token a sample: the product of the magnitudes."""
-    bare = [magnitude(t, scratch(f"single {i}", t.shape, t)).squeeze(2) for i, t in enumerate((left, right))]
-    for group, sums in enumerate(total):
-        sums.addmm_(bare[0][:, group].T, bare[1][:, group])
+    bare = [magnitude(t, scratch(f"single {i}", t.shape, t)) for i, t in enumerate((left, right))]
+    total.addmm_(bare[0].T, bare[1])
 
 
 def _add_tiles(pairs: Sequence[tuple[Tensor, Tensor]], total: Tensor, magnitude: Magnitude) -> None:

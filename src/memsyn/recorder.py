@@ -6,7 +6,7 @@ Owns cutting the graph between values and samples, and handing over what was use
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,47 @@ LARGE = frozenset[str | None](("input", "other", "mat1"))
 """Arguments that hold activations, and are kept only for a rule that needs them."""
 
 
+class Plan(NamedTuple):
+    """What to do with one way of calling an operation."""
+
+    splits: Mapping[str, Split] | None
+    """What it does with samples, by the place of each value; None if that is not known."""
+    makes_value: bool
+    """Whether nothing but a further value comes of it."""
+    ruled: bool
+    """Whether every value has a rule."""
+    unneeded: frozenset[str | None]
+    """The places of tensors that no rule of its values needs."""
+
+
+@final
+class Plans:
+    """The plans of all operations that the guard has seen, each made once."""
+
+    def __init__(self, splits: Mapping[Path, Split | None]) -> None:
+        self._splits = splits
+        self._made: dict[tuple[Any, ...], Plan] = {}
+
+    def find(self, function: Function, met: Mapping[str, Value]) -> Plan:
+        """What to do with an operation that takes these values."""
+        key = (function, *[(place, value.path) for place, value in met.items()])
+        plan = self._made.get(key)
+        if plan is None:
+            plan = self._made[key] = self._make(function, met)
+        return plan
+
+    def _make(self, function: Function, met: Mapping[str, Value]) -> Plan:
+        splits = {place: self._splits.get(path_of(value, function, place)) for place, value in met.items()}
+        known = {place: split for place, split in splits.items() if split is not None}
+        makes_value = {split.out is None for split in known.values()}
+        if len(known) < len(met) or len(makes_value) > 1:
+            return Plan(None, False, False, frozenset())
+        rules = [rule for place in met if (rule := rule_of(function, place)) is not None]
+        ruled = len(rules) == len(met)
+        unneeded = LARGE - {rule.operand for rule in rules} - met.keys() if ruled else frozenset()
+        return Plan(known, all(makes_value), ruled, unneeded)
+
+
 class _Alias(torch.autograd.Function):
     """The same numbers in the same memory, differentiable if they were not, and no view.
 
@@ -72,13 +113,13 @@ class Recorder(Tracer):
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
-        splits: Mapping[Path, Split | None],
+        plans: Plans,
         consume: Callable[[Group], None],
         *,
         keeps: bool = False,
     ) -> None:
         super().__init__(parameters)
-        self.splits, self.consume, self.keeps = splits, consume, keeps
+        self.plans, self.consume, self.keeps = plans, consume, keeps
         self.root = torch.zeros((), requires_grad=True)
         """Where the graph begins, in place of the parameters."""
         self.unknown: set[str] = set()
@@ -91,20 +132,18 @@ class Recorder(Tracer):
         """Make a further value, or record a use, as the guard has seen it; what it has not seen is left to autograd."""
         given = arguments(function, args, kwargs)
         met = {place: value for place, argument in given.items() if (value := self.values.get(id(argument)))}
-        splits = {place: self.splits.get(path_of(value, function, place)) for place, value in met.items()}
-        known = {place: split for place, split in splits.items() if split is not None}
-        makes_value = [split.out is None for split in known.values()]
-        if len(known) < len(met) or any(makes_value) != all(makes_value):
+        plan = self.plans.find(function, met)
+        if plan.splits is None:
             output = function(*args, **kwargs)
             result = args[0] if output is None and changes_its_input(function, kwargs) else output
             if any(tensor.requires_grad for tensor in tensors_of(result)):
                 self.unknown.update(*(value.names for value in met.values()))
             return output
-        if all(makes_value):
+        if plan.makes_value:
             output = function(*args, **kwargs)
             self._follow(function, met, output)
             return output
-        return self._use(function, args, kwargs, given, met, known)
+        return self._use(function, args, kwargs, given, met, plan)
 
     def _use(
         self,
@@ -113,10 +152,10 @@ class Recorder(Tracer):
         kwargs: Mapping[str, Any],
         given: Mapping[str, Any],
         met: Mapping[str, Value],
-        splits: Mapping[str, Split],
+        plan: Plan,
     ) -> Any:
         changed = changes_its_input(function, kwargs)
-        call = None if self._passive else self._keep(function, args, kwargs, given, met, splits)
+        call = None if self._passive else self._keep(function, args, kwargs, given, met, plan)
         if call is not None and changed:  # what is there now is what it needs
             first = args[0].data_ptr()
             call.tensors = {place: t.clone() if t.data_ptr() == first else t for place, t in call.tensors.items()}
@@ -127,9 +166,13 @@ class Recorder(Tracer):
         if changed and not result.requires_grad:
             result.add_(self.root)
         elif not changed and (result._is_view() or not result.requires_grad):
-            if result.requires_grad and function not in SAVE_NO_OUTPUT:
+            if not result.requires_grad:
+                result = _Alias.apply(result, self.root)  # type: ignore[no-untyped-call]
+            elif function in SAVE_NO_OUTPUT:
+                result = torch.ops.aten._unsafe_view(result, result.shape)  # an alias too, and no view to autograd
+            else:
                 result = result.clone()
-            output = result = _Alias.apply(result, self.root)  # type: ignore[no-untyped-call]
+            output = result
         if call is not None:
             call.versions = {place: tensor._version for place, tensor in call.tensors.items()}
             result.register_hook(partial(self._on_grad, call))
@@ -143,19 +186,21 @@ class Recorder(Tracer):
         kwargs: Mapping[str, Any],
         given: Mapping[str, Any],
         met: Mapping[str, Value],
-        splits: Mapping[str, Split],
+        plan: Plan,
     ) -> Call:
         """Keep only what the rules of the values need, and small things like statistics; all, if one has no rule."""
-        rules = [rule_of(function, place) for place in met]
-        again, large = None, frozenset[str | None]()
-        if all(rule is not None for rule in rules):
-            large = LARGE - {rule.operand for rule in rules if rule is not None} - met.keys()
-        if not large & given.keys():
-            tensors = [place for place, value in given.items() if isinstance(value, Tensor)]
-            again = replaced(function, args, kwargs, dict.fromkeys(tensors))
-        kept = {p: v.detach() for p, v in given.items() if isinstance(v, Tensor) and p not in large}
-        options = {p: v for p, v in given.items() if not isinstance(v, Tensor)}
-        return Call(function, options, dict(met), splits, kept, {}, again)
+        kept: dict[str, Tensor] = {}
+        options: dict[str, Any] = {}
+        for place, value in given.items():
+            if not isinstance(value, Tensor):
+                options[place] = value
+            elif place not in plan.unneeded:
+                kept[place] = value.detach()
+        assert plan.splits is not None
+        again = None
+        if len(kept) + len(options) == len(given):
+            again = replaced(function, args, kwargs, dict.fromkeys(kept))
+        return Call(function, options, met, plan.splits, kept, {}, again)
 
     def start_backward(self, *, last: bool) -> None:
         """All uses are known now: group the parameters that share a value, for one backward pass."""

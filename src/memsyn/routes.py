@@ -24,6 +24,8 @@ BY_SAMPLE: Final = "one sample at a time"
 UNUSED: Final = "unused"
 """Zero: no output depends on it."""
 
+_TABLE, _LINEAR = (OPERATIONS[f].rules["weight"] for f in (nn.functional.embedding, nn.functional.linear))
+
 Sums = dict[str, Tensor]
 Uses = Sequence[tuple[Call, str]]
 
@@ -85,14 +87,13 @@ def _join(uses: Uses, total: Tensor, num_samples: int, magnitude: Magnitude, wei
     if len(rules) < len(found):
         raise NoRuleError
     made = [_make_use(call, place, rule, num_samples, weights) for rule, call, place in found if rule is not None]
-    table, linear = (OPERATIONS[f].rules["weight"] for f in (nn.functional.embedding, nn.functional.linear))
     if all(rule.join == rules[0].join for rule in rules):
         rules[0].join(made, total, num_samples, magnitude)
     elif all(rule.term is not None for rule in rules):
         add_terms(_sum_of_terms(rules, made, total.shape, num_samples), total, magnitude)
-    elif all(rule in (table, linear) for rule in rules):
-        tables = [use for rule, use in zip(rules, made, strict=True) if rule is table]
-        maps = [use for rule, use in zip(rules, made, strict=True) if rule is linear]
+    elif all(rule in (_TABLE, _LINEAR) for rule in rules):
+        tables = [use for rule, use in zip(rules, made, strict=True) if rule is _TABLE]
+        maps = [use for rule, use in zip(rules, made, strict=True) if rule is _LINEAR]
         tied(tables, maps, total, num_samples, magnitude)
     else:
         raise NoRuleError
@@ -151,7 +152,7 @@ def add_by_operation(
     Raises:
         NoRuleError: an operation cannot be cut into samples; nothing was added.
     """
-    names = sorted(group.names & set(parameters))
+    names = sorted(group.names)
     found = {name: torch.zeros_like(totals[name]) for name in names}
     for k in range(num_samples):
         values = {id(call.values[place]): call.values[place].tensor for call, place in group.uses}

@@ -40,7 +40,7 @@ class Axis(NamedTuple):
     def first(self, tensor: Tensor, num_samples: int) -> Tensor:
         """The tensor as (B, ...); a dimension that held more than samples keeps the rest in its old place."""
         if self._size(tensor, num_samples) == num_samples:
-            return tensor.movedim(self.dim, 0)
+            return tensor.movedim(self.dim, 0) if self.dim else tensor
         sizes = (-1, num_samples) if self.minor else (num_samples, -1)
         first: Tensor = tensor.unflatten(self.dim, sizes).movedim(self.dim + self.minor, 0)
         return first

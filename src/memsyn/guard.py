@@ -38,6 +38,9 @@ NUM_SAMPLES = 2
 FLOAT32 = math.sqrt(torch.finfo(torch.float32).eps)
 """What parts of a model that insist on float32 may differ by, in and out of company."""
 
+CHUNK = 2**20
+"""Numbers of a parameter that are looked at together."""
+
 Run = Callable[[nn.Module, Any, int], Tensor]
 """(model, batch, place of the first sample) -> (B, R), the objectives of each sample."""
 
@@ -153,11 +156,7 @@ class _Check:
         if alone and slow:
             self._check_slow(alone, slow)
         own = named_parameters(self.model)
-        written = {
-            name
-            for name, parameter in named_parameters(self.clone).items()
-            if not torch.equal(parameter, own[name].detach().to(parameter.dtype))
-        }
+        written = {name for name, p in named_parameters(self.clone).items() if not _same_numbers(p, own[name])}
         return Verdict(routes, self.splits, unproven, written | observer.written)
 
     def _compare_with_single(self, observer: Observer, batch: Any, together: Tensor) -> list[Tensor]:
@@ -184,7 +183,7 @@ class _Check:
         weights = _weights(values)
         group_of = {name: group for group in groups for name in group.names}
         routes: dict[str, str] = {}
-        squares: dict[str, float] = {}
+        norms: dict[str, float] = {}
         waiting: Sums = {}
         broken: list[str] = []
 
@@ -192,13 +191,13 @@ class _Check:
             assert parameter.grad is not None
             expected = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
             parameter.grad = None
-            squares[name] = float(expected.norm()) ** 2
-            if not math.isfinite(squares[name]):
+            norms[name] = float(expected.norm())
+            if not math.isfinite(norms[name]):
                 broken.append(name)
             waiting[name] = expected
             group = group_of.get(name)
             if group is not None and group.names <= waiting.keys():
-                route = self._route(group, waiting, weights, 0.0)
+                route = self._route(group, waiting, norms, weights, 0.0)
                 if route is not None:
                     routes.update(dict.fromkeys(group.names, route))
                     for done in group.names:
@@ -213,21 +212,23 @@ class _Check:
             for hook in hooks:
                 hook.remove()
         refuse_broken([name for name in self.parameters if name in broken])
-        self.whole = math.sqrt(sum(squares.values()))
+        self.whole = math.hypot(*norms.values())
         for name in self.parameters.keys() - waiting.keys() - routes.keys():
             waiting[name] = torch.zeros_like(self.parameters[name])
         for name in [name for name in self.parameters if name in waiting]:  # zero up to rounding, or not ruled
             group = group_of.get(name, Group(frozenset((name,))))
-            own = self._route(group, waiting, weights, self.whole) if name in waiting else None
+            own = self._route(group, waiting, norms, weights, self.whole) if name in waiting else None
             for member in group.names & waiting.keys() if own is not None else ():
                 routes[member] = (own if group.uses else UNUSED) or BY_SAMPLE
                 del waiting[member]
         routes.update(dict.fromkeys(waiting, BY_SAMPLE))
-        zero = {n for n, parameter in self.parameters.items() if not squares.get(n) and parameter.numel()}
+        zero = {n for n, parameter in self.parameters.items() if not norms.get(n) and parameter.numel()}
         unproven = {n for n in zero if routes[n] not in (BY_SAMPLE, UNUSED)}
         return routes, unproven, waiting
 
-    def _route(self, group: Group, expected: Sums, weights: Tensor, whole: float) -> str | None:
+    def _route(
+        self, group: Group, expected: Sums, norms: Mapping[str, float], weights: Tensor, whole: float
+    ) -> str | None:
         """The first route that gives a group's expected gradients, up to rounding relative to them or the `whole`."""
         names = sorted(group.names)
         original = list(group.uses)
@@ -249,7 +250,10 @@ class _Check:
                         continue
                 except (NoRuleError, RuntimeError):
                     continue
-                if not any(_differs(found[name], expected[name], whole, exactly=self.precise) for name in names):
+                if not any(
+                    _differs(found[name], expected[name], norms.get(name, 0.0), whole, exactly=self.precise)
+                    for name in names
+                ):
                     if minor:
                         self._note_minor(uses)
                     return route
@@ -267,7 +271,11 @@ class _Check:
         for weight, value in zip(_weights(torch.cat(alone)), alone, strict=True):
             for name, grad in gradients(value.sum(), parameters).items():
                 found[name] += weight * grad
-        differing = sorted(name for name in found if _differs(found[name], expected[name], self.whole, exactly=False))
+        differing = sorted(
+            name
+            for name, grad in found.items()
+            if _differs(grad, expected[name], float(expected[name].norm()), self.whole, exactly=False)
+        )
         if differing:
             raise samples_interact(f"the gradient of {', '.join(differing[:3])}")
 
@@ -298,10 +306,10 @@ def _with_minor(uses: list[tuple[Call, str]], num_samples: int) -> list[tuple[Ca
 
 def _private(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """A clone that shares nothing with the model, in another precision if one is given."""
-    clone = shadow(model, private=named_parameters(model))
-    for tensor in (*clone.parameters(), *clone.buffers()):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype or tensor.dtype)
+    clone = shadow(model, private=named_parameters(model), dtype=dtype)
+    for buffer in clone.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.to(dtype or buffer.dtype)
     return clone
 
 
@@ -357,20 +365,32 @@ def _check_graph(values: Tensor) -> None:
 
 def _check_not_constant(values: Tensor, parameters: Mapping[str, nn.Parameter], whole: float) -> None:
     """A squared norm that no weight can change has only rounding for a gradient."""
-    size = whole * math.hypot(*(float(parameter.detach().norm()) for parameter in parameters.values()))
-    if 0 < size < 1e-9 * float(values.detach().abs().sum()):
+    least, size = 1e-9 * float(values.detach().abs().sum()), 0.0
+    for parameter in sorted(parameters.values(), key=Tensor.numel):
+        size = math.hypot(size, whole * float(parameter.detach().norm()))
+        if size >= least:
+            return
+    if size > 0:
         raise _ConstantError(
             "the squared norm of the output is the same whatever the weights are, as of outputs that were normalised, "
             "so it says nothing about their importance. Measure an earlier output: forward=lambda model, batch: ..."
         )
 
 
-def _differs(found: Tensor, expected: Tensor, whole: float, *, exactly: bool) -> bool:
-    """Whether an error is beyond rounding: relative to the gradient's norm, or to a part of the model's."""
+def _same_numbers(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, in whatever precision; without copies of their size."""
+    parts = zip(left.detach().reshape(-1).split(CHUNK), right.detach().reshape(-1).split(CHUNK), strict=True)
+    return all(torch.equal(part, other.to(part.dtype)) for part, other in parts)
+
+
+def _differs(found: Tensor, expected: Tensor, norm: float, whole: float, *, exactly: bool) -> bool:
+    """Whether an error is beyond rounding: relative to the gradient's norm, or to a part of the model's.
+
+    What was found is overwritten with the difference.
+    """
     tolerance, floor = (1e-6, 1e-4) if exactly else (_rounding(expected),) * 2
-    reference = expected.to(found.dtype)
-    scale = max(float(reference.norm()), floor * whole)  # a gradient of zero in exact arithmetic is only rounding
-    return not float((found - reference).norm()) <= tolerance * scale
+    scale = max(norm, floor * whole)  # a gradient of zero in exact arithmetic is only rounding
+    return not float(found.sub_(expected).norm()) <= tolerance * scale
 
 
 def _rounding(gradient: Tensor) -> float:

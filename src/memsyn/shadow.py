@@ -33,21 +33,22 @@ def check_measurable(model: nn.Module) -> None:
             raise ModelError(f"{name} is complex, and importance is of real weights. Freeze it, or hold it as two.")
 
 
-def shadow(model: nn.Module, *, private: Container[str] = ()) -> nn.Module:
+def shadow(model: nn.Module, *, private: Container[str] = (), dtype: torch.dtype | None = None) -> nn.Module:
     """A structural clone of `model`, its modules in eval mode, whose frozen parameters alias the model's own storage.
 
     Measuring hooks, freezes and runs the clone, so the user's model stays bit for bit as it is, and may go on
     serving requests meanwhile. Forward hooks are kept, since they may be part of what the model computes (the
     older `weight_norm` is one); backward hooks are left out. The modules' own `eval()` is not called: it may rewrite
     weights (merging an adapter). A parameter is copied only where an alias would not do: named in `private`, made in
-    inference mode (autograd refuses it), or rewritten by its layer's forward (`Embedding(max_norm=...)`).
+    inference mode (autograd refuses it), or rewritten by its layer's forward (`Embedding(max_norm=...)`); to `dtype`
+    if one is given.
 
     Raises:
         ModelError: the model cannot be cloned.
     """
     model = unwrap(model)
     try:
-        clone = copy.deepcopy(model, _aliases(model, private))
+        clone = copy.deepcopy(model, _aliases(model, private, dtype))
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} cannot be cloned for measuring: {type(error).__name__}: {error}. Keep locks, "
@@ -65,7 +66,7 @@ def shadow(model: nn.Module, *, private: Container[str] = ()) -> nn.Module:
     return clone
 
 
-def _aliases(model: nn.Module, private: Container[str]) -> dict[int, object]:
+def _aliases(model: nn.Module, private: Container[str], dtype: torch.dtype | None) -> dict[int, object]:
     """What deepcopy must not copy: id of the original -> what stands for it in the clone."""
     memo: dict[int, object] = {}
     rewritten = {
@@ -76,7 +77,7 @@ def _aliases(model: nn.Module, private: Container[str]) -> dict[int, object]:
     for name, parameter in model.named_parameters():
         alias = parameter.detach()
         if canonical_name(name) in private or id(parameter) in rewritten or parameter.is_inference():
-            alias = alias.clone()
+            alias = alias.to(dtype if dtype and alias.is_floating_point() else alias.dtype, copy=True)
         stand_in = nn.Parameter(alias, requires_grad=False)
         stand_in.__dict__.update(vars(parameter))  # what its module may have noted on it
         memo[id(parameter)] = stand_in

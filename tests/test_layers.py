@@ -25,6 +25,7 @@ FLOORS = [
     "recorder",
     "routes",
     "passes",
+    "dependence",
     "guard",
     "storage",
     "importance",

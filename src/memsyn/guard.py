@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from memsyn.batches import map_tensors, num_samples, take, tensors
 from memsyn.calls import Call, Path, Split, path_of
+from memsyn.dependence import ConstantError, check_cached, check_dependence, check_not_constant
 from memsyn.errors import BatchError, ModelError, OutputError
 from memsyn.parameters import named_parameters, trainable_parameters
 from memsyn.passes import (
@@ -43,10 +44,6 @@ CHUNK = 2**20
 
 Run = Callable[[nn.Module, Any, int], Tensor]
 """(model, batch, place of the first sample) -> (B, R), the objectives of each sample."""
-
-
-class _ConstantError(OutputError):
-    """The objective does not depend on any weight."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def check(model: nn.Module, measured: Iterable[str], run: Run, batch: Any) -> Ve
     try:
         try:
             return _Check(model, _private(model, torch.float64), measured, run).verdict(map_tensors(batch, _double))
-        except _ConstantError:
+        except ConstantError:
             raise
         except (BatchError, OutputError):  # a forward pass with a precision of its own
             return _Check(model, _private(model, None), measured, run).verdict(batch)
@@ -133,55 +130,58 @@ class _Check:
         return self.run(self.clone, batch, first_sample)
 
     def verdict(self, batch: Any) -> Verdict:
+        values, written = self._observe(batch)
+        routes, unproven, slow = self._compare(values, self._record(batch) if len(values) > 1 else {})
+        if self.precise:
+            check_not_constant(values, self.parameters, self.whole)
+        if slow and len(values) > 1 and num_samples(batch) is not None:
+            self._check_slow(batch, len(values), slow)
+        own = named_parameters(self.model)
+        written |= {name for name, p in named_parameters(self.clone).items() if not _same_numbers(p, own[name])}
+        return Verdict(routes, self.splits, unproven, written)
+
+    def _observe(self, batch: Any) -> tuple[Tensor, set[str]]:
+        """Find what each operation does with samples; returns their objectives, and the parameters written to."""
         observer = Observer(self.parameters, tensors(batch))
         cached = {name: tensor.requires_grad_() for name, tensor in cached_values(self.model, self.clone).items()}
         with observer:
             values = self.scores(batch)
-        _check_dependence(values.sum(1), trainable_parameters(self.model).values())
-        _check_cached(values.sum(1), cached)
-        groups: list[Group] = []
-        alone: list[Tensor] = []
-        if len(values) > 1:
-            if num_samples(batch) is None:
-                self.splits = guess(observer, len(values))
-            else:
-                alone = self._compare_with_single(observer, batch, values)
-            recorder = Recorder(self.parameters, Plans(self.splits), groups.append, keeps=True)
-            with recorder, torch.autograd.set_multithreading_enabled(False):
-                again = self.scores(batch)
-                backward_to_activations(recorder, again.sum(1, keepdim=True), self.parameters.values())
-        routes, unproven, slow = self._compare(values, groups)
-        if self.precise:
-            _check_not_constant(values, self.parameters, self.whole)
-        if alone and slow:
-            self._check_slow(alone, slow)
-        own = named_parameters(self.model)
-        written = {name for name, p in named_parameters(self.clone).items() if not _same_numbers(p, own[name])}
-        return Verdict(routes, self.splits, unproven, written | observer.written)
+        check_dependence(values.sum(1), trainable_parameters(self.model).values())
+        check_cached(values.sum(1), cached)
+        if num_samples(batch) is None:
+            self.splits = guess(observer, len(values))
+        elif len(values) > 1:
+            self._compare_with_single(observer, batch, values.detach())
+        return values, observer.written
 
-    def _compare_with_single(self, observer: Observer, batch: Any, together: Tensor) -> list[Tensor]:
+    def _compare_with_single(self, observer: Observer, batch: Any, together: Tensor) -> None:
         """Run every sample alone, to see what each operation does with samples, and that they do not interact."""
-        tolerance = FLOAT32 if self.precise else TOLERANCE
-        alone = []
         for k in range(len(together)):
             sample = take(batch, k, k + 1)
             single = Observer(self.parameters, tensors(sample))
             with single:
-                alone.append(score_alone(self.scores, sample, k))
-            check_same_alone(alone[-1].detach(), together.detach(), k, tolerance)
+                alone = score_alone(self.scores, sample, k).detach()
+            check_same_alone(alone, together, k, FLOAT32 if self.precise else TOLERANCE)
             for path, split in compare(single, observer).items():  # a sample may take a short cut: no padding, no mask
                 if self.splits.get(path) is None:
                     self.splits[path] = split
-        return alone
 
-    def _compare(self, values: Tensor, groups: list[Group]) -> tuple[dict[str, str], set[str], Sums]:
+    def _record(self, batch: Any) -> dict[str, Group]:
+        """The uses of every parameter, with the gradients of what came of them."""
+        groups: list[Group] = []
+        recorder = Recorder(self.parameters, Plans(self.splits), groups.append, keeps=True)
+        with torch.autograd.set_multithreading_enabled(False), recorder:
+            values = self.scores(batch)
+            backward_to_activations(recorder, values.sum(1, keepdim=True), self.parameters.values())
+        return {name: group for group in groups for name in group.names}
+
+    def _compare(self, values: Tensor, group_of: dict[str, Group]) -> tuple[dict[str, str], set[str], Sums]:
         """Compare each group's routes with autograd as soon as its gradients are there.
 
         Returns:
             The routes found; the parameters whose gradient is zero; the gradients of those for which none was.
         """
-        weights = _weights(values)
-        group_of = {name: group for group in groups for name in group.names}
+        weights = _weights(len(values)).to(values)
         routes: dict[str, str] = {}
         norms: dict[str, float] = {}
         waiting: Sums = {}
@@ -201,7 +201,7 @@ class _Check:
                 if route is not None:
                     routes.update(dict.fromkeys(group.names, route))
                     for done in group.names:
-                        del waiting[done]
+                        del waiting[done], group_of[done]
 
         hooks = []
         for name, parameter in self.parameters.items():
@@ -264,11 +264,12 @@ class _Check:
         for call, place in uses:
             self.splits[path_of(call.values[place], call.function, place)] = call.splits[place]
 
-    def _check_slow(self, alone: list[Tensor], expected: Sums) -> None:
+    def _check_slow(self, batch: Any, size: int, expected: Sums) -> None:
         """Where no route gave autograd's gradients, those of the samples alone must."""
         found = {name: torch.zeros_like(grad) for name, grad in expected.items()}
         parameters = {name: self.parameters[name] for name in expected}
-        for weight, value in zip(_weights(torch.cat(alone)), alone, strict=True):
+        for k, weight in enumerate(_weights(size)):
+            value = score_alone(self.scores, take(batch, k, k + 1), k)
             for name, grad in gradients(value.sum(), parameters).items():
                 found[name] += weight * grad
         differing = sorted(
@@ -280,9 +281,9 @@ class _Check:
             raise samples_interact(f"the gradient of {', '.join(differing[:3])}")
 
 
-def _weights(values: Tensor) -> Tensor:
+def _weights(num_samples: int) -> Tensor:
     """(B,), powers of two, unlike for neighbours."""
-    return torch.tensor([1.0, 4.0, 2.0, 8.0]).repeat(len(values) // 4 + 1)[: len(values)].to(values)
+    return torch.tensor([1.0, 4.0, 2.0, 8.0]).repeat(num_samples // 4 + 1)[:num_samples]
 
 
 def _with_minor(uses: list[tuple[Call, str]], num_samples: int) -> list[tuple[Call, str]] | None:
@@ -310,71 +311,14 @@ def _private(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     for buffer in clone.buffers():
         if buffer.is_floating_point():
             buffer.data = buffer.data.to(dtype or buffer.dtype)
+    for module in clone.modules():
+        if isinstance(module, nn.Embedding) and "weight" in module._parameters:
+            module.sparse = True  # autograd's gradient of a large table would be mostly zeros
     return clone
 
 
 def _double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def _check_dependence(values: Tensor, own: Iterable[nn.Parameter]) -> None:
-    """The objective must depend on the clone it was asked of, and not on the user's model."""
-    if values.requires_grad:
-        _check_graph(values)
-        strays = torch.autograd.grad(values.sum(), list(own), retain_graph=True, allow_unused=True)
-        if any(stray is not None for stray in strays):
-            raise ModelError(
-                "the forward pass uses your model itself in place of the one it is given: in forward=lambda model, "
-                "batch: ..., use that model; in a module, a hook or a patched method, use self in place of a name "
-                "from outside."
-            )
-    else:
-        raise OutputError(
-            "the model's output has no gradient with respect to any trainable parameter. Does its forward run "
-            "under torch.no_grad(), detach the output, or skip the trainable part?"
-        )
-
-
-def _check_cached(values: Tensor, cached: Mapping[str, Tensor]) -> None:
-    """What was once computed of weights and kept is a constant in the clone: it must not be used."""
-    if cached:
-        grads = torch.autograd.grad(values.sum(), list(cached.values()), retain_graph=True, allow_unused=True)
-        used = [name for name, grad in zip(cached, grads, strict=True) if grad is not None]
-        if used:
-            raise ModelError(
-                f"{', '.join(used)} was computed of weights before the forward pass and kept; how much those weights "
-                "matter through it cannot be measured. Compute it in the forward pass, or register it as a parameter."
-            )
-
-
-def _check_graph(values: Tensor) -> None:
-    """Reentrant checkpoints hide their parameters from autograd.grad."""
-    seen, nodes = set(), [values.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        if type(node).__name__ == "CheckpointFunctionBackward":
-            raise ModelError(
-                "the forward pass uses reentrant checkpoints, whose parameters cannot be measured: call "
-                "torch.utils.checkpoint with use_reentrant=False."
-            )
-        seen.add(node)
-        nodes += [following for following, _ in node.next_functions]
-
-
-def _check_not_constant(values: Tensor, parameters: Mapping[str, nn.Parameter], whole: float) -> None:
-    """A squared norm that no weight can change has only rounding for a gradient."""
-    least, size = 1e-9 * float(values.detach().abs().sum()), 0.0
-    for parameter in sorted(parameters.values(), key=Tensor.numel):
-        size = math.hypot(size, whole * float(parameter.detach().norm()))
-        if size >= least:
-            return
-    if size > 0:
-        raise _ConstantError(
-            "the squared norm of the output is the same whatever the weights are, as of outputs that were normalised, "
-            "so it says nothing about their importance. Measure an earlier output: forward=lambda model, batch: ..."
-        )
 
 
 def _same_numbers(left: Tensor, right: Tensor) -> bool:

@@ -208,4 +208,4 @@ def _sample_gradient(call: Call, place: str, k: int, num_samples: int) -> Tensor
     if output.shape != grad.shape:
         raise NoRuleError
     (gradient,) = torch.autograd.grad(output, leaf, grad, allow_unused=True)
-    return torch.zeros_like(leaf) if gradient is None else gradient
+    return torch.zeros_like(leaf) if gradient is None else gradient.to_dense()

@@ -674,6 +674,12 @@ def test_a_model_that_changes_its_input_in_place(slow: bool) -> None:
     assert max(reference.errors(found.mean(), expected).values()) <= 1e-9
 
 
+def test_a_batch_that_only_a_later_one_shows_to_be_changed_in_place() -> None:
+    model = Lambda(lambda m, x: m.a(x.mul_(2) if x[0, 0] > 10 else x), a=nn.Linear(4, 3))
+    with pytest.raises(memsyn.BatchError, match=r"batch 1: the forward pass changed it in place.*copies"):
+        memsyn.measure(model, [GOOD.clone(), GOOD + 20], progress=False)
+
+
 def test_checkpoints() -> None:
     from torch.utils.checkpoint import checkpoint
 

@@ -6,7 +6,7 @@ state of random generators. Formulas live in `rules`, passes in `routes`.
 
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, final
@@ -24,8 +24,10 @@ from memsyn.batches import (
     copied,
     first_samples,
     labels_of,
+    map_tensors,
     model_input,
     num_samples,
+    tensors,
     to_device,
 )
 from memsyn.calls import Path, Split
@@ -146,6 +148,8 @@ class _Run:
         self.splits: dict[Path, Split | None] = {}
         self.plans = Plans(self.splits)
         self.unproven: set[str] = set()
+        self.changes_inputs = False
+        """Whether the forward pass writes to its batch."""
         self.num_guarded = 0
         """The most samples that a guard looked at together."""
         self.sums: dict[str, Tensor] = {}
@@ -168,7 +172,7 @@ class _Run:
         if self._should_guard(size, index):
             self._guard(inputs, index)
         assert self.shadow is not None
-        run = partial(self._scores, self.shadow, index)
+        run = partial(self._scores_of_shadow, index)
         if self.batched:
             self.num_samples += add_batched(self.sums, self.parameters, run, inputs, self.magnitude)
             return set()
@@ -210,7 +214,10 @@ class _Run:
 
     def _guard(self, inputs: Given, index: int, only: set[str] | None = None) -> None:
         def run(model: nn.Module, batch: Any, first_sample: int) -> Tensor:
-            return self._scores(model, index, batch, first_sample)
+            own = copied(batch)
+            values = self._scores(model, index, own, first_sample)
+            self.changes_inputs = self.changes_inputs or _differ(tensors(batch), tensors(own))
+            return values
 
         for few in guard.choices(inputs):
             verdict, size = guard.check(self.original, self.routes, run, few), num_samples(few)
@@ -242,9 +249,23 @@ class _Run:
             parameter.requires_grad_()
         self.sums = {name: torch.zeros_like(p, dtype=wide_dtype(p)) for name, p in self.parameters.items()}
 
-    def _scores(self, model: nn.Module, batch_index: int, given: Given, first_sample: int = 0) -> Tensor:
+    def _scores_of_shadow(self, batch_index: int, given: Given, first_sample: int = 0) -> Tensor:
+        """Without changing the batch: it is the user's, and may be read again."""
+        assert self.shadow is not None
+        if self.changes_inputs:
+            return self._scores(self.shadow, batch_index, copied(given), first_sample)
+        own = tensors(given)
+        versions = [tensor._version for tensor in own]
+        values = self._scores(self.shadow, batch_index, map_tensors(given, lambda tensor: tensor), first_sample)
+        if versions != [tensor._version for tensor in own]:
+            raise BatchError(
+                f"batch {batch_index}: the forward pass changed it in place, as it did not change the first batch. Let "
+                "it work on copies."
+            )
+        return values
+
+    def _scores(self, model: nn.Module, batch_index: int, given: Given, first_sample: int) -> Tensor:
         size, mask = num_samples(given.inputs), token_mask(given.inputs) if self.masked else None
-        given = copied(given)  # it is the user's, and may be read again; the forward pass may change it in place
         try:
             output = self.forward(model, given.inputs)
         except MemsynError:
@@ -286,6 +307,13 @@ class _Run:
         magnitude = f"{self.estimator.magnitude} of the batch mean" if self.batched else self.estimator.magnitude
         routes = {} if self.batched else self.routes
         return Importance(self.sums, self.num_samples, routes, self.estimator.name, magnitude)
+
+
+def _differ(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    return any(
+        new._version > 0 or (old.layout == torch.strided and not torch.equal(old, new))
+        for old, new in zip(before, after, strict=True)
+    )
 
 
 def _length(batches: object, max_samples: int | None) -> int | None:

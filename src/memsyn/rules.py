@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memsyn.convolutions import Geometry, Pair, conv_products, geometry_of
-from memsyn.products import Magnitude, add_token_products
+from memsyn.products import Magnitude, add_token_products, magnitudes
 
 
 class NoRuleError(Exception):
@@ -139,6 +139,8 @@ def per_sample(terms: Sequence[tuple[Tensor, Axis]], shape: torch.Size, num_samp
     for term, axis in terms:
         aligned = (*shape, *[1] * (term.ndim - 2)) if channels else tuple(shape)
         first = axis.first(term, num_samples)
+        if len(terms) == 1 and first.shape == (num_samples, *shape):
+            return first
         if first.ndim == term.ndim:  # the samples had a dimension of their own: leave one in its place
             first = first.unsqueeze(axis.dim + 1)
         extra = first.ndim - 1 - len(aligned)
@@ -156,7 +158,7 @@ def per_sample(terms: Sequence[tuple[Tensor, Axis]], shape: torch.Size, num_samp
 
 def add_terms(gradients: Tensor, total: Tensor, magnitude: Magnitude) -> None:
     """Add sum_k f(g_k) of (B, ...)."""
-    total += magnitude(gradients, torch.empty_like(gradients)).sum(0)
+    total += magnitudes(gradients, magnitude).sum(0)
 
 
 def elementwise(term: Callable[[Use], Tensor], operand: str | None = None, *, channels: bool = False) -> Rule:

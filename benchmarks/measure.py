@@ -94,6 +94,7 @@ class Setup:
     num_batches: int
     rounds: int
     device: str
+    contenders: dict[str, Contender]
     avalanche: str | None
 
     def subject(self, name: str) -> tuple[nn.Module, list[Tensor]]:
@@ -120,7 +121,7 @@ def compare(name: str, setup: Setup, bar: "tqdm[NoReturn]") -> Row:
     expected = exact(model, batches[:1])
     ordinary(model, batches[:1])  # warm up
     running = {}
-    for contender, how in CONTENDERS.items():
+    for contender, how in setup.contenders.items():
         bar.set_postfix_str(f"{name}: {contender}, first time")
         found = attempt(how.run, model, batches[:1], f"{contender}, {row.title}", row.notes)
         if found is not None:
@@ -201,7 +202,7 @@ def add_avalanche(row: Row, name: str, model: nn.Module, batches: list[Tensor], 
 def cost_table(names: list[str], setup: Setup) -> str:
     """The ratios and errors of every model."""
     warnings.simplefilter("ignore")  # `attempt` has noted them
-    contenders = [*CONTENDERS, *([AVALANCHE] if setup.avalanche else [])]
+    contenders = [*setup.contenders, *([AVALANCHE] if setup.avalanche else [])]
     rows: list[Row] = []
     lines: list[list[str]] = []
     with tqdm(total=len(names) * setup.rounds, unit="round") as bar:
@@ -236,7 +237,7 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
 
 def memory_table(names: list[str], setup: Setup) -> str:
     """Peak memory of each contender over the ordinary pass's, each in a process of its own."""
-    contenders = ["ordinary", *CONTENDERS, *([AVALANCHE] if setup.avalanche else [])]
+    contenders = ["ordinary", *setup.contenders, *([AVALANCHE] if setup.avalanche else [])]
     lines, notes = [], []
     with tqdm(total=len(names) * len(contenders), unit="process") as bar:
         for name in names:
@@ -350,6 +351,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=20, help="batches a run (default 20)")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved runs of each contender (default 7)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--only", choices=list(CONTENDERS), help="one contender beside the ordinary pass")
     parser.add_argument("--avalanche", metavar="PYTHON", help="a Python interpreter that can import avalanche")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--memory", action="store_true", help="peak memory in place of time")
@@ -363,7 +365,8 @@ def main() -> None:
     if options.avalanche and not shutil.which(options.avalanche):
         parser.error(f"--avalanche: {options.avalanche} is no program")
     torch.backends.cudnn.allow_tf32 = False
-    setup = Setup(options.batches, options.rounds, options.device, options.avalanche)
+    contenders = {options.only: CONTENDERS[options.only]} if options.only else CONTENDERS
+    setup = Setup(options.batches, options.rounds, options.device, contenders, options.avalanche)
     if options.peak:
         print_peak(options.models[0], options.peak, setup)
         return

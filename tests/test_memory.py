@@ -92,8 +92,8 @@ def test_a_memory_of_another_architecture_names_every_difference(tmp_path) -> No
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     memory = memsyn.Memory.empty().consolidate(model, memsyn.measure(model, [torch.ones(2, 2)], progress=False))
     memory.save(tmp_path / "m.safetensors")
-    other = nn.Sequential(nn.Linear(2, 4), nn.Identity())
-    message = r"lacks 1.weight, 1.bias; reshaped: 0.weight \(expected \(3, 2\), the model has \(4, 2\)\), 0.bias"
+    other = nn.Sequential(nn.Linear(2, 2), nn.Identity())
+    message = r"lacks 1.weight, 1.bias; reshaped: 0.weight \(expected \(3, 2\), the model has \(2, 2\)\), 0.bias"
     with pytest.raises(memsyn.MismatchError, match=message):
         memsyn.Memory.load(tmp_path / "m.safetensors", like=other)
     with pytest.raises(memsyn.MismatchError, match=message):
@@ -145,3 +145,43 @@ def test_compiled_and_wrapped_models_have_the_same_names() -> None:
         assert float(memsyn.penalty(wrapped, memory).detach()) == 0.0
     importance = memsyn.measure(torch.compile(model), [torch.ones(3, 2)], progress=False)
     assert set(importance.sums) == {"0.weight", "0.bias"}
+
+
+@pytest.mark.parametrize("rule", ["sum", "mean", "ema", "max"])
+def test_a_head_with_more_rows_keeps_the_importance_of_the_old_ones(rule: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    memory = memsyn.Memory.empty().consolidate(model, memsyn.measure(model, [torch.ones(4, 2)], progress=False))
+    grown = nn.Sequential(model[0], nn.Linear(3, 4))
+    found = memsyn.measure(grown, [torch.ones(4, 2)], progress=False)
+    both = memory.consolidate(grown, found, rule=rule)
+    for name in ("1.weight", "1.bias"):
+        twin = memsyn.Memory({name: memory.anchor[name]}, {name: memory.importance[name]}, memory.history, {name: 4})
+        old = memsyn.Importance({name: found.sums[name][:2]}, 4)
+        expected = twin.consolidate(Named(name, memory.anchor[name]), old, rule=rule).importance[name]
+        assert torch.equal(both.importance[name][:2], expected)
+        assert torch.equal(both.importance[name][2:], found.mean()[name][2:])
+        assert torch.equal(both.anchor[name], dict(grown.named_parameters())[name])
+    grown[1].requires_grad_(False)  # nothing new is measured of it
+    kept = memory.consolidate(grown, memsyn.measure(grown, [torch.ones(4, 2)], progress=False), rule=rule)
+    assert torch.equal(kept.importance["1.weight"][:2], memory.importance["1.weight"])
+    assert not kept.importance["1.weight"][2:].any()
+
+
+class Named(nn.Module):
+    """A model of one parameter, by a name with a dot in it."""
+
+    def __init__(self, name: str, value: torch.Tensor) -> None:
+        super().__init__()
+        layer, _, own = name.partition(".")
+        self.add_module(layer, nn.Module())
+        self.get_submodule(layer).register_parameter(own, nn.Parameter(value.clone()))
+
+
+def test_what_a_model_has_lost_is_left_out_with_a_warning() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    memory = memsyn.Memory.empty().consolidate(model, memsyn.measure(model, [torch.ones(4, 2)], progress=False))
+    body = model[:1]
+    with pytest.warns(memsyn.LostParametersWarning, match=r"2 parameters of the memory are no.*1.weight, 1.bias"):
+        after = memory.consolidate(body, memsyn.measure(body, [torch.ones(4, 2)], progress=False))
+    assert list(after.importance) == ["0.weight", "0.bias"]
+    assert list(memory.importance) == ["0.weight", "0.bias", "1.weight", "1.bias"]

@@ -2,6 +2,7 @@
 
 from memsyn.errors import (
     BatchError,
+    LostParametersWarning,
     MemoryFileError,
     MemsynError,
     MismatchError,
@@ -12,13 +13,14 @@ from memsyn.errors import (
     ProtectionError,
     SamplesInteractError,
     SlowParametersWarning,
+    UnstableStrengthWarning,
 )
 from memsyn.importance import Importance, LayerSummary
 from memsyn.measure import measure
 from memsyn.memory import Consolidation, Memory
 from memsyn.objectives import Estimator
 from memsyn.penalty import penalty
-from memsyn.protect import Protection, protect
+from memsyn.protect import Protection, Report, protect
 
 __all__ = [
     "BatchError",
@@ -26,6 +28,7 @@ __all__ = [
     "Estimator",
     "Importance",
     "LayerSummary",
+    "LostParametersWarning",
     "Memory",
     "MemoryFileError",
     "MemsynError",
@@ -36,8 +39,10 @@ __all__ = [
     "OutputError",
     "Protection",
     "ProtectionError",
+    "Report",
     "SamplesInteractError",
     "SlowParametersWarning",
+    "UnstableStrengthWarning",
     "measure",
     "penalty",
     "protect",

@@ -47,3 +47,11 @@ class SlowParametersWarning(UserWarning):
 
 class NewParametersWarning(UserWarning):
     """The model has parameters that the memory does not know: they are free to change."""
+
+
+class LostParametersWarning(UserWarning):
+    """The memory has parameters that the model no longer has: there is nothing to protect."""
+
+
+class UnstableStrengthWarning(UserWarning):
+    """The strength is too large for the gradient form and the learning rate: training will diverge."""

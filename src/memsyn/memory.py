@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 
-from memsyn.errors import MismatchError, NewParametersWarning, OptionError
+from memsyn.errors import LostParametersWarning, MismatchError, NewParametersWarning, OptionError
 from memsyn.importance import Importance, LayerSummary, check_same_shapes, summarize
 from memsyn.parameters import named_parameters, trainable_parameters
 from memsyn.storage import MEMORY, read, well_formed, write
@@ -81,7 +82,8 @@ class Memory:
 
         With Omega the old importance, over N samples, and Omega' the mean of the new one, over N':
         `sum`: Omega + Omega' (the paper's code); `mean`: (N Omega + N' Omega') / (N + N'); `ema`: decay Omega +
-        (1 - decay) Omega'; `max`: the larger one. A parameter that only one side has is taken from there.
+        (1 - decay) Omega'; `max`: the larger one. A parameter, or a row of one, that only one side has is taken from
+        there; what the model has lost is dropped, with a warning.
 
         Args:
             model: the model the importance was measured on, with the same weights.
@@ -91,7 +93,8 @@ class Memory:
 
         Raises:
             OptionError: an unknown rule, or a decay out of place.
-            MismatchError: the model lacks a parameter of the memory or the importance, or has it in another shape.
+            MismatchError: the model lacks a parameter of the importance or all of the memory's, or has one in another
+                shape (a memory's may have more rows now).
         """
         if rule not in RULES:
             raise OptionError(f"rule must be one of {', '.join(RULES)}; got {rule!r}.")
@@ -103,7 +106,7 @@ class Memory:
                 raise OptionError(f"decay must be from 0 to 1, got {decay}.")
         parameters = named_parameters(model)
         check_fit(importance.sums, parameters, "the importance")
-        check_fit(self.importance, parameters, "the memory")
+        check_fit(self.importance, parameters, "the memory", may_change=True)
         if self.history and (self.history[-1].objective, self.history[-1].magnitude) != importance.quantity:
             raise MismatchError(
                 f"the memory holds {self.history[-1].magnitude} of {self.history[-1].objective}, the importance "
@@ -111,13 +114,21 @@ class Memory:
             )
         new, old, count = importance.mean(), self.importance, importance.num_samples
         fold = RULES[rule]
-        omega = {
-            name: fold(old[name].to(new[name]), new[name], self.counts.get(name, 0), count, decay or 0.0)
-            if name in old and name in new
-            else (new[name] if name in new else old[name])
-            for name in parameters
-            if name in old or name in new
-        }
+
+        def folded(name: str) -> Tensor:
+            if name not in old:
+                return new[name]
+            before, whole = old[name].to(parameters[name].device), parameters[name]
+            grown = before.shape != whole.shape
+            if name not in new:
+                return (
+                    torch.cat([before, torch.zeros_like(whole[len(before) :], dtype=before.dtype)]) if grown else before
+                )
+            first = new[name][: len(before)] if grown else new[name]
+            found = fold(before.to(first), first, self.counts.get(name, 0), count, decay or 0.0)
+            return torch.cat([found, new[name][len(before) :]]) if grown else found
+
+        omega = {name: folded(name) for name in parameters if name in old or name in new}
         counts = {name: self.counts.get(name, 0) + (count if name in new else 0) for name in omega}
         entry = Consolidation(
             when=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -168,17 +179,19 @@ class Memory:
         parameters = named_parameters(like)
 
         def placed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensor.to(parameters[name].device) for name, tensor in tensors.items()}
+            return {n: tensor.to(parameters[n].device) if n in parameters else tensor for n, tensor in tensors.items()}
 
         return cls(placed(memory.anchor), placed(memory.importance), memory.history, memory.counts)
 
     def check(self, model: nn.Module) -> None:
-        """Refuse a model this memory is not of, and warn of trainable parameters that it does not know.
+        """Refuse a model this memory is not of; warn of trainable parameters it does not know, and of lost ones.
+
+        A parameter may have more rows than it had, as a head with more classes does: the new ones are free.
 
         Raises:
-            MismatchError: names every parameter that the model lacks or has in another shape.
+            MismatchError: the model has none of the memory's parameters, or one in another shape; it is named.
         """
-        check_fit(self.importance, named_parameters(model), "the memory")
+        check_fit(self.importance, named_parameters(model), "the memory", may_change=True)
         new = [name for name in trainable_parameters(model) if name not in self.importance]
         if new and self.importance:
             warnings.warn(
@@ -188,18 +201,40 @@ class Memory:
             )
 
 
-def check_fit(tensors: Mapping[str, Tensor], parameters: Mapping[str, Any], whose: str) -> None:
-    """Refuse what is not of this model: every one of `tensors` must be there, in its shape."""
+def check_fit(
+    tensors: Mapping[str, Tensor], parameters: Mapping[str, Any], whose: str, *, may_change: bool = False
+) -> None:
+    """Refuse what is not of this model: every one of `tensors` must be there, in its shape.
+
+    Args:
+        tensors: by parameter name.
+        parameters: of the model.
+        whose: they are, for the error.
+        may_change: parameters may have more rows, and some (not all) may be gone, which is warned of.
+    """
     missing = [name for name in tensors if name not in parameters]
     reshaped = [
         f"{name} (expected {tuple(tensor.shape)}, the model has {tuple(parameters[name].shape)})"
         for name, tensor in tensors.items()
-        if name in parameters and tensor.shape != parameters[name].shape
+        if name in parameters
+        and tensor.shape != parameters[name].shape
+        and not (may_change and has_grown(tensor, parameters[name]))
     ]
     problems = [f"the model lacks {', '.join(missing)}"] if missing else []
     problems += [f"reshaped: {', '.join(reshaped)}"] if reshaped else []
-    if problems:
+    if reshaped or (missing and not (may_change and len(missing) < len(tensors))):
         raise MismatchError(
             f"{whose} is of another architecture: {'; '.join(problems)}. Use the model it was made with, or measure "
             "this one."
         )
+    if missing:
+        warnings.warn(
+            f"{len(missing)} parameters of {whose} are no longer in the model, and are left out: {', '.join(missing)}",
+            LostParametersWarning,
+            stacklevel=4,
+        )
+
+
+def has_grown(held: Tensor, parameter: Tensor) -> bool:
+    """Whether a parameter has more rows than the memory holds of it, and is the same otherwise."""
+    return 0 < held.ndim == parameter.ndim and held.shape[1:] == parameter.shape[1:] and len(held) < len(parameter)

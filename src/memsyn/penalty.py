@@ -1,9 +1,11 @@
-"""The arithmetic of protection: the loss term and its gradient.
+"""The arithmetic of protection: the loss term, its gradient, and its proximal step.
 
-Owns the formulas, as plain functions on parameters and dicts. Must not know optimizers.
+Owns the formulas, as plain functions on parameters and lists. Must not know optimizers. Works on a bucket of numbers
+at a time, so that nothing is ever held but the parameters, the anchor and the importance.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +13,30 @@ from torch import Tensor, nn
 from memsyn.memory import Memory, check_fit
 from memsyn.parameters import named_parameters
 
+BUCKET: Final = 2**19
+"""How many weights are worked on at once: 2 MiB of float32 for each thing computed of them."""
+
+
+class Held(NamedTuple):
+    """A parameter, or those of its rows that the memory knows, and what the memory holds of it."""
+
+    parameter: Tensor
+    anchor: Tensor
+    omega: Tensor
+
+
+class Preconditioner(NamedTuple):
+    """What an optimizer divides a gradient by: root * sqrt(squares) + eps."""
+
+    squares: Tensor
+    root: float | Tensor
+    eps: float
+
 
 def penalty(model: nn.Module, memory: Memory) -> Tensor:
     """The term to add to a loss, times your strength lambda: sum Omega (theta - theta*)^2.
 
-    Aljundi et al. 2018, Eq. 3; no factor 1/2. Parameters that the memory does not know are free.
+    Aljundi et al. 2018, Eq. 3; no factor 1/2. Parameters, or rows of them, that the memory does not know are free.
 
     Returns:
         A scalar, differentiable by the model's parameters, on their device; 0 for an empty memory.
@@ -32,35 +53,156 @@ def penalty(model: nn.Module, memory: Memory) -> Tensor:
         tensor(12., grad_fn=<SumBackward0>)
     """
     parameters = named_parameters(model)
-    check_fit(memory.importance, parameters, "the memory")
-    terms = [loss_term(parameters[name], memory.anchor[name], omega) for name, omega in memory.importance.items()]
+    check_fit(memory.importance, parameters, "the memory", may_change=True)
+    terms = []
+    for name, omega in memory.importance.items():
+        if name in parameters:
+            parameter = known_rows(parameters[name], omega)
+            dtype = wide_dtype(parameter)
+            moved = parameter.to(dtype) - memory.anchor[name].to(parameter.device, dtype)
+            terms.append((omega.to(moved) * moved.square()).sum())
     if not terms:
         return torch.zeros((), device=next(iter(parameters.values())).device if parameters else None)
     return torch.stack([term.to(terms[0]) for term in terms]).sum()
 
 
-def loss_term(parameter: Tensor, anchor: Tensor, omega: Tensor) -> Tensor:
-    """sum Omega (theta - theta*)^2 of one parameter, in float32 at least: Omega may overflow in half precision."""
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    moved = parameter.to(dtype) - anchor.to(parameter.device, dtype)
-    return (omega.to(moved) * moved.square()).sum()
+def known_rows(parameter: Tensor, held: Tensor) -> Tensor:
+    """What of a parameter, or of its gradient, the memory holds: all but the rows it has grown by."""
+    return parameter if parameter.shape == held.shape else parameter[: len(held)]
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """What the penalty is computed in: float32 at least, for an importance may overflow in half precision."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+@torch.no_grad()
+def distances(held: Sequence[Held]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Per bucket and parameter in it: which of `held`, theta - theta*, and Omega, in wide precision."""
+    for index, item in enumerate(held):
+        for parts in _split(*item):
+            theta, anchor, omega = (_wide(part, item.parameter) for part in parts)
+            yield index, theta - anchor, omega
 
 
 @torch.no_grad()
 def add_gradients_(
-    gradients: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    omegas: Sequence[Tensor],
-    strength: float,
+    gradients: Sequence[Tensor], held: Sequence[Held], factors: Sequence[float], scale: Tensor | None = None
 ) -> None:
-    """gradient += 2 strength Omega (theta - theta*), for all parameters at once, in place.
+    """gradient += scale * factor * 2 Omega (theta - theta*), in place; rounded once if in half precision.
 
-    Computed in the precision of the anchors, and rounded once where a gradient is in half precision.
+    Args:
+        gradients: one per parameter, of its shape.
+        held: the parameters, with anchors and importance.
+        factors: one per parameter: the strength.
+        scale: by which a GradScaler has scaled the gradients, if it has.
     """
-    moved = torch._foreach_sub([p.to(a.dtype) for p, a in zip(parameters, anchors, strict=True)], list(anchors))
-    sums = [gradient.to(a.dtype) for gradient, a in zip(gradients, anchors, strict=True)]
-    torch._foreach_addcmul_(sums, moved, list(omegas), value=2 * strength)
-    for gradient, total in zip(gradients, sums, strict=True):
-        if gradient is not total:
-            gradient.copy_(total)
+    for bucket in _buckets([(gradient, *item) for gradient, item in zip(gradients, held, strict=True)]):
+        grads, thetas, anchors, omegas = (list(parts) for parts in zip(*(parts for _, parts in bucket), strict=True))
+        wide = [_wide(theta, theta) for theta in thetas]
+        moved = list(torch._foreach_sub(wide, [_wide(a, t) for a, t in zip(anchors, thetas, strict=True)]))
+        torch._foreach_mul_(moved, [_wide(o, t) for o, t in zip(omegas, thetas, strict=True)])
+        torch._foreach_mul_(moved, [2 * factors[index] for index, _ in bucket])
+        if scale is not None:
+            torch._foreach_mul_(moved, scale.to(moved[0].device))
+        if all(grad.dtype == push.dtype for grad, push in zip(grads, moved, strict=True)):
+            torch._foreach_add_(grads, moved)
+        else:
+            for grad, push in zip(grads, moved, strict=True):
+                grad.copy_(push.add_(grad))
+
+
+@torch.no_grad()
+def pull_(
+    held: Sequence[Held], factors: Sequence[float | Tensor], preconditioners: Sequence[Preconditioner] | None
+) -> None:
+    """theta <- (theta + k theta*) / (1 + k), k = 2 factor Omega / (root sqrt(v) + eps): the proximal step, in place.
+
+    It minimises factor Omega (x - theta*)^2 + 1/2 (root sqrt(v) + eps) (x - theta)^2 over x, so no factor is too large;
+    and it leaves exactly alone a weight at its anchor, or one of no importance.
+
+    Args:
+        held: the parameters, with anchors and importance.
+        factors: one per parameter: the strength times the size of a step.
+        preconditioners: one per parameter; without them, the divisor is 1.
+    """
+    for thetas, anchors, shares in _shares(held, factors, preconditioners):
+        wide = [_wide(theta, theta) for theta in thetas]
+        torch._foreach_lerp_(wide, [_wide(a, t) for a, t in zip(anchors, thetas, strict=True)], shares)
+        for theta, found in zip(thetas, wide, strict=True):
+            if theta is not found:
+                theta.copy_(found)
+
+
+@torch.no_grad()
+def num_held(
+    held: Sequence[Held], factors: Sequence[float | Tensor], preconditioners: Sequence[Preconditioner] | None
+) -> int:
+    """How many weights a step, as of `pull_`, brings more than half of the way to their anchor: k > 1."""
+    parts = (share for *_, shares in _shares(held, factors, preconditioners) for share in shares)
+    return sum(int((share > 0.5).sum()) for share in parts)
+
+
+def _shares(
+    held: Sequence[Held], factors: Sequence[float | Tensor], preconditioners: Sequence[Preconditioner] | None
+) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+    """Per bucket parts of the parameters, of their anchors, and k / (1 + k)."""
+    squares = [()] * len(held) if preconditioners is None else [(own.squares,) for own in preconditioners]
+    for bucket in _buckets([(*item, *extra) for item, extra in zip(held, squares, strict=True)]):
+        thetas, anchors, omegas, *extra = (list(parts) for parts in zip(*(parts for _, parts in bucket), strict=True))
+        shares = [
+            omega.to(theta.device, wide_dtype(theta), copy=True) for omega, theta in zip(omegas, thetas, strict=True)
+        ]
+        _scale_(shares, [2 * factors[index] for index, _ in bucket])
+        if preconditioners is not None:
+            own = [preconditioners[index] for index, _ in bucket]
+            divisors = list(torch._foreach_sqrt([_wide(v, theta) for v, theta in zip(extra[0], thetas, strict=True)]))
+            _scale_(divisors, [each.root for each in own])
+            torch._foreach_add_(divisors, [each.eps for each in own])
+            torch._foreach_div_(shares, divisors)
+        torch._foreach_reciprocal_(shares)
+        torch._foreach_add_(shares, 1.0)
+        torch._foreach_reciprocal_(shares)  # right for k of 0 and of infinity too
+        yield thetas, anchors, shares
+
+
+def _scale_(tensors: list[Tensor], factors: Sequence[float | Tensor]) -> None:
+    """Each by its factor, which is a tensor where an optimizer keeps its learning rate or its steps on a device."""
+    plain = [factor for factor in factors if not isinstance(factor, Tensor)]
+    if len(plain) == len(factors):
+        torch._foreach_mul_(tensors, plain)
+        return
+    for tensor, factor in zip(tensors, factors, strict=True):
+        tensor.mul_(factor.to(tensor.device) if isinstance(factor, Tensor) else factor)
+
+
+def _wide(tensor: Tensor, beside: Tensor) -> Tensor:
+    return tensor.to(beside.device, wide_dtype(beside))
+
+
+def _split(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape, in parts of a bucket's size."""
+    first = tensors[0]
+    if first.numel() <= BUCKET:
+        yield tensors
+        return
+    if all(tensor.is_contiguous() for tensor in tensors):
+        parts = [tensor.view(-1).split(BUCKET) for tensor in tensors]
+    else:
+        parts = [tensor.split(max(1, BUCKET * len(first) // first.numel())) for tensor in tensors]
+    yield from zip(*parts, strict=True)
+
+
+def _buckets(items: Sequence[tuple[Tensor, ...]]) -> Iterator[list[tuple[int, tuple[Tensor, ...]]]]:
+    """Parts of all items, as many at a time as fill a bucket, with the place of their item."""
+    bucket: list[tuple[int, tuple[Tensor, ...]]] = []
+    size = 0
+    for index, item in enumerate(items):
+        for parts in _split(*item):
+            if bucket and size + parts[0].numel() > BUCKET:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append((index, parts))
+            size += parts[0].numel()
+    if bucket:
+        yield bucket

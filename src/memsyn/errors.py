@@ -37,6 +37,10 @@ class ProtectionError(MemsynError, ValueError):
     """The optimizer and the memory do not fit together."""
 
 
+class ProcessError(MemsynError, RuntimeError):
+    """Another process of those that measure together has failed."""
+
+
 class MemoryFileError(MemsynError, OSError):
     """A file is missing, damaged, not written by memsyn, or of a newer format."""
 

@@ -31,6 +31,7 @@ from memsyn.batches import (
     to_device,
 )
 from memsyn.calls import Path, Split
+from memsyn.distributed import Group, add_up, all_or_none, group_of
 from memsyn.errors import BatchError, MemsynError, ModelError, OptionError, SlowParametersWarning
 from memsyn.importance import Importance
 from memsyn.objectives import ESTIMATORS, Estimator, Place, find_estimator, output_tensor, scores, token_mask
@@ -38,7 +39,7 @@ from memsyn.parameters import named_parameters, trainable_parameters, unwrap
 from memsyn.passes import Passed, Scores, add_batched, add_by_samples, add_by_uses, check_finite
 from memsyn.products import workspace
 from memsyn.recorder import Plans
-from memsyn.routes import BY_SAMPLE, wide_dtype
+from memsyn.routes import BY_SAMPLE, UNUSED, wide_dtype
 from memsyn.rules import MAGNITUDES
 from memsyn.shadow import check_measurable, shadow
 from memsyn.tracer import merge
@@ -54,6 +55,7 @@ def measure(
     max_samples: int | None = None,
     estimator: str | Estimator = "mas",
     batched: bool = False,
+    group: Group | None = None,
     progress: bool = True,
 ) -> Importance:
     """How much each weight matters to what the model computes, from unlabelled data.
@@ -78,6 +80,8 @@ def measure(
         estimator: what to measure: one of `ESTIMATORS` by name, or an `Estimator`. "fisher-empirical" looks at labels.
         batched: take the magnitude of each batch's mean gradient in place of each sample's: what most other libraries
             do. It depends on the batch size, and is too small: for comparisons only.
+        group: the processes that measure together, each on batches of its own (or none): all get the importance of
+            all their samples. Those of a DistributedDataParallel model, unless told.
         progress: show a progress bar.
 
     Returns:
@@ -88,6 +92,7 @@ def measure(
         ModelError: there is nothing to measure, or the model cannot be cloned.
         OutputError: the output is not one finite, differentiable value or vector per sample.
         SamplesInteractError: the output for one sample depends on the others.
+        ProcessError: another process of the group has failed.
 
     Example:
         >>> import torch, memsyn
@@ -106,8 +111,10 @@ def measure(
     if not trainable:
         raise ModelError("the model has no parameter that requires a gradient: there is nothing to measure.")
     device = next(iter(trainable.values())).device
+    group = group or group_of(model)
     with (
         _untouched_generators(),
+        all_or_none(group, device),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
@@ -122,7 +129,7 @@ def measure(
             if slow:
                 warnings.warn(run.describe(slow), SlowParametersWarning, stacklevel=2)
             bar.set_postfix_str(f"{run.num_samples} samples, {len(run.slow)} slow parameters")
-    return run.importance()
+    return run.importance(group)
 
 
 @final
@@ -244,7 +251,7 @@ class _Run:
     def _clone(self, written: set[str]) -> None:
         self.shadow = shadow(self.original, private=written)
         own = named_parameters(self.shadow)
-        self.parameters = {name: own[name] for name in self.routes}
+        self.parameters = {name: parameter for name, parameter in own.items() if name in self.routes}
         for parameter in self.parameters.values():
             parameter.requires_grad_()
         self.sums = {name: torch.zeros_like(p, dtype=wide_dtype(p)) for name, p in self.parameters.items()}
@@ -297,16 +304,22 @@ class _Run:
             "what needs no protection."
         )
 
-    def importance(self) -> Importance:
+    def importance(self, group: Group | None) -> Importance:
         """The result, if there is one."""
+        routes = self.routes
+        if group is not None:
+            if not self.sums:  # no sample came to this process
+                trainable = trainable_parameters(self.original)
+                self.sums = {name: torch.zeros_like(p, dtype=wide_dtype(p)) for name, p in trainable.items()}
+                routes = dict.fromkeys(self.sums, UNUSED)
+            self.num_samples, routes = add_up(self.sums, self.num_samples, routes, group)
         if self.num_samples == 0:
             raise BatchError(
                 "there are no samples: the loader is empty, or all of its batches are. Nothing was measured."
             )
         check_finite(self.sums)
         magnitude = f"{self.estimator.magnitude} of the batch mean" if self.batched else self.estimator.magnitude
-        routes = {} if self.batched else self.routes
-        return Importance(self.sums, self.num_samples, routes, self.estimator.name, magnitude)
+        return Importance(self.sums, self.num_samples, {} if self.batched else routes, self.estimator.name, magnitude)
 
 
 def _differ(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:

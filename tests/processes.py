@@ -1,0 +1,95 @@
+"""What two processes do together, started by torchrun from test_distributed.py."""
+
+import copy
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import memsyn
+
+
+def a_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 6), nn.Tanh(), nn.Linear(6, 3)
+    ).double()
+
+
+def check_union(rank: int) -> None:
+    """Uneven and empty shards: every process has the importance of all samples."""
+    model = a_model()
+    data = torch.randn(13, 1, 6, 6, dtype=torch.float64)
+    whole = memsyn.measure(model, [data], progress=False)
+    ddp = DistributedDataParallel(model)
+    for shards in ((data[:9], data[9:]), (data, data[:0]), (data[:0], data)):
+        mine = memsyn.measure(ddp, shards[rank].split(4), progress=False)
+        assert mine.num_samples == whole.num_samples == 13
+        assert mine.routes == whole.routes
+        for name, total in whole.sums.items():
+            assert torch.allclose(mine.sums[name], total, rtol=1e-12, atol=1e-14), name
+        for total in mine.sums.values():
+            dist.all_gather(everyone := [torch.empty_like(total) for _ in range(2)], total)
+            assert torch.equal(*everyone)
+    alone = memsyn.measure(model, [data[rank : rank + 1]], progress=False)
+    assert alone.num_samples == 1
+    together = memsyn.measure(model, [data[rank : rank + 1]], progress=False, group=dist.group.WORLD)
+    assert together.num_samples == 2
+
+
+def check_failure(rank: int) -> None:
+    """What fails in one process fails in all."""
+    ddp = DistributedDataParallel(a_model())
+    data = torch.randn(4, 1, 6, 6, dtype=torch.float64)
+    batches = [data, data[:, :, :3] if rank else data]
+    error, says = (memsyn.BatchError, "batch 1") if rank else (memsyn.ProcessError, "failed in 1 other of 2 processes")
+    with pytest.raises(error, match=says):
+        memsyn.measure(ddp, batches, progress=False)
+    with pytest.raises(memsyn.BatchError, match="no samples"):
+        memsyn.measure(ddp, [], progress=False)
+
+
+def check_protection(rank: int, form: str, kind: type[torch.optim.Optimizer]) -> None:
+    """The weights stay bit for bit the same in all processes, and are those of one process with all the data."""
+    model = a_model()
+    twin = copy.deepcopy(model)
+    data, targets = torch.randn(8, 1, 6, 6, dtype=torch.float64), torch.randint(3, (8,))
+    ddp = DistributedDataParallel(model)
+    memory = memsyn.Memory.empty().consolidate(ddp, memsyn.measure(ddp, [data[4 * rank :][:4]], progress=False))
+    optimizer, other = kind(ddp.parameters(), lr=0.05), kind(twin.parameters(), lr=0.05)
+    memsyn.protect(optimizer, ddp, memory, strength=0.5, form=form)
+    memsyn.protect(other, twin, memory, strength=0.5, form=form)
+
+    def step(m: nn.Module, o: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+        o.zero_grad()
+        F.cross_entropy(m(x), y).backward()
+        o.step()
+
+    for _ in range(5):
+        step(ddp, optimizer, data[4 * rank :][:4], targets[4 * rank :][:4])
+        step(twin, other, data, targets)
+    for mine, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(mine, expected, rtol=1e-9, atol=1e-12)
+        dist.all_gather(everyone := [torch.empty_like(mine) for _ in range(2)], mine.detach())
+        assert torch.equal(*everyone)
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    rank = dist.get_rank()
+    check_union(rank)
+    check_failure(rank)
+    for form in ("gradient", "proximal"):
+        for kind in (torch.optim.SGD, torch.optim.Adam):
+            check_protection(rank, form, kind)
+    dist.destroy_process_group()
+    print(f"process {rank} is done", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

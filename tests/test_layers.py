@@ -36,6 +36,7 @@ FLOORS = [
     "steps",
     "protect",
     "__init__",
+    "integrations",
     "bench",
     "cli",
 ]

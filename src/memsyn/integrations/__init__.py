@@ -1,0 +1,1 @@
+"""Trainers that own the loop: one thin file each, imported by nobody else."""

@@ -1,0 +1,77 @@
+"""Lightning: a callback that protects, and measures in the end. Needs the extra `lightning`."""
+
+from typing import Any, final
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+
+from memsyn import Memory, Protection, measure, protect
+from memsyn.measure import Forward
+
+
+@final
+class MemsynCallback(pl.Callback):
+    """Protects a memory while a Trainer trains, and folds what was learned into it.
+
+    Every optimizer that holds parameters of the memory is protected. The penalty is logged as `penalty`. When training
+    ends, the importance is measured on the training set, and `memory` holds what to keep from then on. Resuming from a
+    checkpoint needs nothing more than the same memory.
+
+    Args:
+        memory: what to keep; `Memory.empty()` for a first task, after which there is something to keep.
+        strength, form: as `protect` takes them.
+        max_samples: measure on so many samples in each process; on all unless told, and on none if 0.
+        forward: (module, batch) -> output, as `measure` takes it; the module's `forward` on the inputs unless told.
+
+    Example:
+        >>> callback = MemsynCallback(memory, strength=1.0)                   # doctest: +SKIP
+        >>> Trainer(callbacks=[callback]).fit(module, loader)                 # doctest: +SKIP
+        >>> callback.memory.save("model.memsyn.safetensors")                  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        *,
+        strength: float = 1.0,
+        form: str = "auto",
+        max_samples: int | None = None,
+        forward: Forward | None = None,
+    ) -> None:
+        self.memory = memory
+        self.protections: list[Protection] = []
+        self._strength, self._form, self._max_samples, self._forward = strength, form, max_samples, forward
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Protect what there is."""
+        held = {id(p) for name, p in pl_module.named_parameters() if name in self.memory.importance}
+        for optimizer in trainer.optimizers:
+            if any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
+                self.protections.append(
+                    protect(optimizer, pl_module, self.memory, strength=self._strength, form=self._form)
+                )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the penalty as often as the Trainer logs."""
+        if self.protections and trainer.global_step % trainer.log_every_n_steps == 0:
+            pl_module.log("penalty", sum(protection.value() for protection in self.protections))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure, and consolidate."""
+        for protection in self.protections:
+            protection.remove()
+        self.protections = []
+        if self._max_samples == 0:
+            return
+        assert trainer.train_dataloader is not None
+        importance = measure(
+            pl_module,
+            trainer.train_dataloader,
+            forward=self._forward,
+            max_samples=self._max_samples,
+            group=dist.group.WORLD if dist.is_available() and dist.is_initialized() else None,
+            progress=trainer.progress_bar_callback is not None,
+        )
+        self.memory = self.memory.consolidate(pl_module, importance)

@@ -1,0 +1,221 @@
+"""Protection in trainers of other people, run for real, against the penalty as a term of their loss."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+import memsyn
+from memsyn.integrations.lightning import MemsynCallback as LightningCallback
+from memsyn.integrations.transformers import MemsynCallback as TrainerCallback
+from tests import reference
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the trainers: many, and not ours
+
+
+# Hugging Face
+
+
+def bert() -> nn.Module:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=12,
+    )  # fmt: skip
+    return BertForSequenceClassification(config).eval()
+
+
+def sentences(seed: int, count: int = 24) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 10, (count,), generator=generator).tolist()
+    return [{"input_ids": torch.randint(1, 30, (n,), generator=generator), "labels": int(n % 3)} for n in lengths]
+
+
+def padded(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A collator of the user's."""
+    ids = nn.utils.rnn.pad_sequence([sample["input_ids"] for sample in samples], batch_first=True)
+    return {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "labels": torch.tensor([sample["labels"] for sample in samples]),
+    }
+
+
+class Penalised(Trainer):
+    """What people write without a callback."""
+
+    memory: memsyn.Memory
+    strength: float
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **others: Any) -> Any:
+        loss = super().compute_loss(model, inputs, **others)
+        return loss + self.strength * memsyn.penalty(model, self.memory) / self.args.gradient_accumulation_steps
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    given: dict[str, Any] = {
+        "output_dir": str(folder), "per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 1e-2,
+        "optim": "adamw_torch", "logging_steps": 2, "report_to": [], "disable_tqdm": True, "use_cpu": True,
+        "save_strategy": "no", "seed": 1, "max_grad_norm": 0.0, **options,
+    }  # fmt: skip
+    return TrainingArguments(**given)
+
+
+@pytest.fixture(scope="module")
+def learned() -> tuple[nn.Module, memsyn.Memory]:
+    model = bert()
+    importance = memsyn.measure(model, DataLoader(sentences(0), 8, collate_fn=padded), progress=False)
+    return model, memsyn.Memory.empty().consolidate(model, importance)
+
+
+def train(
+    kind: type[Trainer], model: nn.Module, options: TrainingArguments, callbacks: list[Any], **extra: Any
+) -> Trainer:
+    trainer = kind(model, options, train_dataset=sentences(1), data_collator=padded, callbacks=callbacks)
+    for name, value in extra.items():
+        setattr(trainer, name, value)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 3, "max_steps": 2}, {"bf16": True}])
+def test_a_trainer_equals_the_loss_term(
+    learned: tuple[nn.Module, memsyn.Memory], options: dict[str, Any], tmp_path: Path
+) -> None:
+    start, memory = learned
+    mine, twin = copy.deepcopy(start), copy.deepcopy(start)
+    callback = TrainerCallback(memory, strength=0.5, max_samples=0)
+    trainer = train(Trainer, mine, arguments(tmp_path, **options), [callback])
+    train(Penalised, twin, arguments(tmp_path, **options), [], memory=memory, strength=0.5)
+    for found, expected, began in zip(mine.parameters(), twin.parameters(), start.parameters(), strict=True):
+        scale = float((expected - began).norm()) + 1e-6
+        assert float((found - expected).norm()) / scale < (2e-2 if options.get("bf16") else 1e-3)
+    penalties = [entry["penalty"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(penalties) == trainer.state.global_step // 2 > 0
+    assert penalties[-1] > 0
+
+
+def test_a_trainer_goes_on_from_a_checkpoint(learned: tuple[nn.Module, memsyn.Memory], tmp_path: Path) -> None:
+    start, memory = learned
+
+    def callback() -> TrainerCallback:
+        return TrainerCallback(memory, strength=0.5, max_samples=0)
+
+    options = {"save_strategy": "steps", "save_steps": 3}
+    whole = copy.deepcopy(start)
+    train(Trainer, whole, arguments(tmp_path, **options), [callback()])
+    resumed = copy.deepcopy(start)
+    trainer = Trainer(
+        resumed,
+        arguments(tmp_path, **options),
+        train_dataset=sentences(1),
+        data_collator=padded,
+        callbacks=[callback()],
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for found, expected in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_trainer_measures_in_the_end(tmp_path: Path) -> None:
+    model = bert()
+    callback = TrainerCallback(memsyn.Memory.empty())
+    train(Trainer, model, arguments(tmp_path), [callback])
+    expected = memsyn.measure(model, DataLoader(sentences(1), 24, collate_fn=padded), progress=False)
+    assert callback.memory.num_samples == 24
+    assert max(reference.errors(callback.memory.importance, expected.mean()).values()) < 1e-4
+    again = TrainerCallback(callback.memory, max_samples=8)
+    train(Trainer, model, arguments(tmp_path), [again])
+    assert again.memory.num_samples == 32
+    assert again.protection is None
+
+
+# Lightning
+
+
+class Module(pl.LightningModule):
+    def __init__(self, kind: Callable[[Any], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.kind = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), kind
+        self.memory: memsyn.Memory | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        if self.memory is not None:
+            loss = loss + 0.5 * memsyn.penalty(self, self.memory)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return self.kind(self.parameters())
+
+
+def fit(module: pl.LightningModule, folder: Path, callbacks: list[Any], **options: Any) -> pl.Trainer:
+    torch.manual_seed(2)
+    data = TensorDataset(torch.randn(24, 4), torch.randint(3, (24,)))
+    checkpoint = options.pop("ckpt_path", None)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=2, callbacks=callbacks, default_root_dir=folder, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+        **{"enable_checkpointing": False, **options},
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(data, 4), ckpt_path=checkpoint)
+    return trainer
+
+
+KINDS: dict[str, Callable[[Any], Any]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "lbfgs": lambda p: torch.optim.LBFGS(p, max_iter=3),
+}
+
+
+def lightning_memory(module: pl.LightningModule) -> memsyn.Memory:
+    importance = memsyn.measure(module, [torch.randn(10, 4)], progress=False)
+    return memsyn.Memory.empty().consolidate(module, importance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 1e9}])
+def test_lightning_equals_the_loss_term(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    if kind == "lbfgs" and options:
+        options = {}  # Lightning refuses the rest
+    mine, twin = Module(KINDS[kind]), Module(KINDS[kind])
+    memory = lightning_memory(mine)
+    twin.memory = memory
+    trainer = fit(mine, tmp_path, [LightningCallback(memory, strength=0.5, form="gradient", max_samples=0)], **options)
+    fit(twin, tmp_path, [], **options)
+    for found, expected in zip(mine.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert float(trainer.callback_metrics["penalty"]) > 0
+
+
+def test_lightning_goes_on_from_a_checkpoint_and_measures_in_the_end(tmp_path: Path) -> None:
+    module = Module(KINDS["sgd"])
+    memory = lightning_memory(module)
+    saver = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1)
+    whole = LightningCallback(memory, strength=0.5)
+    fit(module, tmp_path, [whole, saver], enable_checkpointing=True)
+    resumed = Module(KINDS["sgd"])
+    again = LightningCallback(memory, strength=0.5)
+    path = next(tmp_path.glob("*step=5.ckpt"))
+    fit(resumed, tmp_path, [again], ckpt_path=path)
+    for found, expected in zip(resumed.parameters(), module.parameters(), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-7)
+    assert whole.memory.num_samples == again.memory.num_samples == 34
+    torch.manual_seed(2)
+    data = torch.randn(24, 4)
+    expected = memory.consolidate(module, memsyn.measure(module, [data], progress=False))
+    for name, omega in expected.importance.items():
+        assert torch.allclose(whole.memory.importance[name], omega, rtol=1e-4, atol=1e-6)

@@ -199,12 +199,12 @@ def test_the_gradient_form_warns_with_the_largest_stable_strength(name: str) -> 
             optimizer.step()
         return abs(float(model.weight.detach()))
 
-    with pytest.warns(memsyn.UnstableStrengthWarning, match=r"Use form='proximal'") as caught:
+    with pytest.warns(memsyn.StrengthWarning, match=r"Use form='proximal'") as caught:
         distance(1e4, 1)
     assert len(caught) == 1
     limit = float(str(caught[0].message).split("beyond ")[1].split()[0])
     assert distance(0.98 * limit) < 1e-2
-    with pytest.warns(memsyn.UnstableStrengthWarning, match="too large"):
+    with pytest.warns(memsyn.StrengthWarning, match="too large"):
         assert distance(1.02 * limit) > 10
 
 
@@ -215,7 +215,7 @@ def test_a_schedule_that_makes_the_gradient_form_unstable_is_warned_of() -> None
     model.weight.grad = torch.zeros_like(model.weight)
     optimizer.step()
     optimizer.param_groups[0]["lr"] = 0.1
-    with pytest.warns(memsyn.UnstableStrengthWarning, match=r"beyond 3.33 the pull overshoots"):
+    with pytest.warns(memsyn.StrengthWarning, match=r"beyond 3.33 the pull overshoots"):
         optimizer.step()
 
 

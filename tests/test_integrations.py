@@ -204,12 +204,12 @@ def test_lightning_equals_the_loss_term(kind: str, options: dict[str, Any], tmp_
 def test_lightning_goes_on_from_a_checkpoint_and_measures_in_the_end(tmp_path: Path) -> None:
     module = Module(KINDS["sgd"])
     memory = lightning_memory(module)
-    saver = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1)
+    saver = pl.callbacks.ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1)
     whole = LightningCallback(memory, strength=0.5)
     fit(module, tmp_path, [whole, saver], enable_checkpointing=True)
     resumed = Module(KINDS["sgd"])
     again = LightningCallback(memory, strength=0.5)
-    path = next(tmp_path.glob("*step=5.ckpt"))
+    path = next(tmp_path.glob("epoch=0-*.ckpt"))
     fit(resumed, tmp_path, [again], ckpt_path=path)
     for found, expected in zip(resumed.parameters(), module.parameters(), strict=True):
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-7)

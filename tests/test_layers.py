@@ -35,6 +35,7 @@ FLOORS = [
     "penalty",
     "steps",
     "protect",
+    "tune",
     "__init__",
     "integrations",
     "bench",
@@ -108,10 +109,13 @@ def test_public_names_are_sorted_and_there() -> None:
         "Report",
         "SamplesInteractError",
         "SlowParametersWarning",
-        "UnstableStrengthWarning",
+        "StrengthWarning",
+        "Trial",
+        "Tuned",
         "measure",
         "penalty",
         "protect",
+        "tune",
     ]
 
 
@@ -138,7 +142,7 @@ def test_the_examples_in_the_docstrings_run() -> None:
     import importlib
 
     ran = 0
-    for name in ("measure", "penalty", "protect"):
+    for name in ("measure", "penalty", "protect", "tune"):
         result = doctest.testmod(importlib.import_module(f"memsyn.{name}"))
         assert result.failed == 0
         ran += result.attempted

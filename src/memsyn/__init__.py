@@ -14,7 +14,7 @@ from memsyn.errors import (
     ProtectionError,
     SamplesInteractError,
     SlowParametersWarning,
-    UnstableStrengthWarning,
+    StrengthWarning,
 )
 from memsyn.importance import Importance, LayerSummary
 from memsyn.measure import measure
@@ -22,6 +22,7 @@ from memsyn.memory import Consolidation, Memory
 from memsyn.objectives import Estimator
 from memsyn.penalty import penalty
 from memsyn.protect import Protection, Report, protect
+from memsyn.tune import Trial, Tuned, tune
 
 __all__ = [
     "BatchError",
@@ -44,8 +45,11 @@ __all__ = [
     "Report",
     "SamplesInteractError",
     "SlowParametersWarning",
-    "UnstableStrengthWarning",
+    "StrengthWarning",
+    "Trial",
+    "Tuned",
     "measure",
     "penalty",
     "protect",
+    "tune",
 ]

@@ -57,5 +57,5 @@ class LostParametersWarning(UserWarning):
     """The memory has parameters that the model no longer has: there is nothing to protect."""
 
 
-class UnstableStrengthWarning(UserWarning):
-    """The strength is too large for the gradient form and the learning rate: training will diverge."""
+class StrengthWarning(UserWarning):
+    """A strength is too large: training will diverge, or the new task cannot be learned."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from memsyn.errors import OptionError, ProtectionError, UnstableStrengthWarning
+from memsyn.errors import OptionError, ProtectionError, StrengthWarning
 from memsyn.memory import Memory, check_fit
 from memsyn.parameters import named_parameters
 from memsyn.penalty import Held, Preconditioner, add_gradients_, distances, known_rows, num_held, pull_, wide_dtype
@@ -339,6 +339,6 @@ class Protection:
                     f"strength {self.strength:g} is too large for the gradient form at this learning rate: beyond "
                     f"{limit / (2 * most):.3g} the pull overshoots, and training diverges. Use form='proximal', which "
                     "no strength can make diverge, or a smaller strength or learning rate.",
-                    UnstableStrengthWarning,
+                    StrengthWarning,
                     stacklevel=6,
                 )

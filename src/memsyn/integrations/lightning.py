@@ -55,7 +55,8 @@ class MemsynCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the penalty as often as the Trainer logs."""
-        if self.protections and trainer.global_step % trainer.log_every_n_steps == 0:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.protections and trainer.global_step % every == 0:
             pl_module.log("penalty", sum(protection.value() for protection in self.protections))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

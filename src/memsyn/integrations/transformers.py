@@ -1,18 +1,15 @@
 """Hugging Face Trainer: a callback that protects, and measures in the end. Needs the extra `transformers`."""
 
-from collections.abc import Iterable
 from typing import Any, final
 
 import torch.distributed as dist
-from torch import nn
-from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from memsyn import Memory, Protection, measure, protect
 
 
 @final
-class MemsynCallback(TrainerCallback):  # type: ignore[misc]
+class MemsynCallback(TrainerCallback):
     """Protects a memory while a Trainer trains, and folds what was learned into it.
 
     The penalty goes into the Trainer's logs as `penalty`. When training ends, the importance is measured on the
@@ -38,51 +35,31 @@ class MemsynCallback(TrainerCallback):  # type: ignore[misc]
         self._strength, self._form, self._max_samples = strength, form, max_samples
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: nn.Module,
-        optimizer: Optimizer,
-        **others: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Protect what there is."""
         if self.memory.importance:
+            optimizer = given["optimizer"]
             own = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper calls its step
-            self.protection = protect(own, model, self.memory, strength=self._strength, form=self._form)
+            self.protection = protect(own, given["model"], self.memory, strength=self._strength, form=self._form)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        logs: dict[str, float] | None = None,
-        **others: Any,
-    ) -> None:
-        """Note the penalty, in what other callbacks log and in the history."""
-        if self.protection is not None and logs is not None and "loss" in logs:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """Note the penalty beside the loss, for other callbacks to log and in the history."""
+        logs = given["logs"]
+        if self.protection is not None and "loss" in logs:
             logs["penalty"] = state.log_history[-1]["penalty"] = self.protection.value()
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: nn.Module,
-        train_dataloader: Iterable[Any],
-        **others: Any,
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Measure, and consolidate."""
         if self.protection is not None:
             self.protection.remove()
             self.protection = None
-        if self._max_samples == 0:
-            return
-        group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-        importance = measure(
-            model, train_dataloader, max_samples=self._max_samples, group=group, progress=not args.disable_tqdm
-        )
-        self.memory = self.memory.consolidate(model, importance)
+        if self._max_samples != 0:
+            importance = measure(
+                given["model"],
+                given["train_dataloader"],
+                max_samples=self._max_samples,
+                group=dist.group.WORLD if dist.is_available() and dist.is_initialized() else None,
+                progress=not args.disable_tqdm,
+            )
+            self.memory = self.memory.consolidate(given["model"], importance)

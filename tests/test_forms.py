@@ -458,3 +458,24 @@ def test_buckets_change_nothing(form: str, make: Make, channels_last: bool, monk
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-4)
     assert found[0][2].bound == pytest.approx(found[1][2].bound, rel=1e-4)
     assert found[0][2].held == found[1][2].held
+
+
+@pytest.mark.parametrize("form", ["gradient", "proximal"])
+@pytest.mark.parametrize("make", [OPTIMIZERS["momentum"], OPTIMIZERS["adam"]])
+def test_nothing_of_a_parameters_size_is_made_in_a_step(form: str, make: Make) -> None:
+    model = nn.Linear(1500, 1500)
+    parameters = dict(model.named_parameters())
+    memory = memsyn.Memory(
+        {name: p.detach() + 0.1 for name, p in parameters.items()},
+        {n: torch.rand_like(p) for n, p in parameters.items()},
+    )
+    optimizer = make(model.parameters())
+    handle = memsyn.protect(optimizer, model, memory, strength=0.01, form=form, device="cpu")
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # makes the optimizer's own state
+    with torch.profiler.profile(profile_memory=True) as profile:
+        handle._before_step(optimizer, (optimizer,), {})
+        handle._after_step(optimizer, (optimizer,), {})
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 0 < largest <= 4 * arithmetic.BUCKET < 4 * model.weight.numel()

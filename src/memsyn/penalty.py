@@ -4,8 +4,9 @@ Owns the formulas, as plain functions on parameters and lists. Must not know opt
 at a time, so that nothing is ever held but the parameters, the anchor and the importance.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -99,17 +100,12 @@ def add_gradients_(
     """
     for bucket in _buckets([(gradient, *item) for gradient, item in zip(gradients, held, strict=True)]):
         grads, thetas, anchors, omegas = (list(parts) for parts in zip(*(parts for _, parts in bucket), strict=True))
-        wide = [_wide(theta, theta) for theta in thetas]
-        moved = list(torch._foreach_sub(wide, [_wide(a, t) for a, t in zip(anchors, thetas, strict=True)]))
-        torch._foreach_mul_(moved, [_wide(o, t) for o, t in zip(omegas, thetas, strict=True)])
-        torch._foreach_mul_(moved, [2 * factors[index] for index, _ in bucket])
+        moved = list(torch._foreach_sub(_all_wide(thetas, thetas), _all_wide(anchors, thetas)))
         if scale is not None:
             torch._foreach_mul_(moved, scale.to(moved[0].device))
-        if all(grad.dtype == push.dtype for grad, push in zip(grads, moved, strict=True)):
-            torch._foreach_add_(grads, moved)
-        else:
-            for grad, push in zip(grads, moved, strict=True):
-                grad.copy_(push.add_(grad))
+        wide = _all_wide(grads, thetas)
+        torch._foreach_addcmul_(wide, moved, _all_wide(omegas, thetas), [2 * factors[index] for index, _ in bucket])
+        _give_back(grads, wide)
 
 
 @torch.no_grad()
@@ -127,11 +123,9 @@ def pull_(
         preconditioners: one per parameter; without them, the divisor is 1.
     """
     for thetas, anchors, shares in _shares(held, factors, preconditioners):
-        wide = [_wide(theta, theta) for theta in thetas]
-        torch._foreach_lerp_(wide, [_wide(a, t) for a, t in zip(anchors, thetas, strict=True)], shares)
-        for theta, found in zip(thetas, wide, strict=True):
-            if theta is not found:
-                theta.copy_(found)
+        wide = _all_wide(thetas, thetas)
+        torch._foreach_lerp_(wide, _all_wide(anchors, thetas), shares)
+        _give_back(thetas, wide)
 
 
 @torch.no_grad()
@@ -146,38 +140,45 @@ def num_held(
 def _shares(
     held: Sequence[Held], factors: Sequence[float | Tensor], preconditioners: Sequence[Preconditioner] | None
 ) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
-    """Per bucket parts of the parameters, of their anchors, and k / (1 + k)."""
+    """Per bucket parts of the parameters, of their anchors, and k / (1 + k): Omega / (Omega + divisor / (2 factor))."""
+    inverse = [math.inf if not isinstance(f, Tensor) and f == 0 else 0.5 / f for f in factors]
     squares = [()] * len(held) if preconditioners is None else [(own.squares,) for own in preconditioners]
     for bucket in _buckets([(*item, *extra) for item, extra in zip(held, squares, strict=True)]):
         thetas, anchors, omegas, *extra = (list(parts) for parts in zip(*(parts for _, parts in bucket), strict=True))
-        shares = [
-            omega.to(theta.device, wide_dtype(theta), copy=True) for omega, theta in zip(omegas, thetas, strict=True)
-        ]
-        _scale_(shares, [2 * factors[index] for index, _ in bucket])
-        if preconditioners is not None:
-            own = [preconditioners[index] for index, _ in bucket]
-            divisors = list(torch._foreach_sqrt([_wide(v, theta) for v, theta in zip(extra[0], thetas, strict=True)]))
-            _scale_(divisors, [each.root for each in own])
-            torch._foreach_add_(divisors, [each.eps for each in own])
-            torch._foreach_div_(shares, divisors)
-        torch._foreach_reciprocal_(shares)
-        torch._foreach_add_(shares, 1.0)
-        torch._foreach_reciprocal_(shares)  # right for k of 0 and of infinity too
-        yield thetas, anchors, shares
+        wide = _all_wide(omegas, thetas)
+        own = [inverse[index] for index, _ in bucket]
+        if preconditioners is None:
+            divisors = _with(torch._foreach_add, wide, own)
+        else:
+            by = [preconditioners[index] for index, _ in bucket]
+            roots = list(torch._foreach_sqrt(_all_wide(extra[0], thetas)))
+            divisors = _with(torch._foreach_mul, roots, [each.root * one for each, one in zip(by, own, strict=True)])
+            divisors = _with(torch._foreach_add, divisors, [each.eps * one for each, one in zip(by, own, strict=True)])
+            torch._foreach_add_(divisors, wide)
+        yield thetas, anchors, list(torch._foreach_div(wide, divisors))
 
 
-def _scale_(tensors: list[Tensor], factors: Sequence[float | Tensor]) -> None:
-    """Each by its factor, which is a tensor where an optimizer keeps its learning rate or its steps on a device."""
-    plain = [factor for factor in factors if not isinstance(factor, Tensor)]
-    if len(plain) == len(factors):
-        torch._foreach_mul_(tensors, plain)
-        return
-    for tensor, factor in zip(tensors, factors, strict=True):
-        tensor.mul_(factor.to(tensor.device) if isinstance(factor, Tensor) else factor)
+def _with(operation: Callable[..., Any], tensors: list[Tensor], numbers: Sequence[float | Tensor]) -> list[Tensor]:
+    """Each with its number, which is a tensor where an optimizer keeps its learning rate or its steps on a device."""
+    if not any(isinstance(number, Tensor) for number in numbers):
+        return list(operation(tensors, list(numbers)))
+    like = zip(numbers, tensors, strict=True)
+    return list(operation(tensors, [torch.as_tensor(n, dtype=t.dtype, device=t.device).expand_as(t) for n, t in like]))
 
 
 def _wide(tensor: Tensor, beside: Tensor) -> Tensor:
     return tensor.to(beside.device, wide_dtype(beside))
+
+
+def _all_wide(tensors: Sequence[Tensor], beside: Sequence[Tensor]) -> list[Tensor]:
+    return [_wide(tensor, other) for tensor, other in zip(tensors, beside, strict=True)]
+
+
+def _give_back(tensors: Sequence[Tensor], wide: Sequence[Tensor]) -> None:
+    """What was computed in wide precision, rounded once."""
+    for tensor, found in zip(tensors, wide, strict=True):
+        if tensor is not found:
+            tensor.copy_(found)
 
 
 def _split(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 import memsyn
+from tests.training import a_task, assert_close, train
 
 Make = Callable[[Any], Optimizer]
 arithmetic = sys.modules["memsyn.penalty"]  # the package has a function of this name
@@ -26,22 +27,6 @@ def of_one_weight(theta: float, anchor: float, omega: float) -> tuple[nn.Module,
     return model, memsyn.Memory({"weight": anchor * ones}, {"weight": omega * ones})
 
 
-def a_task(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, memsyn.Memory, Tensor, Tensor]:
-    """A model, the memory of what it computes, and new data."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
-    data = torch.randn(20, 4, dtype=dtype)
-    memory = memsyn.Memory.empty().consolidate(model, memsyn.measure(model, [data], progress=False))
-    return model, memory, torch.randn(20, 4, dtype=dtype), torch.randint(3, (20,))
-
-
-def train(model: nn.Module, optimizer: Optimizer, data: Tensor, targets: Tensor, steps: int) -> None:
-    for _ in range(steps):
-        optimizer.zero_grad()
-        F.cross_entropy(model(data), targets).backward()
-        optimizer.step()
-
-
 def closure_of(model: nn.Module, optimizer: Optimizer, data: Tensor, targets: Tensor) -> Callable[[], Tensor]:
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -50,11 +35,6 @@ def closure_of(model: nn.Module, optimizer: Optimizer, data: Tensor, targets: Te
         return loss
 
     return closure
-
-
-def assert_close(left: nn.Module, right: nn.Module, rtol: float = 1e-9) -> None:
-    for found, expected in zip(left.parameters(), right.parameters(), strict=True):
-        assert torch.allclose(found, expected, rtol=rtol, atol=1e-12)
 
 
 # The proximal form

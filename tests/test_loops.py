@@ -11,28 +11,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 import memsyn
+from tests.training import a_task, assert_close, train
 
 FORMS = ["gradient", "proximal"]
-
-
-def a_task() -> tuple[nn.Module, memsyn.Memory, Tensor, Tensor]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-    data = torch.randn(20, 4, dtype=torch.float64)
-    memory = memsyn.Memory.empty().consolidate(model, memsyn.measure(model, [data], progress=False))
-    return model, memory, torch.randn(20, 4, dtype=torch.float64), torch.randint(3, (20,))
-
-
-def train(model: nn.Module, optimizer: Optimizer, data: Tensor, targets: Tensor, steps: int = 1) -> None:
-    for _ in range(steps):
-        optimizer.zero_grad()
-        F.cross_entropy(model(data), targets).backward()
-        optimizer.step()
-
-
-def assert_same(left: nn.Module, right: nn.Module) -> None:
-    for found, expected in zip(left.parameters(), right.parameters(), strict=True):
-        assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def pulled(parameter: Tensor, gradient: Tensor, anchor: Tensor, omega: Tensor, form: str) -> Tensor:
@@ -78,7 +59,7 @@ def test_layers_frozen_and_unfrozen_later(form: str) -> None:
     optimizer.add_param_group({"params": model[0].parameters()})  # as gradual unfreezing does
     train(model, optimizer, data, targets, 3)
     train(twin, other, data, targets, 3)
-    assert_same(model, twin)
+    assert_close(model, twin)
     assert not torch.equal(model[0].weight.detach(), memory.anchor["0.weight"])
 
 
@@ -206,7 +187,7 @@ def test_a_model_that_is_moved_after_protect(form: str) -> None:
         mine.data.copy_(its.data)
     train(model, optimizer, data, targets, 3)
     train(twin, other, data, targets, 3)
-    assert_same(model, twin)
+    assert_close(model, twin)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -232,7 +213,7 @@ def test_training_goes_on_from_a_checkpoint(form: str, kind: type[Optimizer]) ->
     second.load_state_dict(state["protection"])
     assert (second.strength, second.form) == (0.7, form)
     train(resumed, again, data, targets, 3)
-    assert_same(resumed, model)
+    assert_close(resumed, model)
     assert second.value() == handle.value() > 0
 
 
@@ -292,7 +273,7 @@ def test_compiled_training(form: str, what: str) -> None:
         for _ in range(3):
             run()
     train(twin, other, data, targets, 3)
-    assert_same(model, twin)
+    assert_close(model, twin)
 
 
 # What is said

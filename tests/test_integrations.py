@@ -145,7 +145,7 @@ class Module(pl.LightningModule):
     def __init__(self, kind: Callable[[Any], Any]) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.net, self.kind = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), kind
+        self.net, self.kind = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double(), kind
         self.memory: memsyn.Memory | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class Module(pl.LightningModule):
 
 def fit(module: pl.LightningModule, folder: Path, callbacks: list[Any], **options: Any) -> pl.Trainer:
     torch.manual_seed(2)
-    data = TensorDataset(torch.randn(24, 4), torch.randint(3, (24,)))
+    data = TensorDataset(torch.randn(24, 4).double(), torch.randint(3, (24,)))
     checkpoint = options.pop("ckpt_path", None)
     trainer = pl.Trainer(
         accelerator="cpu", max_epochs=2, callbacks=callbacks, default_root_dir=folder, logger=False,
@@ -182,7 +182,7 @@ KINDS: dict[str, Callable[[Any], Any]] = {
 
 
 def lightning_memory(module: pl.LightningModule) -> memsyn.Memory:
-    importance = memsyn.measure(module, [torch.randn(10, 4)], progress=False)
+    importance = memsyn.measure(module, [torch.randn(10, 4).double()], progress=False)
     return memsyn.Memory.empty().consolidate(module, importance)
 
 
@@ -197,7 +197,7 @@ def test_lightning_equals_the_loss_term(kind: str, options: dict[str, Any], tmp_
     trainer = fit(mine, tmp_path, [LightningCallback(memory, strength=0.5, form="gradient", max_samples=0)], **options)
     fit(twin, tmp_path, [], **options)
     for found, expected in zip(mine.parameters(), twin.parameters(), strict=True):
-        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(found, expected, rtol=1e-6, atol=1e-9)
     assert float(trainer.callback_metrics["penalty"]) > 0
 
 
@@ -215,7 +215,7 @@ def test_lightning_goes_on_from_a_checkpoint_and_measures_in_the_end(tmp_path: P
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-7)
     assert whole.memory.num_samples == again.memory.num_samples == 34
     torch.manual_seed(2)
-    data = torch.randn(24, 4)
+    data = torch.randn(24, 4).double()
     expected = memory.consolidate(module, memsyn.measure(module, [data], progress=False))
     for name, omega in expected.importance.items():
         assert torch.allclose(whole.memory.importance[name], omega, rtol=1e-4, atol=1e-6)

@@ -199,6 +199,17 @@ def test_a_schedule_that_makes_the_gradient_form_unstable_is_warned_of() -> None
         optimizer.step()
 
 
+def test_a_strength_that_is_loaded_is_looked_at_again() -> None:
+    model, memory = of_one_weight(1.0, 0.0, 3.0)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    handle = memsyn.protect(optimizer, model, memory, strength=0.1, form="gradient")
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizer.step()
+    handle.load_state_dict({**handle.state_dict(), "strength": 10.0})
+    with pytest.warns(memsyn.StrengthWarning, match=r"strength 10 .* beyond 3.33 the pull overshoots"):
+        optimizer.step()
+
+
 # Optimizers as people set them up
 
 

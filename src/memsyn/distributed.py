@@ -28,6 +28,11 @@ def group_of(model: nn.Module) -> Group | None:
     return model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
 
 
+def everyone() -> Group | None:
+    """All processes that were started together, if there are several."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
 @contextmanager
 def all_or_none(group: Group | None, device: torch.device) -> Iterator[None]:
     """If this fails in one process, it fails in all: none waits for what never comes.

@@ -165,7 +165,6 @@ class Protection:
         self._model = model
         self._device, self._importance_dtype = device, importance_dtype
         self._take(memory)
-        self._limits: dict[int, float] = {}
         self._optimizer = ref(optimizer)  # which holds this object by its hooks
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -233,6 +232,7 @@ class Protection:
         self._importance = {name: omega.to(dtype or omega.dtype) for name, omega in memory.importance.items()}
         self._slots: list[_Slot] = []
         self._seen: list[int] = []
+        self._limits: dict[int, float] = {}
 
     def _now(self) -> list[_Slot]:
         optimizer = self._optimizer()

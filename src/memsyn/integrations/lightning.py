@@ -3,9 +3,9 @@
 from typing import Any, final
 
 import lightning.pytorch as pl
-import torch.distributed as dist
 
 from memsyn import Memory, Protection, measure, protect
+from memsyn.distributed import everyone
 from memsyn.measure import Forward
 
 
@@ -72,7 +72,7 @@ class MemsynCallback(pl.Callback):
             trainer.train_dataloader,
             forward=self._forward,
             max_samples=self._max_samples,
-            group=dist.group.WORLD if dist.is_available() and dist.is_initialized() else None,
+            group=everyone(),
             progress=trainer.progress_bar_callback is not None,
         )
         self.memory = self.memory.consolidate(pl_module, importance)

@@ -2,10 +2,10 @@
 
 from typing import Any, final
 
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from memsyn import Memory, Protection, measure, protect
+from memsyn.distributed import everyone
 
 
 @final
@@ -59,7 +59,7 @@ class MemsynCallback(TrainerCallback):
                 given["model"],
                 given["train_dataloader"],
                 max_samples=self._max_samples,
-                group=dist.group.WORLD if dist.is_available() and dist.is_initialized() else None,
+                group=everyone(),
                 progress=not args.disable_tqdm,
             )
             self.memory = self.memory.consolidate(given["model"], importance)

@@ -1,10 +1,12 @@
 """What protection costs: a whole training step over the bare one, of the same network on the same data.
 
-In one run and in turn, a step each: the bare step, `memsyn.protect` in its forms, and the penalty as an autograd loss
-term. Prints a Markdown table: the median over the rounds of the ratio to the bare step beside it, and its quartiles.
+In one run and in turn, a step each: the bare step, `memsyn.protect` in its forms, compiled and not, and the penalty as
+an autograd loss term. Prints a Markdown table: the median over the rounds of the ratio to the bare step beside it, and
+its quartiles.
 """
 
 import argparse
+import math
 import platform
 import statistics
 import time
@@ -19,9 +21,11 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from tqdm import tqdm
 
 import memsyn
+from memsyn import compiled
 from models import SUBJECTS
 
 STRENGTH = 1e-3
+SMALLEST = compiled.SMALLEST
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,14 @@ CASES = {
         lambda model: SGD(model.parameters(), lr=1e-3, momentum=0.9),
     ),
 }
-CONTENDERS = ("gradient", "proximal", "proximal, importance in bfloat16", "autograd loss term")
+CONTENDERS = (
+    "gradient",
+    "proximal",
+    "gradient, not compiled",
+    "proximal, not compiled",
+    "proximal, importance in bfloat16",
+    "autograd loss term",
+)
 
 
 def trainer(case: Case, model: nn.Module, memory: memsyn.Memory | None, how: str) -> Callable[[Tensor, Tensor], None]:
@@ -81,6 +92,7 @@ def trainer(case: Case, model: nn.Module, memory: memsyn.Memory | None, how: str
         if memory is not None and how == "autograd loss term":
             loss = loss + STRENGTH * memsyn.penalty(model, memory)
         loss.backward()
+        compiled.SMALLEST = math.inf if "not compiled" in how else SMALLEST
         optimizer.step()
 
     return step

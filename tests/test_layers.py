@@ -32,6 +32,7 @@ FLOORS = [
     "distributed",
     "measure",
     "memory",
+    "compiled",
     "penalty",
     "steps",
     "protect",

@@ -5,12 +5,13 @@ at a time, so that nothing is ever held but the parameters, the anchor and the i
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from memsyn import compiled
 from memsyn.memory import Memory, check_fit
 from memsyn.parameters import named_parameters
 
@@ -98,7 +99,9 @@ def add_gradients_(
         factors: one per parameter: the strength.
         scale: by which a GradScaler has scaled the gradients, if it has.
     """
-    for bucket in _buckets([(gradient, *item) for gradient, item in zip(gradients, held, strict=True)]):
+    items = [(gradient, *item) for gradient, item in zip(gradients, held, strict=True)]
+    done = compiled.add_gradients_(items, [2 * factor for factor in factors]) if scale is None else set()
+    for bucket in _buckets(items, done):
         grads, thetas, anchors, omegas = (list(parts) for parts in zip(*(parts for _, parts in bucket), strict=True))
         moved = list(torch._foreach_sub(_all_wide(thetas, thetas), _all_wide(anchors, thetas)))
         if scale is not None:
@@ -122,7 +125,8 @@ def pull_(
         factors: one per parameter: the strength times the size of a step.
         preconditioners: one per parameter; without them, the divisor is 1.
     """
-    for thetas, anchors, shares in _shares(held, factors, preconditioners):
+    done = compiled.pull_(held, _inverses(factors)) if preconditioners is None else set()
+    for thetas, anchors, shares in _shares(held, factors, preconditioners, done):
         wide = _all_wide(thetas, thetas)
         torch._foreach_lerp_(wide, _all_wide(anchors, thetas), shares)
         _give_back(thetas, wide)
@@ -138,12 +142,15 @@ def num_held(
 
 
 def _shares(
-    held: Sequence[Held], factors: Sequence[float | Tensor], preconditioners: Sequence[Preconditioner] | None
+    held: Sequence[Held],
+    factors: Sequence[float | Tensor],
+    preconditioners: Sequence[Preconditioner] | None,
+    done: Collection[int] = (),
 ) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
     """Per bucket parts of the parameters, of their anchors, and k / (1 + k): Omega / (Omega + divisor / (2 factor))."""
-    inverse = [math.inf if not isinstance(f, Tensor) and f == 0 else 0.5 / f for f in factors]
+    inverse = _inverses(factors)
     squares = [()] * len(held) if preconditioners is None else [(own.squares,) for own in preconditioners]
-    for bucket in _buckets([(*item, *extra) for item, extra in zip(held, squares, strict=True)]):
+    for bucket in _buckets([(*item, *extra) for item, extra in zip(held, squares, strict=True)], done):
         thetas, anchors, omegas, *extra = (list(parts) for parts in zip(*(parts for _, parts in bucket), strict=True))
         wide = _all_wide(omegas, thetas)
         own = [inverse[index] for index, _ in bucket]
@@ -156,6 +163,10 @@ def _shares(
             divisors = _with(torch._foreach_add, divisors, [each.eps * one for each, one in zip(by, own, strict=True)])
             torch._foreach_add_(divisors, wide)
         yield thetas, anchors, list(torch._foreach_div(wide, divisors))
+
+
+def _inverses(factors: Sequence[float | Tensor]) -> list[float | Tensor]:
+    return [math.inf if not isinstance(factor, Tensor) and factor == 0 else 0.5 / factor for factor in factors]
 
 
 def _with(operation: Callable[..., Any], tensors: list[Tensor], numbers: Sequence[float | Tensor]) -> list[Tensor]:
@@ -194,11 +205,13 @@ def _split(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     yield from zip(*parts, strict=True)
 
 
-def _buckets(items: Sequence[tuple[Tensor, ...]]) -> Iterator[list[tuple[int, tuple[Tensor, ...]]]]:
-    """Parts of all items, as many at a time as fill a bucket, with the place of their item."""
+def _buckets(
+    items: Sequence[tuple[Tensor, ...]], done: Collection[int]
+) -> Iterator[list[tuple[int, tuple[Tensor, ...]]]]:
+    """Parts of all items but those done, as many at a time as fill a bucket, with the place of their item."""
     bucket: list[tuple[int, tuple[Tensor, ...]]] = []
     size = 0
-    for index, item in enumerate(items):
+    for index, item in ((index, item) for index, item in enumerate(items) if index not in done):
         for parts in _split(*item):
             if bucket and size + parts[0].numel() > BUCKET:
                 yield bucket

@@ -274,9 +274,9 @@ def test_two_optimizers_protect_their_own_parameters(form: str) -> None:
     model, memory, data, targets = a_task()
     twin = copy.deepcopy(model)
     pair = SGD(model[0].parameters(), lr=0.1), SGD(model[2].parameters(), lr=0.1)
-    handles = [memsyn.protect(each, model, memory, form=form) for each in pair]
+    handles = [memsyn.protect(each, model, memory, strength=1.0, form=form) for each in pair]
     whole = SGD(twin.parameters(), lr=0.1)
-    handle = memsyn.protect(whole, twin, memory, form=form)
+    handle = memsyn.protect(whole, twin, memory, strength=1.0, form=form)
     for _ in range(4):
         for each in pair:
             each.zero_grad()
@@ -293,8 +293,8 @@ def test_maximizing(form: str) -> None:
     model, memory, data, targets = a_task()
     twin = copy.deepcopy(model)
     optimizer, other = SGD(model.parameters(), lr=0.1, maximize=True), SGD(twin.parameters(), lr=0.1)
-    memsyn.protect(optimizer, model, memory, form=form)
-    memsyn.protect(other, twin, memory, form=form)
+    memsyn.protect(optimizer, model, memory, strength=1.0, form=form)
+    memsyn.protect(other, twin, memory, strength=1.0, form=form)
     for _ in range(3):
         optimizer.zero_grad()
         (-F.cross_entropy(model(data), targets)).backward()
@@ -397,7 +397,7 @@ def test_the_anchor_of_a_model_in_bfloat16_is_not_rounded(form: str) -> None:
     anchor = torch.tensor([[1.003, 0.998]])
     memory = memsyn.Memory({"weight": anchor}, {"weight": torch.full((1, 2), 50.0)})
     optimizer = SGD(model.parameters(), lr=0.01)
-    handle = memsyn.protect(optimizer, model, memory, form=form)
+    handle = memsyn.protect(optimizer, model, memory, strength=1.0, form=form)
     model.weight.grad = torch.zeros_like(model.weight)
     assert handle.value() == pytest.approx(50 * (0.003**2 + 0.002**2), rel=1e-4)
     for _ in range(8):

@@ -33,7 +33,7 @@ def test_a_head_without_a_gradient_does_not_drift(form: str) -> None:
     with torch.no_grad():
         model[2].weight.add_(1)
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
-    memsyn.protect(optimizer, model, memory, form=form)
+    memsyn.protect(optimizer, model, memory, strength=1.0, form=form)
     head = copy.deepcopy(model[2].state_dict())
     for _ in range(3):
         optimizer.zero_grad()
@@ -49,8 +49,8 @@ def test_layers_frozen_and_unfrozen_later(form: str) -> None:
     model[0].requires_grad_(False)
     optimizer = SGD(model[2].parameters(), lr=0.1)
     other = SGD(twin.parameters(), lr=0.1)
-    memsyn.protect(optimizer, model, memory, form=form)
-    memsyn.protect(other, twin, memory, form=form)
+    memsyn.protect(optimizer, model, memory, strength=1.0, form=form)
+    memsyn.protect(other, twin, memory, strength=1.0, form=form)
     twin[0].requires_grad_(False)
     train(model, optimizer, data, targets, 3)
     train(twin, other, data, targets, 3)
@@ -67,7 +67,7 @@ def test_layers_frozen_and_unfrozen_later(form: str) -> None:
 def test_parameters_that_are_taken_out_of_the_optimizer(form: str) -> None:
     model, memory, data, targets = a_task()
     optimizer = SGD(model.parameters(), lr=0.1)
-    handle = memsyn.protect(optimizer, model, memory, form=form)
+    handle = memsyn.protect(optimizer, model, memory, strength=1.0, form=form)
     train(model, optimizer, data, targets, 2)
     before = handle.value()
     optimizer.param_groups[0]["params"] = list(model[2].parameters())
@@ -83,14 +83,14 @@ def test_a_head_that_grows_keeps_its_old_rows_and_leaves_the_new_ones_free(form:
     model, memory, data, _ = a_task()
     optimizer = SGD(model.parameters(), lr=0.1)
     if later:
-        memsyn.protect(optimizer, model, memory, form=form)
+        memsyn.protect(optimizer, model, memory, strength=1.0, form=form)
     head = nn.Linear(6, 5).double()
     with torch.no_grad():
         head.weight[:3], head.bias[:3] = model[2].weight + 0.5, model[2].bias - 0.5
     model[2] = head
     optimizer.param_groups[0]["params"] = list(model.parameters())
     if not later:
-        memsyn.protect(optimizer, model, memory, form=form)
+        memsyn.protect(optimizer, model, memory, strength=1.0, form=form)
     before = {name: p.detach().clone() for name, p in head.named_parameters()}
     F.cross_entropy(model(data), torch.randint(5, (20,))).backward()
     optimizer.step()
@@ -163,7 +163,7 @@ def test_tied_weights_are_pulled_once(form: str) -> None:
         model[0].weight.add_(0.1)
     before = model[0].weight.detach().clone()
     optimizer = SGD(model.parameters(), lr=0.1)
-    memsyn.protect(optimizer, model, memory, form=form)
+    memsyn.protect(optimizer, model, memory, strength=1.0, form=form)
     model[0].weight.grad = torch.zeros_like(model[0].weight)
     optimizer.step()
     anchor, omega = memory.anchor["0.weight"], memory.importance["0.weight"]
@@ -180,8 +180,8 @@ def test_a_model_that_is_moved_after_protect(form: str) -> None:
     twin = copy.deepcopy(model)
     model.float()
     optimizer, other = SGD(model.parameters(), lr=0.1), SGD(twin.parameters(), lr=0.1)
-    memsyn.protect(optimizer, model, memory, form=form)
-    memsyn.protect(other, twin, memory, form=form)
+    memsyn.protect(optimizer, model, memory, strength=1.0, form=form)
+    memsyn.protect(other, twin, memory, strength=1.0, form=form)
     model.double()
     for mine, its in zip(model.parameters(), twin.parameters(), strict=True):
         mine.data.copy_(its.data)
@@ -258,9 +258,9 @@ def test_compiled_training(form: str, what: str) -> None:
     model, memory, data, targets = a_task()
     twin = copy.deepcopy(model)
     optimizer, other = SGD(model.parameters(), lr=0.1), SGD(twin.parameters(), lr=0.1)
-    memsyn.protect(other, twin, memory, form=form)
+    memsyn.protect(other, twin, memory, strength=1.0, form=form)
     compiled = torch.compile(model, backend="eager")
-    memsyn.protect(optimizer, compiled if what == "model" else model, memory, form=form)
+    memsyn.protect(optimizer, compiled if what == "model" else model, memory, strength=1.0, form=form)
 
     def step() -> None:
         optimizer.zero_grad()

@@ -203,7 +203,7 @@ def test_a_strength_that_is_no_strength(strength: float) -> None:
 def test_a_strength_that_is_no_number(strength: Any) -> None:
     model, memory, _, _ = start()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(memsyn.OptionError, match="strength must be a number, got"):
+    with pytest.raises(memsyn.OptionError, match="strength must be a number or memsyn"):
         memsyn.protect(optimizer, model, memory, strength=strength)
 
 
@@ -227,7 +227,7 @@ def test_a_fused_optimizer_that_unscales_gets_a_scaled_push() -> None:
     memory = memsyn.Memory({"weight": model.weight.detach() - 1}, {"weight": torch.ones(1, 2)})
     before = model.weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
-    memsyn.protect(optimizer, model, memory, form="gradient")
+    memsyn.protect(optimizer, model, memory, strength=1.0, form="gradient")
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale((0 * model.weight).sum()).backward()
     scaler.step(optimizer)
@@ -248,7 +248,7 @@ def test_what_does_not_fit_together() -> None:
     model, memory, _, _ = start()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(memsyn.OptionError, match="form must be one of auto, gradient, proximal; got 'magic'"):
-        memsyn.protect(optimizer, model, memory, form="magic")
+        memsyn.protect(optimizer, model, memory, strength=1.0, form="magic")
     with pytest.raises(memsyn.OptionError, match=r"expected protect\(optimizer, model, memory\), got \(Seq"):
         memsyn.protect(model, optimizer, memory)
     with pytest.raises(memsyn.ProtectionError, match=r"memory is empty.*measure the model and consolidate"):
@@ -262,7 +262,7 @@ def test_what_does_not_fit_together() -> None:
         memsyn.protect(torch.optim.LBFGS(model.parameters()), model, memory, form="proximal")
 
 
-def test_a_protected_step_runs_through_three_of_our_files() -> None:
+def test_a_protected_step_runs_through_four_of_our_files() -> None:
     import sys
     from pathlib import Path
 
@@ -281,4 +281,4 @@ def test_a_protected_step_runs_through_three_of_our_files() -> None:
         optimizer.step()
     finally:
         sys.setprofile(None)
-    assert files == {"protect.py", "penalty.py", "steps.py"}
+    assert files == {"protect.py", "penalty.py", "compiled.py", "steps.py"}

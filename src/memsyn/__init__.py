@@ -22,6 +22,7 @@ from memsyn.memory import Consolidation, Memory
 from memsyn.objectives import Estimator
 from memsyn.penalty import penalty
 from memsyn.protect import Protection, Report, protect
+from memsyn.strength import Relative
 from memsyn.tune import Trial, Tuned, tune
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "ProcessError",
     "Protection",
     "ProtectionError",
+    "Relative",
     "Report",
     "SamplesInteractError",
     "SlowParametersWarning",

@@ -8,7 +8,6 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Final, NamedTuple, final
 from weakref import WeakSet, ref
 
@@ -21,6 +20,7 @@ from memsyn.memory import Memory, check_fit
 from memsyn.parameters import named_parameters
 from memsyn.penalty import Held, Preconditioner, add_gradients_, distances, known_rows, num_held, pull_, wide_dtype
 from memsyn.steps import GRADIENT, PROXIMAL, best_form, largest_stable_pull, step_of
+from memsyn.strength import Relative, checked
 
 AUTO: Final = "auto"
 FORMS: Final = {
@@ -37,7 +37,7 @@ def protect(
     model: nn.Module,
     memory: Memory,
     *,
-    strength: float = 1.0,
+    strength: float | Relative = Relative(),
     form: str = AUTO,
     device: torch.device | str | None = None,
     importance_dtype: torch.dtype | None = None,
@@ -58,7 +58,8 @@ def protect(
         model: the model the memory is of. Parameters that the memory does not know are free, with a warning; so are
             the new rows of one that has grown. What the model has lost is left out, with a warning.
         memory: anchor and importance. They are used as they are now; protect again after consolidating.
-        strength: lambda as in the paper, which uses 1, untuned. 0 turns protection off.
+        strength: a number is lambda as in the paper, which uses 1, untuned; `Relative` is in units of the memory's mean
+            importance, and the default. 0 turns protection off.
         form: "gradient", "proximal", or "auto": gradient for LBFGS and optimizers that normalise their steps (Adam,
             AdamW, RMSprop, ...), proximal for SGD and all others.
         device: where anchor and importance are held; with the weights, unless told. "cpu" saves an accelerator's memory
@@ -86,7 +87,7 @@ def protect(
     if not (isinstance(optimizer, Optimizer) and isinstance(model, nn.Module) and isinstance(memory, Memory)):
         given = ", ".join(type(value).__name__ for value in (optimizer, model, memory))
         raise OptionError(f"expected protect(optimizer, model, memory), got ({given}).")
-    strength = _checked_strength(strength)
+    strength = checked(strength.of(memory) if isinstance(strength, Relative) else strength)
     form = _checked_form(best_form(optimizer) if form == AUTO else form)
     if form == PROXIMAL and isinstance(optimizer, torch.optim.LBFGS):
         raise OptionError("LBFGS must see the penalty in the loss that it minimises: use form='gradient' or 'auto'.")
@@ -105,15 +106,6 @@ def protect(
         )
     where = None if device is None else torch.device(device)
     return Protection(optimizer, model, memory, strength, form, where, importance_dtype)
-
-
-def _checked_strength(strength: object) -> float:
-    if isinstance(strength, bool) or not isinstance(strength, Real):
-        raise OptionError(f"strength must be a number, got {strength!r}.")
-    strength = float(strength)
-    if not (math.isfinite(strength) and strength >= 0):
-        raise OptionError(f"strength must be finite and not negative, got {strength}.")
-    return strength
 
 
 def _checked_form(form: object) -> str:
@@ -214,7 +206,7 @@ class Protection:
             raise OptionError(f"expected the state of a Protection, got the keys {', '.join(map(str, state))}.")
         memory = Memory(dict(state["anchor"]), dict(state["importance"]))
         memory.check(self._model)
-        self.strength, self.form = _checked_strength(state["strength"]), _checked_form(state["form"])
+        self.strength, self.form = checked(state["strength"]), _checked_form(state["form"])
         self._take(memory)
 
     def remove(self) -> None:

@@ -4,7 +4,7 @@ from typing import Any, final
 
 import lightning.pytorch as pl
 
-from memsyn import Memory, Protection, measure, protect
+from memsyn import Memory, Protection, Relative, measure, protect
 from memsyn.distributed import everyone
 from memsyn.measure import Forward
 
@@ -24,7 +24,7 @@ class MemsynCallback(pl.Callback):
         forward: (module, batch) -> output, as `measure` takes it; the module's `forward` on the inputs unless told.
 
     Example:
-        >>> callback = MemsynCallback(memory, strength=1.0)                   # doctest: +SKIP
+        >>> callback = MemsynCallback(memory)                                 # doctest: +SKIP
         >>> Trainer(callbacks=[callback]).fit(module, loader)                 # doctest: +SKIP
         >>> callback.memory.save("model.memsyn.safetensors")                  # doctest: +SKIP
     """
@@ -33,7 +33,7 @@ class MemsynCallback(pl.Callback):
         self,
         memory: Memory,
         *,
-        strength: float = 1.0,
+        strength: float | Relative = Relative(),
         form: str = "auto",
         max_samples: int | None = None,
         forward: Forward | None = None,

@@ -4,7 +4,7 @@ from typing import Any, final
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from memsyn import Memory, Protection, measure, protect
+from memsyn import Memory, Protection, Relative, measure, protect
 from memsyn.distributed import everyone
 
 
@@ -22,13 +22,18 @@ class MemsynCallback(TrainerCallback):
         max_samples: measure on so many samples in each process; on all unless told, and on none if 0.
 
     Example:
-        >>> callback = MemsynCallback(memory, strength=1.0)                   # doctest: +SKIP
+        >>> callback = MemsynCallback(memory)                                 # doctest: +SKIP
         >>> Trainer(model, arguments, ..., callbacks=[callback]).train()      # doctest: +SKIP
         >>> callback.memory.save("model.memsyn.safetensors")                  # doctest: +SKIP
     """
 
     def __init__(
-        self, memory: Memory, *, strength: float = 1.0, form: str = "auto", max_samples: int | None = None
+        self,
+        memory: Memory,
+        *,
+        strength: float | Relative = Relative(),
+        form: str = "auto",
+        max_samples: int | None = None,
     ) -> None:
         self.memory = memory
         self.protection: Protection | None = None

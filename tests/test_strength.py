@@ -1,0 +1,85 @@
+"""A relative strength means the same on every scale; a plain number is the paper's."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import memsyn
+
+
+def memory_of(model: nn.Module, data: Tensor, scale: float = 1.0, times: int = 1) -> memsyn.Memory:
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        return scale * model(batch)
+
+    importance = memsyn.measure(model, [data], forward=forward, progress=False)
+    memory = memsyn.Memory.empty()
+    for _ in range(times):
+        memory = memory.consolidate(model, importance)
+    return memory
+
+
+def start() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    return model, torch.randn(16, 4, dtype=torch.float64)
+
+
+def test_it_is_in_units_of_the_mean_of_what_has_importance() -> None:
+    memory = memsyn.Memory(
+        {"a": torch.zeros(2, 2), "b": torch.zeros(2)},
+        {"a": torch.tensor([[0.0, 1.0], [2.0, 0.0]]), "b": torch.tensor([3.0, 6.0], dtype=torch.float64)},
+    )
+    assert memsyn.Relative(0.3).of(memory) == pytest.approx(0.3 / 3)
+    assert memsyn.Relative(0.0).of(memory) == 0.0
+    nothing = memsyn.Memory({"a": torch.zeros(2)}, {"a": torch.zeros(2)})
+    assert memsyn.Relative(0.3).of(nothing) == 0.0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda model, data: memory_of(model, data, scale=1000.0),
+        lambda model, data: memory_of(model, data, scale=1e-3),
+        lambda model, data: memory_of(model, data, times=5),
+        lambda model, data: memory_of(model, data.repeat(7, 1)),
+    ],
+    ids=["large outputs", "small outputs", "more tasks", "more samples"],
+)
+@pytest.mark.parametrize("form", ["gradient", "proximal"])
+def test_training_does_not_depend_on_the_scale_of_the_importance(
+    other: Callable[[nn.Module, Tensor], memsyn.Memory], form: str
+) -> None:
+    def trained(make: Callable[[nn.Module, Tensor], memsyn.Memory]) -> dict[str, Tensor]:
+        model, data = start()
+        memory = make(model, data)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+        memsyn.protect(optimizer, model, memory, strength=memsyn.Relative(0.5), form=form)
+        for _ in range(10):
+            optimizer.zero_grad()
+            model(data + 1).square().mean().backward()
+            optimizer.step()
+        return model.state_dict()
+
+    found, expected = trained(other), trained(memory_of)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(expected, start()[0].state_dict(), rtol=1e-3, atol=1e-3)
+
+
+def test_it_is_the_default_and_a_number_is_the_papers_lambda() -> None:
+    model, data = start()
+    memory = memory_of(model, data)
+
+    def strength_of(**options: object) -> float:
+        return memsyn.protect(torch.optim.Adam(model.parameters()), model, memory, **options).strength  # type: ignore[arg-type]
+
+    assert strength_of() == memsyn.Relative().of(memory) == strength_of(strength=memsyn.Relative())
+    assert strength_of(strength=2) == 2.0
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_values_that_are_no_strength(value: float) -> None:
+    with pytest.raises(memsyn.OptionError, match="strength must be finite and not negative"):
+        memsyn.Relative(value)

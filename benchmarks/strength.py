@@ -1,8 +1,8 @@
 """Whether a strength travels: the paper's lambda and `memsyn.Relative`, on three sequences of tasks and under changes.
 
 Prints three tables. One: per sequence, average accuracy over all tasks in the end by strength, mean of the seeds. Two:
-the same on permuted Fashion-MNIST when the outputs are scaled, the learning rate is another, or fewer samples are
-measured: what the strength tuned beforehand gives, and what the best one would give. Three: how well `report()` at the
+the same on permuted Fashion-MNIST when the outputs are scaled, the learning rate is another, fewer samples are
+measured, or the importance is held in bfloat16: what the strength tuned beforehand gives, and what the best one would give. Three: how well `report()` at the
 end of a task foretells how much accuracy the tasks before it lost: Spearman's rank correlation over strengths and
 seeds.
 
@@ -32,18 +32,23 @@ VALUES = {
 }
 VARIED = "permuted-fashion"
 VARIED_VALUES = {"paper": (0.001, 0.003, 0.01, 0.03, 0.1), "relative": (0.01, 0.03, 0.1)}
+HALF = "importance in bfloat16"
 CHANGES: dict[str, dict[str, float]] = {
     "outputs x 3": {"logit_factor": 3.0},
     "outputs / 3": {"logit_factor": 1 / 3},
     "learning rate x 3": {"lr_factor": 3.0},
     "learning rate / 3": {"lr_factor": 1 / 3},
     "measured on 50 samples": {"max_samples": 50},
+    HALF: {},
 }
 NONE = "nothing"
 
 
-def guard(kind: str, value: float, optimizer: Optimizer, model: nn.Module, memory: memsyn.Memory) -> memsyn.Protection:
-    return memsyn.protect(optimizer, model, memory, strength=memsyn.Relative(value) if kind == "relative" else value)
+def guard(
+    kind: str, value: float, dtype: torch.dtype | None, optimizer: Optimizer, model: nn.Module, memory: memsyn.Memory
+) -> memsyn.Protection:
+    strength = memsyn.Relative(value) if kind == "relative" else value
+    return memsyn.protect(optimizer, model, memory, strength=strength, importance_dtype=dtype)
 
 
 def end(lines: Sequence[dict[str, Any]]) -> float:
@@ -120,7 +125,7 @@ def main() -> None:
     problems = {name: PROBLEMS[name]() for name in OPTIMIZERS}
 
     def run(data: str, change: str, kind: str, value: float, seed: int) -> dict[str, Any]:
-        protect = partial(guard, kind, value) if value else None
+        protect = partial(guard, kind, value, torch.bfloat16 if change == HALF else None) if value else None
         course = learn(problems[data], OPTIMIZERS[data], protect, seed, **CHANGES.get(change, {}))  # type: ignore[arg-type]
         reports = course.reports
         return {

@@ -20,7 +20,8 @@ class MemsynCallback(pl.Callback):
     Args:
         memory: what to keep; `Memory.empty()` for a first task, after which there is something to keep.
         strength, form: as `protect` takes them.
-        max_samples: measure on so many samples in each process; on all unless told, and on none if 0.
+        max_samples: measure on so many samples in each process; on all unless told, and on none if 0. With several
+            processes the Trainer's sampler repeats a few samples to make their shares even, and these count twice.
         forward: (module, batch) -> output, as `measure` takes it; the module's `forward` on the inputs unless told.
 
     Example:

@@ -1,10 +1,10 @@
 """Whether a strength travels: the paper's lambda and `memsyn.Relative`, on three sequences of tasks and under changes.
 
 Prints three tables. One: per sequence, average accuracy over all tasks in the end by strength, mean of the seeds. Two:
-the same on permuted Fashion-MNIST when the outputs are scaled, the learning rate is another, fewer samples are
-measured, or the importance is held in bfloat16: what the strength tuned beforehand gives, and what the best one would give. Three: how well `report()` at the
-end of a task foretells how much accuracy the tasks before it lost: Spearman's rank correlation over strengths and
-seeds.
+the same on permuted Fashion-MNIST when the outputs are scaled, the learning rate is another, fewer samples measured, or
+the importance is held in bfloat16: what the strength tuned beforehand gives, and what the best one would give.
+Three: how well `report()` at the end of a task foretells how much accuracy the tasks before it lost: Spearman's rank
+correlation over strengths and seeds.
 
 Each result is a line of JSON in `--out`, and what is there is not run again.
 """

@@ -58,8 +58,8 @@ def protect(
         model: the model the memory is of. Parameters that the memory does not know are free, with a warning; so are
             the new rows of one that has grown. What the model has lost is left out, with a warning.
         memory: anchor and importance. They are used as they are now; protect again after consolidating.
-        strength: a number is lambda as in the paper, which uses 1, untuned; `Relative` is in units of the memory's mean
-            importance, and the default. 0 turns protection off.
+        strength: a number is lambda as in the paper, which uses 1, untuned; `Relative`, the default, is in units of the
+            mean importance of a task. 0 turns protection off.
         form: "gradient", "proximal", or "auto": gradient for LBFGS and optimizers that normalise their steps (Adam,
             AdamW, RMSprop, ...), proximal for SGD and all others.
         device: where anchor and importance are held; with the weights, unless told. "cpu" saves an accelerator's memory

@@ -378,7 +378,7 @@ def test_autocast_in_bfloat16_equals_the_loss_term() -> None:
     model, memory, data, targets = a_task(torch.float32)
     twin = copy.deepcopy(model)
     optimizer, other = AdamW(model.parameters(), lr=0.01), AdamW(twin.parameters(), lr=0.01)
-    memsyn.protect(optimizer, model, memory, strength=0.5)
+    memsyn.protect(optimizer, model, memory, strength=0.5, form="gradient")
     for _ in range(5):
         for m, o, strength in ((model, optimizer, 0.0), (twin, other, 0.5)):
             o.zero_grad()
@@ -476,3 +476,23 @@ def test_nothing_of_a_parameters_size_is_made_in_a_step(
     largest = max((event.self_cpu_memory_usage for event in profile.events()), default=0)
     assert largest > 0 or smallest < math.inf
     assert largest <= 4 * arithmetic.BUCKET < 4 * model.weight.numel()
+
+
+@pytest.mark.parametrize("make", [OPTIMIZERS["momentum"], OPTIMIZERS["adam"]])
+def test_a_learning_rate_of_zero_moves_nothing(make: Make) -> None:
+    """As a schedule's warm-up begins; with Adam also where no gradient was seen yet."""
+    model = nn.Linear(3, 2)
+    before = copy.deepcopy(model.state_dict())
+    memory = memsyn.Memory(
+        {name: p.detach() + 1 for name, p in model.named_parameters()},
+        {n: torch.ones_like(p) for n, p in model.named_parameters()},
+    )
+    optimizer = make(model.parameters())
+    optimizer.param_groups[0]["lr"] = 0.0
+    handle = memsyn.protect(optimizer, model, memory, strength=1.0, form="proximal")
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for _ in range(3):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert handle.report().held == 0.0

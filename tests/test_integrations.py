@@ -92,7 +92,7 @@ def test_a_trainer_equals_the_loss_term(
 ) -> None:
     start, memory = learned
     mine, twin = copy.deepcopy(start), copy.deepcopy(start)
-    callback = TrainerCallback(memory, strength=0.5, max_samples=0)
+    callback = TrainerCallback(memory, strength=0.5, form="gradient", max_samples=0)
     trainer = train(Trainer, mine, arguments(tmp_path, **options), [callback])
     train(Penalised, twin, arguments(tmp_path, **options), [], memory=memory, strength=0.5)
     for found, expected, began in zip(mine.parameters(), twin.parameters(), start.parameters(), strict=True):
@@ -107,7 +107,7 @@ def test_a_trainer_goes_on_from_a_checkpoint(learned: tuple[nn.Module, memsyn.Me
     start, memory = learned
 
     def callback() -> TrainerCallback:
-        return TrainerCallback(memory, strength=0.5, max_samples=0)
+        return TrainerCallback(memory, strength=0.5, form="gradient", max_samples=0)
 
     options = {"save_strategy": "steps", "save_steps": 3}
     whole = copy.deepcopy(start)

@@ -60,8 +60,8 @@ def protect(
         memory: anchor and importance. They are used as they are now; protect again after consolidating.
         strength: a number is lambda as in the paper, which uses 1, untuned; `Relative`, the default, is in units of the
             mean importance of a task. 0 turns protection off.
-        form: "gradient", "proximal", or "auto": gradient for LBFGS and optimizers that normalise their steps (Adam,
-            AdamW, RMSprop, ...), proximal for SGD and all others.
+        form: "gradient", "proximal", or "auto": gradient for LBFGS and for optimizers whose normalised steps are not
+            known here (RMSprop, Adagrad, RAdam, ...), proximal for SGD, Adam, AdamW and all others.
         device: where anchor and importance are held; with the weights, unless told. "cpu" saves an accelerator's memory
             for the price of sending them there in every step.
         importance_dtype: what the importance is held in; torch.bfloat16 halves it, and is off by 0.4% at most.

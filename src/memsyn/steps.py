@@ -15,7 +15,7 @@ GRADIENT: Final = "gradient"
 PROXIMAL: Final = "proximal"
 
 ADAPTIVE: Final = (torch.optim.Adam, torch.optim.AdamW)
-"""They divide a gradient by the root of the mean of its squares, kept as `exp_avg_sq`."""
+"""They divide a gradient by the root of the mean of its squares, kept as `exp_avg_sq`; so the proximal step does."""
 
 NORMALISING: Final = (
     torch.optim.Adadelta,
@@ -31,7 +31,7 @@ NORMALISING: Final = (
 
 def best_form(optimizer: Optimizer) -> str:
     """The form that `protect` takes unless told: the measurements are in docs/decisions.md."""
-    if isinstance(optimizer, (torch.optim.LBFGS, *ADAPTIVE, *NORMALISING)):
+    if isinstance(optimizer, (torch.optim.LBFGS, *NORMALISING)):
         return GRADIENT
     return PROXIMAL
 

@@ -112,7 +112,7 @@ def test_autograd_sees_that_a_weight_was_changed() -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("command", ["", "no-such-compiler", "false", "true"])
+@pytest.mark.parametrize("command", ["", "no-such-compiler", "false", "true", "cc 'x"])
 @pytest.mark.parametrize("form", ["gradient", "proximal", "preconditioned"])
 def test_without_a_compiler_that_works_the_plain_update_is_used(
     form: str, command: str, monkeypatch: pytest.MonkeyPatch

@@ -34,7 +34,11 @@ def test_it_is_in_units_of_the_mean_of_what_has_importance() -> None:
     assert memsyn.Relative(0.3).of(memory) == pytest.approx(0.3 / 3)
     assert memsyn.Relative(0.0).of(memory) == 0.0
     nothing = memsyn.Memory({"a": torch.zeros(2)}, {"a": torch.zeros(2)})
-    assert memsyn.Relative(0.3).of(nothing) == 0.0
+    with pytest.warns(memsyn.StrengthWarning, match="no weight of the memory has any importance"):
+        assert memsyn.Relative(0.3).of(nothing) == 0.0
+    infinite = memsyn.Memory({"a": torch.zeros(2)}, {"a": torch.tensor([1.0, float("inf")])})
+    with pytest.raises(memsyn.MismatchError, match="the importance of a is not finite"):
+        memsyn.Relative(0.3).of(infinite)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +101,11 @@ def test_it_is_the_default_and_a_number_is_the_papers_lambda() -> None:
 
     assert strength_of() == memsyn.Relative().of(memory) == strength_of(strength=memsyn.Relative())
     assert strength_of(strength=2) == 2.0
+
+
+def test_a_strength_beyond_float32() -> None:
+    with pytest.raises(memsyn.OptionError, match="strength must be at most"):
+        memsyn.Relative(1e39)
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])

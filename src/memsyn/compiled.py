@@ -78,6 +78,7 @@ def _can_take(item: tuple[Tensor, ...], omega: Tensor) -> bool:
     """Whether all lie in a row on the CPU, in float32, the importance perhaps in bfloat16."""
     return omega.dtype in (torch.float32, torch.bfloat16) and all(
         type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.shape == omega.shape
         and tensor.device.type == "cpu"
         and (tensor is omega or tensor.dtype == torch.float32)
         and tensor.is_contiguous()
@@ -88,13 +89,13 @@ def _can_take(item: tuple[Tensor, ...], omega: Tensor) -> bool:
 @cache
 def _library() -> ctypes.CDLL | None:
     """The source, compiled by CC (cc, unless the environment says otherwise) for this processor; None if it cannot."""
-    command = shlex.split(os.environ.get("CC", "cc"))
-    if not command or shutil.which(command[0]) is None:
-        return None
     try:
+        command = shlex.split(os.environ.get("CC", "cc"))
+        if not command or shutil.which(command[0]) is None:
+            return None
         with TemporaryDirectory(prefix="memsyn-") as folder:
             built = str(Path(folder, "update.so"))
             subprocess.run([*command, *FLAGS, str(SOURCE), "-o", built], check=True, capture_output=True, timeout=60)
             return ctypes.CDLL(built)
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None

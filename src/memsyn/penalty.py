@@ -17,8 +17,8 @@ from memsyn.parameters import named_parameters
 BUCKET: Final = 2**19
 """How many weights are worked on at once: 2 MiB of float32 for each thing computed of them."""
 
-_NOTHING: Final = 1e-30
-"""A factor too small to move a weight: 1 / 0 times a square of 0 would be NaN."""
+_MOST: Final = 1e36
+"""What takes the place of 1 / 0: infinity times a square of 0 would be NaN."""
 
 
 class Held(NamedTuple):
@@ -127,6 +127,9 @@ def pull_(
         factors: one per parameter: the strength times the size of a step.
         preconditioners: one per parameter; without them, the divisor is 1.
     """
+    moving = [index for index, factor in enumerate(factors) if isinstance(factor, Tensor) or factor]
+    held, factors = [held[i] for i in moving], [factors[i] for i in moving]
+    preconditioners = preconditioners and [preconditioners[i] for i in moving]
     items, offsets, scales = _divisors(held, factors, preconditioners)
     done = compiled.pull_(items, offsets, scales)
     for thetas, anchors, shares in _shares(items, offsets, scales, done):
@@ -148,7 +151,9 @@ def _divisors(
     held: Sequence[Held], factors: Sequence[float | Tensor], preconditioners: Sequence[Preconditioner] | None
 ) -> tuple[list[tuple[Tensor, ...]], list[float | Tensor], list[float | Tensor]]:
     """Per parameter (theta, anchor, Omega and v if any), offset and scale: 1 / k = (offset + scale sqrt(v)) / Omega."""
-    inverse = [0.5 / (f.clamp_min(_NOTHING) if isinstance(f, Tensor) else max(f, _NOTHING)) for f in factors]
+    inverse = [
+        (0.5 / f).clamp_max(_MOST) if isinstance(f, Tensor) else min(0.5 / f, _MOST) if f else _MOST for f in factors
+    ]
     if preconditioners is None:
         return list(held), inverse, [0.0] * len(held)
     items: list[tuple[Tensor, ...]] = [(*item, own.squares) for item, own in zip(held, preconditioners, strict=True)]

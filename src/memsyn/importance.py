@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from memsyn.errors import MismatchError, OptionError
 from memsyn.objectives import OBJECTIVE
-from memsyn.storage import IMPORTANCE, read, well_formed, write
+from memsyn.storage import IMPORTANCE, Groups, read, well_formed, write
 
 MAGNITUDE = "abs"
 
@@ -105,7 +105,15 @@ class Importance:
         Raises:
             MemoryFileError: the file is missing, damaged, not an importance, or of a newer format.
         """
-        header, groups = read(path, IMPORTANCE)
+        return cls.from_file(path, *read(path, IMPORTANCE))
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], header: Mapping[str, Any], groups: Groups) -> Importance:
+        """What `storage.read` found, as an importance.
+
+        Raises:
+            MemoryFileError: it is not what `save` writes.
+        """
         with well_formed(path):
             routes = {str(name): str(route) for name, route in header["routes"].items()}
             quantity = str(header["objective"]), str(header["magnitude"])

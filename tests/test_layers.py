@@ -35,6 +35,8 @@ FLOORS = [
     "memory",
     "compare",
     "convert",
+    "compare",
+    "convert",
     "penalty",
     "steps",
     "protect",

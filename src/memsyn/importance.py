@@ -120,11 +120,16 @@ class Importance:
             return cls(groups["importance"], int(header["num_samples"]), routes, *quantity)
 
 
+def layer_of(name: str) -> str:
+    """The layer of a parameter: its name up to the last dot, or the whole name."""
+    return name.rpartition(".")[0] or name
+
+
 def summarize(omega: Mapping[str, Tensor]) -> list[LayerSummary]:
-    """The summary of any importance given per weight; a layer is a parameter's name up to its last dot."""
+    """The summary of any importance given per weight, by layer."""
     layers: dict[str, list[Tensor]] = {}
     for name, values in omega.items():
-        layers.setdefault(name.rpartition(".")[0] or name, []).append(values.detach().flatten())
+        layers.setdefault(layer_of(name), []).append(values.detach().flatten())
     total = sum(float(values.sum(dtype=torch.float64)) for values in omega.values())
     return [_summarize_layer(layer, torch.cat(parts), total) for layer, parts in layers.items()]
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from memsyn.errors import (
     LostParametersWarning,
+    MemoryFileError,
     MismatchError,
     MovedWeightsWarning,
     NewParametersWarning,
@@ -24,7 +25,7 @@ from memsyn.errors import (
 from memsyn.history import MERGED, Consolidation
 from memsyn.importance import Importance, LayerSummary, check_same_shapes, summarize
 from memsyn.parameters import named_parameters, trainable_parameters
-from memsyn.storage import MEMORY, Groups, read, well_formed, write
+from memsyn.storage import IMPORTANCE, MEMORY, Groups, read, well_formed, write
 
 Fold = Callable[[Tensor, Tensor, int, int, float], Tensor]
 
@@ -311,3 +312,20 @@ def check_fit(
 def has_grown(held: Tensor, parameter: Tensor) -> bool:
     """Whether a parameter has more rows than the memory holds of it, and is the same otherwise."""
     return 0 < held.ndim == parameter.ndim and held.shape[1:] == parameter.shape[1:] and len(held) < len(parameter)
+
+
+KINDS: dict[str, type[Memory] | type[Importance]] = {MEMORY: Memory, IMPORTANCE: Importance}
+"""What a file is of -> what it holds."""
+
+
+def load(path: str | os.PathLike[str]) -> Memory | Importance:
+    """Read a memory or an importance, whichever the file holds; tensors are on the CPU.
+
+    Raises:
+        MemoryFileError: the file is missing, damaged, neither of the two, or of a newer format.
+    """
+    header, groups = read(path)
+    kind = str(header.get("kind"))
+    if kind not in KINDS:
+        raise MemoryFileError(f"{path} is of kind {kind!r}; expected one of {', '.join(KINDS)}.")
+    return KINDS[kind].from_file(path, header, groups)

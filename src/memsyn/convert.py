@@ -79,7 +79,7 @@ def write_plain(path: str | os.PathLike[str], held: Memory | Importance) -> None
     try:
         torch.save(plain, path)
     except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
-        raise MemoryFileError(f"{path} could not be written: {error}.") from error
+        raise MemoryFileError(f"{path} could not be written: {str(error).rstrip('.')}.") from error
 
 
 def read_plain(path: Path, *, num_samples: int | None = None, exact: bool = False) -> tuple[Memory | Importance, str]:
@@ -150,20 +150,24 @@ def _groups(path: Path, plain: Mapping[Any, Any]) -> tuple[str, dict[str, Tensor
 
 def _tensors(path: Path, group: Any, kind: str = "anchor") -> dict[str, Tensor]:
     """Tensors by name, or by one task and name."""
-    if not isinstance(group, Mapping):
-        raise _refusal(path, "holds something else where tensors by name should be")
-    if group and all(isinstance(value, Mapping) for value in group.values()):
+    if isinstance(group, Mapping) and group and all(isinstance(task, int) for task in group):
         if len(group) > 1:
             tasks = ", ".join(map(str, group))
             raise _refusal(path, f"holds {len(group)} tasks ({tasks}), and a memory has one anchor: take the last one")
         (group,) = group.values()
-    found = {}
+    if not isinstance(group, Mapping):
+        raise _refusal(path, "holds something else where tensors by name should be")
+    found: dict[str, Tensor] = {}
+    num_bytes, size = 0, path.stat().st_size
     for name, value in group.items():
         if not isinstance(name, str):
             raise _refusal(path, "holds tensors without their parameters' names")
         if not _is_dense(value):
             raise _refusal(path, f"holds something else than a dense tensor of real numbers as {name}")
-        found[name] = value.detach()
+        num_bytes += value.numel() * value.element_size()
+        if num_bytes > size:  # views of one storage, repeated without end
+            raise _refusal(path, f"has {size} bytes and holds tensors of more")
+        found[name] = value.detach().clone()  # shares its storage with no other
         if kind == "importance" and bool((value < 0).any()):
             raise MemoryFileError(
                 f"{path}: {name} holds negative values, and importance is never negative. Is this a model's "
@@ -179,7 +183,6 @@ def _is_dense(value: object) -> bool:
         and value.layout == torch.strided
         and value.is_floating_point()
         and value.device.type == "cpu"
-        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
     )
 
 

@@ -60,9 +60,9 @@ def print_memory(memory: Memory) -> None:
     """Its layers, and where it comes from."""
     console = Console(highlight=False)
     console.print(_layers(f"Memory of {samples(memory.num_samples)}", memory.summary()))
-    if memory.quantity is not None:
+    if memory.history:
         say(f"Measured: {_quantity(memory)}.")
-    console.print(_history(memory.history))
+        console.print(_history(memory.history))
 
 
 def print_importance(importance: Importance) -> None:
@@ -70,8 +70,10 @@ def print_importance(importance: Importance) -> None:
     console = Console(highlight=False)
     console.print(_layers(f"Importance over {samples(importance.num_samples)}", importance.summary()))
     say(f"Measured: {_quantity(importance)}, a mean over samples.")
-    for route, names in by_route(importance).items():
-        say(f"{len(names)} of {len(importance.sums)} parameters by {route}: {', '.join(names)}")
+    routes = sorted(by_route(importance).items(), key=lambda item: -len(item[1]))
+    for place, (route, names) in enumerate(routes):
+        listed = f": {', '.join(names)}" if place else ""  # the many need no list
+        say(f"Computed by {route!r}: {len(names)} of {len(importance.sums)} parameters{listed}")
 
 
 def by_route(importance: Importance) -> dict[str, list[str]]:
@@ -121,11 +123,11 @@ def _history(history: Sequence[Consolidation]) -> Table:
     for heading in ("Weights", "Versions"):
         table.add_column(heading, no_wrap=True)
     for entry in history:
-        rule = entry.rule if entry.decay is None else f"{entry.rule}, decay {entry.decay:g}"
+        rule = entry.rule if entry.decay is None else f"{entry.rule} {entry.decay:g}"
         versions = ", ".join(part.partition("+")[0] for part in (entry.memsyn, entry.torch) if part)
         cells = (rule, entry.label or "", short(entry.fingerprint), versions)
         table.add_row(
-            Text(printable(entry.when.removesuffix("+00:00"))),
+            Text(printable(entry.when[:16].replace("T", " "))),
             f"{entry.num_samples:,}",
             *(Text(printable(cell)) for cell in cells),
         )

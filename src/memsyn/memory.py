@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from memsyn.errors import LostParametersWarning, MismatchError, NewParametersWarning, OptionError
 from memsyn.importance import Importance, LayerSummary, check_same_shapes, summarize
 from memsyn.parameters import named_parameters, trainable_parameters
-from memsyn.storage import MEMORY, read, well_formed, write
+from memsyn.storage import MEMORY, checked_count, read, record, well_formed, write
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,8 @@ class Memory:
         """
         header, groups = read(path, MEMORY)
         with well_formed(path):
-            history = tuple(Consolidation(**entry) for entry in header["history"])
-            counts = {str(name): int(count) for name, count in header["counts"].items()}
+            history = tuple(record(Consolidation, entry) for entry in header["history"])
+            counts = {str(name): checked_count(samples) for name, samples in header["counts"].items()}
             memory = cls(groups["anchor"], groups["importance"], history, counts)
             check_same_shapes(memory.anchor, memory.importance, "the anchor", "the importance")
         if like is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
+from torch.distributed.tensor import distribute_tensor
 
 import memsyn
 from memsyn import layout, storage
@@ -74,7 +75,8 @@ def test_messages(path: Path, tmp_path: Path) -> None:
         memsyn.Memory.load(tmp_path / "none.safetensors")
     path.write_bytes(whole[:-3])
     with pytest.raises(
-        memsyn.MemoryFileError, match=rf"is truncated, or longer than it was: expected {len(whole)} bytes, got {len(whole) - 3}"
+        memsyn.MemoryFileError,
+        match=rf"is truncated, or longer than it was: expected {len(whole)} bytes, got {len(whole) - 3}",
     ):
         memsyn.Importance.load(path)
     path.write_bytes(whole[:-1] + b"\x01")
@@ -327,7 +329,7 @@ def test_tensors_of_several_devices_are_one_file(path: Path) -> None:
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-        sharded = torch.distributed.tensor.distribute_tensor(torch.arange(6.0).reshape(3, 2), mesh)
+        sharded = distribute_tensor(torch.arange(6.0).reshape(3, 2), mesh)
         memsyn.Importance({"w": sharded}, 1).save(path)
     finally:
         torch.distributed.destroy_process_group()

@@ -44,13 +44,13 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     path = Path(path)
     path = path.resolve() if path.is_symlink() else path
     _check_regular(path)
-    if path.exists() and not os.access(path, os.W_OK):  # a rename would not ask
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    if path.exists():
+        os.close(os.open(path, os.O_WRONLY))  # may it be written? A rename does not ask
     _remove_leftovers(path)
     file = _temporary(path)
     try:
         with file:
-            if path.exists():
+            with suppress(OSError):  # there is no old file, or no modes on its file system
                 os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
             yield file
             file.flush()

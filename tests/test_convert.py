@@ -220,12 +220,12 @@ def test_a_history_that_is_none_is_refused(tmp_path) -> None:
     weights = {"w": torch.ones(1)}
     plain = {"importance": weights, "anchor": weights, "counts": {"w": 1}, "history": [{"when": "now"}]}
     torch.save(plain, tmp_path / "p.pt")
-    with pytest.raises(memsyn.MemoryFileError, match=r"is not as memsyn writes it: TypeError"):
+    with pytest.raises(memsyn.MemoryFileError, match=r"is not as memsyn writes it: ValueError"):
         read_plain(tmp_path / "p.pt")
 
 
 def test_an_export_that_cannot_be_written(tmp_path) -> None:
-    with pytest.raises(memsyn.MemoryFileError, match=r"i.pt could not be written: .*[^.]\.$"):
+    with pytest.raises(memsyn.MemoryFileError, match=r"i.pt could not be written: .*No such file.*is whole"):
         write_plain(tmp_path / "none" / "i.pt", memsyn.Importance({"w": torch.ones(1)}, 1))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from memsyn.errors import MemoryFileError, OptionError
+from memsyn.files import replaced
 from memsyn.history import Consolidation
 from memsyn.importance import MAGNITUDE, Importance, check_same_shapes
 from memsyn.memory import Memory
@@ -77,9 +78,12 @@ def write_plain(path: str | os.PathLike[str], held: Memory | Importance) -> None
         plain = {"importance": held.mean(), "num_samples": held.num_samples}
         plain |= {"objective": held.objective, "magnitude": held.magnitude}
     try:
-        torch.save(plain, path)
-    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
-        raise MemoryFileError(f"{path} could not be written: {str(error).rstrip('.')}.") from error
+        with replaced(path) as file:
+            torch.save(plain, file)
+    except OSError as error:
+        raise MemoryFileError(
+            f"{path} could not be written: {error}. A file that was there before is whole."
+        ) from error
 
 
 def read_plain(path: Path, *, num_samples: int | None = None, exact: bool = False) -> tuple[Memory | Importance, str]:

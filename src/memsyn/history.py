@@ -6,10 +6,10 @@ Owns what is written down of it: when, from how much, how, by which versions, at
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
-from typing import Any, Final, get_type_hints
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -50,16 +50,3 @@ class Consolidation:
             fingerprint=fingerprint(anchor),
             **what,
         )
-
-    @classmethod
-    def read(cls, entry: Mapping[str, Any]) -> Consolidation:
-        """An entry as a file holds it. What a newer memsyn may have added is left out.
-
-        Raises:
-            TypeError: something is missing, or is of another type.
-        """
-        known = {field.name: entry[field.name] for field in fields(cls) if field.name in entry}
-        for name, kind in get_type_hints(cls).items():
-            if name in known and not isinstance(known[name], kind | int if name == "decay" else kind):
-                raise TypeError(f"{name} of a consolidation is {known[name]!r}")
-        return cls(**known)

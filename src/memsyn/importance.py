@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memsyn.errors import MismatchError, OptionError
 from memsyn.objectives import OBJECTIVE
-from memsyn.storage import IMPORTANCE, Groups, read, well_formed, write
+from memsyn.storage import IMPORTANCE, Groups, checked_count, read, well_formed, write
 
 MAGNITUDE = "abs"
 
@@ -117,7 +117,7 @@ class Importance:
         with well_formed(path):
             routes = {str(name): str(route) for name, route in header["routes"].items()}
             quantity = str(header["objective"]), str(header["magnitude"])
-            return cls(groups["importance"], int(header["num_samples"]), routes, *quantity)
+            return cls(groups["importance"], checked_count(header["num_samples"]), routes, *quantity)
 
 
 def layer_of(name: str) -> str:

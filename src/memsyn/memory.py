@@ -25,7 +25,7 @@ from memsyn.errors import (
 from memsyn.history import MERGED, Consolidation
 from memsyn.importance import Importance, LayerSummary, check_same_shapes, summarize
 from memsyn.parameters import named_parameters, trainable_parameters
-from memsyn.storage import IMPORTANCE, MEMORY, Groups, read, well_formed, write
+from memsyn.storage import IMPORTANCE, MEMORY, Groups, checked_count, read, record, well_formed, write
 
 Fold = Callable[[Tensor, Tensor, int, int, float], Tensor]
 
@@ -238,8 +238,8 @@ class Memory:
             MemoryFileError: it is not what `save` writes.
         """
         with well_formed(path):
-            history = tuple(Consolidation.read(entry) for entry in header["history"])
-            counts = {str(name): int(count) for name, count in header["counts"].items()}
+            history = tuple(record(Consolidation, entry) for entry in header["history"])
+            counts = {str(name): checked_count(samples) for name, samples in header["counts"].items()}
             memory = cls(groups["anchor"], groups["importance"], history, counts)
             check_same_shapes(memory.anchor, memory.importance, "the anchor", "the importance")
             return memory

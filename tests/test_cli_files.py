@@ -274,6 +274,14 @@ def test_a_refused_model_comes_with_the_lines_that_export_it(folder, model) -> N
     assert not Path("x").exists()
 
 
+def test_files_at_urls(folder) -> None:
+    Importance.load("i").save("memory://commands/i")
+    assert call("verify", "memory://commands/i").output == "OK      memory://commands/i: importance\n"
+    call("merge", "memory://commands/i", "j", "-o", "memory://commands/all")
+    assert as_json("inspect", "memory://commands/all")["num_samples"] == 3
+    assert call("convert", "memory://commands/i", "-o", "i.pt").output.startswith("i.pt: importance of 1 sample,")
+
+
 def test_the_installed_command(folder) -> None:
     command = shutil.which("memsyn", path=str(Path(sys.executable).parent))
     done = subprocess.run([command, "verify", "n", "text", "--json"], capture_output=True, text=True)

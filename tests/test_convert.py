@@ -2,6 +2,7 @@
 
 import copy
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,6 +142,11 @@ def test_samples_must_be_said(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
+def test_the_docs_give_the_same_lines() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "commands.md").read_text()
+    assert all(line in text for lines in EXPORTS.values() for line in lines)
+
+
 def test_a_pickled_model_is_refused_and_never_run(model, tmp_path, legacy) -> None:
     class Trap:
         def __reduce__(self):

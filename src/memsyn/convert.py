@@ -92,7 +92,8 @@ def read_plain(path: Path, *, num_samples: int | None = None, exact: bool = Fals
     Three structures are known: what `write_plain` writes; the attributes `importance` and `params` of Avalanche's MAS
     plugin, or the first alone, tensors by name, or by task (one) and name; the official code's `reg_params` by name,
     each with `omega` and `init_val`. With an anchor it is a memory, without one an importance. Both other codes
-    penalise with lambda * sum Omega (theta - theta*)^2, as memsyn does: a strength stays what it was.
+    penalise with lambda * sum Omega (theta - theta*)^2, as memsyn does, so a strength stays what it was (older versions
+    of Avalanche: half of it).
 
     Args:
         path: the file.

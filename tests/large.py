@@ -25,6 +25,7 @@ def kilobytes(field: str) -> int:
 def peak_of(action: Callable[[], object]) -> tuple[object, int, float]:
     """What it returns, the highest resident memory while it ran in bytes, and its seconds."""
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    assert kilobytes("VmHWM") < kilobytes("VmRSS") + 1024
     start = time.perf_counter()
     found = action()
     return found, 1024 * kilobytes("VmHWM"), time.perf_counter() - start

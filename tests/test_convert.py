@@ -141,12 +141,12 @@ def test_samples_must_be_said(tmp_path) -> None:
         read_plain(tmp_path / "p.pt", num_samples=0)
 
 
-@pytest.mark.parametrize("legacy", [False, True])
 def test_the_docs_give_the_same_lines() -> None:
     text = (Path(__file__).parents[1] / "docs" / "commands.md").read_text()
     assert all(line in text for lines in EXPORTS.values() for line in lines)
 
 
+@pytest.mark.parametrize("legacy", [False, True])
 def test_a_pickled_model_is_refused_and_never_run(model, tmp_path, legacy) -> None:
     class Trap:
         def __reduce__(self):

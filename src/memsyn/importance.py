@@ -85,7 +85,12 @@ class Importance:
         return summarize(self.mean())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to one safetensors file, atomically.
+        """Write to one safetensors file, whole or not at all, tensor by tensor.
+
+        Args:
+            path: the file, or any URL that fsspec knows (`s3://`, `gs://`, ...; the extra `remote`): that is written to
+                a local temporary file, then uploaded. Object stores show the old one until the new one is complete; a
+                server that shows files as they arrive (`sftp://`, `ftp://`) may keep half of it, which will not load.
 
         Raises:
             MemoryFileError: the file cannot be written; what was there stays.
@@ -100,7 +105,7 @@ class Importance:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Importance:
-        """Read what `save` wrote; tensors are on the CPU.
+        """Read what `save` wrote, from a path or a URL (`simplecache::s3://...` keeps a copy); tensors are on the CPU.
 
         Raises:
             MemoryFileError: the file is missing, damaged, not an importance, or of a newer format.

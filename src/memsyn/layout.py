@@ -78,12 +78,14 @@ def header_bytes(path: object, entry: str, places: list[Place]) -> bytes:
 
 
 def parse(text: str) -> Any:
-    """JSON in which nothing is said twice, and no number is infinite."""
+    """JSON in which nothing is said twice, no number is infinite, and names are what Unicode can write."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
             raise ValueError("a key stands twice in an object")
+        for name, value in pairs:
+            (f"{name}{value}" if isinstance(value, str) else name).encode()
         return found
 
     def refuse(constant: str) -> None:

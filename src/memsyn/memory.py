@@ -186,7 +186,12 @@ class Memory:
         return summarize(self.importance)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to one safetensors file, atomically.
+        """Write to one safetensors file, whole or not at all, tensor by tensor.
+
+        Args:
+            path: the file, or any URL that fsspec knows (`s3://`, `gs://`, ...; the extra `remote`): that is written to
+                a local temporary file, then uploaded. Object stores show the old one until the new one is complete; a
+                server that shows files as they arrive (`sftp://`, `ftp://`) may keep half of it, which will not load.
 
         Raises:
             MemoryFileError: the file cannot be written; what was there stays.
@@ -199,7 +204,7 @@ class Memory:
         """Read what `save` wrote.
 
         Args:
-            path: the file.
+            path: the file, or its URL (`simplecache::s3://...` keeps a local copy).
             like: the model it is for: names and shapes are checked, and tensors go where its parameters are.
                 Without it they stay on the CPU.
 

@@ -242,7 +242,8 @@ def _read_tensor(path: object, place: Place, file: BinaryIO, digest: Any) -> Ten
 def _grouped(path: object, names: Mapping[str, list[str]], tensors: Mapping[str, Tensor]) -> Groups:
     """The tensors of a file by group, in the order of `names`, all of them and no others."""
     keys = [f"{group}/{name}" for group, members in names.items() for name in members]
-    if len(set(keys)) != len(keys) or set(keys) != set(tensors):
+    lists = all(isinstance(members, list) for members in names.values())
+    if not lists or len(set(keys)) != len(keys) or set(keys) != set(tensors):
         raise MemoryFileError(f"{path}: its tensors are not those that its metadata names.")
     return {group: {name: tensors[f"{group}/{name}"] for name in members} for group, members in names.items()}
 

@@ -95,13 +95,16 @@ class Importance:
         Raises:
             MemoryFileError: the file cannot be written; what was there stays.
         """
-        header = {
+        write(path, IMPORTANCE, self.header(), {"importance": self.sums})
+
+    def header(self) -> dict[str, Any]:
+        """What a file says of it beside the sums."""
+        return {
             "objective": self.objective,
             "magnitude": self.magnitude,
             "num_samples": self.num_samples,
             "routes": self.routes,
         }
-        write(path, IMPORTANCE, header, {"importance": self.sums})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Importance:

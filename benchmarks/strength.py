@@ -28,10 +28,10 @@ from problems import PROBLEMS, learn, lines_of
 OPTIMIZERS = {"permuted-fashion": "sgd", "emoji8": "adam", "split-fashion": "sgd"}
 VALUES = {
     "paper": (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0),
-    "relative": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+    "relative": (0.002, 0.006, 0.02, 0.06, 0.2, 0.6),
 }
 VARIED = "permuted-fashion"
-VARIED_VALUES = {"paper": (0.001, 0.003, 0.01, 0.03, 0.1), "relative": (0.01, 0.03, 0.1)}
+VARIED_VALUES = {"paper": (0.001, 0.003, 0.01, 0.03, 0.1), "relative": (0.006, 0.02, 0.06)}
 HALF = "importance in bfloat16"
 CHANGES: dict[str, dict[str, float]] = {
     "outputs x 3": {"logit_factor": 3.0},

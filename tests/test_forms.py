@@ -133,6 +133,13 @@ DEFAULTS: dict[str, Make] = {
     **{name: OPTIMIZERS[name] for name in ("momentum", "nesterov", "adam", "adamw")},
     "rmsprop": lambda p: RMSprop(p, lr=0.01),
     "adagrad": lambda p: Adagrad(p, lr=0.05),
+    "adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "radam": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+    "asgd": lambda p: torch.optim.ASGD(p, lr=0.01),
     "lbfgs": lambda p: LBFGS(p, max_iter=10),
     "lbfgs with a line search": lambda p: LBFGS(p, max_iter=10, line_search_fn="strong_wolfe"),
     "somebody else's": Plain,
@@ -378,7 +385,7 @@ def test_autocast_in_bfloat16_equals_the_loss_term() -> None:
     model, memory, data, targets = a_task(torch.float32)
     twin = copy.deepcopy(model)
     optimizer, other = AdamW(model.parameters(), lr=0.01), AdamW(twin.parameters(), lr=0.01)
-    memsyn.protect(optimizer, model, memory, strength=0.5)
+    memsyn.protect(optimizer, model, memory, strength=0.5, form="gradient")
     for _ in range(5):
         for m, o, strength in ((model, optimizer, 0.0), (twin, other, 0.5)):
             o.zero_grad()
@@ -476,3 +483,132 @@ def test_nothing_of_a_parameters_size_is_made_in_a_step(
     largest = max((event.self_cpu_memory_usage for event in profile.events()), default=0)
     assert largest > 0 or smallest < math.inf
     assert largest <= 4 * arithmetic.BUCKET < 4 * model.weight.numel()
+
+
+@pytest.mark.parametrize("make", [OPTIMIZERS["momentum"], OPTIMIZERS["adam"]])
+def test_a_learning_rate_of_zero_moves_nothing(make: Make) -> None:
+    """As a schedule's warm-up begins; with Adam also where no gradient was seen yet."""
+    model = nn.Linear(3, 2)
+    before = copy.deepcopy(model.state_dict())
+    memory = memsyn.Memory(
+        {name: p.detach() + 1 for name, p in model.named_parameters()},
+        {n: torch.ones_like(p) for n, p in model.named_parameters()},
+    )
+    optimizer = make(model.parameters())
+    optimizer.param_groups[0]["lr"] = 0.0
+    handle = memsyn.protect(optimizer, model, memory, strength=1.0, form="proximal")
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for _ in range(3):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert handle.report().held == 0.0
+
+
+def a_hand_made_task(size: int = 3) -> tuple[nn.Module, memsyn.Memory]:
+    model = nn.Linear(size, 2)
+    return model, memsyn.Memory(
+        {name: p.detach() + 1 for name, p in model.named_parameters()},
+        {n: torch.ones_like(p) for n, p in model.named_parameters()},
+    )
+
+
+@pytest.mark.parametrize("compiled_too", [False, True])
+def test_a_fused_adam_whose_first_step_is_skipped(compiled_too: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "SMALLEST", 0 if compiled_too else math.inf)
+    model, memory = a_hand_made_task()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = Adam(model.parameters(), lr=0.1, fused=True)
+    handle = memsyn.protect(optimizer, model, memory, strength=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(model.weight.sum() * float("inf") + model.bias.sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert handle.report().held == 0.0
+    optimizer.zero_grad()
+    scaler.scale(model.weight.sum()).backward()
+    scaler.step(optimizer)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert not torch.equal(model.weight, before["weight"])
+
+
+def test_a_head_without_steps_does_not_change_what_is_said_of_the_others() -> None:
+    body, head = nn.Linear(3, 3), nn.Linear(3, 2)
+    model = nn.ModuleList([body, head])
+    memory = memsyn.Memory(
+        {name: p.detach() + 1 for name, p in model.named_parameters()},
+        {n: torch.full_like(p, 1e6) for n, p in model.named_parameters()},
+    )
+    optimizer = Adam(model.parameters(), lr=0.1)
+    handle = memsyn.protect(optimizer, model, memory, strength=1.0)
+    body(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert handle.report().held == pytest.approx(12 / 20)
+
+
+def test_a_parameter_that_is_widened_at_its_place_is_an_error() -> None:
+    model, memory = a_hand_made_task()
+    buffer = torch.zeros(12)
+    model.weight.data = buffer[:6].view(2, 3)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    memsyn.protect(optimizer, model, memory, strength=1.0)
+    model.weight.data = buffer.view(2, 6)
+    model.weight.grad = torch.zeros(2, 6)
+    with pytest.raises(memsyn.MismatchError, match="weight"):
+        optimizer.step()
+
+
+def test_an_anchor_that_is_the_weight_itself_stays_where_it_is() -> None:
+    model = nn.Linear(3, 2, bias=False)
+    memory = memsyn.Memory({"weight": model.weight.detach()}, {"weight": torch.ones(2, 3)})
+    handle = memsyn.protect(SGD(model.parameters(), lr=0.1), model, memory, strength=1.0)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    assert handle.value() == pytest.approx(6.0)
+
+
+def test_the_warning_comes_again_when_what_is_protected_or_how_strongly_changes() -> None:
+    model, memory = a_hand_made_task()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    handle = memsyn.protect(optimizer, model, memory, strength=1.0, form="gradient")
+
+    def step() -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+
+    step()
+    handle.strength = 1000.0
+    with pytest.warns(memsyn.StrengthWarning, match="beyond 100 the pull overshoots"):
+        step()
+    for lr in (0.02, 0.03):  # a warm-up: said already
+        optimizer.param_groups[0]["lr"] = lr
+        step()
+
+
+class Rateless(Optimizer):
+    """An optimizer whose groups have no learning rate."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.sub_(0.1 * parameter.grad)
+
+
+def test_options_that_do_not_fit() -> None:
+    model, memory = a_hand_made_task()
+    rateless = Rateless(model.parameters())
+    with pytest.raises(memsyn.OptionError, match="this optimizer has no 'lr'"):
+        memsyn.protect(rateless, model, memory, form="proximal")
+    assert memsyn.protect(rateless, model, memory).form == "gradient"
+    with pytest.raises(memsyn.OptionError, match="form must be one of auto"):
+        memsyn.protect(SGD(model.parameters(), lr=0.1), model, memory, form=["gradient"])  # type: ignore[arg-type]
+    with pytest.raises(memsyn.OptionError, match=r"importance_dtype must be one of .*; got torch.float16"):
+        memsyn.protect(SGD(model.parameters(), lr=0.1), model, memory, importance_dtype=torch.float16)
+    lbfgs = LBFGS(model.parameters())
+    handle = memsyn.protect(lbfgs, model, memory)
+    with pytest.raises(memsyn.OptionError, match="LBFGS must see the penalty"):
+        handle.load_state_dict({**handle.state_dict(), "form": "proximal"})

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
@@ -92,7 +93,7 @@ def test_a_trainer_equals_the_loss_term(
 ) -> None:
     start, memory = learned
     mine, twin = copy.deepcopy(start), copy.deepcopy(start)
-    callback = TrainerCallback(memory, strength=0.5, max_samples=0)
+    callback = TrainerCallback(memory, strength=0.5, form="gradient", max_samples=0)
     trainer = train(Trainer, mine, arguments(tmp_path, **options), [callback])
     train(Penalised, twin, arguments(tmp_path, **options), [], memory=memory, strength=0.5)
     for found, expected, began in zip(mine.parameters(), twin.parameters(), start.parameters(), strict=True):
@@ -107,7 +108,7 @@ def test_a_trainer_goes_on_from_a_checkpoint(learned: tuple[nn.Module, memsyn.Me
     start, memory = learned
 
     def callback() -> TrainerCallback:
-        return TrainerCallback(memory, strength=0.5, max_samples=0)
+        return TrainerCallback(memory, strength=0.5, form="gradient", max_samples=0)
 
     options = {"save_strategy": "steps", "save_steps": 3}
     whole = copy.deepcopy(start)
@@ -219,3 +220,44 @@ def test_lightning_goes_on_from_a_checkpoint_and_measures_in_the_end(tmp_path: P
     expected = memory.consolidate(module, memsyn.measure(module, [data], progress=False))
     for name, omega in expected.importance.items():
         assert torch.allclose(whole.memory.importance[name], omega, rtol=1e-4, atol=1e-6)
+
+
+class BrokenError(Exception):
+    """What stops a training."""
+
+
+def test_a_trainer_that_was_broken_off_can_train_again(
+    learned: tuple[nn.Module, memsyn.Memory], tmp_path: Path
+) -> None:
+    class Breaker(transformers.TrainerCallback):
+        def on_step_end(self, *args: Any, **given: Any) -> None:
+            raise BrokenError
+
+    start, memory = learned
+    callback, breaker = TrainerCallback(memory, max_samples=0), Breaker()
+    trainer = Trainer(
+        copy.deepcopy(start),
+        arguments(tmp_path),
+        train_dataset=sentences(1),
+        data_collator=padded,
+        callbacks=[callback, breaker],
+    )
+    with pytest.raises(BrokenError):
+        trainer.train()
+    trainer.remove_callback(breaker)
+    trainer.train()
+    assert callback.protection is None
+
+
+def test_lightning_that_was_broken_off_can_train_again(tmp_path: Path) -> None:
+    class Breaker(pl.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            raise BrokenError
+
+    module = Module(KINDS["sgd"])
+    callback = LightningCallback(lightning_memory(module), strength=0.5, max_samples=0)
+    with pytest.raises(BrokenError):
+        fit(module, tmp_path, [callback, Breaker()])
+    assert len(callback.protections) == 1
+    fit(module, tmp_path, [callback])
+    assert callback.protections == []

@@ -1,6 +1,6 @@
 """A relative strength means the same on every scale; a plain number is the paper's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 import memsyn
 
 
-def memory_of(model: nn.Module, data: Tensor, scale: float = 1.0, times: int = 1) -> memsyn.Memory:
+def memory_of(model: nn.Module, data: Tensor, scale: float = 1.0, rules: Sequence[str] = ("sum",)) -> memsyn.Memory:
     def forward(model: nn.Module, batch: Tensor) -> Tensor:
         return scale * model(batch)
 
     importance = memsyn.measure(model, [data], forward=forward, progress=False)
     memory = memsyn.Memory.empty()
-    for _ in range(times):
-        memory = memory.consolidate(model, importance)
+    for rule in rules:
+        memory = memory.consolidate(model, importance, rule=rule)
     return memory
 
 
@@ -34,7 +34,11 @@ def test_it_is_in_units_of_the_mean_of_what_has_importance() -> None:
     assert memsyn.Relative(0.3).of(memory) == pytest.approx(0.3 / 3)
     assert memsyn.Relative(0.0).of(memory) == 0.0
     nothing = memsyn.Memory({"a": torch.zeros(2)}, {"a": torch.zeros(2)})
-    assert memsyn.Relative(0.3).of(nothing) == 0.0
+    with pytest.warns(memsyn.StrengthWarning, match="no weight of the memory has any importance"):
+        assert memsyn.Relative(0.3).of(nothing) == 0.0
+    infinite = memsyn.Memory({"a": torch.zeros(2)}, {"a": torch.tensor([1.0, float("inf")])})
+    with pytest.raises(memsyn.MismatchError, match="the importance of a is not finite"):
+        memsyn.Relative(0.3).of(infinite)
 
 
 @pytest.mark.parametrize(
@@ -42,10 +46,9 @@ def test_it_is_in_units_of_the_mean_of_what_has_importance() -> None:
     [
         lambda model, data: memory_of(model, data, scale=1000.0),
         lambda model, data: memory_of(model, data, scale=1e-3),
-        lambda model, data: memory_of(model, data, times=5),
         lambda model, data: memory_of(model, data.repeat(7, 1)),
     ],
-    ids=["large outputs", "small outputs", "more tasks", "more samples"],
+    ids=["large outputs", "small outputs", "more samples"],
 )
 @pytest.mark.parametrize("form", ["gradient", "proximal"])
 def test_training_does_not_depend_on_the_scale_of_the_importance(
@@ -68,6 +71,27 @@ def test_training_does_not_depend_on_the_scale_of_the_importance(
         torch.testing.assert_close(expected, start()[0].state_dict(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("rules", "num_tasks"),
+    [
+        (["sum"] * 5, 5),
+        (["mean"] * 3, 1),
+        (["max"] * 3, 1),
+        (["ema"] * 3, 1),
+        (["max", "sum", "sum", "max"], 3),
+        (["sum", "sum", "mean"], 5 / 3),
+        (["sum", "sum", "ema"], 3 / 2),
+    ],
+)
+def test_one_more_task_leaves_the_pull_of_the_others_as_it_was(rules: list[str], num_tasks: float) -> None:
+    model, data = start()
+    one, memory = memory_of(model, data), memory_of(model, data, rules=rules)
+    strength = memsyn.Relative(0.5)
+    assert strength.of(memory) == pytest.approx(strength.of(one), rel=1e-6)
+    weight = memory.importance["0.weight"] / one.importance["0.weight"]
+    torch.testing.assert_close(weight, torch.full_like(weight, num_tasks), rtol=1e-6, atol=0)
+
+
 def test_it_is_the_default_and_a_number_is_the_papers_lambda() -> None:
     model, data = start()
     memory = memory_of(model, data)
@@ -77,6 +101,11 @@ def test_it_is_the_default_and_a_number_is_the_papers_lambda() -> None:
 
     assert strength_of() == memsyn.Relative().of(memory) == strength_of(strength=memsyn.Relative())
     assert strength_of(strength=2) == 2.0
+
+
+def test_a_strength_beyond_float32() -> None:
+    with pytest.raises(memsyn.OptionError, match="strength must be at most"):
+        memsyn.Relative(1e39)
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])

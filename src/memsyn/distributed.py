@@ -51,7 +51,7 @@ def all_or_none(group: Group | None, device: torch.device) -> Iterator[None]:
     failed = False
     try:
         yield
-    except Exception:
+    except BaseException:
         failed = True
         raise
     finally:

@@ -4,7 +4,6 @@ Owns the formulas, as plain functions on parameters and lists. Must not know opt
 at a time, so that nothing is ever held but the parameters, the anchor and the importance.
 """
 
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -17,6 +16,9 @@ from memsyn.parameters import named_parameters
 
 BUCKET: Final = 2**19
 """How many weights are worked on at once: 2 MiB of float32 for each thing computed of them."""
+
+_MOST: Final = 1e36
+"""What takes the place of 1 / 0: infinity times a square of 0 would be NaN."""
 
 
 class Held(NamedTuple):
@@ -125,8 +127,12 @@ def pull_(
         factors: one per parameter: the strength times the size of a step.
         preconditioners: one per parameter; without them, the divisor is 1.
     """
-    done = compiled.pull_(held, _inverses(factors)) if preconditioners is None else set()
-    for thetas, anchors, shares in _shares(held, factors, preconditioners, done):
+    moving = [index for index, factor in enumerate(factors) if isinstance(factor, Tensor) or factor]
+    held, factors = [held[i] for i in moving], [factors[i] for i in moving]
+    preconditioners = preconditioners and [preconditioners[i] for i in moving]
+    items, offsets, scales = _divisors(held, factors, preconditioners)
+    done = compiled.pull_(items, offsets, scales)
+    for thetas, anchors, shares in _shares(items, offsets, scales, done):
         wide = _all_wide(thetas, thetas)
         torch._foreach_lerp_(wide, _all_wide(anchors, thetas), shares)
         _give_back(thetas, wide)
@@ -137,36 +143,42 @@ def num_held(
     held: Sequence[Held], factors: Sequence[float | Tensor], preconditioners: Sequence[Preconditioner] | None
 ) -> int:
     """How many weights a step, as of `pull_`, brings more than half of the way to their anchor: k > 1."""
-    parts = (share for *_, shares in _shares(held, factors, preconditioners) for share in shares)
+    parts = (share for *_, shares in _shares(*_divisors(held, factors, preconditioners)) for share in shares)
     return sum(int((share > 0.5).sum()) for share in parts)
 
 
+def _divisors(
+    held: Sequence[Held], factors: Sequence[float | Tensor], preconditioners: Sequence[Preconditioner] | None
+) -> tuple[list[tuple[Tensor, ...]], list[float | Tensor], list[float | Tensor]]:
+    """Per parameter (theta, anchor, Omega and v if any), offset and scale: 1 / k = (offset + scale sqrt(v)) / Omega."""
+    inverse = [
+        (0.5 / f).clamp_max(_MOST) if isinstance(f, Tensor) else min(0.5 / f, _MOST) if f else _MOST for f in factors
+    ]
+    if preconditioners is None:
+        return list(held), inverse, [0.0] * len(held)
+    items: list[tuple[Tensor, ...]] = [(*item, own.squares) for item, own in zip(held, preconditioners, strict=True)]
+    both = list(zip(preconditioners, inverse, strict=True))
+    return items, [own.eps * one for own, one in both], [own.root * one for own, one in both]
+
+
 def _shares(
-    held: Sequence[Held],
-    factors: Sequence[float | Tensor],
-    preconditioners: Sequence[Preconditioner] | None,
+    items: Sequence[tuple[Tensor, ...]],
+    offsets: Sequence[float | Tensor],
+    scales: Sequence[float | Tensor],
     done: Collection[int] = (),
 ) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
-    """Per bucket parts of the parameters, of their anchors, and k / (1 + k): Omega / (Omega + divisor / (2 factor))."""
-    inverse = _inverses(factors)
-    squares = [()] * len(held) if preconditioners is None else [(own.squares,) for own in preconditioners]
-    for bucket in _buckets([(*item, *extra) for item, extra in zip(held, squares, strict=True)], done):
-        thetas, anchors, omegas, *extra = (list(parts) for parts in zip(*(parts for _, parts in bucket), strict=True))
-        wide = _all_wide(omegas, thetas)
-        own = [inverse[index] for index, _ in bucket]
-        if preconditioners is None:
-            divisors = _with(torch._foreach_add, wide, own)
-        else:
-            by = [preconditioners[index] for index, _ in bucket]
-            roots = list(torch._foreach_sqrt(_all_wide(extra[0], thetas)))
-            divisors = _with(torch._foreach_mul, roots, [each.root * one for each, one in zip(by, own, strict=True)])
-            divisors = _with(torch._foreach_add, divisors, [each.eps * one for each, one in zip(by, own, strict=True)])
+    """Per bucket parts of parameters, of anchors, and k / (1 + k) = Omega / (Omega + offset + scale sqrt(v))."""
+    for bucket in _buckets(items, done):
+        thetas, anchors, omegas, *squares = (list(parts) for parts in zip(*(parts for _, parts in bucket), strict=True))
+        wide, own = _all_wide(omegas, thetas), [offsets[index] for index, _ in bucket]
+        if squares:
+            divisors = list(torch._foreach_sqrt(_all_wide(squares[0], thetas)))
+            divisors = _with(torch._foreach_mul, divisors, [scales[index] for index, _ in bucket])
+            divisors = _with(torch._foreach_add, divisors, own)
             torch._foreach_add_(divisors, wide)
+        else:
+            divisors = _with(torch._foreach_add, wide, own)
         yield thetas, anchors, list(torch._foreach_div(wide, divisors))
-
-
-def _inverses(factors: Sequence[float | Tensor]) -> list[float | Tensor]:
-    return [math.inf if not isinstance(factor, Tensor) and factor == 0 else 0.5 / factor for factor in factors]
 
 
 def _with(operation: Callable[..., Any], tensors: list[Tensor], numbers: Sequence[float | Tensor]) -> list[Tensor]:

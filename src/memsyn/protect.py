@@ -6,7 +6,7 @@ state on the model or its parameters.
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, final
 from weakref import WeakSet, ref
@@ -27,6 +27,9 @@ FORMS: Final = {
     GRADIENT: "add the penalty's gradient to .grad just before the optimizer's step",
     PROXIMAL: "pull the weights back just after it, by the penalty's proximal step",
 }
+
+IMPORTANCE_DTYPES: Final = (None, torch.bfloat16, torch.float32, torch.float64)
+"""Half precision proper is not among them: an importance of 65,520 would be infinite."""
 
 _protected: "WeakSet[Optimizer]" = WeakSet()
 """Which optimizers have a handle in force."""
@@ -58,10 +61,10 @@ def protect(
         model: the model the memory is of. Parameters that the memory does not know are free, with a warning; so are
             the new rows of one that has grown. What the model has lost is left out, with a warning.
         memory: anchor and importance. They are used as they are now; protect again after consolidating.
-        strength: a number is lambda as in the paper, which uses 1, untuned; `Relative` is in units of the memory's mean
-            importance, and the default. 0 turns protection off.
-        form: "gradient", "proximal", or "auto": gradient for LBFGS and optimizers that normalise their steps (Adam,
-            AdamW, RMSprop, ...), proximal for SGD and all others.
+        strength: a number is lambda as in the paper, which uses 1, untuned; `Relative`, the default, is in units of the
+            mean importance of a task. 0 turns protection off.
+        form: "gradient", "proximal", or "auto": gradient for LBFGS and for optimizers whose normalised steps are not
+            known here (RMSprop, Adagrad, RAdam, ...), proximal for SGD, Adam, AdamW and all others.
         device: where anchor and importance are held; with the weights, unless told. "cpu" saves an accelerator's memory
             for the price of sending them there in every step.
         importance_dtype: what the importance is held in; torch.bfloat16 halves it, and is off by 0.4% at most.
@@ -87,10 +90,11 @@ def protect(
     if not (isinstance(optimizer, Optimizer) and isinstance(model, nn.Module) and isinstance(memory, Memory)):
         given = ", ".join(type(value).__name__ for value in (optimizer, model, memory))
         raise OptionError(f"expected protect(optimizer, model, memory), got ({given}).")
-    strength = checked(strength.of(memory) if isinstance(strength, Relative) else strength)
-    form = _checked_form(best_form(optimizer) if form == AUTO else form)
-    if form == PROXIMAL and isinstance(optimizer, torch.optim.LBFGS):
-        raise OptionError("LBFGS must see the penalty in the loss that it minimises: use form='gradient' or 'auto'.")
+    raw = strength if isinstance(strength, Relative) else checked(strength)
+    form = _checked_form(best_form(optimizer) if form == AUTO else form, optimizer)
+    if importance_dtype not in IMPORTANCE_DTYPES:
+        allowed = ", ".join(map(str, IMPORTANCE_DTYPES))
+        raise OptionError(f"importance_dtype must be one of {allowed}; got {importance_dtype!r}.")
     if optimizer in _protected:
         raise ProtectionError("this optimizer is protected already: call remove() on the first handle before.")
     if not memory.importance:
@@ -98,6 +102,7 @@ def protect(
             "the memory is empty, there is nothing to protect: measure the model and consolidate first."
         )
     memory.check(model)
+    raw = checked(raw.of(memory)) if isinstance(raw, Relative) else raw
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(name in memory.importance and id(p) in held for name, p in named_parameters(model).items()):
         raise ProtectionError(
@@ -105,13 +110,17 @@ def protect(
             "model, or before the model was copied or moved?"
         )
     where = None if device is None else torch.device(device)
-    return Protection(optimizer, model, memory, strength, form, where, importance_dtype)
+    return Protection(optimizer, model, memory, raw, form, where, importance_dtype)
 
 
-def _checked_form(form: object) -> str:
-    if form not in FORMS:
+def _checked_form(form: object, optimizer: Optimizer) -> str:
+    if not (isinstance(form, str) and form in FORMS):
         raise OptionError(f"form must be one of auto, {', '.join(FORMS)}; got {form!r}.")
-    return str(form)
+    if form == PROXIMAL and isinstance(optimizer, torch.optim.LBFGS):
+        raise OptionError("LBFGS must see the penalty in the loss that it minimises: use form='gradient' or 'auto'.")
+    if form == PROXIMAL and not all("lr" in group for group in optimizer.param_groups):
+        raise OptionError("this optimizer has no 'lr', which the proximal step needs: use form='gradient' or 'auto'.")
+    return form
 
 
 @dataclass(frozen=True)
@@ -137,6 +146,10 @@ class _Slot(NamedTuple):
     parameter: nn.Parameter
     group: dict[str, Any]
     held: Held
+
+
+_Steps = tuple[list[Held], list[float | Tensor], list[Preconditioner] | None]
+"""Parameters, for each the strength times the size of its step, and what the optimizer divides its gradient by."""
 
 
 @final
@@ -182,7 +195,7 @@ class Protection:
             layers[layer] = layers.get(layer, 0.0) + float((omega * moved.abs()).sum())
             penalty += float((omega * moved.square_()).sum())
         if optimizer is not None:
-            stiff = num_held([slot.held for slot in slots], *self._steps(optimizer, slots, self.strength))
+            stiff = sum(num_held(*parts) for parts in self._steps(optimizer, slots, self.strength))
         count = sum(slot.held.omega.numel() for slot in slots)
         return Report(self.strength * penalty, sum(layers.values()), layers, stiff / max(1, count))
 
@@ -206,7 +219,9 @@ class Protection:
             raise OptionError(f"expected the state of a Protection, got the keys {', '.join(map(str, state))}.")
         memory = Memory(dict(state["anchor"]), dict(state["importance"]))
         memory.check(self._model)
-        self.strength, self.form = checked(state["strength"]), _checked_form(state["form"])
+        optimizer = self._optimizer()
+        form = str(state["form"]) if optimizer is None else _checked_form(state["form"], optimizer)
+        self.strength, self.form = checked(state["strength"]), form
         self._take(memory)
 
     def remove(self) -> None:
@@ -223,8 +238,7 @@ class Protection:
         self._anchor = dict(memory.anchor)
         self._importance = {name: omega.to(dtype or omega.dtype) for name, omega in memory.importance.items()}
         self._slots: list[_Slot] = []
-        self._seen: list[int] = []
-        self._limits: dict[int, float] = {}
+        self._seen: list[Any] = []
 
     def _now(self) -> list[_Slot]:
         optimizer = self._optimizer()
@@ -235,7 +249,7 @@ class Protection:
     def _find_slots(self, optimizer: Optimizer) -> None:
         """Look for the protected parameters again, if the optimizer's are others now or lie elsewhere."""
         groups = optimizer.param_groups
-        seen = [number for group in groups for p in group["params"] for number in (id(p), p.data_ptr(), id(group))]
+        seen = [key for group in groups for p in group["params"] for key in (id(p), p.data_ptr(), p.shape, id(group))]
         if seen == self._seen:
             return
         names = {id(p): name for name, p in named_parameters(self._model).items() if name in self._importance}
@@ -246,13 +260,18 @@ class Protection:
                 if name is not None:
                     self._slots.append(_Slot(name, parameter, group, self._hold(name, parameter)))
         self._seen = seen
+        self._most: dict[int, float] = {}
+        self._warned: set[int] = set()
 
     def _hold(self, name: str, parameter: nn.Parameter) -> Held:
         """Anchor and importance in float32 at least, beside the parameter unless they are to be elsewhere."""
         check_fit({name: self._importance[name]}, {name: parameter}, "the memory", may_change=True)
         device, dtype = self._device or parameter.device, wide_dtype(parameter)
         omega = self._importance[name].to(device, self._importance_dtype or dtype)
-        return Held(known_rows(parameter.detach(), omega), self._anchor[name].to(device, dtype), omega)
+        anchor = self._anchor[name].to(device, dtype)
+        if anchor.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr():
+            anchor = anchor.clone()  # of a memory made by hand, which would move with the weights
+        return Held(known_rows(parameter.detach(), omega), anchor, omega)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.form != GRADIENT or not self.strength:
@@ -295,21 +314,25 @@ class Protection:
             return
         found_inf = getattr(optimizer, "found_inf", None)  # GradScaler made a fused optimizer skip this step
         strength = self.strength if found_inf is None else self.strength * (1 - found_inf)
-        pull_([slot.held for slot in slots], *self._steps(optimizer, slots, strength))
+        for parts in self._steps(optimizer, slots, strength):
+            pull_(*parts)
 
     @staticmethod
-    def _steps(
-        optimizer: Optimizer, slots: Sequence[_Slot], strength: float | Tensor
-    ) -> tuple[list[float | Tensor], list[Preconditioner] | None]:
-        """For each parameter the strength times the size of a step, and what the optimizer divides gradients by."""
-        steps = [step_of(optimizer, slot.group, slot.parameter) for slot in slots]
-        preconditioners = [
-            own._replace(squares=known_rows(own.squares, slot.held.omega))
-            for step, slot in zip(steps, slots, strict=True)
-            if (own := step.preconditioner) is not None
-        ]
-        known = len(preconditioners) == len(slots)
-        return [step.size * strength for step in steps], preconditioners if known else None
+    def _steps(optimizer: Optimizer, slots: Sequence[_Slot], strength: float | Tensor) -> Iterator[_Steps]:
+        """What was stepped: all that have a preconditioner, then all that have none."""
+        known = [(slot, step) for slot in slots if (step := step_of(optimizer, slot.group, slot.parameter)) is not None]
+        for chosen in (
+            [(slot, step) for slot, step in known if step.preconditioner is not None],
+            [(slot, step) for slot, step in known if step.preconditioner is None],
+        ):
+            preconditioners = [
+                own._replace(squares=known_rows(own.squares, slot.held.omega))
+                for slot, step in chosen
+                if (own := step.preconditioner) is not None
+            ]
+            if chosen:
+                factors = [step.size * strength for _, step in chosen]
+                yield [slot.held for slot, _ in chosen], factors, preconditioners or None
 
     def _with_gradients(self, optimizer: Optimizer) -> list[_Slot]:
         self._find_slots(optimizer)
@@ -319,14 +342,18 @@ class Protection:
         return slots
 
     def _check_stable(self, optimizer: Optimizer) -> None:
-        """Warn before the gradient form diverges; again if a learning rate becomes larger than ever."""
+        """Warn before the gradient form diverges, once for each time that a group comes to where it would."""
         for index, group in enumerate(optimizer.param_groups):
             limit = largest_stable_pull(optimizer, group)
-            if limit >= self._limits.get(index, math.inf):
-                continue
-            self._limits[index] = limit
-            most = max((float(s.held.omega.max()) for s in self._slots if s.group is group), default=0.0)
-            if 2 * self.strength * most > limit:
+            if index not in self._most and math.isfinite(limit):
+                self._most[index] = max(
+                    (float(s.held.omega.max()) for s in self._slots if s.group is group), default=0.0
+                )
+            most = self._most.get(index, 0.0)
+            if 2 * self.strength * most <= limit:
+                self._warned.discard(index)
+            elif index not in self._warned:
+                self._warned.add(index)
                 warnings.warn(
                     f"strength {self.strength:g} is too large for the gradient form at this learning rate: beyond "
                     f"{limit / (2 * most):.3g} the pull overshoots, and training diverges. Use form='proximal', which "

@@ -15,23 +15,24 @@ GRADIENT: Final = "gradient"
 PROXIMAL: Final = "proximal"
 
 ADAPTIVE: Final = (torch.optim.Adam, torch.optim.AdamW)
-"""They divide a gradient by the root of the mean of its squares, kept as `exp_avg_sq`."""
+"""They divide a gradient by the root of the mean of its squares, kept as `exp_avg_sq`; so the proximal step does."""
 
 NORMALISING: Final = (
     torch.optim.Adadelta,
     torch.optim.Adagrad,
     torch.optim.Adamax,
     torch.optim.NAdam,
-    torch.optim.RAdam,
     torch.optim.RMSprop,
     torch.optim.Rprop,
+    *(getattr(torch.optim, name) for name in ("Adafactor", "Muon") if hasattr(torch.optim, name)),
 )
 """Others whose steps do not grow with the gradient: the gradient form cannot diverge."""
 
 
 def best_form(optimizer: Optimizer) -> str:
     """The form that `protect` takes unless told: the measurements are in docs/decisions.md."""
-    if isinstance(optimizer, (torch.optim.LBFGS, *ADAPTIVE, *NORMALISING)):
+    has_rates = all("lr" in group for group in optimizer.param_groups)
+    if not has_rates or isinstance(optimizer, (torch.optim.LBFGS, *NORMALISING)):
         return GRADIENT
     return PROXIMAL
 
@@ -43,20 +44,26 @@ class Step(NamedTuple):
     preconditioner: Preconditioner | None
 
 
-def step_of(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
+def step_of(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step | None:
     """How far a unit of gradient moves a parameter now, its momentum (mu) and dampening (d) included.
 
     SGD: lr (1 - d) / (1 - mu), since that is what the buffer adds up to. Adam and AdamW: lr, over
-    sqrt(v / (1 - beta2^t)) + eps. Any other optimizer: lr.
+    sqrt(v / (1 - beta2^t)) + eps; None before a parameter's first step. Any other optimizer: lr.
     """
     size: float | Tensor = group["lr"]
     if isinstance(optimizer, torch.optim.SGD) and group["momentum"]:
         return Step(size * ((1 - group["dampening"]) / (1 - group["momentum"])), None)
-    if isinstance(optimizer, ADAPTIVE) and parameter in optimizer.state:
-        state = optimizer.state[parameter]
+    if isinstance(optimizer, ADAPTIVE):
+        state = optimizer.state.get(parameter)
+        if not state:
+            return None
         steps, beta = state["step"], group["betas"][1]
-        if not (isinstance(steps, Tensor) and steps.is_cuda):
+        if isinstance(steps, Tensor) and steps.is_cuda:
+            steps = steps.clamp_min(1.0)
+        else:
             steps = float(steps)
+            if steps < 1:  # GradScaler made it skip its first
+                return None
         squares = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
         return Step(size, Preconditioner(squares, (1 - beta**steps) ** -0.5, group["eps"]))
     return Step(size, None)

@@ -4,30 +4,36 @@ Owns the default strength of memsyn and its reason. How a strength acts is in `p
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 from numbers import Real
 from typing import Final, final
 
 import torch
 
-from memsyn.errors import OptionError
-from memsyn.memory import Memory
+from memsyn.errors import MismatchError, OptionError, StrengthWarning
+from memsyn.memory import RULES, Memory
 
-DEFAULT: Final = 0.03
+DEFAULT: Final = 0.02
 """The relative strength unless told: chosen on three sequences of tasks (docs/decisions.md)."""
+
+LARGEST: Final = 1e37
 
 
 @final
 @dataclass(frozen=True)
 class Relative:
-    """A strength in units of the memory's own mean importance: lambda = value / mean(Omega).
+    """A strength in units of the mean importance of one task: lambda = value T / mean(Omega).
 
     The mean is over the weights that have any importance, so that neither unused rows of a table nor dead units count.
-    Whatever multiplies Omega (the scale of the outputs, the objective, how many tasks were summed up) then drops out:
-    the penalty is value * sum (Omega / mean(Omega)) (theta - theta*)^2. The paper's own lambda is a plain number.
+    T is how many tasks' worth of importance the memory holds: what the rules of its consolidations make of importances
+    of one, so with `sum` as many as there were, and 1 with `mean`, `max` and `ema`. Whatever multiplies Omega (the
+    scale of the outputs, the objective) drops out, and the pull of one task stays what it was when others come; where
+    each has a head of its own, it grows by about the share of the weights that are heads. A memory made by hand,
+    without a history, counts as one task. The paper's own lambda is a plain number.
 
     Attributes:
-        value: positive, or 0 for no protection; 0.03 unless told, which is the default of `protect`.
+        value: positive, or 0 for no protection; 0.02 unless told, which is the default of `protect`.
 
     Raises:
         OptionError: the value is negative or not finite.
@@ -45,11 +51,32 @@ class Relative:
         checked(self.value)
 
     def of(self, memory: Memory) -> float:
-        """The paper's lambda with this memory; 0 if none of its weights has any importance."""
-        held = memory.importance.values()
-        total = sum(float(omega.sum(dtype=torch.float64)) for omega in held)
-        count = sum(int(omega.count_nonzero()) for omega in held)
-        return self.value * count / total if total else 0.0
+        """The paper's lambda with this memory; 0, with a warning, if none of its weights has any importance.
+
+        Raises:
+            MismatchError: an importance is not finite.
+        """
+        total, count = 0.0, 0
+        for name, omega in memory.importance.items():
+            own = float(omega.sum(dtype=torch.promote_types(omega.dtype, torch.float32)))
+            if not math.isfinite(own):
+                raise MismatchError(f"the importance of {name} is not finite: measure it again.")
+            total += own
+            count += int(omega.count_nonzero())
+        if not total:
+            warnings.warn("no weight of the memory has any importance: nothing is protected.", StrengthWarning, 3)
+            return 0.0
+        return self.value * _num_tasks(memory) * count / total
+
+
+def _num_tasks(memory: Memory) -> float:
+    """What the rules of the memory's consolidations make of importances of one."""
+    found, one, num_samples = torch.ones(()), torch.ones(()), 0
+    for entry in memory.history:
+        if num_samples and entry.rule in RULES:
+            found = RULES[entry.rule](found, one, num_samples, entry.num_samples, entry.decay or 0.0)
+        num_samples += entry.num_samples
+    return float(found)
 
 
 def checked(strength: object) -> float:
@@ -63,4 +90,6 @@ def checked(strength: object) -> float:
     strength = float(strength)
     if not (math.isfinite(strength) and strength >= 0):
         raise OptionError(f"strength must be finite and not negative, got {strength}.")
+    if strength > LARGEST:
+        raise OptionError(f"strength must be at most {LARGEST:g}, for it is used in float32; got {strength}.")
     return strength

@@ -45,6 +45,7 @@ class MemsynCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Protect what there is."""
+        self._stop()  # if the training before was broken off
         held = {id(p) for name, p in pl_module.named_parameters() if name in self.memory.importance}
         for optimizer in trainer.optimizers:
             if any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
@@ -62,9 +63,7 @@ class MemsynCallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure, and consolidate."""
-        for protection in self.protections:
-            protection.remove()
-        self.protections = []
+        self._stop()
         if self._max_samples == 0:
             return
         assert trainer.train_dataloader is not None
@@ -77,3 +76,8 @@ class MemsynCallback(pl.Callback):
             progress=trainer.progress_bar_callback is not None,
         )
         self.memory = self.memory.consolidate(pl_module, importance)
+
+    def _stop(self) -> None:
+        for protection in self.protections:
+            protection.remove()
+        self.protections = []

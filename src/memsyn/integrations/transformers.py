@@ -44,6 +44,7 @@ class MemsynCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Protect what there is."""
+        self._stop()  # if the training before was broken off
         if self.memory.importance:
             optimizer = given["optimizer"]
             own = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper calls its step
@@ -57,9 +58,7 @@ class MemsynCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Measure, and consolidate."""
-        if self.protection is not None:
-            self.protection.remove()
-            self.protection = None
+        self._stop()
         if self._max_samples != 0:
             importance = measure(
                 given["model"],
@@ -69,3 +68,8 @@ class MemsynCallback(TrainerCallback):
                 progress=not args.disable_tqdm,
             )
             self.memory = self.memory.consolidate(given["model"], importance)
+
+    def _stop(self) -> None:
+        if self.protection is not None:
+            self.protection.remove()
+            self.protection = None

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import memsyn
-from tests.cases import CASES, normal
+from memsyn import guard
+from tests.cases import CASES, Lambda, normal
 
 NUM_BATCHES = 20
 
@@ -388,6 +389,53 @@ def test_gradients_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(memsyn.MemsynError):
         measured(model, [good + 1, bad], path, every=0, forward=forward)
     assert not path.exists() or memsyn.Importance.load(path).num_samples == 3
+
+
+def test_sums_of_half_a_batch_are_not_written(tmp_path: Path) -> None:
+    """The backward pass fails in the first layer, when the last one's sums are made."""
+    batches, path = [normal(4)(count, torch.float32) for count in range(2, 14)], tmp_path / "pass.ckpt"
+    failing_at: list[int] = []
+
+    def forward(own: nn.Module, batch: Tensor) -> Any:
+        hidden = own.get_submodule("a")(batch)
+        if len(batch) in failing_at:
+            hidden.register_hook(lambda grad: (_ for _ in ()).throw(LoaderError("out of memory")))
+        return own.get_submodule("b")(hidden)
+
+    torch.manual_seed(0)
+    model = Lambda(lambda own, batch: None, a=nn.Linear(4, 5), b=nn.Linear(5, 3))
+    expected = measured(model, batches, None, forward=forward)
+    cut(model, batches, 5, path, forward=forward)
+    before = path.read_bytes()
+    failing_at.append(len(batches[9]))
+    with pytest.raises((LoaderError, memsyn.ModelError), match="out of memory"):
+        measured(model, batches, path, forward=forward)
+    assert path.read_bytes() == before
+    failing_at.clear()
+    assert_same(measured(model, batches, path, forward=forward), expected)
+
+
+@pytest.mark.filterwarnings("ignore::memsyn.SlowParametersWarning")
+def test_what_was_not_proven_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the inputs are zero at first, so that nothing shows where their weights' samples are."""
+    torch.manual_seed(0)
+    model = Lambda(lambda own, x: own.a(x[:, :2]) + own.b(x[:, 2:]), a=nn.Linear(2, 3), b=nn.Linear(2, 3, bias=False))
+    batches, path, looks = [normal(4)(count, torch.float32) for count in range(2, 12)], tmp_path / "pass.ckpt", [0]
+    for batch in batches[:6]:
+        batch[:, 2:] = 0
+    check = guard.check
+
+    def counted(*arguments: Any) -> guard.Verdict:
+        looks[0] += 1
+        return check(*arguments)
+
+    monkeypatch.setattr(guard, "check", counted)
+    expected = measured(model, batches, None)
+    in_one_go, looks[0] = looks[0], 0
+    cut(model, batches, 3, path)
+    assert looks[0] < in_one_go
+    assert_same(measured(model, batches, path), expected)
+    assert looks[0] == in_one_go
 
 
 # Killed

@@ -177,6 +177,14 @@ def test_an_error_within_a_batch_leaves_the_file_of_before(tmp_path: Path) -> No
     assert_same(measured(model, batches, path), expected)
 
 
+@pytest.fixture
+def _as_in_a_terminal() -> Iterator[None]:
+    """A process that was started in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_in_the_loader_goes_through(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, batches, path = a_model(), some_batches(), tmp_path / "pass.ckpt"
     expected = measured(model, batches, None)
@@ -202,6 +210,7 @@ def interrupting(at: int, times: int) -> Callable[[nn.Module, Tensor], Any]:
     return forward
 
 
+@pytest.mark.usefixtures("_as_in_a_terminal")
 def test_ctrl_c_within_a_batch_waits_for_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, batches, path = a_model(), some_batches(), tmp_path / "pass.ckpt"
     before = signal.getsignal(signal.SIGINT)
@@ -213,6 +222,7 @@ def test_ctrl_c_within_a_batch_waits_for_its_end(tmp_path: Path, capsys: pytest.
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.usefixtures("_as_in_a_terminal")
 def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, batches, path = a_model(), some_batches(), tmp_path / "pass.ckpt"
     expected = measured(model, batches, None, forward=lambda own, batch: own(batch))

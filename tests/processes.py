@@ -121,6 +121,7 @@ def main() -> None:
     for form in ("gradient", "proximal"):
         for kind in (torch.optim.SGD, torch.optim.Adam):
             check_protection(rank, form, kind)
+    dist.barrier()  # else one may be gone while the other still reads from it
     dist.destroy_process_group()
     print(f"process {rank} is done", file=sys.stderr)
 

@@ -14,7 +14,7 @@ import torch
 from memsyn.errors import MismatchError, OptionError, StrengthWarning
 from memsyn.memory import RULES, Memory
 
-DEFAULT: Final = 0.02
+DEFAULT: Final = 0.01
 """The relative strength unless told: chosen on three sequences of tasks (docs/decisions.md)."""
 
 LARGEST: Final = 1e37
@@ -33,7 +33,7 @@ class Relative:
     without a history, counts as one task. The paper's own lambda is a plain number.
 
     Attributes:
-        value: positive, or 0 for no protection; 0.02 unless told, which is the default of `protect`.
+        value: positive, or 0 for no protection; 0.01 unless told, which is the default of `protect`.
 
     Raises:
         OptionError: the value is negative or not finite.

@@ -2,6 +2,9 @@
 
 import copy
 import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +56,36 @@ def check_failure(rank: int) -> None:
         memsyn.measure(ddp, [], progress=False)
 
 
+def check_checkpoints(rank: int) -> None:
+    """Cut off in one process, all keep what they have, each in a file of its own, and go on together."""
+    ddp = DistributedDataParallel(a_model())
+    data = torch.randn(24, 1, 6, 6, dtype=torch.float64)
+    mine = data[rank * 12 :][:12].split(3)
+    expected = memsyn.measure(ddp, mine, progress=False)
+
+    def broken() -> Iterator[Tensor]:
+        yield from mine[:2]
+        raise RuntimeError("disk gone")
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{rank}.ckpt"
+        error, says = (RuntimeError, "disk gone") if rank else (memsyn.ProcessError, "failed in 1 other of 2")
+        with pytest.raises(error, match=says):
+            memsyn.measure(ddp, broken() if rank else mine, progress=False, checkpoint=path)
+        assert memsyn.Importance.load(path).num_samples == (6 if rank else 12)
+        content = path.read_bytes()
+        dist.all_gather_object(contents := [b"", b""], content)
+        path.write_bytes(contents[1 - rank])
+        with pytest.raises(memsyn.MismatchError, match="it differs in process"):
+            memsyn.measure(ddp, mine, progress=False, checkpoint=path)
+        path.write_bytes(content)
+        found = memsyn.measure(ddp, mine, progress=False, checkpoint=path)
+        assert not path.exists()
+    assert found.num_samples == expected.num_samples == 24
+    for name, total in expected.sums.items():
+        assert torch.equal(found.sums[name], total), name
+
+
 def check_protection(rank: int, form: str, kind: type[torch.optim.Optimizer]) -> None:
     """The weights stay bit for bit the same in all processes, and are those of one process with all the data."""
     model = a_model()
@@ -84,6 +117,7 @@ def main() -> None:
     rank = dist.get_rank()
     check_union(rank)
     check_failure(rank)
+    check_checkpoints(rank)
     for form in ("gradient", "proximal"):
         for kind in (torch.optim.SGD, torch.optim.Adam):
             check_protection(rank, form, kind)

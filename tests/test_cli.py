@@ -5,11 +5,9 @@ import sys
 from dataclasses import replace
 
 import pytest
-import torch
 import typer
 from typer.testing import CliRunner
 
-from memsyn import Importance, Memory, measure
 from memsyn.bench import runner
 from memsyn.bench.sequences import SEQUENCES
 from memsyn.cli import app
@@ -44,14 +42,19 @@ def test_no_option_comes_or_goes_unnoticed():
     commands = typer.main.get_command(app).commands
     surface = {
         name: [option for parameter in command.params for option in parameter.opts]
-        for name, command in {**commands["bench"].commands, "inspect": commands["inspect"]}.items()
+        for name, command in {**commands, **commands["bench"].commands}.items()
+        if name != "bench"
     }
     assert surface == {
         "list": [],
         "run": [
             "sequence", "--methods", "--seeds", "--size", "--epochs", "--batch-size", "--lr", "--strength", "--out"
         ],
-        "inspect": ["path"],
+        "inspect": ["path", "--json"],
+        "verify": ["paths", "--json"],
+        "diff": ["a", "b", "--json"],
+        "merge": ["paths", "--out", "-o", "--json"],
+        "convert": ["path", "--out", "-o", "--samples", "--exact", "--json"],
     }  # fmt: skip
 
 
@@ -60,6 +63,10 @@ def test_no_option_comes_or_goes_unnoticed():
     [
         (["bench", "run"], "memsyn bench run emoji8 --methods finetune,mas --seeds 3"),
         (["inspect"], "memsyn inspect runs/demo/mas-seed0.memsyn.safetensors"),
+        (["verify"], "memsyn verify backup/*.memsyn.safetensors"),
+        (["diff"], "memsyn diff january.memsyn.safetensors february.memsyn.safetensors"),
+        (["merge"], "memsyn merge replica1.safetensors replica2.safetensors -o all.safetensors"),
+        (["convert"], "memsyn convert reg_params.pt -o old.memsyn.safetensors --samples 5000"),
     ],
 )
 def test_help_gives_an_example(command, example):
@@ -132,44 +139,6 @@ def test_other_settings_in_the_folder_are_an_error(tmp_path):
     call("bench", "run", "tiny", *QUICK, "--methods", "finetune", "--out", tmp_path)
     result = call("bench", "run", "tiny", *QUICK, "--lr", "0.5", "--out", tmp_path, code=1)
     assert "holds results of other settings: lr is 0.003 there and 0.5 here. Use another --out" in result.stderr
-
-
-@pytest.fixture
-def linear():
-    model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(1, 1))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(1.0)
-    return model, measure(model, [torch.tensor([[1.0, 2.0]])], progress=False)
-
-
-def test_inspect_a_memory(linear, tmp_path):
-    # The output is 4: |d y^2| is 8 (1, 2) for the first layer, 8 * 3 and 8 for the second one's weight and bias.
-    model, importance = linear
-    Memory.empty().consolidate(model, importance).consolidate(model, importance, rule="ema").save(tmp_path / "m")
-    output = call("inspect", tmp_path / "m").output
-    assert "Memory of 2 samples" in output
-    rows = [[cell.strip() for cell in line.strip("│┃").split("│")] for line in output.splitlines() if "│" in line]
-    assert ["0", "2", "42.9%", "12", "16", "66.7%"] in rows
-    assert ["1", "2", "57.1%", "16", "24", "75.0%"] in rows
-    assert ["all", "4", "100.0%", "", "", ""] in rows
-    assert [row[1:3] for row in rows[-2:]] == [["1", "sum"], ["1", "ema, decay 0.5"]]
-
-
-def test_inspect_an_importance(linear, tmp_path):
-    importance = linear[1]
-    Importance(importance.sums, 1).save(tmp_path / "i")
-    output = call("inspect", tmp_path / "i").output
-    assert "Importance over 1 sample\n" in output.replace(" \n", "\n").replace("  ", "")
-    assert "42.9%" in output
-    assert f"abs of {importance.objective}" in output
-
-
-def test_inspect_names_what_is_wrong(tmp_path):
-    result = call("inspect", tmp_path / "none", code=1)
-    assert result.stderr == f"error: {tmp_path / 'none'} does not exist.\n"
-    (tmp_path / "text").write_text("not a memory at all")
-    assert "was not written by memsyn" in call("inspect", tmp_path / "text", code=1).stderr
 
 
 @pytest.mark.parametrize("package", ["typer", "rich", "PIL", "matplotlib"])

@@ -122,7 +122,7 @@ def test_new_parameters_are_free_and_said_so(tmp_path) -> None:
     found = memsyn.measure(model, [torch.ones(3, 2)], forward=lambda m, x: m["body"](x), progress=False)
     memory = memsyn.Memory.empty().consolidate(model, found)
     memory.save(tmp_path / "m.safetensors")
-    grown = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    grown = nn.ModuleDict({"body": model["body"], "head": nn.Linear(2, 2)})
     with pytest.warns(
         memsyn.NewParametersWarning, match=r"2 parameters .* stay free to change: head.weight, head.bias"
     ):

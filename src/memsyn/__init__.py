@@ -7,6 +7,7 @@ from memsyn.errors import (
     MemsynError,
     MismatchError,
     ModelError,
+    MovedWeightsWarning,
     NewParametersWarning,
     OptionError,
     OutputError,
@@ -16,9 +17,10 @@ from memsyn.errors import (
     SlowParametersWarning,
     StrengthWarning,
 )
+from memsyn.history import Consolidation
 from memsyn.importance import Importance, LayerSummary
 from memsyn.measure import measure
-from memsyn.memory import Consolidation, Memory
+from memsyn.memory import Memory
 from memsyn.objectives import Estimator
 from memsyn.penalty import penalty
 from memsyn.protect import Protection, Report, protect
@@ -37,6 +39,7 @@ __all__ = [
     "MemsynError",
     "MismatchError",
     "ModelError",
+    "MovedWeightsWarning",
     "NewParametersWarning",
     "OptionError",
     "OutputError",

@@ -37,6 +37,15 @@ class Split(NamedTuple):
     """Where each of its tensors keeps them."""
 
 
+def split_from(plain: Sequence[Any] | None) -> Split | None:
+    """A split, or that there is none, from what JSON makes of it."""
+
+    def axis(parts: Sequence[Any] | None) -> Axis | None:
+        return None if parts is None else Axis(*parts)
+
+    return None if plain is None else Split(axis(plain[0]), {place: axis(own) for place, own in plain[1].items()})
+
+
 @dataclass(eq=False)
 class Call:
     """A use: one operation on values and samples, and the gradient of what came out."""

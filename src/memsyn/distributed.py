@@ -33,6 +33,11 @@ def everyone() -> Group | None:
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
+def place_in(group: Group | None) -> list[int]:
+    """Which process this is, and of how many."""
+    return [0, 1] if group is None else [dist.get_rank(group), dist.get_world_size(group)]
+
+
 @contextmanager
 def all_or_none(group: Group | None, device: torch.device) -> Iterator[None]:
     """If this fails in one process, it fails in all: none waits for what never comes.

@@ -57,5 +57,9 @@ class LostParametersWarning(UserWarning):
     """The memory has parameters that the model no longer has: there is nothing to protect."""
 
 
+class MovedWeightsWarning(UserWarning):
+    """The model's weights are not those the memory was consolidated at."""
+
+
 class StrengthWarning(UserWarning):
     """A strength is too large: training will diverge, or the new task cannot be learned."""

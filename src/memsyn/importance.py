@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from memsyn.errors import MismatchError, OptionError
 from memsyn.objectives import OBJECTIVE
-from memsyn.storage import IMPORTANCE, read, well_formed, write
+from memsyn.storage import IMPORTANCE, Groups, checked_count, read, well_formed, write
 
 MAGNITUDE = "abs"
 
@@ -85,38 +85,59 @@ class Importance:
         return summarize(self.mean())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to one safetensors file, atomically.
+        """Write to one safetensors file, whole or not at all, tensor by tensor.
+
+        Args:
+            path: the file, or any URL that fsspec knows (`s3://`, `gs://`, ...; the extra `remote`): that is written to
+                a local temporary file, then uploaded. Object stores show the old one until the new one is complete; a
+                server that shows files as they arrive (`sftp://`, `ftp://`) may keep half of it, which will not load.
 
         Raises:
             MemoryFileError: the file cannot be written; what was there stays.
         """
-        header = {
+        write(path, IMPORTANCE, self.header(), {"importance": self.sums})
+
+    def header(self) -> dict[str, Any]:
+        """What a file says of it beside the sums."""
+        return {
             "objective": self.objective,
             "magnitude": self.magnitude,
             "num_samples": self.num_samples,
             "routes": self.routes,
         }
-        write(path, IMPORTANCE, header, {"importance": self.sums})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Importance:
-        """Read what `save` wrote; tensors are on the CPU.
+        """Read what `save` wrote, from a path or a URL (`simplecache::s3://...` keeps a copy); tensors are on the CPU.
 
         Raises:
             MemoryFileError: the file is missing, damaged, not an importance, or of a newer format.
         """
-        header, groups = read(path, IMPORTANCE)
+        return cls.from_file(path, *read(path, IMPORTANCE))
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], header: Mapping[str, Any], groups: Groups) -> Importance:
+        """What `storage.read` found, as an importance.
+
+        Raises:
+            MemoryFileError: it is not what `save` writes.
+        """
         with well_formed(path):
             routes = {str(name): str(route) for name, route in header["routes"].items()}
             quantity = str(header["objective"]), str(header["magnitude"])
-            return cls(groups["importance"], int(header["num_samples"]), routes, *quantity)
+            return cls(groups["importance"], checked_count(header["num_samples"]), routes, *quantity)
+
+
+def layer_of(name: str) -> str:
+    """The layer of a parameter: its name up to the last dot, or the whole name."""
+    return name.rpartition(".")[0] or name
 
 
 def summarize(omega: Mapping[str, Tensor]) -> list[LayerSummary]:
-    """The summary of any importance given per weight; a layer is a parameter's name up to its last dot."""
+    """The summary of any importance given per weight, by layer."""
     layers: dict[str, list[Tensor]] = {}
     for name, values in omega.items():
-        layers.setdefault(name.rpartition(".")[0] or name, []).append(values.detach().flatten())
+        layers.setdefault(layer_of(name), []).append(values.detach().flatten())
     total = sum(float(values.sum(dtype=torch.float64)) for values in omega.values())
     return [_summarize_layer(layer, torch.cat(parts), total) for layer, parts in layers.items()]
 

@@ -1,50 +1,37 @@
 """measure(model, batches) -> Importance: the loop over the data.
 
-Owns what happens once per run and once per batch: the shadow, the choice of routes and its check, progress, the
-state of random generators. Formulas live in `rules`, passes in `routes`.
+Owns the arguments, progress, and the state of random generators. What happens to a batch is in `run`.
 """
 
+import os
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
-from functools import partial
-from typing import Any, final
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from memsyn import guard
 from memsyn.batches import (
     Given,
-    call,
     check_iterable,
-    copied,
     first_samples,
     labels_of,
-    map_tensors,
     model_input,
-    num_samples,
-    tensors,
-    to_device,
 )
-from memsyn.calls import Path, Split
-from memsyn.distributed import Group, add_up, all_or_none, group_of
-from memsyn.errors import BatchError, MemsynError, ModelError, OptionError, SlowParametersWarning
+from memsyn.checkpoint import Checkpoint
+from memsyn.distributed import Group, all_or_none, group_of, place_in
+from memsyn.errors import ModelError, OptionError, SlowParametersWarning
 from memsyn.importance import Importance
-from memsyn.objectives import ESTIMATORS, Estimator, Place, find_estimator, output_tensor, scores, token_mask
-from memsyn.parameters import named_parameters, trainable_parameters, unwrap
-from memsyn.passes import Passed, Scores, add_batched, add_by_samples, add_by_uses, check_finite
+from memsyn.objectives import Estimator, find_estimator
+from memsyn.parameters import trainable_parameters
 from memsyn.products import workspace
-from memsyn.recorder import Plans
-from memsyn.routes import BY_SAMPLE, UNUSED, wide_dtype
-from memsyn.rules import MAGNITUDES
-from memsyn.shadow import check_measurable, shadow
-from memsyn.tracer import merge
-
-Forward = Callable[[nn.Module, Any], Any]
+from memsyn.run import Forward, Run
+from memsyn.shadow import check_measurable
+from memsyn.storage import well_formed
 
 
 def measure(
@@ -57,6 +44,8 @@ def measure(
     batched: bool = False,
     group: Group | None = None,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: float = 60.0,
 ) -> Importance:
     """How much each weight matters to what the model computes, from unlabelled data.
 
@@ -83,6 +72,14 @@ def measure(
         group: the processes that measure together, each on batches of its own (or none): all get the importance of
             all their samples. Those of a DistributedDataParallel model, unless told.
         progress: show a progress bar.
+        checkpoint: a file to go on from if the pass is cut off: killed, by an error of the loader, by Ctrl-C. The same
+            call then skips the batches that are done (it reads them, but does not measure), and ends with the sums
+            it would have had: bit for bit, on the same machine. It must be given the same weights, and the same
+            batches in the same order and sizes: torch's global generator is set as it was when the pass began, for
+            loaders that shuffle by it. Weights, settings, and some numbers of every batch are compared. The file is
+            an `Importance` of the samples so far, and is removed in the end: save what is returned. In a group each
+            process needs a path of its own.
+        every: seconds between writes of the checkpoint.
 
     Returns:
         The importance of every parameter that requires a gradient, as sums and a count.
@@ -93,6 +90,8 @@ def measure(
         OutputError: the output is not one finite, differentiable value or vector per sample.
         SamplesInteractError: the output for one sample depends on the others.
         ProcessError: another process of the group has failed.
+        MismatchError: the checkpoint is of other weights or settings.
+        MemoryFileError: the checkpoint cannot be read or written.
 
     Example:
         >>> import torch, memsyn
@@ -112,221 +111,43 @@ def measure(
         raise ModelError("the model has no parameter that requires a gradient: there is nothing to measure.")
     device = next(iter(trainable.values())).device
     group = group or group_of(model)
+    kept = None if checkpoint is None else Checkpoint(checkpoint, every)
     with (
         _untouched_generators(),
+        nullcontext() if kept is None else kept.kept(),
         all_or_none(group, device),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
         workspace(),
     ):
-        run = _Run(model, trainable, device, forward, chosen, batched)
+        run = Run(model, trainable, device, forward, chosen, batched)
+        if kept is not None:
+            found = kept.begin({**run.settings(), "max_samples": max_samples, "process": place_in(group)}, run.state)
+            if found is not None:
+                with well_formed(kept.path):
+                    run.restore(*found)
         limited = first_samples(iter(batches), max_samples)
-        bar = tqdm(limited, "measuring", _length(batches, max_samples), disable=not progress, unit="batch")
-        for index, batch in enumerate(bar):
+        start = 0 if kept is None else kept.num_batches
+        bar = tqdm(
+            limited if kept is None else kept.rest(limited),
+            "measuring",
+            _length(batches, max_samples),
+            initial=start,
+            disable=not progress,
+            unit="batch",
+        )
+        for index, batch in enumerate(bar, start):
             given = Given(model_input(batch) if forward is None else batch, labels_of(batch) if run.labelled else None)
-            slow = run.add(given, index)
+            with nullcontext() if kept is None else kept.batch(batch):
+                slow = run.add(given, index)
             if slow:
                 warnings.warn(run.describe(slow), SlowParametersWarning, stacklevel=2)
             bar.set_postfix_str(f"{run.num_samples} samples, {len(run.slow)} slow parameters")
-    return run.importance(group)
-
-
-@final
-class _Run:
-    """What is known while the batches pass: the sums, and which parameter takes which route."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        trainable: dict[str, nn.Parameter],
-        device: torch.device,
-        forward: Forward | None,
-        estimator: Estimator,
-        batched: bool,
-    ) -> None:
-        self.original, self.device = model, device
-        self.forward: Forward = forward or call
-        self.masked = forward is None
-        self.estimator, self.batched = estimator, batched
-        self.labelled = estimator == ESTIMATORS["fisher-empirical"]
-        self.magnitude = MAGNITUDES[estimator.magnitude]
-        self.routes = dict.fromkeys(trainable, BY_SAMPLE)
-        self.splits: dict[Path, Split | None] = {}
-        self.plans = Plans(self.splits)
-        self.unproven: set[str] = set()
-        self.changes_inputs = False
-        """Whether the forward pass writes to its batch."""
-        self.num_guarded = 0
-        """The most samples that a guard looked at together."""
-        self.sums: dict[str, Tensor] = {}
-        self.num_samples = 0
-        self.shadow: nn.Module | None = None
-        self.parameters: dict[str, nn.Parameter] = {}
-
-    @property
-    def slow(self) -> set[str]:
-        """The parameters that need one sample at a time."""
-        return {name for name, route in self.routes.items() if route == BY_SAMPLE}
-
-    def add(self, inputs: Given, index: int) -> set[str]:
-        """Add one batch; returns the parameters now found to need one sample at a time."""
-        size = num_samples(inputs)
-        if size == 0:
-            return set()
-        inputs = to_device(inputs, self.device)
-        known = self.slow if self.num_guarded > 1 else set()
-        if self._should_guard(size, index):
-            self._guard(inputs, index)
-        assert self.shadow is not None
-        run = partial(self._scores_of_shadow, index)
-        if self.batched:
-            self.num_samples += add_batched(self.sums, self.parameters, run, inputs, self.magnitude)
-            return set()
-        if self.num_guarded == 1:  # a batch of one is an ordinary pass
-            alone = add_by_samples(self.sums, self.parameters, run, inputs, self.magnitude, together=None)
-            self.num_samples += len(alone)
-            return set()
-        passed = self._pass(run, inputs, None)
-        if passed.unknown:  # something happens here that did not happen before
-            self._guard(inputs, index, only=passed.unknown)
-            again = self._pass(run, inputs, passed.unknown).refused & passed.unknown
-            passed = passed._replace(refused=(passed.refused - passed.unknown) | again)
-        self.routes.update(dict.fromkeys(passed.refused, BY_SAMPLE))
-        slow = self.slow
-        if slow:
-            own = {name: self.parameters[name] for name in slow}
-            add_by_samples(self.sums, own, run, inputs, self.magnitude, together=passed.scores)
-        self.num_samples += len(passed.scores)
-        return slow - known
-
-    def _pass(self, run: Scores, inputs: Given, only: set[str] | None) -> Passed:
-        return add_by_uses(
-            self.sums,
-            self.parameters,
-            run,
-            inputs,
-            self.magnitude,
-            routes=self.routes,
-            plans=self.plans,
-            unproven=self.unproven,
-            only=only,
-        )
-
-    def _should_guard(self, size: int | None, index: int) -> bool:
-        """Once; again if then there was one sample, which cannot show where the samples are, or no gradient yet."""
-        if self.num_guarded < 2:
-            return self.num_guarded == 0 or size != 1
-        return bool(self.unproven) and index & (index - 1) == 0
-
-    def _guard(self, inputs: Given, index: int, only: set[str] | None = None) -> None:
-        def run(model: nn.Module, batch: Any, first_sample: int) -> Tensor:
-            own = copied(batch)
-            values = self._scores(model, index, own, first_sample)
-            self.changes_inputs = self.changes_inputs or _differ(tensors(batch), tensors(own))
-            return values
-
-        for few in guard.choices(inputs):
-            verdict, size = guard.check(self.original, self.routes, run, few), num_samples(few)
-            if self.num_guarded < 2:
-                self.routes, self.splits, self.unproven = dict(verdict.routes), verdict.splits, verdict.unproven
-            else:
-                self._learn(verdict, only or self.unproven)
-            self.plans = Plans(self.splits)
-            self.num_guarded = max(self.num_guarded, 2 if size is None else size)
-            if self.shadow is None:
-                self._clone(verdict.written)
-            if self.num_guarded == 1 or not (self.unproven if only is None else only & self.slow):
-                break
-
-    def _learn(self, verdict: guard.Verdict, names: set[str]) -> None:
-        """Take over what a further look has shown about `names`, and what it has shown to be wrong about others."""
-        for path, split in verdict.splits.items():
-            self.splits[path] = merge(self.splits[path], split) if path in self.splits else split
-        for name, route in verdict.routes.items():
-            if name in names or route == BY_SAMPLE:
-                self.routes[name] = route
-        self.unproven = {n for n in self.unproven if n in verdict.unproven} | (names & verdict.unproven)
-
-    def _clone(self, written: set[str]) -> None:
-        self.shadow = shadow(self.original, private=written)
-        own = named_parameters(self.shadow)
-        self.parameters = {name: parameter for name, parameter in own.items() if name in self.routes}
-        for parameter in self.parameters.values():
-            parameter.requires_grad_()
-        self.sums = {name: torch.zeros_like(p, dtype=wide_dtype(p)) for name, p in self.parameters.items()}
-
-    def _scores_of_shadow(self, batch_index: int, given: Given, first_sample: int = 0) -> Tensor:
-        """Without changing the batch: it is the user's, and may be read again."""
-        assert self.shadow is not None
-        if self.changes_inputs:
-            return self._scores(self.shadow, batch_index, copied(given), first_sample)
-        own = tensors(given)
-        versions = [tensor._version for tensor in own]
-        values = self._scores(self.shadow, batch_index, map_tensors(given, lambda tensor: tensor), first_sample)
-        if versions != [tensor._version for tensor in own]:
-            raise BatchError(
-                f"batch {batch_index}: the forward pass changed it in place, as it did not change the first batch. Let "
-                "it work on copies."
-            )
-        return values
-
-    def _scores(self, model: nn.Module, batch_index: int, given: Given, first_sample: int) -> Tensor:
-        size, mask = num_samples(given.inputs), token_mask(given.inputs) if self.masked else None
-        try:
-            output = self.forward(model, given.inputs)
-        except MemsynError:
-            raise
-        except Exception as error:
-            raise BatchError(
-                f"batch {batch_index}: the model failed on it: {type(error).__name__}: {error}. If it wants to be "
-                "called in another way, say how: forward=lambda model, batch: ..."
-            ) from error
-        with torch._C.DisableTorchFunction():  # no parameter is used any more
-            return scores(
-                self.estimator.objective,
-                output_tensor(output),
-                Place(self.num_samples + first_sample, given.labels),
-                num_samples=size,
-                mask=mask,
-                batch_index=batch_index,
-                first_in_batch=first_sample,
-            )
-
-    def describe(self, slow: set[str]) -> str:
-        """The warning: which layers, and what they are."""
-        layers = sorted({name.rpartition(".")[0] for name in slow})
-        model = unwrap(self.original)
-        named = [f"{layer or 'the model'} ({type(model.get_submodule(layer)).__name__})" for layer in layers]
-        return (
-            f"{len(slow)} of {len(self.sums)} parameters have no fast route that holds, and are measured one sample at "
-            f"a time: exact, but slow. They are in {', '.join(named)}. Give fewer samples with max_samples=, or freeze "
-            "what needs no protection."
-        )
-
-    def importance(self, group: Group | None) -> Importance:
-        """The result, if there is one."""
-        routes = self.routes
-        if group is not None:
-            if not self.sums:  # no sample came to this process
-                trainable = trainable_parameters(self.original)
-                self.sums = {name: torch.zeros_like(p, dtype=wide_dtype(p)) for name, p in trainable.items()}
-                routes = dict.fromkeys(self.sums, UNUSED)
-            self.num_samples, routes = add_up(self.sums, self.num_samples, routes, group)
-        if self.num_samples == 0:
-            raise BatchError(
-                "there are no samples: the loader is empty, or all of its batches are. Nothing was measured."
-            )
-        check_finite(self.sums)
-        magnitude = f"{self.estimator.magnitude} of the batch mean" if self.batched else self.estimator.magnitude
-        return Importance(self.sums, self.num_samples, {} if self.batched else routes, self.estimator.name, magnitude)
-
-
-def _differ(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
-    return any(
-        new._version > 0 or (old.layout == torch.strided and not torch.equal(old, new))
-        for old, new in zip(before, after, strict=True)
-    )
+    importance = run.importance(group)
+    if kept is not None:
+        kept.finish()
+    return importance
 
 
 def _length(batches: object, max_samples: int | None) -> int | None:

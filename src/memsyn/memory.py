@@ -8,31 +8,24 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from memsyn.errors import LostParametersWarning, MismatchError, NewParametersWarning, OptionError
+from memsyn.errors import (
+    LostParametersWarning,
+    MemoryFileError,
+    MismatchError,
+    MovedWeightsWarning,
+    NewParametersWarning,
+    OptionError,
+)
+from memsyn.history import MERGED, Consolidation
 from memsyn.importance import Importance, LayerSummary, check_same_shapes, summarize
 from memsyn.parameters import named_parameters, trainable_parameters
-from memsyn.storage import MEMORY, read, well_formed, write
-
-
-@dataclass(frozen=True)
-class Consolidation:
-    """One entry of a memory's history."""
-
-    when: str
-    """UTC, ISO 8601."""
-    num_samples: int
-    rule: str
-    decay: float | None
-    objective: str
-    magnitude: str
-
+from memsyn.storage import IMPORTANCE, MEMORY, Groups, checked_count, read, record, well_formed, write
 
 Fold = Callable[[Tensor, Tensor, int, int, float], Tensor]
 
@@ -75,8 +68,19 @@ class Memory:
         """Samples of all consolidations together."""
         return sum(entry.num_samples for entry in self.history)
 
+    @property
+    def quantity(self) -> tuple[str, str] | None:
+        """What was measured: objective and magnitude; None while there is nothing in it."""
+        return (self.history[-1].objective, self.history[-1].magnitude) if self.history else None
+
     def consolidate(
-        self, model: nn.Module, importance: Importance, *, rule: str = "sum", decay: float | None = None
+        self,
+        model: nn.Module,
+        importance: Importance,
+        *,
+        rule: str = "sum",
+        decay: float | None = None,
+        label: str | None = None,
     ) -> Memory:
         """A new memory with `importance` folded in and the anchor at the model's present weights.
 
@@ -90,9 +94,10 @@ class Memory:
             importance: from `measure`.
             rule: one of `sum`, `mean`, `ema`, `max`.
             decay: for `ema`, from 0 (only the new) to 1 (only the old); 0.5 unless given.
+            label: a name for what was learned, to find it again in the history.
 
         Raises:
-            OptionError: an unknown rule, or a decay out of place.
+            OptionError: an unknown rule, a decay out of place, or a label that is no text.
             MismatchError: the model lacks a parameter of the importance or all of the memory's, or has one in another
                 shape (a memory's may have more rows now).
         """
@@ -104,14 +109,12 @@ class Memory:
             decay = DECAY if decay is None else decay
             if not 0 <= decay <= 1:
                 raise OptionError(f"decay must be from 0 to 1, got {decay}.")
+        if not isinstance(label, str | None):
+            raise OptionError(f"label must be text, got {label!r}.")
         parameters = named_parameters(model)
         check_fit(importance.sums, parameters, "the importance")
         check_fit(self.importance, parameters, "the memory", may_change=True)
-        if self.history and (self.history[-1].objective, self.history[-1].magnitude) != importance.quantity:
-            raise MismatchError(
-                f"the memory holds {self.history[-1].magnitude} of {self.history[-1].objective}, the importance "
-                f"{importance.magnitude} of {importance.objective}: they cannot be folded."
-            )
+        _check_same_quantity(self.quantity or importance.quantity, importance.quantity, "the importance", "folded")
         new, old, count = importance.mean(), self.importance, importance.num_samples
         fold = RULES[rule]
 
@@ -130,23 +133,65 @@ class Memory:
 
         omega = {name: folded(name) for name in parameters if name in old or name in new}
         counts = {name: self.counts.get(name, 0) + (count if name in new else 0) for name in omega}
-        entry = Consolidation(
-            when=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        anchor = {name: parameters[name].detach().clone() for name in omega}
+        entry = Consolidation.now(
+            anchor,
             num_samples=importance.num_samples,
             rule=rule,
             decay=decay,
             objective=importance.objective,
             magnitude=importance.magnitude,
+            label=label,
         )
-        anchor = {name: parameters[name].detach().clone() for name in omega}
         return Memory(anchor, omega, (*self.history, entry), counts)
+
+    def merge(self, other: Memory) -> Memory:
+        """The memory of both's samples, for replicas that each consolidated once, at the same weights.
+
+        Omega = (n Omega_1 + n' Omega_2) / (n + n'), with n and n' the samples on which each measured the parameter:
+        what one memory of all samples holds, up to rounding. Several consolidations may have a common past, which would
+        count twice: add importances up in place of such memories, and consolidate once.
+
+        Raises:
+            MismatchError: the anchors differ, one of them has consolidated more than once or never, or the two are of
+                different quantities.
+        """
+        for memory in (self, other):
+            if not memory.history or any(entry.rule != MERGED for entry in memory.history[1:]):
+                raise MismatchError(
+                    f"only memories of one consolidation each can be merged, and one has {len(memory.history)}: what "
+                    "they have in common would count twice. Merge the importances, and consolidate the result once."
+                )
+        assert self.quantity is not None
+        assert other.quantity is not None
+        _check_same_quantity(self.quantity, other.quantity, "the other memory", "merged")
+        check_same_shapes(self.anchor, other.anchor, "the first memory", "the second memory")
+        moved = [name for name, value in self.anchor.items() if not torch.equal(value, other.anchor[name].to(value))]
+        if moved:
+            raise MismatchError(
+                f"the anchors of {len(moved)} of {len(self.anchor)} parameters differ (the first is {moved[0]}): the "
+                "memories are of different weights. Only replicas of one model can be merged."
+            )
+        n, m = ({name: own.counts.get(name, own.num_samples) for name in self.anchor} for own in (self, other))
+        omega = {
+            name: RULES["mean"](mine, other.importance[name].to(mine), n[name], m[name], 0.0)
+            for name, mine in self.importance.items()
+        }
+        counts = {name: n[name] + m[name] for name in omega}
+        merged = tuple(replace(entry, rule=MERGED) for entry in other.history)
+        return Memory(self.anchor, omega, self.history + merged, counts)
 
     def summary(self) -> list[LayerSummary]:
         """Per layer its share of the total importance, mean, maximum and concentration."""
         return summarize(self.importance)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to one safetensors file, atomically.
+        """Write to one safetensors file, whole or not at all, tensor by tensor.
+
+        Args:
+            path: the file, or any URL that fsspec knows (`s3://`, `gs://`, ...; the extra `remote`): that is written to
+                a local temporary file, then uploaded. Object stores show the old one until the new one is complete; a
+                server that shows files as they arrive (`sftp://`, `ftp://`) may keep half of it, which will not load.
 
         Raises:
             MemoryFileError: the file cannot be written; what was there stays.
@@ -159,29 +204,50 @@ class Memory:
         """Read what `save` wrote.
 
         Args:
-            path: the file.
+            path: the file, or its URL (`simplecache::s3://...` keeps a local copy).
             like: the model it is for: names and shapes are checked, and tensors go where its parameters are.
                 Without it they stay on the CPU.
 
         Raises:
             MemoryFileError: the file is missing, damaged, not a memory, or of a newer format.
             MismatchError: the memory is of another architecture than `like`.
+
+        Warns:
+            MovedWeightsWarning: the weights of `like` are not the anchor.
         """
-        header, groups = read(path, MEMORY)
-        with well_formed(path):
-            history = tuple(Consolidation(**entry) for entry in header["history"])
-            counts = {str(name): int(count) for name, count in header["counts"].items()}
-            memory = cls(groups["anchor"], groups["importance"], history, counts)
-            check_same_shapes(memory.anchor, memory.importance, "the anchor", "the importance")
+        memory = cls.from_file(path, *read(path, MEMORY))
         if like is None:
             return memory
         memory.check(like)
         parameters = named_parameters(like)
+        moved = [n for n, anchor in memory.anchor.items() if n in parameters and not _stands_at(parameters[n], anchor)]
+        if moved:
+            warnings.warn(
+                f"{len(moved)} of {len(memory.anchor)} parameters (the first is {moved[0]}) have other weights in the "
+                f"model than at the last consolidation of {path}. That is right if the model was trained since; else "
+                "load its weights first, for protect would pull it towards those of another model.",
+                MovedWeightsWarning,
+                stacklevel=2,
+            )
 
         def placed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {n: tensor.to(parameters[n].device) if n in parameters else tensor for n, tensor in tensors.items()}
 
         return cls(placed(memory.anchor), placed(memory.importance), memory.history, memory.counts)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], header: Mapping[str, Any], groups: Groups) -> Memory:
+        """What `storage.read` found, as a memory.
+
+        Raises:
+            MemoryFileError: it is not what `save` writes.
+        """
+        with well_formed(path):
+            history = tuple(record(Consolidation, entry) for entry in header["history"])
+            counts = {str(name): checked_count(samples) for name, samples in header["counts"].items()}
+            memory = cls(groups["anchor"], groups["importance"], history, counts)
+            check_same_shapes(memory.anchor, memory.importance, "the anchor", "the importance")
+            return memory
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model this memory is not of; warn of trainable parameters it does not know, and of lost ones.
@@ -199,6 +265,19 @@ class Memory:
                 NewParametersWarning,
                 stacklevel=3,
             )
+
+
+def _check_same_quantity(mine: tuple[str, str], other: tuple[str, str], whose: str, how: str) -> None:
+    if mine != other:
+        raise MismatchError(
+            f"the memory holds {mine[1]} of {mine[0]}, {whose} {other[1]} of {other[0]}: they cannot be {how}."
+        )
+
+
+def _stands_at(parameter: Tensor, anchor: Tensor) -> bool:
+    """Whether a parameter, or those of its rows that the memory knows, has the anchor's values."""
+    rows = parameter.detach()[: len(anchor)] if parameter.shape != anchor.shape else parameter.detach()
+    return torch.equal(rows, anchor.to(rows))
 
 
 def check_fit(
@@ -238,3 +317,20 @@ def check_fit(
 def has_grown(held: Tensor, parameter: Tensor) -> bool:
     """Whether a parameter has more rows than the memory holds of it, and is the same otherwise."""
     return 0 < held.ndim == parameter.ndim and held.shape[1:] == parameter.shape[1:] and len(held) < len(parameter)
+
+
+KINDS: dict[str, type[Memory] | type[Importance]] = {MEMORY: Memory, IMPORTANCE: Importance}
+"""What a file is of -> what it holds."""
+
+
+def load(path: str | os.PathLike[str]) -> Memory | Importance:
+    """Read a memory or an importance, whichever the file holds; tensors are on the CPU.
+
+    Raises:
+        MemoryFileError: the file is missing, damaged, neither of the two, or of a newer format.
+    """
+    header, groups = read(path)
+    kind = str(header.get("kind"))
+    if kind not in KINDS:
+        raise MemoryFileError(f"{path} is of kind {kind!r}; expected one of {', '.join(KINDS)}.")
+    return KINDS[kind].from_file(path, header, groups)

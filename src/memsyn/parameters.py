@@ -1,10 +1,15 @@
 """The names of a model's parameters, the same in memory, in errors and on disk.
 
-Owns unwrapping (DataParallel, DistributedDataParallel, torch.compile) and the canonical name of every
-parameter. Must not change the model.
+Owns unwrapping (DataParallel, DistributedDataParallel, torch.compile), the canonical name of every parameter, and the
+fingerprint of named tensors. Must not change the model.
 """
 
-from torch import nn
+import hashlib
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -31,3 +36,25 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require a gradient, by canonical name."""
     return {name: p for name, p in named_parameters(model).items() if p.requires_grad}
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors, bit for bit: "sha256:" and 64 hexadecimal digits.
+
+    Names, dtypes, shapes and bytes count; the order in the mapping, the device and the strides do not. No more than one
+    tensor is copied at a time.
+
+    Example:
+        >>> import torch
+        >>> ones = torch.ones(2, 3)
+        >>> fingerprint({"a": ones, "b": ones}) == fingerprint({"b": ones.clone(), "a": ones})
+        True
+        >>> fingerprint({"a": ones}) == fingerprint({"a": ones.half()})
+        False
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()}"

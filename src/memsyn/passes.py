@@ -156,7 +156,7 @@ def refuse_broken(broken: Sequence[str]) -> None:
         raise OutputError(
             f"the gradient of {', '.join(broken[:5])}{' ...' if len(broken) > 5 else ''} is NaN or infinite for at "
             "least one sample, though the output is finite: look for a square root, logarithm or division at zero "
-            "in the forward pass."
+            "in the forward pass; in half precision also for numbers too large for it: measure model.float()."
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from memsyn import Consolidation, Memory, MemsynError
-from memsyn.storage import read, write
+from memsyn.storage import read, record, write
 
 KIND = "checkpoint"
 
@@ -50,5 +50,5 @@ def load_checkpoint(path: Path, model: nn.Module, *, fingerprint: str) -> tuple[
     if header["fingerprint"] != fingerprint:
         raise MemsynError(f"{path} is of other settings. Use another --out, or remove the folder.")
     model.load_state_dict(groups["model"])
-    history = tuple(Consolidation(**entry) for entry in header["history"])
+    history = tuple(record(Consolidation, entry) for entry in header["history"])
     return Memory(groups["anchor"], groups["importance"], history, header["counts"]), header["num_tasks"]

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 
 from memsyn import Memory, Protection, Relative, measure, protect
 from memsyn.distributed import everyone
-from memsyn.measure import Forward
+from memsyn.run import Forward
 
 
 @final

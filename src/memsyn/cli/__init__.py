@@ -1,0 +1,43 @@
+"""The command `memsyn`: the benchmark, and commands on memory files.
+
+Owns options, texts and exit codes: 0 done, 1 an error of ours (on stderr) or what the command's help says, 2 wrong
+usage, 130 interrupted.
+"""
+
+from importlib.metadata import version
+from typing import Annotated
+
+try:
+    import typer
+
+    from memsyn.cli import files
+    from memsyn.cli.bench import bench
+except ModuleNotFoundError as error:
+    missing = (error.name or "").partition(".")[0]
+    if missing not in {"typer", "rich", "PIL", "matplotlib"}:
+        raise
+    raise SystemExit(f"the memsyn command needs {missing}: pip install 'memsyn[bench]'") from None
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+)
+app.add_typer(bench, name="bench")
+for command in (files.inspect, files.verify, files.diff, files.merge, files.convert):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"memsyn {version('memsyn')}")
+        raise typer.Exit
+
+
+@app.callback()
+def memsyn(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Learn something new without forgetting what the model knows (Memory Aware Synapses)."""

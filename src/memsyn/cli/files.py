@@ -1,0 +1,186 @@
+"""The commands on memory files: inspect, verify, diff, merge, convert.
+
+With --json each prints one JSON object, whose keys stay: docs/commands.md. Errors go to stderr either way.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from functools import reduce
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from memsyn import Importance, Memory, MemoryFileError, MismatchError, OptionError
+from memsyn import compare as comparison
+from memsyn.cli.screen import (
+    by_route,
+    describe,
+    plain_errors,
+    print_difference,
+    print_importance,
+    print_memory,
+    say,
+    say_json,
+)
+from memsyn.convert import PLAIN, STRUCTURES, is_plain, read_plain, write_plain
+from memsyn.memory import KINDS, load
+from memsyn.storage import IMPORTANCE, MEMORY, read
+
+File = Annotated[str, typer.Argument(metavar="FILE", help="A memory or importance file of memsyn, or its URL.")]
+Files = Annotated[list[str], typer.Argument(metavar="FILE", help="Files of memsyn, or their URLs.")]
+Out = Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="The file to write.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def inspect(path: File, as_json: Json = False) -> None:
+    """Print what a memory or an importance file protects, layer by layer.
+
+    Example: memsyn inspect runs/demo/mas-seed0.memsyn.safetensors
+    """
+    with plain_errors():
+        held = load(path)
+    if as_json:
+        say_json(_facts(held))
+    elif isinstance(held, Memory):
+        print_memory(held)
+    else:
+        print_importance(held)
+
+
+def _facts(held: Memory | Importance) -> dict[str, Any]:
+    objective, magnitude = held.quantity or (None, None)
+    facts = {
+        "kind": _kind(held),
+        "num_samples": held.num_samples,
+        "objective": objective,
+        "magnitude": magnitude,
+        "layers": [asdict(layer) for layer in held.summary()],
+    }
+    if isinstance(held, Memory):
+        return {**facts, "history": [asdict(entry) for entry in held.history]}
+    return {**facts, "routes": by_route(held)}
+
+
+def _kind(held: Memory | Importance) -> str:
+    return MEMORY if isinstance(held, Memory) else IMPORTANCE
+
+
+def verify(paths: Files, as_json: Json = False) -> None:
+    """Check files: checksum, format, shapes, finite values, no negative importance. One line a file.
+
+    Exits with 0 if all are whole, with 1 if one is damaged, missing or not of memsyn.
+
+    Example: memsyn verify backup/*.memsyn.safetensors
+    """
+    results = [_verified(path) for path in paths]
+    if as_json:
+        say_json({"ok": all(result["ok"] for result in results), "files": results})
+    else:
+        for result in results:
+            say(f"OK      {result['path']}: {result['kind']}" if result["ok"] else f"FAILED  {result['error']}")
+    if not all(result["ok"] for result in results):
+        raise typer.Exit(1)
+
+
+def _verified(path: str) -> dict[str, Any]:
+    try:
+        header, groups = read(path)
+        kind = str(header.get("kind"))
+        if kind in KINDS:
+            KINDS[kind].from_file(path, header, groups)
+    except MemoryFileError as error:
+        return {"path": path, "ok": False, "kind": None, "error": str(error)}
+    return {"path": path, "ok": True, "kind": kind, "error": None}
+
+
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="The older file.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The newer file.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two files: which layers gained or lost importance, and where the anchors moved.
+
+    Exits with 0 if they hold the same, bit for bit, with 1 if they differ or cannot be compared.
+
+    Example: memsyn diff january.memsyn.safetensors february.memsyn.safetensors
+    """
+    with plain_errors():
+        one, other = load(a), load(b)
+    found = comparison.diff(one, other)
+    if as_json:
+        say_json(asdict(found))
+    else:
+        print_difference(one, other, found)
+    if not found.same:
+        raise typer.Exit(1)
+
+
+def merge(paths: Files, out: Out, as_json: Json = False) -> None:
+    """Add up what replicas of one model measured: the result is that of one which saw all samples.
+
+    Importance files are added up. Memory files are merged if each holds one consolidation and all have the same anchor;
+    to go on from a memory of several consolidations, merge importances and consolidate the result.
+
+    Example: memsyn merge replica1.safetensors replica2.safetensors -o all.safetensors
+    """
+    with plain_errors():
+        if len(paths) < 2:
+            raise OptionError("there is nothing to merge: name at least two files.")
+        twice = [path for path, times in Counter(paths).items() if times > 1]
+        if twice:
+            raise OptionError(f"{', '.join(twice)} is named more than once: its samples would count twice.")
+        merged = reduce(_added, (load(path) for path in paths))
+        merged.save(out)
+    if as_json:
+        say_json({**_written(out, merged), "files": paths})
+    else:
+        say(f"{out}: {describe(merged)}, of {len(paths)} files.")
+
+
+def _added(one: Memory | Importance, other: Memory | Importance) -> Memory | Importance:
+    if isinstance(one, Memory) and isinstance(other, Memory):
+        return one.merge(other)
+    if isinstance(one, Importance) and isinstance(other, Importance):
+        return one + other
+    raise MismatchError("memories and importances cannot be merged with each other: name files of one kind.")
+
+
+def convert(
+    path: Annotated[str, typer.Argument(metavar="FILE", help="A file of memsyn, or a dict saved by torch.")],
+    out: Out,
+    num_samples: Annotated[
+        int | None, typer.Option("--samples", help="On how many samples it was measured, if the file does not say.")
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="It was measured with batches of one sample, if the file does not say.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a file of memsyn into a plain dict of tensors saved by torch, or such a dict into a file of memsyn.
+
+    Reads memsyn's own dicts, the importance and params of Avalanche's MAS plugin, and the reg_params of the official
+    MAS code. They are loaded with weights_only=True: a pickled model is refused, and the error says how to export it.
+
+    Example: memsyn convert reg_params.pt -o old.memsyn.safetensors --samples 5000
+    """
+    with plain_errors():
+        if is_plain(path):
+            held, whose = read_plain(Path(path), num_samples=num_samples, exact=exact)
+            held.save(out)
+            how = "from"
+        elif num_samples is not None or exact:
+            raise OptionError(f"{path} itself says how it was measured: leave --samples and --exact out.")
+        else:
+            held, whose, how = load(path), PLAIN, "as"
+            write_plain(out, held)
+    if as_json:
+        say_json({**_written(out, held), "structure": whose})
+    else:
+        say(f"{out}: {describe(held)}, {how} {STRUCTURES[whose]}.")
+
+
+def _written(out: str, held: Memory | Importance) -> dict[str, Any]:
+    return {"out": out, "kind": _kind(held), "num_samples": held.num_samples}

@@ -1,0 +1,290 @@
+"""The commands on files: what they print, write and exit with, as tables and as JSON."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import memsyn
+from memsyn import Importance, Memory, measure
+from tests.test_cli import call
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    return model
+
+
+@pytest.fixture
+def folder(model, tmp_path, monkeypatch) -> Path:
+    """Two importances, their memories, and a memory of two consolidations, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    # The output is 4: |d y^2| is 8 (1, 2) for the first layer, 8 * 3 and 8 for the second one's weight and bias.
+    importance = measure(model, [torch.tensor([[1.0, 2.0]])], progress=False)
+    importance.save("i")
+    measure(model, [torch.tensor([[1.0, 0.0], [0.0, 1.0]])], progress=False).save("j")
+    first = Memory.empty().consolidate(model, importance, label="faces")
+    first.save("m")
+    with torch.no_grad():
+        model[0].weight[0, 0] += 0.5
+    first.consolidate(model, importance, rule="ema", label="street signs").save("n")
+    Path("text").write_text("not a memory at all")
+    return tmp_path
+
+
+def rows(output: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("│┃").split("│")] for line in output.splitlines() if "│" in line]
+
+
+def as_json(*arguments, code=0):
+    result = call(*arguments, "--json", code=code)
+    assert result.stderr == ""
+    return json.loads(result.stdout)
+
+
+def test_inspect_a_memory(folder) -> None:
+    output = call("inspect", "n").output
+    assert "Memory of 2 samples" in output
+    found = rows(output)
+    assert ["0", "2", "42.9%", "12", "16", "66.7%"] in found
+    assert ["1", "2", "57.1%", "16", "24", "75.0%"] in found
+    assert ["all", "4", "100.0%", "", "", ""] in found
+    assert "Measured: abs of squared_l2_norm." in output
+    first, second = (entry for entry in Memory.load("n").history)
+    assert found[-3][0] == first.when[:16].replace("T", " ")
+    assert found[-3][1:5] == ["1", "sum", "faces", first.fingerprint[7:15]]
+    assert [found[-2][2], found[-2][3], found[-1][3]] == ["ema 0.5", "street", "signs"]
+    assert second.fingerprint[7:15] in output
+    assert max(map(len, output.splitlines())) <= 80
+
+
+def test_inspect_an_importance(folder) -> None:
+    output = call("inspect", "i").output
+    assert "Importance over 1 sample\n" in output.replace(" \n", "\n").replace("  ", "")
+    assert "42.9%" in output
+    assert "Measured: abs of squared_l2_norm, a mean over samples." in output
+    assert "Computed by 'one sample at a time': 3 of 3 parameters\n" in output
+    assert "Computed by 'rule': 3 of 3 parameters\n" in call("inspect", "j").output
+    routes = {"a.w": "unused", "a.b": "rule", "a.c": "rule"}
+    Importance({name: torch.ones(1) for name in routes}, 1, routes).save("routes")
+    output = call("inspect", "routes").output
+    assert "Computed by 'rule': 2 of 3 parameters\nComputed by 'unused': 1 of 3 parameters: a.w\n" in output
+
+
+def test_inspect_as_json(folder) -> None:
+    memory, importance = Memory.load("n"), Importance.load("j")
+    assert as_json("inspect", "n") == {
+        "kind": "memory",
+        "num_samples": 2,
+        "objective": "squared_l2_norm",
+        "magnitude": "abs",
+        "layers": [asdict(layer) for layer in memory.summary()],
+        "history": [asdict(entry) for entry in memory.history],
+    }
+    assert set(as_json("inspect", "n")["history"][0]) == {
+        "when", "num_samples", "rule", "decay", "objective", "magnitude", "label", "memsyn", "torch", "fingerprint"
+    }  # fmt: skip
+    found = as_json("inspect", "j")
+    assert found.pop("layers") == [asdict(layer) for layer in importance.summary()]
+    assert found == {
+        "kind": "importance",
+        "num_samples": 2,
+        "objective": "squared_l2_norm",
+        "magnitude": "abs",
+        "routes": {"rule": ["0.weight", "1.weight", "1.bias"]},
+    }
+    Memory.empty().save("empty")
+    assert as_json("inspect", "empty")["objective"] is None
+    assert "Consolidations" not in call("inspect", "empty").output
+
+
+def test_what_a_stranger_writes_is_shown_not_obeyed(folder) -> None:
+    name = "a[red]\x1b[31m\n[/none].w"
+    routes = {"b": "rule", "c": "rule", name: "[bold]\x07"}
+    Importance({own: torch.ones(2) for own in routes}, 1, routes).save("odd")
+    output = call("inspect", "odd").output
+    assert "\x1b" not in output
+    assert "\x07" not in output
+    assert r"by '[bold]\x07': 1 of 3 parameters: a[red]\x1b[31m\n[/none].w" in output
+    assert r"a[red]\x1b[31m\n[/none]" in "".join(row[0] for row in rows(output))
+    message = call("merge", "odd", "i", "-o", "x", code=1).stderr
+    assert "a[red]\\x1b[31m\n[/none].w is missing" in message
+
+
+def test_inspect_names_what_is_wrong(folder) -> None:
+    result = call("inspect", "none", code=1)
+    assert (result.stdout, result.stderr) == ("", "error: none does not exist.\n")
+    assert "was not written by memsyn" in call("inspect", "text", "--json", code=1).stderr
+    memsyn.storage.write("other", "checkpoint", {}, {})
+    assert (
+        "other is of kind 'checkpoint'; expected one of memory, importance." in call("inspect", "other", code=1).stderr
+    )
+
+
+def test_verify(folder) -> None:
+    assert call("verify", "n", "i").output == "OK      n: memory\nOK      i: importance\n"
+    damaged = bytearray(Path("m").read_bytes())
+    damaged[-1] ^= 1
+    Path("damaged").write_bytes(damaged)
+    lines = call("verify", "n", "damaged", "none", "i", code=1).output.splitlines()
+    assert [line[:6] for line in lines] == ["OK    ", "FAILED", "FAILED", "OK    "]
+    assert lines[1].startswith("FAILED  damaged is damaged: its checksum is not that of its content.")
+    assert lines[2] == "FAILED  none does not exist."
+    assert as_json("verify", "n", "none", code=1) == {
+        "ok": False,
+        "files": [
+            {"path": "n", "ok": True, "kind": "memory", "error": None},
+            {"path": "none", "ok": False, "kind": None, "error": "none does not exist."},
+        ],
+    }
+    assert as_json("verify", "n")["ok"] is True
+
+
+def test_verify_looks_into_the_header_and_at_other_kinds(folder) -> None:
+    memsyn.storage.write("odd", "memory", {"history": [{"when": 3}], "counts": {}}, {"anchor": {}, "importance": {}})
+    assert "odd is not as memsyn writes it" in call("verify", "odd", code=1).output
+    memsyn.storage.write("other", "checkpoint", {}, {"model": {"w": torch.ones(1)}})
+    assert call("verify", "other").output == "OK      other: checkpoint\n"
+
+
+def test_diff(folder) -> None:
+    output = call("diff", "m", "n", code=1).output
+    assert "A: memory of 1 sample. B: memory of 2 samples." in output
+    # half a unit in one weight of (1, 1), whose norm is sqrt(2)
+    assert ["0", "42.9%", "42.9%", "+0.0", "24", "24", "0.5", "0.354"] in rows(output)
+    assert ["1", "57.1%", "57.1%", "+0.0", "32", "32", "0", "0"] in rows(output)
+    assert output.endswith("They differ.\n")
+    assert max(map(len, output.splitlines())) <= 80
+    assert call("diff", "m", "m").output.endswith("The same, bit for bit.\n")
+
+
+def test_diff_of_unlike_files(folder) -> None:
+    Importance({"1.weight": torch.ones(2, 1), "2.weight": torch.ones(1)}, 1, magnitude="square").save("other")
+    output = call("diff", "i", "other", code=1).output
+    assert "Only in A: 0.weight, 1.bias\nOnly in B: 2.weight\nIn different shapes: 1.weight\n" in output
+    assert "quantities: abs of squared_l2_norm, and square of squared_l2_norm. Compare shares, not totals." in output
+    assert "Moved" not in output
+
+
+def test_diff_as_json(folder) -> None:
+    found = as_json("diff", "m", "n", code=1)
+    assert found["layers"][0] == {
+        "layer": "0",
+        "share_a": pytest.approx(24 / 56),
+        "share_b": pytest.approx(24 / 56),
+        "total_a": 24.0,
+        "total_b": 24.0,
+        "moved": 0.5,
+        "moved_relative": pytest.approx(0.5 / 2**0.5),
+    }
+    assert [layer["layer"] for layer in found.pop("layers")] == ["0", "1"]
+    assert found == {"same": False, "only_in_a": [], "only_in_b": [], "reshaped": []}
+    assert as_json("diff", "i", "i")["same"] is True
+
+
+def test_merge_is_one_observer_of_all_samples(folder, model) -> None:
+    with torch.no_grad():
+        model[0].weight[0, 0] -= 0.5
+    assert call("merge", "i", "j", "-o", "all").output == "all: importance of 3 samples, of 2 files.\n"
+    whole = measure(model, [torch.tensor([[1.0, 2.0], [1.0, 0.0], [0.0, 1.0]])], progress=False)
+    merged = Importance.load("all")
+    assert merged.num_samples == 3
+    assert all(torch.equal(merged.sums[name], total) for name, total in whole.sums.items())  # whole numbers here
+    Memory.empty().consolidate(model, Importance.load("j"), label="objects").save("k")
+    assert as_json("merge", "m", "k", "-o", "both") == {
+        "out": "both",
+        "kind": "memory",
+        "num_samples": 3,
+        "files": ["m", "k"],
+    }
+    both = Memory.load("both", like=model)
+    assert [entry.label for entry in both.history] == ["faces", "objects"]
+    for name, omega in whole.mean().items():
+        assert torch.allclose(both.importance[name], omega)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["i"], "there is nothing to merge: name at least two files."),
+        (["i", "j", "i"], "i is named more than once: its samples would count twice."),
+        (["m", "i"], "memories and importances cannot be merged with each other: name files of one kind."),
+        (["m", "n"], "only memories of one consolidation each can be merged, and one has 2"),
+        (["i", "none"], "none does not exist."),
+    ],
+)
+def test_what_cannot_be_merged(folder, files, message) -> None:
+    result = call("merge", *files, "-o", "x", code=1)
+    assert result.stderr.startswith(f"error: {message}")
+    assert not Path("x").exists()
+
+
+def test_merge_asks_for_its_output(folder) -> None:
+    assert "Missing option '--out'" in call("merge", "i", "j", code=2).stderr
+
+
+def test_convert_there_and_back(folder) -> None:
+    assert call("convert", "n", "-o", "n.pt").output == "n.pt: memory of 2 samples, as memsyn's plain dict.\n"
+    assert torch.equal(torch.load("n.pt", weights_only=True)["anchor"]["0.weight"], Memory.load("n").anchor["0.weight"])
+    output = call("convert", "n.pt", "-o", "again").output
+    assert output == "again: memory of 2 samples, from memsyn's plain dict.\n"
+    assert Memory.load("again").history == Memory.load("n").history
+    assert call("diff", "n", "again").output.endswith("The same, bit for bit.\n")
+    assert as_json("convert", "i", "-o", "i.pt") == {
+        "out": "i.pt",
+        "kind": "importance",
+        "num_samples": 1,
+        "structure": "memsyn",
+    }
+
+
+def test_convert_from_other_code(folder) -> None:
+    torch.save({"w": {"omega": torch.ones(2), "init_val": torch.zeros(2)}, "lambda": 1}, "plain.pt")
+    assert as_json("convert", "plain.pt", "-o", "w", "--samples", "7") == {
+        "out": "w",
+        "kind": "memory",
+        "num_samples": 7,
+        "structure": "official",
+    }
+    assert Memory.load("w").quantity == ("squared_l2_norm", "abs of the batch mean")
+    call("convert", "plain.pt", "-o", "w", "--samples", "7", "--exact")
+    assert Memory.load("w").quantity == ("squared_l2_norm", "abs")
+    assert "say so with num_samples (--samples)" in call("convert", "plain.pt", "-o", "x", code=1).stderr
+    assert "leave --samples and --exact out" in call("convert", "n", "-o", "x", "--exact", code=1).stderr
+    assert "none does not exist" in call("convert", "none", "-o", "x", code=1).stderr
+    assert not Path("x").exists()
+
+
+def test_a_refused_model_comes_with_the_lines_that_export_it(folder, model) -> None:
+    torch.save(model, "model.pt")
+    lines = call("convert", "model.pt", "-o", "x", "--samples", "3", code=1).stderr.splitlines()
+    assert lines[0] == "error: model.pt could not be read by torch (UnpicklingError)."
+    assert "    torch.save(plain, 'plain.pt')" in lines
+    assert not Path("x").exists()
+
+
+def test_files_at_urls(folder) -> None:
+    Importance.load("i").save("memory://commands/i")
+    assert call("verify", "memory://commands/i").output == "OK      memory://commands/i: importance\n"
+    call("merge", "memory://commands/i", "j", "-o", "memory://commands/all")
+    assert as_json("inspect", "memory://commands/all")["num_samples"] == 3
+    assert call("convert", "memory://commands/i", "-o", "i.pt").output.startswith("i.pt: importance of 1 sample,")
+
+
+def test_the_installed_command(folder) -> None:
+    command = shutil.which("memsyn", path=str(Path(sys.executable).parent))
+    done = subprocess.run([command, "verify", "n", "text", "--json"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert [file["ok"] for file in json.loads(done.stdout)["files"]] == [True, False]
+    assert done.stderr == ""

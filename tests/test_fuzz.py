@@ -138,6 +138,10 @@ FORGED = {
     "dimensions": ({"importance/a": tensor(0, 8, shape=[2] + [1] * 64)}, "shape"),
     "unknown dtype": ({"importance/a": tensor(0, 8, dtype="F7")}, "is of dtype 'F7'"),
     "integers": ({"importance/a": tensor(0, 8, dtype="I64")}, "is torch.int64; expected a floating point type"),
+    "no integers": (
+        {"importance/a": tensor(0, 0, shape=[0, 3], dtype="I64")},
+        "is torch.int64; expected a floating point type",
+    ),
     "no object": ({"importance/a": 3}, "could not be read: TypeError"),
     "no dtype": ({"importance/a": {"shape": [2], "data_offsets": [0, 8]}}, "could not be read: KeyError"),
     "other names": ({"elsewhere/a": tensor(0, 8, shape=[2])}, "are not those that its metadata names"),

@@ -89,6 +89,7 @@ def write(
             digest = hashlib.sha256(head)
             file.write(head)
             for key, _, _ in places:
+                _check_dtype(path, key, tensors[key].dtype)
                 for piece in _pieces(tensors[key]):
                     _check_values(path, key, piece)
                     data = _bytes_of(piece)
@@ -130,6 +131,7 @@ def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[st
                 f"{path} is damaged: its checksum is not that of its content. Restore it from a copy."
             )
         for key, tensor in tensors.items():
+            _check_dtype(path, key, tensor.dtype)
             for piece in _pieces(tensor):
                 _check_values(path, key, piece)
         return header, _grouped(path, header["groups"], tensors)
@@ -261,10 +263,13 @@ def _bytes_of(piece: Tensor) -> memoryview:
     return piece.view(torch.uint8).numpy().data
 
 
+def _check_dtype(path: object, key: str, dtype: torch.dtype) -> None:
+    if not dtype.is_floating_point and key.startswith(("importance/", "anchor/")):
+        raise MemoryFileError(f"{path}: {key} is {dtype}; expected a floating point type.")
+
+
 def _check_values(path: object, key: str, piece: Tensor) -> None:
     if not piece.dtype.is_floating_point:
-        if key.startswith(("importance/", "anchor/")):
-            raise MemoryFileError(f"{path}: {key} is {piece.dtype}; expected a floating point type.")
         return
     low, high = (piece if piece.dtype.itemsize > 2 else piece.float()).aminmax()
     if not math.isfinite(low) or not math.isfinite(high):

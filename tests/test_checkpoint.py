@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import memsyn
-from memsyn import guard
+from memsyn import guard, memory
 from tests.cases import CASES, Lambda, normal
 
 NUM_BATCHES = 20
@@ -493,3 +493,31 @@ def test_killed_at_random_moments_it_ends_with_the_same_sums(soak: bool, tmp_pat
         print(f"{num_killed} kills in {num_passes} passes")
     finally:
         torch.set_num_threads(threads)
+
+
+def test_batches_without_tensors_cannot_be_known_again(tmp_path: Path) -> None:
+    model, batches = a_model(), [batch.numpy() for batch in some_batches()]
+    with pytest.raises(memsyn.OptionError, match="compares the batches that are skipped later by their tensors"):
+        measured(model, batches, tmp_path / "pass.ckpt", forward=lambda own, batch: own(torch.from_numpy(batch)))
+
+
+def test_a_checkpoint_is_a_local_file_and_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(memsyn.OptionError, match="a checkpoint is a local file, not a URL"):
+        measured(a_model(), some_batches(), "memory://pass.ckpt")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    def batches() -> Iterator[Tensor]:
+        for index, batch in enumerate(some_batches()):
+            if index == 5:
+                os.chdir(tmp_path / "elsewhere")
+            if index == 8:
+                raise RuntimeError("the loader fails")
+            yield batch
+
+    with pytest.raises(RuntimeError, match="the loader fails"):
+        measured(a_model(), batches(), "pass.ckpt")
+    assert [entry.name for entry in tmp_path.rglob("*.ckpt")] == ["pass.ckpt"]
+    assert (tmp_path / "pass.ckpt").exists()
+    with pytest.raises(memsyn.MemoryFileError, match="is the checkpoint of a pass that has not ended"):
+        memory.load(tmp_path / "pass.ckpt")

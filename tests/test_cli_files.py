@@ -219,6 +219,7 @@ def test_merge_is_one_observer_of_all_samples(folder, model) -> None:
     [
         (["i"], "there is nothing to merge: name at least two files."),
         (["i", "j", "i"], "i is named more than once: its samples would count twice."),
+        (["i", "./i"], "i, ./i is named more than once: its samples would count twice."),
         (["m", "i"], "memories and importances cannot be merged with each other: name files of one kind."),
         (["m", "n"], "only memories of one consolidation each can be merged, and one has 2"),
         (["i", "none"], "none does not exist."),

@@ -65,8 +65,11 @@ def test_importances_are_compared_as_means() -> None:
     one = memsyn.Importance({"a.w": torch.tensor([2.0, 4.0])}, 2)
     other = memsyn.Importance({"a.w": torch.tensor([4.0, 8.0])}, 4)
     found = diff(one, other)
-    assert found.same
     assert found.layers == (LayerChange("a", 1.0, 1.0, 3.0, 3.0, None, None),)
+    assert not found.same  # on other numbers of samples
+    assert diff(one, one).same
+    assert not diff(one, memsyn.Importance({"a.w": one.sums["a.w"].double()}, 2)).same
+    assert not diff(one, memsyn.Importance(one.sums, 2, objective="another")).same
     assert not diff(one, memory({"a.w": [0.0, 0.0]}, {"a.w": [1.0, 2.0]})).same  # the other is no importance
 
 

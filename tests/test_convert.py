@@ -137,7 +137,7 @@ def test_samples_must_be_said(tmp_path) -> None:
     torch.save({"w": torch.ones(1)}, tmp_path / "p.pt")
     with pytest.raises(memsyn.OptionError, match=r"p.pt does not say on how many samples .*num_samples \(--samples\)"):
         read_plain(tmp_path / "p.pt")
-    with pytest.raises(memsyn.OptionError, match=r"num_samples must be a whole number, at least 1; got 0"):
+    with pytest.raises(memsyn.OptionError, match=r"num_samples must be a whole number.*; got 0"):
         read_plain(tmp_path / "p.pt", num_samples=0)
 
 

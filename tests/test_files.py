@@ -101,7 +101,7 @@ def test_killed_at_random(path: Path, soak: bool) -> None:
 def test_killed_before_every_line(path: Path, soak: bool) -> None:
     """Until some line the old file is there, from there on the new one."""
     own, num_lines = {files.__file__, layout.__file__, storage.__file__}, 0
-    found, step = [], 1 if soak else 20
+    found, step = [], 1 if soak else 5
 
     def write(last: int) -> None:
         lines = 0

@@ -139,7 +139,7 @@ FORGED = {
     "unknown dtype": ({"importance/a": tensor(0, 8, dtype="F7")}, "is of dtype 'F7'"),
     "integers": ({"importance/a": tensor(0, 8, dtype="I64")}, "is torch.int64; expected a floating point type"),
     "no integers": (
-        {"importance/a": tensor(0, 0, shape=[0, 3], dtype="I64")},
+        {"importance/a": tensor(0, 8, shape=[2]), "importance/b": tensor(8, 8, shape=[0, 3], dtype="I64")},
         "is torch.int64; expected a floating point type",
     ),
     "no object": ({"importance/a": 3}, "could not be read: TypeError"),

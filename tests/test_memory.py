@@ -185,3 +185,14 @@ def test_what_a_model_has_lost_is_left_out_with_a_warning() -> None:
         after = memory.consolidate(body, memsyn.measure(body, [torch.ones(4, 2)], progress=False))
     assert list(after.importance) == ["0.weight", "0.bias"]
     assert list(memory.importance) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+def test_a_mean_does_not_overflow() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    large = memsyn.Importance({"weight": torch.full((1, 1), 1e38)}, 10**6)
+    memory = memsyn.Memory.empty().consolidate(model, large)
+    omega = memory.importance["weight"] * 1e5
+    memory = memsyn.Memory(memory.anchor, {"weight": omega}, memory.history, memory.counts)
+    other = memsyn.Importance({"weight": torch.full((1, 1), 3e38)}, 1)
+    found = memory.consolidate(model, other, rule="mean").importance["weight"]
+    assert float(found) == pytest.approx((1e37 * 10**6 + 3e38) / (10**6 + 1), rel=1e-6)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
@@ -169,12 +170,35 @@ def test_headers_and_tensors_must_fit(path: Path) -> None:
     with pytest.raises(memsyn.MemoryFileError, match=r"is not as memsyn writes it: ValueError"):
         memsyn.Importance.load(path)
     anchor = {"w": torch.ones(3, 1)}
-    memsyn.Memory(anchor, {"w": torch.ones(1, 3)}).save(path)
+    facts = {"history": [], "counts": {}}
+    storage.write(path, "memory", facts, {"anchor": anchor, "importance": {"w": torch.ones(1, 3)}})
     with pytest.raises(memsyn.MemoryFileError, match=r"is not as memsyn writes it: MismatchError"):
         memsyn.Memory.load(path)
-    memsyn.Memory(anchor, {}).save(path)
+    storage.write(path, "memory", facts, {"anchor": anchor, "importance": {}})
     with pytest.raises(memsyn.MemoryFileError, match=r"w is missing in the importance"):
         memsyn.Memory.load(path)
+
+
+def test_what_could_not_be_read_again_is_not_written(path: Path) -> None:
+    before = path.read_bytes()
+    ones = {"w": torch.ones(2)}
+    with pytest.raises(memsyn.OptionError, match=r"num_samples must be a whole number below 2\^63, got 2\.0"):
+        memsyn.Importance(ones, 2.0)  # type: ignore[arg-type]
+    with pytest.raises(memsyn.OptionError, match=r"num_samples must be a whole number below 2\^63"):
+        memsyn.Importance(ones, 10**25)
+    with pytest.raises(memsyn.OptionError, match=r"the memory's counts: expected a count, got 2\.0"):
+        memsyn.Memory(ones, ones, (), {"w": 2.0}).save(path)  # type: ignore[dict-item]
+    with pytest.raises(memsyn.MismatchError, match="w is missing in the importance"):
+        memsyn.Memory(ones, {}).save(path)
+    assert path.read_bytes() == before
+    memsyn.Importance(ones, np.int64(5)).save(path)  # type: ignore[arg-type]
+    assert memsyn.Importance.load(path).num_samples == 5
+
+
+def test_a_name_as_long_as_names_may_be(path: Path) -> None:
+    for name in ("a" * 255, "ä" * 127):
+        memsyn.Importance({"w": torch.ones(2)}, 1).save(path.with_name(name))
+        assert memsyn.Importance.load(path.with_name(name)).num_samples == 1
 
 
 def test_the_order_of_the_model_is_kept(path: Path) -> None:

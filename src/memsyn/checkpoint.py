@@ -41,7 +41,9 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike[str], every: float) -> None:
         if not isinstance(every, (int, float)) or not every >= 0:
             raise OptionError(f"every must be a number of seconds, at least 0; got {every!r}.")
-        self.path, self.every = Path(path), every
+        if "://" in str(path):
+            raise OptionError(f"a checkpoint is a local file, not a URL; got {path}.")
+        self.path, self.every = Path(path).absolute(), every
         self.num_batches = 0
         self._digest = ""
         self._saved: tuple[int, int] | None = None
@@ -164,8 +166,13 @@ class Checkpoint:
 
 def _chained(digest: str, batch: Any) -> str:
     """A digest of this batch and, by the digest before, of all that came before it: of some numbers of each tensor."""
-    found = hashlib.sha256(digest.encode())
-    for tensor in tensors(batch):
+    found, own_tensors = hashlib.sha256(digest.encode()), tensors(batch)
+    if not own_tensors:
+        raise OptionError(
+            "checkpoint= compares the batches that are skipped later by their tensors, and one holds none: give "
+            "tensors, or leave checkpoint= out."
+        )
+    for tensor in own_tensors:
         found.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         if tensor.layout == torch.strided and tensor.numel():
             step = tensor.numel() // NUMBERS | 1  # odd: it meets every column of an image

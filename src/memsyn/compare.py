@@ -38,7 +38,8 @@ class Difference:
     """What B has become of A."""
 
     same: bool
-    """Whether they hold the same parameters with the same importance and anchors, bit for bit."""
+    """Whether they hold the same parameters with the same importance and anchors, bit for bit, in the same precision,
+    of the same quantity, on as many samples."""
     layers: tuple[LayerChange, ...]
     only_in_a: tuple[str, ...]
     """Names of parameters."""
@@ -76,12 +77,19 @@ def diff(a: Memory | Importance, b: Memory | Importance) -> Difference:
             )
         )
     return Difference(
-        same=type(a) is type(b) and _equal(omega_a, omega_b) and _equal(*anchors),
+        same=_same_facts(a, b) and _equal(omega_a, omega_b) and _equal(*anchors),
         layers=tuple(layers),
         only_in_a=tuple(name for name in omega_a if name not in omega_b),
         only_in_b=tuple(name for name in omega_b if name not in omega_a),
         reshaped=reshaped,
     )
+
+
+def _same_facts(a: Memory | Importance, b: Memory | Importance) -> bool:
+    """Kind, quantity and numbers of samples."""
+    if isinstance(a, Memory) and isinstance(b, Memory) and a.counts != b.counts:
+        return False
+    return type(a) is type(b) and a.quantity == b.quantity and a.num_samples == b.num_samples
 
 
 def _omega(held: Memory | Importance) -> dict[str, Tensor]:
@@ -108,4 +116,6 @@ def _moves(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: Iterable[str
 
 
 def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(values, b[name]) for name, values in a.items())
+    return a.keys() == b.keys() and all(
+        values.dtype == b[name].dtype and torch.equal(values, b[name]) for name, values in a.items()
+    )

@@ -118,8 +118,8 @@ def read_plain(path: Path, *, num_samples: int | None = None, exact: bool = Fals
         raise OptionError(
             f"{path} does not say on how many samples it was measured: say so with num_samples (--samples)."
         )
-    if not isinstance(count, int) or count < 1:
-        raise OptionError(f"num_samples must be a whole number, at least 1; got {count!r}.")
+    if type(count) is not int or not 1 <= count < 2**63:
+        raise OptionError(f"num_samples must be a whole number, at least 1 and below 2^63; got {count!r:.40}.")
     objective, magnitude = plain.get("objective", OBJECTIVE), plain.get("magnitude", MAGNITUDE if exact else BATCHED)
     if anchor is None:
         sums = {name: values.to(wide_dtype(values)) * count for name, values in omega.items()}

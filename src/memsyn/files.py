@@ -71,7 +71,7 @@ def _check_regular(path: Path) -> None:
 def _temporary(path: Path) -> BinaryIO:
     """A new file beside `path`, locked for as long as it is open."""
     while True:
-        file = open(path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp"), "xb")  # noqa: SIM115
+        file = open(path.with_name(f".{_stem(path)}.{secrets.token_hex(8)}.tmp"), "xb")  # noqa: SIM115
         with suppress(OSError):  # where there are no locks, leftovers stay
             _lock(file.fileno(), wait=True)
         if os.path.exists(file.name):
@@ -79,9 +79,14 @@ def _temporary(path: Path) -> BinaryIO:
         file.close()  # between its creation and its lock, another writer took it for a leftover
 
 
+def _stem(path: Path) -> str:
+    """Its name, shortened so that 22 more bytes fit."""
+    return path.name.encode(errors="surrogateescape")[:200].decode(errors="ignore")
+
+
 def _remove_leftovers(path: Path) -> None:
     """Remove the temporary files of writers that were killed: nobody holds a lock on theirs."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.tmp")
+    pattern = re.compile(rf"\.{re.escape(_stem(path))}\.[0-9a-f]{{16}}\.tmp")
     for name in filter(pattern.fullmatch, os.listdir(path.parent)):
         with suppress(OSError):
             handle = os.open(path.parent / name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)

@@ -5,6 +5,7 @@ Owns what can be done with a measured importance. Means are computed on read, so
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -52,6 +53,10 @@ class Importance:
     magnitude: str = MAGNITUDE
 
     def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "num_samples", checked_count(operator.index(self.num_samples)))
+        except (TypeError, ValueError):
+            raise OptionError(f"num_samples must be a whole number below 2^63, got {self.num_samples!r:.40}.") from None
         if self.num_samples < 1:
             raise OptionError(f"an importance is over at least one sample, got num_samples={self.num_samples}.")
 

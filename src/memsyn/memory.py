@@ -31,7 +31,7 @@ Fold = Callable[[Tensor, Tensor, int, int, float], Tensor]
 
 RULES: dict[str, Fold] = {
     "sum": lambda old, new, num_old, num_new, decay: old + new,
-    "mean": lambda old, new, num_old, num_new, decay: (old * num_old + new * num_new) / (num_old + num_new),
+    "mean": lambda old, new, num_old, num_new, decay: old.lerp(new, num_new / (num_old + num_new)),  # nothing overflows
     "ema": lambda old, new, num_old, num_new, decay: decay * old + (1 - decay) * new,
     "max": lambda old, new, num_old, num_new, decay: old.maximum(new),
 }
@@ -195,7 +195,15 @@ class Memory:
 
         Raises:
             MemoryFileError: the file cannot be written; what was there stays.
+            MismatchError: anchor and importance are not of the same parameters.
+            OptionError: a count is no whole number.
         """
+        check_same_shapes(self.anchor, self.importance, "the anchor", "the importance")
+        try:
+            for count in self.counts.values():
+                checked_count(count)
+        except ValueError as error:
+            raise OptionError(f"the memory's counts: {error}.") from None
         header = {"history": [asdict(entry) for entry in self.history], "counts": self.counts}
         write(path, MEMORY, header, {"anchor": self.anchor, "importance": self.importance})
 
@@ -333,4 +341,8 @@ def load(path: str | os.PathLike[str]) -> Memory | Importance:
     kind = str(header.get("kind"))
     if kind not in KINDS:
         raise MemoryFileError(f"{path} is of kind {kind!r}; expected one of {', '.join(KINDS)}.")
+    if "checkpoint" in header:
+        raise MemoryFileError(
+            f"{path} is the checkpoint of a pass that has not ended: call measure again with checkpoint= to finish it."
+        )
     return KINDS[kind].from_file(path, header, groups)

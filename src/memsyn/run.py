@@ -33,7 +33,7 @@ from memsyn.recorder import Plans
 from memsyn.routes import BY_SAMPLE, UNUSED, wide_dtype
 from memsyn.rules import MAGNITUDES
 from memsyn.shadow import shadow
-from memsyn.storage import Groups
+from memsyn.storage import Groups, checked_count
 from memsyn.sums import RunningSums
 from memsyn.tracer import merge
 
@@ -269,17 +269,18 @@ class Run:
     def restore(self, header: Mapping[str, Any], groups: Groups) -> None:
         """Go on from a state."""
         known = header["checkpoint"]
-        self.num_samples, self.routes = known["num_samples"], known["routes"]
+        self.num_samples = checked_count(known["num_samples"])
+        self.routes = {name: known["routes"][name] for name in self.routes}
         self.splits = {tuple(path): split_from(plain) for path, plain in known["splits"]}
         self.plans = Plans(self.splits)
         self.unproven = set(known["unproven"])
-        self.changes_inputs, self.num_guarded = known["changes_inputs"], known["num_guarded"]
+        self.changes_inputs, self.num_guarded = bool(known["changes_inputs"]), checked_count(known["num_guarded"])
         self._clone(set(known["written"]))
         assert self.sums is not None
         for part in (groups["importance"], groups["remainder"] or groups["importance"]):
             check_same_shapes(part, self.sums.recent, "the checkpoint", "the model")
         num_folded = header["num_samples"] if groups["remainder"] else 0
-        self.sums.restore((groups["importance"], groups["remainder"]), known["num_added"], num_folded)
+        self.sums.restore((groups["importance"], groups["remainder"]), checked_count(known["num_added"]), num_folded)
 
 
 def _zeros(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

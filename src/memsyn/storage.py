@@ -148,7 +148,7 @@ def well_formed(path: str | os.PathLike[str]) -> Iterator[None]:
     """While open, a header or tensors that are not as they should be are the file's fault."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise MemoryFileError(f"{path} is not as memsyn writes it: {type(error).__name__}: {error}.") from error
 
 

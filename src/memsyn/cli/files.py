@@ -5,7 +5,7 @@ With --json each prints one JSON object, whose keys stay: docs/commands.md. Erro
 
 from __future__ import annotations
 
-from collections import Counter
+import os
 from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
@@ -91,6 +91,7 @@ def _verified(path: str) -> dict[str, Any]:
         kind = str(header.get("kind"))
         if kind in KINDS:
             KINDS[kind].from_file(path, header, groups)
+            kind = "checkpoint" if "checkpoint" in header else kind
     except MemoryFileError as error:
         return {"path": path, "ok": False, "kind": None, "error": str(error)}
     return {"path": path, "ok": True, "kind": kind, "error": None}
@@ -129,7 +130,8 @@ def merge(paths: Files, out: Out, as_json: Json = False) -> None:
     with plain_errors():
         if len(paths) < 2:
             raise OptionError("there is nothing to merge: name at least two files.")
-        twice = [path for path, times in Counter(paths).items() if times > 1]
+        places = {path: path if "://" in path else os.path.realpath(path) for path in paths}
+        twice = [path for path in places if list(map(places.get, paths)).count(places[path]) > 1]
         if twice:
             raise OptionError(f"{', '.join(twice)} is named more than once: its samples would count twice.")
         merged = reduce(_added, (load(path) for path in paths))

@@ -20,7 +20,7 @@ def results(*offsets):
 
     def records(method, seed, matrix):
         return [
-            TaskRecord(method, seed, task, f"task {task}", tuple(row), 0.1, 0.0, 1.0, SETTINGS.fingerprint)
+            TaskRecord(method, seed, task, f"task {task}", tuple(row), 0.1, 0.0, 1.0, SETTINGS.fingerprint, None, 0, 0)
             for task, row in enumerate(matrix)
         ]
 

@@ -11,10 +11,12 @@ from typer.testing import CliRunner
 
 from memsyn import Importance, Memory, measure
 from memsyn.bench import runner
+from memsyn.bench.methods.registry import METHODS
 from memsyn.bench.sequences import SEQUENCES
 from memsyn.cli import app
 from tests import tiny
 
+NAMES = ", ".join(METHODS)
 QUICK = ["--size", "8", "--epochs", "1", "--batch-size", "6", "--seeds", "1"]
 
 
@@ -36,7 +38,7 @@ def test_version():
 
 def test_list_names_sequences_and_methods():
     assert [line.split()[0] for line in call("bench", "list").output.splitlines()] == [
-        "Sequences", "emoji8", "tiny", "Methods", "finetune", "mas"
+        "Sequences", "emoji8", "tiny", "Methods", *METHODS
     ]  # fmt: skip
 
 
@@ -49,7 +51,8 @@ def test_no_option_comes_or_goes_unnoticed():
     assert surface == {
         "list": [],
         "run": [
-            "sequence", "--methods", "--seeds", "--size", "--epochs", "--batch-size", "--lr", "--strength", "--out"
+            "sequence", "--methods", "--seeds", "--size", "--epochs", "--batch-size", "--lr", "--warmup",
+            "--strength", "--out",
         ],
         "inspect": ["path"],
     }  # fmt: skip
@@ -117,7 +120,7 @@ def test_ctrl_c_says_how_to_continue_and_the_same_command_does(tmp_path, monkeyp
     ("arguments", "message"),
     [
         (["mnist"], "error: the sequence must be one of emoji8, tiny; got 'mnist'."),
-        (["tiny", *QUICK, "--methods", "x"], "error: methods must be of finetune, mas, with commas between; got 'x'."),
+        (["tiny", *QUICK, "--methods", "x"], f"error: methods must be of {NAMES}, with commas between; got 'x'."),
         (["tiny", "--size", "8", "--lr", "0"], "error: lr must be finite and above 0, got 0.0."),
         (["tiny"], "error: size must be one of 8; got 32."),
     ],

@@ -38,6 +38,7 @@ FLOORS = [
     "strength",
     "protect",
     "tune",
+    "trajectory",
     "__init__",
     "integrations",
     "bench",

@@ -146,7 +146,7 @@ def test_the_examples_in_the_docstrings_run() -> None:
     import importlib
 
     ran = 0
-    for name in ("measure", "penalty", "protect", "tune"):
+    for name in ("measure", "penalty", "protect", "trajectory", "tune"):
         result = doctest.testmod(importlib.import_module(f"memsyn.{name}"))
         assert result.failed == 0
         ran += result.attempted

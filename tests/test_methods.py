@@ -520,9 +520,10 @@ def test_every_method_sees_the_same_batches_in_the_same_order(tmp_path, monkeypa
         own = seen[name] = []
 
         def noted(images, generator, own=own):
+            augmented = tiny.augment(images, generator)
             if generator.initial_seed() < 500:  # the loop's own
-                own.append(images.clone())
-            return tiny.augment(images, generator)
+                own.append(augmented)
+            return augmented
 
         monkeypatch.setitem(SEQUENCES, "tiny", replace(tiny.SEQUENCE, augment=noted))
         runner.run(replace(SETTINGS, epochs=1), methods=[name], num_seeds=1, out=tmp_path / name)

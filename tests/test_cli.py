@@ -91,6 +91,16 @@ def test_the_folder_is_named_after_the_sequence(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "tiny" / "table.md").exists()
 
 
+def test_a_strength_is_a_number_or_chosen_on_validation_data(tmp_path):
+    command = ["bench", "run", "tiny", *QUICK, "--methods", "mas", "--strength"]
+    call(*command, "0.5", "--out", tmp_path / "number")
+    assert "strength 0.5." in (tmp_path / "number" / "table.md").read_text()
+    output = call(*command, "chosen", "--out", tmp_path / "chosen").output
+    assert "mas: strength " in output
+    assert "of 0.001, 0.01, 0.1, 1, 10, 100, 1000" in output
+    assert "mas: strength" not in call(*command, "chosen", "--out", tmp_path / "chosen").output
+
+
 def test_ctrl_c_says_how_to_continue_and_the_same_command_does(tmp_path, monkeypatch):
     command = ["bench", "run", "tiny", *QUICK, "--out", str(tmp_path / "a run")]
     monkeypatch.setattr(sys, "argv", ["/usr/bin/memsyn", *command])
@@ -122,6 +132,7 @@ def test_ctrl_c_says_how_to_continue_and_the_same_command_does(tmp_path, monkeyp
         (["mnist"], "error: the sequence must be one of emoji8, tiny; got 'mnist'."),
         (["tiny", *QUICK, "--methods", "x"], f"error: methods must be of {NAMES}, with commas between; got 'x'."),
         (["tiny", "--size", "8", "--lr", "0"], "error: lr must be finite and above 0, got 0.0."),
+        (["tiny", "--size", "8", "--strength", "x"], "error: strength must be a number, own or chosen; got 'x'."),
         (["tiny"], "error: size must be one of 8; got 32."),
     ],
 )  # fmt: skip

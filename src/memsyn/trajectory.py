@@ -28,7 +28,7 @@ class PathIntegral:
 
     omega = sum_t -g_t (theta_{t+1} - theta_t), g_t the gradient of the task's loss, without any penalty, at theta_t.
     Omega = max(0, omega) / ((theta_end - theta_start)^2 + xi), which is added to that of the tasks before. Zenke, Poole
-    and Ganguli 2017, Eq. 3 to 5; a negative omega (the weight made the loss worse) counts as 0, as in the public code.
+    and Ganguli 2017; a negative omega (the weight made the loss worse) counts as 0, as in the public code.
 
     Args:
         weights: theta_start.

@@ -48,7 +48,7 @@ def forgetting(matrix: Matrix) -> float:
 def backward_transfer(matrix: Matrix) -> float:
     """What later tasks have done for earlier ones, in points: 1/(T-1) sum_{j<T} (a_{T,j} - a_{j,j}).
 
-    Lopez-Paz and Ranzato 2017, Eq. 3: minus the forgetting; 0 for a single task.
+    Lopez-Paz and Ranzato 2017: minus the forgetting; 0 for a single task.
     """
     return -forgetting(matrix)
 
@@ -70,7 +70,7 @@ def forward_transfer(matrix: Matrix, alone: Sequence[float]) -> float:
 def intransigence(matrix: Matrix, reference: Sequence[float]) -> float:
     """What a task falls short of when it is learned, in points: 1/T sum_j (reference_j - a_{j,j}).
 
-    Chaudhry et al. 2018, Eq. 4: reference_j is the accuracy on task j of a network that has learned tasks 1 to j
+    Chaudhry et al. 2018: reference_j is the accuracy on task j of a network that has learned tasks 1 to j
     jointly (the diagonal of the method `joint`), or task j alone. Below 0 the method does better than the reference.
 
     Raises:

@@ -82,7 +82,8 @@ def choose_strength(
         losses = train(lesson, learner, after_epoch).losses
         if not math.isfinite(losses[-1]):
             return False
-        learner.end(lesson)
+        if index == 0 or learner.merges:  # what the last task leaves behind is not needed, and may be dear
+            learner.end(lesson)
         return True
 
     first = METHODS[method].make(tried[0])

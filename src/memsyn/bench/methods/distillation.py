@@ -32,7 +32,7 @@ Encoder = Mapping[str, Tensor]
 
 
 def distillation(logits: Tensor, recorded: Tensor) -> Tensor:
-    """-1/N sum_k sum_c q_kc log p_kc, both softmax(. / T) with T = 2, q of `recorded` (Li and Hoiem 2016, Eq. 2)."""
+    """-1/N sum_k sum_c q_kc log p_kc, both softmax(. / T) with T = 2, q of `recorded` (Li and Hoiem 2016)."""
     q = (recorded / TEMPERATURE).softmax(1)
     return -(q * (logits / TEMPERATURE).log_softmax(1)).sum(1).mean()
 
@@ -43,12 +43,12 @@ def codes(encoder: Encoder, features: Tensor) -> Tensor:
 
 
 def code_loss(encoder: Encoder, features: Tensor, recorded: Tensor) -> Tensor:
-    """1/N sum_k 1/2 ||code(f_k) - code(f*_k)||^2 (Rannen et al. 2017, Eq. 7)."""
+    """1/N sum_k 1/2 ||code(f_k) - code(f*_k)||^2 (Rannen et al. 2017)."""
     return 0.5 * (codes(encoder, features) - codes(encoder, recorded)).square().sum(1).mean()
 
 
 def fit_encoder(features: Tensor, labels: Tensor, head: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """Train an under-complete autoencoder on a task's features, and return its encoder (Rannen et al. 2017, Eq. 6).
+    """Train an under-complete autoencoder on a task's features, and return its encoder (Rannen et al. 2017).
 
     With z the features standardised, c = sigmoid(W z + b) and r = V c + d, it minimises mean (r - z)^2 + the
     cross-entropy of what the task's head makes of r, unstandardised. The standardisation is folded into W and b.

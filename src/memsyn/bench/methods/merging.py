@@ -21,13 +21,13 @@ Weigh = Callable[[Lesson], dict[str, Tensor]]
 
 
 def by_mean(lesson: Lesson) -> dict[str, Tensor]:
-    """1 for a weight that the task has trained: mean-IMM, theta = 1/T sum_t theta_t (Lee et al. 2017, Eq. 3)."""
+    """1 for a weight that the task has trained: mean-IMM, theta = 1/T sum_t theta_t (Lee et al. 2017)."""
     parameters = trainable_parameters(lesson.model)
     return {name: torch.full_like(p, float(p.grad is not None)) for name, p in parameters.items()}
 
 
 def by_fisher(lesson: Lesson) -> dict[str, Tensor]:
-    """The exact Fisher information F_t: mode-IMM, theta = sum_t F_t theta_t / sum_t F_t (Lee et al. 2017, Eq. 9)."""
+    """The exact Fisher information F_t: mode-IMM, theta = sum_t F_t theta_t / sum_t F_t (Lee et al. 2017)."""
     batches = lesson.task.train_images.split(MEASURE_BATCH)
     found = measure(lesson.model, batches, forward=through_head(lesson), estimator="fisher", progress=False)
     return found.mean()
@@ -40,6 +40,8 @@ class Merging(Method):
     Tasks count alike. A weight that none of them counts (a head to come) stays. "Weight transfer": a task starts from
     the last one's own weights, not from the merged ones; "L2 transfer": it is held to them with the strength given.
     """
+
+    merges = True
 
     def __init__(self, strength: float, weigh: Weigh) -> None:
         super().__init__(strength)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,10 @@ class Method:
         memory: anchor and importance, of the methods that protect weights.
         kept: tensors held from task to task, by group and name; saved in checkpoints, and never changed in place.
         working: tensors held while a task is learned.
+        merges: whether `end` changes the model's weights.
     """
+
+    merges: ClassVar[bool] = False
 
     def __init__(self, strength: float = 0.0) -> None:
         self.strength = strength

@@ -14,7 +14,7 @@ from memsyn.bench.methods.registry import METHODS
 from memsyn.bench.record import StrengthRecord, read_all
 from memsyn.bench.sequences import SEQUENCES
 from memsyn.bench.settings import Settings
-from memsyn.bench.strengths import SEED, candidates, choose_strength, hold_out
+from memsyn.bench.strengths import SEEDS, candidates, choose_strength, hold_out
 from tests import tiny
 
 SETTINGS = Settings(sequence="tiny", size=8, epochs=1, batch_size=4, lr=0.01, strength="chosen")
@@ -67,14 +67,17 @@ def test_no_test_data_and_no_later_task_is_looked_at(tasks, method):
 @pytest.mark.parametrize("method", ["mas", "imm-mean", "rwalk", "ebll"])
 def test_a_score_is_the_validation_accuracy_after_learning_both_tasks_with_that_strength(tasks, method):
     choice = choose_strength(method, tiny.SEQUENCE, tasks, SETTINGS)
-    held = [hold_out(task, generator(SEED, 900 + index)) for index, task in enumerate(tasks[:2])]
     for strength, score in list(zip(choice.candidates, choice.scores, strict=True))[::3]:
-        model, learner = tiny.build(held, generator(SEED, 0)), METHODS[method].make(strength)
-        for index, task in enumerate(held):
-            lesson = lesson_of(model, task, index, settings=SETTINGS, augment=tiny.augment, seed=SEED)
-            train(lesson, learner, after_epoch=lambda: None)
-            learner.end(lesson)
-        assert score == sum(accuracy(model, task, index) for index, task in enumerate(held)) / 2
+        accuracies = []
+        for seed in SEEDS:
+            held = [hold_out(task, generator(seed, 900 + index)) for index, task in enumerate(tasks[:2])]
+            model, learner = tiny.build(held, generator(seed, 0)), METHODS[method].make(strength)
+            for index, task in enumerate(held):
+                lesson = lesson_of(model, task, index, settings=SETTINGS, augment=tiny.augment, seed=seed)
+                train(lesson, learner, after_epoch=lambda: None)
+                learner.end(lesson)
+            accuracies += [accuracy(model, task, index) for index, task in enumerate(held)]
+        assert score == pytest.approx(sum(accuracies) / 6)
 
 
 @pytest.mark.parametrize(
@@ -82,11 +85,15 @@ def test_a_score_is_the_validation_accuracy_after_learning_both_tasks_with_that_
     [((1.0, 5.0, 9.0, 7.0, 6.0, 3.0, 2.0), 0.1), ((9.0, 1.0, 1.0, 9.0, 8.0, 0.0, 0.0), 1.0), ((0.0,) * 7, 1000.0)],
 )
 def test_the_best_is_taken_and_among_equals_the_largest(tasks, monkeypatch, scores, chosen):
-    given = iter(scores)
-    monkeypatch.setattr(strengths, "_score", lambda *args: next(given))
+    offsets = dict(zip(SEEDS, (-1.0, 0.0, 1.0), strict=True))
+
+    def given(method, sequence, tasks, settings, seed, after_epoch):
+        return [score + offsets[seed] for score in scores]
+
+    monkeypatch.setattr(strengths, "_scores", given)
     choice = choose_strength("mas", tiny.SEQUENCE, tasks, SETTINGS)
     assert choice.strength == pytest.approx(chosen)
-    assert choice.scores == scores
+    assert choice.scores == pytest.approx(scores)
 
 
 def test_a_training_that_diverges_counts_as_nothing(tasks, monkeypatch):
@@ -100,7 +107,7 @@ def test_a_training_that_diverges_counts_as_nothing(tasks, monkeypatch):
     monkeypatch.setattr(strengths, "train", diverging)
     choice = choose_strength("mas", tiny.SEQUENCE, tasks, SETTINGS)
     assert choice.scores[4:] == (0.0, 0.0, 0.0)
-    assert len(calls) == strengths.NUM_TRAININGS == 8
+    assert len(calls) == strengths.NUM_TRAININGS == 3 * 8
     assert choice.strength <= 1.0
     with pytest.raises(OptionError, match=r"the first task cannot be learned: .* at lr 1e\+30\. Lower it"):
         choose_strength("mas", tiny.SEQUENCE, tasks, replace(SETTINGS, lr=1e30))

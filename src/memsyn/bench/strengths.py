@@ -10,13 +10,11 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 import torch
-from torch import Tensor
 
 from memsyn.bench.drawings import Task
 from memsyn.bench.learners import accuracy, generator, lesson_of, train
 from memsyn.bench.methods.method import Method
 from memsyn.bench.methods.registry import METHODS
-from memsyn.bench.networks import MultiHead
 from memsyn.bench.record import StrengthRecord
 from memsyn.bench.sequences import TaskSequence
 from memsyn.bench.settings import Settings
@@ -27,9 +25,9 @@ DECADES = range(-3, 4)
 """Candidates are a method's own default strength times these powers of ten."""
 HELD_OUT = 0.2
 """The share of each class's training images that validates; at least one, and at most all but one."""
-SEED = 999
-"""Of the protocol: the seeds of runs start at 0."""
-NUM_TRAININGS = 1 + len(DECADES)
+SEEDS = (997, 998, 999)
+"""Of the splits that a score is a mean over, and of their trainings; the seeds of runs start at 0."""
+NUM_TRAININGS = len(SEEDS) * (1 + len(DECADES))
 """Tasks that are learned for one method's choice."""
 
 
@@ -63,8 +61,8 @@ def choose_strength(
 ) -> StrengthRecord:
     """Try each candidate on the first two tasks; the best by mean validation accuracy on both after the second.
 
-    The first task is learned once: no method's strength acts on it. Among equals the largest wins. A training that
-    diverges counts as 0%.
+    A score is a mean over three splits. In each the first task is learned once: no method's strength acts on it. Among
+    equals the largest wins. A training that diverges counts as 0%.
 
     Raises:
         OptionError: the method has no strength, or there are fewer than two tasks.
@@ -74,11 +72,26 @@ def choose_strength(
         raise OptionError(f"{method} has no strength to choose.")
     if len(tasks) < 2:
         raise OptionError(f"a strength is chosen on the first two tasks; there is {len(tasks)}.")
-    held = [hold_out(task, generator(SEED, 900 + index)) for index, task in enumerate(tasks[:2])]
-    model = sequence.build(held, generator(SEED, 0))
+    of_splits = [_scores(method, sequence, tasks[:2], settings, seed, after_epoch) for seed in SEEDS]
+    scores = tuple(fmean(of_split) for of_split in zip(*of_splits, strict=True))
+    best = max(range(len(tried)), key=lambda index: (scores[index], tried[index]))
+    return StrengthRecord(method, tried[best], tried, scores, settings.fingerprint)
+
+
+def _scores(
+    method: str,
+    sequence: TaskSequence,
+    tasks: Sequence[Task],
+    settings: Settings,
+    seed: int,
+    after_epoch: Callable[[], object],
+) -> list[float]:
+    """Each candidate's mean validation accuracy on both tasks, in percent: with one seed's split and trainings."""
+    held = [hold_out(task, generator(seed, 900 + index)) for index, task in enumerate(tasks)]
+    model = sequence.build(held, generator(seed, 0))
 
     def learn(index: int, learner: Method) -> bool:
-        lesson = lesson_of(model, held[index], index, settings=settings, augment=sequence.augment, seed=SEED)
+        lesson = lesson_of(model, held[index], index, settings=settings, augment=sequence.augment, seed=seed)
         losses = train(lesson, learner, after_epoch).losses
         if not math.isfinite(losses[-1]):
             return False
@@ -86,26 +99,16 @@ def choose_strength(
             learner.end(lesson)
         return True
 
+    tried = candidates(method)
     first = METHODS[method].make(tried[0])
     if not learn(0, first):
         raise OptionError(f"the first task cannot be learned: its loss is not finite at lr {settings.lr:g}. Lower it.")
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     scores = []
     for strength in tried:
-        scores.append(_score(model, weights, held, METHODS[method].make(strength), first, learn))
-    best = max(range(len(tried)), key=lambda index: (scores[index], tried[index]))
-    return StrengthRecord(method, tried[best], tried, tuple(scores), settings.fingerprint)
-
-
-def _score(
-    model: MultiHead,
-    weights: dict[str, Tensor],
-    held: Sequence[Task],
-    learner: Method,
-    first: Method,
-    learn: Callable[[int, Method], bool],
-) -> float:
-    """From the weights after the first task, and what was kept of it: validation accuracy after the second."""
-    model.load_state_dict(weights)
-    learner.load(first.memory, first.kept)
-    return fmean(accuracy(model, task, index) for index, task in enumerate(held)) if learn(1, learner) else 0.0
+        model.load_state_dict(weights)
+        learner = METHODS[method].make(strength)
+        learner.load(first.memory, first.kept)
+        learned = learn(1, learner)
+        scores.append(fmean(accuracy(model, task, index) for index, task in enumerate(held)) if learned else 0.0)
+    return scores

@@ -48,12 +48,12 @@ METHODS: dict[str, Rival] = {
         1.0,
     ),
     "imm-mean": Rival(
-        "IMM (Lee et al. 2017): the mean of the tasks' weights", lambda strength: Merging(strength, by_mean), 0.01
+        "IMM (Lee et al. 2017): the mean of the tasks' weights", lambda strength: Merging(strength, by_mean), 1.0
     ),
     "imm-mode": Rival(
         "IMM (Lee et al. 2017): their mean weighted by Fisher information",
         lambda strength: Merging(strength, by_fisher),
-        0.01,
+        1.0,
     ),
     "ewc": Rival(
         "Elastic weight consolidation (Kirkpatrick et al. 2017): the exact Fisher information, online",

@@ -31,7 +31,7 @@ class TaskSequence:
     summary: str
     sizes: tuple[int, ...]
     load: Callable[[int], list[Task]]
-    build: Callable[[Sequence[Task], torch.Generator], nn.Module]
+    build: Callable[[Sequence[Task], torch.Generator], MultiHead]
     augment: Callable[[Tensor, torch.Generator], Tensor]
 
 

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from memsyn import Memory, measure
-from memsyn.bench.drawings import Task, augment, load_emoji8
+from memsyn.bench.drawings import augment, load_emoji8
 from memsyn.bench.learners import METHODS, accuracy, train
 from memsyn.bench.runner import generator
 from memsyn.bench.sequences import pretrained_network
 from memsyn.bench.settings import Settings
+from memsyn.bench.tasks import Task
 from models import efficientnet_lite0
 
 SIZES = (1, 8, 32, 128, 512)

@@ -74,7 +74,7 @@ def list_() -> None:
     ):
         typer.echo(heading)
         for name, summary in members.items():
-            typer.echo(f"  {name:<10} {summary}")
+            typer.echo(f"  {name:<17} {summary}")
 
 
 @bench.command("run")

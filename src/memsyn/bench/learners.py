@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memsyn import Memory, Protection, measure, protect
-from memsyn.bench.drawings import Task
 from memsyn.bench.settings import Settings
+from memsyn.bench.tasks import Task
 
 MEASURE_BATCH = 64
 """Images in one pass of measuring or evaluating: it changes the speed and nothing else."""

@@ -36,7 +36,7 @@ def test_version():
 
 def test_list_names_sequences_and_methods():
     assert [line.split()[0] for line in call("bench", "list").output.splitlines()] == [
-        "Sequences", "emoji8", "tiny", "Methods", "finetune", "mas"
+        "Sequences", *SEQUENCES, "Methods", "finetune", "mas"
     ]  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def test_ctrl_c_says_how_to_continue_and_the_same_command_does(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mnist"], "error: the sequence must be one of emoji8, tiny; got 'mnist'."),
+        (["mnist"], f"error: the sequence must be one of {', '.join(SEQUENCES)}, tiny; got 'mnist'."),
         (["tiny", *QUICK, "--methods", "x"], "error: methods must be of finetune, mas, with commas between; got 'x'."),
         (["tiny", "--size", "8", "--lr", "0"], "error: lr must be finite and above 0, got 0.0."),
         (["tiny"], "error: size must be one of 8; got 32."),

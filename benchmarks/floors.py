@@ -1,10 +1,10 @@
 """What the nearest neighbour knows before anything is learned: the floor under the sequences of pictures.
 
     python benchmarks/floors.py pixels      # scripts8 and emoji8 at 32, on pixels
-    python benchmarks/floors.py features    # emoji8 on the features of EfficientNet-Lite0, by size; which tasks are alike
+    python benchmarks/floors.py features    # emoji8 on features of EfficientNet-Lite0, by size; which tasks are alike
 
-Prints Markdown. A test picture is given the label of the nearest training picture: Euclidean on pixels, by the cosine on
-features.
+Prints Markdown. A test picture is given the label of the nearest training picture: Euclidean on pixels, by the cosine
+on features.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def pixels() -> None:
 def of_efficientnet() -> None:
     sequence, body = SEQUENCES["emoji8-pretrained"], efficientnet_lite0()
     print(heading("side", sequence.load(sequence.sizes[0])))
-    means = []
+    means: list[Tensor] = []
     for size in sequence.sizes:
         tasks, values = sequence.load(size), []
         means = []

@@ -355,6 +355,8 @@ own `LICENSE`.
 
 ## Bitstream Vera
 
+In short; the whole text is in the packages.
+
 Permission is hereby granted, free of charge, to any person obtaining a copy of the fonts accompanying
 this license ("Fonts") and associated documentation files (the "Font Software"), to reproduce and
 distribute the Font Software, including without limitation the rights to use, copy, merge, publish,

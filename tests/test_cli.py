@@ -15,6 +15,7 @@ from memsyn.cli import app
 from tests import tiny
 
 NAMES = ", ".join(METHODS)
+KNOWN = f"{', '.join(SEQUENCES)}, tiny, or such as pair-food-animals or paper8-resnet18"
 QUICK = ["--size", "8", "--epochs", "1", "--batch-size", "6", "--seeds", "1"]
 
 
@@ -36,7 +37,7 @@ def test_version():
 
 def test_list_names_sequences_and_methods():
     assert [line.split()[0] for line in call("bench", "list").output.splitlines()] == [
-        "Sequences", "emoji8", "tiny", "Methods", *METHODS
+        "Sequences", *SEQUENCES, "Methods", *METHODS
     ]  # fmt: skip
 
 
@@ -136,11 +137,11 @@ def test_ctrl_c_says_how_to_continue_and_the_same_command_does(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mnist"], "error: the sequence must be one of emoji8, tiny; got 'mnist'."),
+        (["mnist"], f"error: the sequence must be one of {KNOWN}; got 'mnist'."),
         (["tiny", *QUICK, "--methods", "x"], f"error: methods must be of {NAMES}, with commas between; got 'x'."),
         (["tiny", "--size", "8", "--lr", "0"], "error: lr must be finite and above 0, got 0.0."),
         (["tiny", "--size", "8", "--strength", "x"], "error: strength must be a number, own or chosen; got 'x'."),
-        (["tiny"], "error: size must be one of 8; got 32."),
+        (["tiny", "--size", "32"], "error: size must be one of 8; got 32."),
     ],
 )  # fmt: skip
 def test_an_error_of_ours_is_one_line(tmp_path, arguments, message):

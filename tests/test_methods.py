@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from memsyn.bench import runner
-from memsyn.bench.drawings import Task
 from memsyn.bench.learners import lesson_of, train
 from memsyn.bench.methods.distillation import CODE_WEIGHT, codes, distillation, fit_encoder
 from memsyn.bench.methods.registry import METHODS
@@ -18,6 +17,7 @@ from memsyn.bench.networks import MultiHead
 from memsyn.bench.sequences import SEQUENCES
 from memsyn.bench.settings import Settings
 from memsyn.bench.strata import evenly, ranks_in_classes
+from memsyn.bench.tasks import Task
 from memsyn.trajectory import SI_DAMPING, WALK_DAMPING, WALK_DECAY, WALK_INTERVAL
 from tests import tiny
 from tests.training import assert_close
@@ -95,7 +95,10 @@ def added_gradients(method, model, index, images, **changes):
 
 
 def plain_steps(model, index, observe=lambda gradients: None, pull=None):
-    """The training loop written out: the batches of the benchmark, Adam, and a gradient added to the loss's own."""
+    """The training loop written out: the batches of the benchmark, Adam, and the proximal step of a penalty.
+
+    `pull`: (strength, importance, anchor); s is how far a unit of gradient moves a weight, by Adam's formula.
+    """
     generator = torch.Generator().manual_seed(index + 1)
     task, optimizer = TASKS[index], torch.optim.Adam(model.parameters(), lr=SETTINGS.lr)
     for _ in range(SETTINGS.epochs):
@@ -104,10 +107,14 @@ def plain_steps(model, index, observe=lambda gradients: None, pull=None):
             model.zero_grad()
             F.cross_entropy(model(images, index), task.train_labels[chosen]).backward()
             observe_after = observe(gradients_of(model))
+            optimizer.step()
             for name, parameter in model.named_parameters():
                 if pull is not None and parameter.grad is not None:
-                    parameter.grad += pull(name, parameter.detach())
-            optimizer.step()
+                    strength, importance, anchor = pull
+                    state = optimizer.state[parameter]
+                    s = SETTINGS.lr / ((state["exp_avg_sq"] / (1 - 0.999 ** state["step"].item())).sqrt() + 1e-8)
+                    k = 2 * s * strength * importance[name]
+                    parameter.data = (parameter.data + k * anchor[name]) / (1 + k)
             if observe_after:
                 observe_after()
 
@@ -185,20 +192,19 @@ def test_the_warm_up_trains_the_head_alone():
 
 
 @pytest.mark.parametrize("name", PENALISING)
-def test_a_penalty_adds_its_gradient_to_that_of_the_loss(name):
+def test_a_penalty_pulls_back_by_its_proximal_step(name):
     strength = 0.3
     found = course(name, 2, strength)
     first = course(name, 1, strength)
     memory, model = first.method.memory, first.models[0]
     assert all(bool((omega >= 0).all()) for omega in memory.importance.values())
-    pull = lambda n, p: 2 * strength * memory.importance[n] * (p - memory.anchor[n])  # noqa: E731
     with torch.no_grad():
         for n, parameter in model.named_parameters():
             assert name.startswith("imm") or torch.equal(parameter, memory.anchor[n])
             parameter.copy_(memory.anchor[n])
     rehearses = name == "mas-rehearsal"
     if not rehearses:
-        plain_steps(model, 1, pull=pull)
+        plain_steps(model, 1, pull=(strength, memory.importance, memory.anchor))
         now = found.method.memory.anchor
         assert_same(now, weights_of(model))
     value = sum(float((memory.importance[n] * (now_n - memory.anchor[n]).square()).sum()) for n, now_n in
@@ -253,10 +259,8 @@ def test_si_is_the_path_integral_of_the_loss_without_the_penalty(strength):
     omega = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     for index in (0, 1):
         start = weights_of(model)
-        anchor, held = dict(start), dict(omega)
-        pull = lambda n, p, anchor=anchor, held=held: 2 * strength * held[n] * (p - anchor[n])  # noqa: E731
         path = {n: torch.zeros_like(p) for n, p in start.items()}
-        for gradients, before, after in watched(model, index, pull):
+        for gradients, before, after in watched(model, index, (strength, omega, start)):
             for n, gradient in gradients.items():
                 path[n] -= gradient * (after[n] - before[n])
         end = weights_of(model)

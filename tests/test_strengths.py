@@ -4,17 +4,17 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
 
 from memsyn import OptionError
 from memsyn.bench import runner, strengths
-from memsyn.bench.drawings import Task
-from memsyn.bench.learners import accuracy, generator, lesson_of, train
+from memsyn.bench.learners import generator, lesson_of, train
 from memsyn.bench.methods.registry import METHODS
 from memsyn.bench.record import StrengthRecord, read_all
+from memsyn.bench.scoring import accuracies
 from memsyn.bench.sequences import SEQUENCES
 from memsyn.bench.settings import Settings
-from memsyn.bench.strengths import SEEDS, candidates, choose_strength, hold_out
+from memsyn.bench.strengths import SEEDS, candidates, choose_strength
+from memsyn.bench.tasks import for_validation
 from tests import tiny
 
 SETTINGS = Settings(sequence="tiny", size=8, epochs=1, batch_size=4, lr=0.01, strength="chosen")
@@ -44,17 +44,6 @@ def test_candidates_are_decades_around_the_methods_own_strength():
     assert set(WITH_STRENGTH) == set(METHODS) - {"finetune", "joint", "alone", "frozen", "rehearsal"}
 
 
-def test_a_fifth_of_each_class_is_held_out_and_nothing_is_lost():
-    labels = torch.tensor([0] * 10 + [1] * 3 + [2] * 2 + [3])
-    images = torch.arange(16.0).view(16, 1, 1, 1)
-    held = hold_out(Task("t", tuple("abcd"), images, labels, Forbidden(), Forbidden()), generator(0, 0))
-    assert held.test_labels.bincount(minlength=4).tolist() == [2, 1, 1, 0]
-    both = torch.cat([held.train_images, held.test_images]).flatten()
-    assert sorted(both.tolist()) == list(range(16))
-    assert torch.equal(labels[held.train_images.flatten().long()], held.train_labels)
-    assert torch.equal(labels[held.test_images.flatten().long()], held.test_labels)
-
-
 @pytest.mark.parametrize("method", WITH_STRENGTH)
 def test_no_test_data_and_no_later_task_is_looked_at(tasks, method):
     tasks[2] = Forbidden()
@@ -68,16 +57,16 @@ def test_no_test_data_and_no_later_task_is_looked_at(tasks, method):
 def test_a_score_is_the_validation_accuracy_after_learning_both_tasks_with_that_strength(tasks, method):
     choice = choose_strength(method, tiny.SEQUENCE, tasks, SETTINGS)
     for strength, score in list(zip(choice.candidates, choice.scores, strict=True))[::3]:
-        accuracies = []
+        found = []
         for seed in SEEDS:
-            held = [hold_out(task, generator(seed, 900 + index)) for index, task in enumerate(tasks[:2])]
+            held = [for_validation(task, seed) for task in tasks[:2]]
             model, learner = tiny.build(held, generator(seed, 0)), METHODS[method].make(strength)
             for index, task in enumerate(held):
                 lesson = lesson_of(model, task, index, settings=SETTINGS, augment=tiny.augment, seed=seed)
                 train(lesson, learner, after_epoch=lambda: None)
                 learner.end(lesson)
-            accuracies += [accuracy(model, task, index) for index, task in enumerate(held)]
-        assert score == pytest.approx(sum(accuracies) / 6)
+            found += accuracies(model, held, "multi-head")
+        assert score == pytest.approx(sum(found) / 6)
 
 
 @pytest.mark.parametrize(

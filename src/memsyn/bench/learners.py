@@ -1,4 +1,4 @@
-"""The one training loop, and what it is judged by.
+"""The one training loop.
 
 Owns what happens to a model while it learns one task; what a method adds is in `methods`. Must not know runs, folders
 or other tasks' data.
@@ -12,13 +12,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from memsyn.bench.drawings import Task
 from memsyn.bench.methods.method import Augment, Lesson, Method, frozen
-from memsyn.bench.methods.penalties import MEASURE_BATCH
-from memsyn.bench.networks import MultiHead
+from memsyn.bench.networks import Network
 from memsyn.bench.settings import Settings
+from memsyn.bench.tasks import Task
 
 OWN_STAGE = 500
 """What is added to a task's stage for the random numbers of a method, so that batches do not depend on it."""
@@ -29,7 +27,7 @@ def generator(seed: int, stage: int) -> torch.Generator:
     return torch.Generator().manual_seed(1000 * seed + stage)
 
 
-def lesson_of(model: MultiHead, task: Task, index: int, *, settings: Settings, augment: Augment, seed: int) -> Lesson:
+def lesson_of(model: Network, task: Task, index: int, *, settings: Settings, augment: Augment, seed: int) -> Lesson:
     """A task about to be learned, with a fresh Adam over all parameters and the random numbers of (seed, task)."""
     return Lesson(
         model=model,
@@ -78,12 +76,3 @@ def train(lesson: Lesson, method: Method, after_epoch: Callable[[], object]) -> 
                 losses.append(loss.item())
         after_epoch()
     return Training(losses, method.penalty(), method.num_bytes())
-
-
-@torch.inference_mode()
-def accuracy(model: nn.Module, task: Task, index: int) -> float:
-    """The share of the task's test images that its own head names rightly, in percent."""
-    model.eval()
-    batches = zip(task.test_images.split(MEASURE_BATCH), task.test_labels.split(MEASURE_BATCH), strict=True)
-    num_right = sum(int((model(images, index).argmax(dim=1) == labels).sum()) for images, labels in batches)
-    return 100 * num_right / len(task.test_labels)

@@ -19,12 +19,13 @@ from tqdm import tqdm
 
 from memsyn import MemsynError, OptionError
 from memsyn.bench.checkpoint import load_checkpoint, save_checkpoint
-from memsyn.bench.learners import accuracy, generator, lesson_of, train
+from memsyn.bench.learners import generator, lesson_of, train
 from memsyn.bench.methods.method import Method
 from memsyn.bench.methods.registry import METHODS
-from memsyn.bench.networks import MultiHead
+from memsyn.bench.networks import Network
 from memsyn.bench.record import FILE, Results, TaskRecord, append_run, append_strength, append_task, read_all
-from memsyn.bench.sequences import SEQUENCES
+from memsyn.bench.scoring import accuracies
+from memsyn.bench.sequences import find_sequence
 from memsyn.bench.settings import OWN, Settings
 from memsyn.bench.strengths import NUM_TRAININGS, choose_strength
 
@@ -61,9 +62,7 @@ def check_options(settings: Settings, methods: Sequence[str], num_seeds: int) ->
     Raises:
         OptionError: says what there is.
     """
-    if settings.sequence not in SEQUENCES:
-        raise OptionError(f"the sequence must be one of {', '.join(SEQUENCES)}; got {settings.sequence!r}.")
-    sizes = SEQUENCES[settings.sequence].sizes
+    sizes = find_sequence(settings.sequence).sizes
     if settings.size not in sizes:
         raise OptionError(f"size must be one of {', '.join(map(str, sizes))}; got {settings.size}.")
     for method in methods:
@@ -84,7 +83,7 @@ class _Runner:
         records, choices = read_all(out / FILE, settings)
         self.records = {record.key: record for record in records}
         self.choices = {choice.method: choice for choice in choices}
-        self.sequence = SEQUENCES[settings.sequence]
+        self.sequence = find_sequence(settings.sequence)
         self.tasks = self.sequence.load(settings.size)
 
     def records_of(self, method: str, seed: int) -> list[TaskRecord]:
@@ -135,7 +134,7 @@ class _Runner:
 
     def _learn(
         self,
-        model: MultiHead,
+        model: Network,
         learner: Method,
         strength: float | None,
         method: str,
@@ -162,7 +161,7 @@ class _Runner:
             seed=seed,
             task=index,
             name=task.name,
-            accuracies=tuple(accuracy(model, seen, j) for j, seen in enumerate(self.tasks[: index + 1])),
+            accuracies=tuple(accuracies(model, self.tasks[: index + 1], self.sequence.scorings[0])),
             loss=loss,
             penalty=training.penalty,
             seconds=time.perf_counter() - start,

@@ -20,7 +20,7 @@ class Settings:
     """What is trained and how; the same for every method and seed of a run.
 
     Attributes:
-        sequence: a key of `memsyn.bench.sequences.SEQUENCES`.
+        sequence: a name that `memsyn.bench.sequences.find_sequence` knows.
         size: the side of the images in pixels.
         epochs: passes over a task's training images.
         batch_size: images in a step.
@@ -34,7 +34,7 @@ class Settings:
     """
 
     sequence: str
-    size: int = 32
+    size: int
     epochs: int = 20
     batch_size: int = 16
     lr: float = 3e-3

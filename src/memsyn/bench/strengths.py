@@ -9,22 +9,18 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
-import torch
-
-from memsyn.bench.drawings import Task
-from memsyn.bench.learners import accuracy, generator, lesson_of, train
+from memsyn.bench.learners import generator, lesson_of, train
 from memsyn.bench.methods.method import Method
 from memsyn.bench.methods.registry import METHODS
 from memsyn.bench.record import StrengthRecord
+from memsyn.bench.scoring import accuracies
 from memsyn.bench.sequences import TaskSequence
 from memsyn.bench.settings import Settings
-from memsyn.bench.strata import ranks_in_classes
+from memsyn.bench.tasks import Task, for_validation
 from memsyn.errors import OptionError
 
 DECADES = range(-3, 4)
 """Candidates are a method's own default strength times these powers of ten."""
-HELD_OUT = 0.2
-"""The share of each class's training images that validates; at least one, and at most all but one."""
 SEEDS = (997, 998, 999)
 """Of the splits that a score is a mean over, and of their trainings; the seeds of runs start at 0."""
 NUM_TRAININGS = len(SEEDS) * (1 + len(DECADES))
@@ -35,21 +31,6 @@ def candidates(method: str) -> tuple[float, ...]:
     """The strengths that are tried, over decades; none for a method that has none."""
     default = METHODS[method].strength
     return () if default is None else tuple(default * 10.0**power for power in DECADES)
-
-
-def hold_out(task: Task, generator: torch.Generator) -> Task:
-    """The training images alone, a fifth of each class set apart in the place of the test images."""
-    ranks, counts = ranks_in_classes(task.train_labels, generator), task.train_labels.bincount()
-    num_held = (HELD_OUT * counts).round().long().clamp(min=1).minimum(counts - 1)
-    held = ranks < num_held[task.train_labels]
-    return Task(
-        name=task.name,
-        class_names=task.class_names,
-        train_images=task.train_images[~held],
-        train_labels=task.train_labels[~held],
-        test_images=task.train_images[held],
-        test_labels=task.train_labels[held],
-    )
 
 
 def choose_strength(
@@ -87,7 +68,7 @@ def _scores(
     after_epoch: Callable[[], object],
 ) -> list[float]:
     """Each candidate's mean validation accuracy on both tasks, in percent: with one seed's split and trainings."""
-    held = [hold_out(task, generator(seed, 900 + index)) for index, task in enumerate(tasks)]
+    held = [for_validation(task, seed) for task in tasks]
     model = sequence.build(held, generator(seed, 0))
 
     def learn(index: int, learner: Method) -> bool:
@@ -110,5 +91,5 @@ def _scores(
         learner = METHODS[method].make(strength)
         learner.load(first.memory, first.kept)
         learned = learn(1, learner)
-        scores.append(fmean(accuracy(model, task, index) for index, task in enumerate(held)) if learned else 0.0)
+        scores.append(fmean(accuracies(model, held, sequence.scorings[0])) if learned else 0.0)
     return scores

@@ -14,7 +14,7 @@ from memsyn.bench.methods.registry import METHODS
 from memsyn.bench.plots import plot_accuracy
 from memsyn.bench.report import markdown_table, rich_table
 from memsyn.bench.runner import run
-from memsyn.bench.sequences import SEQUENCES
+from memsyn.bench.sequences import SEQUENCES, find_sequence
 from memsyn.bench.settings import OWN, Settings, strength_of
 from memsyn.cli.screen import plain_errors
 
@@ -30,7 +30,7 @@ def list_() -> None:
     ):
         typer.echo(heading)
         for name, summary in members.items():
-            typer.echo(f"  {name:<13} {summary}")
+            typer.echo(f"  {name:<17} {summary}")
 
 
 @bench.command("run")
@@ -38,7 +38,9 @@ def run_(
     sequence: Annotated[str, typer.Argument(help="Which tasks, as named by `memsyn bench list`.")],
     methods: Annotated[str, typer.Option(help="Methods to compare, with commas between.")] = "finetune,mas",
     seeds: Annotated[int, typer.Option(help="How many seeds, from 0 on.")] = 3,
-    size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = Settings.size,
+    size: Annotated[
+        int | None, typer.Option(help="Side of the images in pixels.", show_default="the sequence's first")
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over each task's images.")] = Settings.epochs,
     batch_size: Annotated[int, typer.Option(help="Images in a step.")] = Settings.batch_size,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = Settings.lr,
@@ -60,7 +62,7 @@ def run_(
     with plain_errors():
         settings = Settings(
             sequence=sequence,
-            size=size,
+            size=find_sequence(sequence).sizes[0] if size is None else size,
             epochs=epochs,
             batch_size=batch_size,
             lr=lr,

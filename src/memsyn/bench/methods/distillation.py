@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from memsyn.bench.methods.method import Lesson, Method
 from memsyn.bench.methods.penalties import MEASURE_BATCH
-from memsyn.bench.networks import MultiHead
+from memsyn.bench.networks import Network
 
 TEMPERATURE = 2.0
 """Of Li and Hoiem (2016)."""
@@ -90,7 +90,7 @@ class Distilling(Method):
     def __init__(self, strength: float, *, encodes: bool = False) -> None:
         super().__init__(strength)
         self._encodes = encodes
-        self._teacher: MultiHead | None = None
+        self._teacher: Network | None = None
 
     def begin(self, lesson: Lesson) -> None:
         """Copy the network."""
@@ -103,7 +103,7 @@ class Distilling(Method):
         if self._teacher is not None:
             (self.strength * self.loss(lesson, self._teacher, images)).backward()
 
-    def loss(self, lesson: Lesson, teacher: MultiHead, images: Tensor) -> Tensor:
+    def loss(self, lesson: Lesson, teacher: Network, images: Tensor) -> Tensor:
         """The sum over the old tasks."""
         features, recorded = lesson.model.body(images), teacher.body(images)
         terms = [
@@ -121,6 +121,6 @@ class Distilling(Method):
             model, task = lesson.model.eval(), lesson.task
             with torch.no_grad():
                 features = torch.cat([model.body(images) for images in task.train_images.split(MEASURE_BATCH)])
-            head = model.heads[lesson.index]
+            head = model.heads[: lesson.index + 1][-1]  # the one head, where all tasks share it
             encoder = fit_encoder(features, task.train_labels, head, lesson.own)
             self.kept = {**self.kept, f"encoder{lesson.index}": encoder}

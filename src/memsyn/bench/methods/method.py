@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memsyn import Memory, Protection, protect
-from memsyn.bench.drawings import Task
-from memsyn.bench.networks import MultiHead
+from memsyn.bench.networks import Network
 from memsyn.bench.settings import Settings
+from memsyn.bench.tasks import Task
 from memsyn.storage import Groups
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -28,10 +28,10 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 class Lesson:
     """One task being learned."""
 
-    model: MultiHead
+    model: Network
     task: Task
     index: int
-    """Of the task and of its head."""
+    """Of the task and, where there is one for each, of its head."""
     optimizer: Optimizer
     settings: Settings
     augment: Augment

@@ -26,6 +26,7 @@ FLOORS = [
     "routes",
     "passes",
     "dependence",
+    "hebbian",
     "guard",
     "storage",
     "importance",

@@ -237,3 +237,11 @@ DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.rnn_tanh_cell: _cell(_tanh_step),
     torch.rnn_relu_cell: _cell(_relu_step),
 }
+
+
+def _lstm_step_by_step(*args: Any) -> tuple[Tensor, ...]:
+    return _lstm_step(*args)
+
+
+PLAIN_DECOMPOSITIONS = {**DECOMPOSITIONS, torch.lstm: _network(_lstm_step_by_step)}
+"""The same without functions of our own, so that all that is computed can be seen."""

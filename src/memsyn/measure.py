@@ -33,6 +33,7 @@ from memsyn.batches import (
 from memsyn.calls import Path, Split
 from memsyn.distributed import Group, add_up, all_or_none, group_of
 from memsyn.errors import BatchError, MemsynError, ModelError, OptionError, SlowParametersWarning
+from memsyn.hebbian import Locally, check_seen
 from memsyn.importance import Importance
 from memsyn.objectives import ESTIMATORS, Estimator, Place, find_estimator, output_tensor, scores, token_mask
 from memsyn.parameters import named_parameters, trainable_parameters, unwrap
@@ -64,6 +65,10 @@ def measure(
     non-batch dimension (Aljundi et al. 2018, Eq. 2). The absolute value is taken per sample, so the result does not
     depend on the batch size, the order or the split of the data. The cost is about one ordinary forward and backward
     pass; parameters for which no fast route holds are measured one sample at a time, with a warning that names them.
+
+    With estimator="mas-local" every layer is on its own, and forward passes are enough (the same, section 4.3: for ReLU, Hebb's
+    rule): Omega_ij = 1/N sum_k |sum_p 2 y_kip phi'(z_kip) a_kjp|, with a the layer's input, z = W a + b, y = phi(z), and p the
+    positions or tokens of a sample. What counts as phi is in `hebbian`.
 
     Tokens that the batch's `attention_mask` (with a decoder, its `decoder_attention_mask`) says are padding do not
     count in outputs (samples, tokens, ...), unless there is a `forward`, which then has to see to that.
@@ -155,6 +160,8 @@ class _Run:
         self.splits: dict[Path, Split | None] = {}
         self.plans = Plans(self.splits)
         self.unproven: set[str] = set()
+        self.used: set[str] = set()
+        """The parameters that local importance has met in layers."""
         self.changes_inputs = False
         """Whether the forward pass writes to its batch."""
         self.num_guarded = 0
@@ -196,7 +203,8 @@ class _Run:
         slow = self.slow
         if slow:
             own = {name: self.parameters[name] for name in slow}
-            add_by_samples(self.sums, own, run, inputs, self.magnitude, together=passed.scores)
+            together = None if self.estimator.local else passed.scores
+            add_by_samples(self.sums, own, run, inputs, self.magnitude, together=together)
         self.num_samples += len(passed.scores)
         return slow - known
 
@@ -227,7 +235,8 @@ class _Run:
             return values
 
         for few in guard.choices(inputs):
-            verdict, size = guard.check(self.original, self.routes, run, few), num_samples(few)
+            verdict = guard.check(self.original, self.routes, run, few, local=self.estimator.local)
+            size = num_samples(few)
             if self.num_guarded < 2:
                 self.routes, self.splits, self.unproven = dict(verdict.routes), verdict.splits, verdict.unproven
             else:
@@ -236,6 +245,9 @@ class _Run:
             self.num_guarded = max(self.num_guarded, 2 if size is None else size)
             if self.shadow is None:
                 self._clone(verdict.written)
+            if self.estimator.local:
+                unused = {name: p for name, p in self.parameters.items() if name not in self.used}
+                check_seen(lambda few=few: self._output(self.shadow, index, copied(few.inputs)), unused)
             if self.num_guarded == 1 or not (self.unproven if only is None else only & self.slow):
                 break
 
@@ -273,15 +285,14 @@ class _Run:
 
     def _scores(self, model: nn.Module, batch_index: int, given: Given, first_sample: int) -> Tensor:
         size, mask = num_samples(given.inputs), token_mask(given.inputs) if self.masked else None
-        try:
-            output = self.forward(model, given.inputs)
-        except MemsynError:
-            raise
-        except Exception as error:
-            raise BatchError(
-                f"batch {batch_index}: the model failed on it: {type(error).__name__}: {error}. If it wants to be "
-                "called in another way, say how: forward=lambda model, batch: ..."
-            ) from error
+        if self.estimator.local:
+            own = {name: p for name, p in named_parameters(model).items() if name in self.routes}
+            locally = Locally(own, tensors(given.inputs), mask)
+            with locally:
+                output = self._output(model, batch_index, given.inputs)
+            self.used |= locally.used
+            return locally.scores(tensors(output), size, batch_index)
+        output = self._output(model, batch_index, given.inputs)
         with torch._C.DisableTorchFunction():  # no parameter is used any more
             return scores(
                 self.estimator.objective,
@@ -292,6 +303,17 @@ class _Run:
                 batch_index=batch_index,
                 first_in_batch=first_sample,
             )
+
+    def _output(self, model: nn.Module, batch_index: int, inputs: Any) -> Any:
+        try:
+            return self.forward(model, inputs)
+        except MemsynError:
+            raise
+        except Exception as error:
+            raise BatchError(
+                f"batch {batch_index}: the model failed on it: {type(error).__name__}: {error}. If it wants to be "
+                "called in another way, say how: forward=lambda model, batch: ..."
+            ) from error
 
     def describe(self, slow: set[str]) -> str:
         """The warning: which layers, and what they are."""

@@ -58,6 +58,8 @@ class Verdict:
     """Parameters whose gradient was zero on these samples: that their route gave zero says little."""
     written: set[str]
     """Parameters to which the forward pass writes."""
+    once: frozenset[str]
+    """Parameters with a single use, in one operation on nothing but them."""
 
 
 def choices(batch: Any) -> Iterator[Any]:
@@ -134,14 +136,16 @@ class _Check:
 
     def verdict(self, batch: Any) -> Verdict:
         values, written = self._observe(batch)
-        routes, unproven, slow = self._compare(values, self._record(batch) if len(values) > 1 else {})
+        groups = self._record(batch) if len(values) > 1 else {}
+        once = frozenset(name for name, group in groups.items() if len(group.names) == len(group.uses) == 1)
+        routes, unproven, slow = self._compare(values, groups)
         if self.precise:
             check_not_constant(values, self.parameters, self.whole)
         if slow and len(values) > 1 and num_samples(batch) is not None:
             self._check_slow(batch, len(values), slow)
         own = named_parameters(self.model)
         written |= {name for name, p in named_parameters(self.clone).items() if not _same_numbers(p, own[name])}
-        return Verdict(routes, self.splits, unproven, written)
+        return Verdict(routes, self.splits, unproven, written, once)
 
     def _observe(self, batch: Any) -> tuple[Tensor, set[str]]:
         """Find what each operation does with samples; returns their objectives, and the parameters written to."""

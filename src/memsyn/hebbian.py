@@ -4,7 +4,7 @@ Owns where a layer ends: what is its output, and that nothing is differentiated 
 gives an objective whose gradients are local, and the routes of exact importance measure those.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, final
 
 import torch
@@ -16,6 +16,7 @@ from memsyn.batches import tensors
 from memsyn.calls import Function, Value, arguments, changes_its_input, name_of, replaced, tensors_of
 from memsyn.decompositions import PLAIN_DECOMPOSITIONS
 from memsyn.errors import BatchError, ModelError, OutputError
+from memsyn.recorder import Recorder
 from memsyn.tracer import Tracer
 
 _ACTIVATIONS = """
@@ -35,16 +36,34 @@ FOLLOWED: Final = frozenset(f"{_ACTIVATIONS} {_ARITHMETIC} {_RESHAPES}".split())
 
 
 class _Squared(torch.autograd.Function):
-    """sum y^2, whose gradient 2 y is taken at once: y may be overwritten later."""
+    """1/2 sum y^2, whose gradient is a copy of y: that may be overwritten later."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:
-        ctx.gradient = 2 * y
-        return torch.linalg.vector_norm(y, dtype=torch.promote_types(y.dtype, torch.float32)).square()
+        ctx.gradient = y.clone()
+        return _half_square(y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return ctx.gradient * grad.to(ctx.gradient.dtype)  # type: ignore[no-any-return]
+
+
+def _half_square(y: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(y, dtype=torch.promote_types(y.dtype, torch.float32)).square() / 2
+
+
+class _Rectified(torch.autograd.Function):
+    """relu(z), as computed before: if its gradient is the very y, that has its zeros already."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, y: Tensor) -> Tensor:
+        ctx.y = y
+        return y.new_empty(0).set_(y)  # type: ignore[call-overload, no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        same = grad.data_ptr() == ctx.y.data_ptr() and grad.stride() == ctx.y.stride()
+        return grad if same else grad * (ctx.y > 0), None
 
 
 class _Marked(torch.autograd.Function):
@@ -75,7 +94,9 @@ class _Counted(torch.autograd.Function):
 class _Layer:
     """An operation with parameters, and what follows it as far as that reads nothing else of the samples."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = sorted(names)
+        """Of its operation's parameters."""
         self.parts: dict[int, Tensor] = {}
         """Everything from its operation's result on, by id."""
 
@@ -96,10 +117,19 @@ class Locally(Tracer):
 
     decompositions = PLAIN_DECOMPOSITIONS
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], batch: Iterable[Tensor], mask: Tensor | None) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        batch: Iterable[Tensor],
+        mask: Tensor | None,
+        recorder: Recorder | None = None,
+    ) -> None:
         super().__init__(parameters)
-        self.squares: list[Tensor] = []
-        """The squared norm of each layer's output over all samples, with a graph to the layer's parameters."""
+        self.recorder = recorder
+        """What gets each layer's gradients as soon as the layer ends; without one, autograd has to be asked for them."""
+        self.squares: list[tuple[Tensor, _Layer]] = []
+        """Half the squared norm of each layer's output over all samples, with a graph to the layer's parameters; with a
+        recorder only of those at the end, without a graph."""
         self.used: set[str] = set()
         """The parameters of the layers that ran."""
         self._mask = mask
@@ -119,7 +149,7 @@ class Locally(Tracer):
         given = arguments(function, args, kwargs)
         met = {place: value for place, argument in given.items() if (value := self.values.get(id(argument)))}
         own = self._own(given)
-        if own:
+        if any(tensor.ndim or tensor.is_floating_point() for tensor in own.values()):  # a number may choose among weights
             return self._run(function, args, kwargs, own, met)
         output = function(*args, **kwargs)
         self._follow(function, met, output)
@@ -140,30 +170,32 @@ class Locally(Tracer):
         own: Mapping[str, Tensor],
         met: Mapping[str, Value],
     ) -> Any:
-        self.used.update(*(value.names for value in met.values()))
+        names = frozenset().union(*(value.names for value in met.values()))
+        self.used |= names
         for tensor in own.values():
             self._adopt(tensor)
         layers = {id(layer): layer for t in own.values() if (layer := self._layers.get(id(t)))}
         if len(layers) == 1 and self._follows(function, args, kwargs, own.values()):
             (layer,) = layers.values()
-            output = function(*args, **kwargs)
-            return self._grow(layer, self._counted(output) if met else output)
+            rectified = self.recorder is not None and name_of(function).strip("_") == "relu"
+            output = self._rectified(function, args, kwargs) if rectified else self._call(function, args, kwargs)
+            return self._grow(layer, self._counted(output) if names else output)
         changes = changes_its_input(function, kwargs)
         if changes:
             self._close(own.values())
         cut = {place: tensor.detach() for place, tensor in own.items()}
         new_args, new_kwargs = replaced(function, args, kwargs, cut)
-        output = function(*new_args, **new_kwargs)
+        output = self._call(function, new_args, new_kwargs)
         if changes:
             self._samples[id(args[0])] = args[0]
             if output is None:
-                self._begin(new_args[0], closed=True)
+                self._begin(new_args[0], names, closed=True)
                 return None
         elif not tensors_of(output):
             return output  # it asked for a shape
         else:
             self._close(own.values())
-        return self._begin(output, closed=changes) if met else _changed(output, self._marked)
+        return self._begin(output, names, closed=changes) if names else _changed(output, self._marked)
 
     def _follows(
         self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any], own: Iterable[Tensor]
@@ -176,13 +208,32 @@ class Locally(Tracer):
                 return False
         return all(id(tensor) in self._layers for tensor in own)
 
-    def _begin(self, output: Any, *, closed: bool) -> Any:
+    def _call(self, function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run it; a use that the recorder makes of it is that of a layer."""
+        if self.recorder is None:
+            return function(*args, **kwargs)
+        self.recorder.newest = None
+        output = function(*args, **kwargs)
+        if self.recorder.newest is not None:
+            self.recorder.begun.add(self.recorder.newest)
+        return output
+
+    @staticmethod
+    def _rectified(function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        given = [*args, *kwargs.values()]
+        (z,) = [value for value in given if isinstance(value, Tensor)]
+        new_args, new_kwargs = replaced(function, args, kwargs, {"0": z.detach(), "input": z.detach()})
+        y = function(*new_args, **new_kwargs)
+        rectified: Tensor = _Rectified.apply(z, y)  # type: ignore[no-untyped-call]
+        return rectified
+
+    def _begin(self, output: Any, names: Iterable[str], *, closed: bool) -> Any:
         """The results of an operation with parameters: a layer each."""
 
         def begin(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad:
                 return self._marked(tensor)
-            part: Tensor = self._grow(_Layer(), self._counted(tensor))
+            part: Tensor = self._grow(_Layer(names), self._counted(tensor))
             if closed:  # its user may go on with the tensor that was written to, not with this one
                 self._close([part])
             return part
@@ -233,7 +284,7 @@ class Locally(Tracer):
         counted: Tensor = _Counted.apply(tensor, counts)  # type: ignore[no-untyped-call]
         return counted
 
-    def _close(self, read: Iterable[Tensor]) -> None:
+    def _close(self, read: Iterable[Tensor], *, last: bool = False) -> None:
         """The layers of which these are parts end with them."""
         ids = {id(tensor) for tensor in read}
         for layer in {id(layer): layer for key in ids if (layer := self._layers.get(key))}.values():
@@ -241,10 +292,15 @@ class Locally(Tracer):
             y = parts[-1] if parts else layer.last
             for key in layer.parts:
                 del self._layers[key]
-            self.squares.append(_Squared.apply(y))  # type: ignore[no-untyped-call]
+            if self.recorder is None:
+                self.squares.append((_Squared.apply(y), layer))  # type: ignore[no-untyped-call]
+            else:
+                self.recorder.differentiate(y)
+                self.squares[:] = [(_half_square(y.detach()), layer)] if last else []
+            layer.parts.clear()
 
     def scores(self, outputs: Iterable[Tensor], num_samples: int | None, batch_index: int) -> Tensor:
-        """(B, 1): the squared norms of all layers and samples in the first row, zeros in the others.
+        """(B, 1): half the squared norms of all layers and samples in the first row, zeros in the others.
 
         In which dimension a layer keeps its samples is not known here.
 
@@ -257,12 +313,15 @@ class Locally(Tracer):
         with torch._C.DisableTorchFunction():
             for tensor in outputs:
                 self._adopt(tensor)
-            self._close([layer.last for layer in self._layers.values()])
-            total = sum((square.to(self.squares[0].device) for square in self.squares), torch.zeros(()))
+            self._close([layer.last for layer in self._layers.values()], last=True)
+            total = torch.zeros(())
+            for square, layer in self.squares:
+                total = total.to(square.device) + square
             if not bool(total.isfinite()):
+                names = next(", ".join(layer.names) for square, layer in self.squares if not bool(square.isfinite()))
                 raise OutputError(
-                    f"batch {batch_index}: the output of some layer is NaN or infinite, or overflows when squared. Look at the "
-                    "batch, or leave it out: one such sample would spoil the whole importance."
+                    f"batch {batch_index}: the output of the layer of {names} is NaN or infinite, or overflows when squared. "
+                    "Look at the batch, or leave it out: one such sample would spoil the whole importance."
                 )
             return F.pad(total.view(1, 1), (0, 0, 0, num_samples - 1))
 

@@ -39,7 +39,7 @@ from memsyn.objectives import ESTIMATORS, Estimator, Place, find_estimator, outp
 from memsyn.parameters import named_parameters, trainable_parameters, unwrap
 from memsyn.passes import Passed, Scores, add_batched, add_by_samples, add_by_uses, check_finite
 from memsyn.products import workspace
-from memsyn.recorder import Plans
+from memsyn.recorder import Plans, Recorder
 from memsyn.routes import BY_SAMPLE, UNUSED, wide_dtype
 from memsyn.rules import MAGNITUDES
 from memsyn.shadow import check_measurable, shadow
@@ -162,6 +162,8 @@ class _Run:
         self.unproven: set[str] = set()
         self.used: set[str] = set()
         """The parameters that local importance has met in layers."""
+        self.once: frozenset[str] = frozenset()
+        """The parameters with a single use."""
         self.changes_inputs = False
         """Whether the forward pass writes to its batch."""
         self.num_guarded = 0
@@ -219,6 +221,7 @@ class _Run:
             plans=self.plans,
             unproven=self.unproven,
             only=only,
+            once=self.once,
         )
 
     def _should_guard(self, size: int | None, index: int) -> bool:
@@ -239,6 +242,7 @@ class _Run:
             size = num_samples(few)
             if self.num_guarded < 2:
                 self.routes, self.splits, self.unproven = dict(verdict.routes), verdict.splits, verdict.unproven
+                self.once = verdict.once
             else:
                 self._learn(verdict, only or self.unproven)
             self.plans = Plans(self.splits)
@@ -268,14 +272,17 @@ class _Run:
             parameter.requires_grad_()
         self.sums = {name: torch.zeros_like(p, dtype=wide_dtype(p)) for name, p in self.parameters.items()}
 
-    def _scores_of_shadow(self, batch_index: int, given: Given, first_sample: int = 0) -> Tensor:
+    def _scores_of_shadow(
+        self, batch_index: int, given: Given, first_sample: int = 0, recorder: Recorder | None = None
+    ) -> Tensor:
         """Without changing the batch: it is the user's, and may be read again."""
         assert self.shadow is not None
         if self.changes_inputs:
-            return self._scores(self.shadow, batch_index, copied(given), first_sample)
+            return self._scores(self.shadow, batch_index, copied(given), first_sample, recorder)
         own = tensors(given)
         versions = [tensor._version for tensor in own]
-        values = self._scores(self.shadow, batch_index, map_tensors(given, lambda tensor: tensor), first_sample)
+        own_structure = map_tensors(given, lambda tensor: tensor)
+        values = self._scores(self.shadow, batch_index, own_structure, first_sample, recorder)
         if versions != [tensor._version for tensor in own]:
             raise BatchError(
                 f"batch {batch_index}: the forward pass changed it in place, as it did not change the first batch. Let "
@@ -283,11 +290,18 @@ class _Run:
             )
         return values
 
-    def _scores(self, model: nn.Module, batch_index: int, given: Given, first_sample: int) -> Tensor:
+    def _scores(
+        self,
+        model: nn.Module,
+        batch_index: int,
+        given: Given,
+        first_sample: int,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
         size, mask = num_samples(given.inputs), token_mask(given.inputs) if self.masked else None
         if self.estimator.local:
             own = {name: p for name, p in named_parameters(model).items() if name in self.routes}
-            locally = Locally(own, tensors(given.inputs), mask)
+            locally = Locally(own, tensors(given.inputs), mask, recorder)
             with locally:
                 output = self._output(model, batch_index, given.inputs)
             self.used |= locally.used
@@ -340,6 +354,9 @@ class _Run:
                 "there are no samples: the loader is empty, or all of its batches are. Nothing was measured."
             )
         check_finite(self.sums)
+        if self.estimator.local:  # so far of half the squared norms
+            twice = self.magnitude(torch.tensor(2.0))
+            self.sums = {name: total * twice.to(total) for name, total in self.sums.items()}
         magnitude = f"{self.estimator.magnitude} of the batch mean" if self.batched else self.estimator.magnitude
         return Importance(self.sums, self.num_samples, {} if self.batched else routes, self.estimator.name, magnitude)
 

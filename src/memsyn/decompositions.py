@@ -226,7 +226,9 @@ def _cell(step: Step) -> Callable[..., Any]:
     return run
 
 
-DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+Decompositions = dict[Callable[..., Any], Callable[..., Any]]
+
+DECOMPOSITIONS: Decompositions = {
     F.multi_head_attention_forward: _attention,
     torch.lstm: _network(_lstm_step),
     torch.gru: _network(_gru_step),
@@ -243,5 +245,5 @@ def _lstm_step_by_step(*args: Any) -> tuple[Tensor, ...]:
     return _lstm_step(*args)
 
 
-PLAIN_DECOMPOSITIONS = {**DECOMPOSITIONS, torch.lstm: _network(_lstm_step_by_step)}
+PLAIN_DECOMPOSITIONS: Decompositions = DECOMPOSITIONS | {torch.lstm: _network(_lstm_step_by_step)}
 """The same without functions of our own, so that all that is computed can be seen."""

@@ -100,7 +100,9 @@ def check(model: nn.Module, measured: Iterable[str], run: Run, batch: Any, *, lo
     measured = list(measured)
     try:
         try:
-            return _Check(model, _private(model, torch.float64), measured, run, local).verdict(map_tensors(batch, _double))
+            return _Check(model, _private(model, torch.float64), measured, run, local).verdict(
+                map_tensors(batch, _double)
+            )
         except ConstantError:
             raise
         except (BatchError, OutputError):  # a forward pass with a precision of its own

@@ -1,7 +1,7 @@
 """Local importance: every layer's own squared output norm, from forward passes only.
 
-Owns where a layer ends: what is its output, and that nothing is differentiated beyond it. Knows no formulas of importance: it
-gives an objective whose gradients are local, and the routes of exact importance measure those.
+Owns where a layer ends: what its output is, and that nothing is differentiated beyond it. Knows no formulas of
+importance: it makes an objective whose gradients are local, and the routes of exact importance measure those.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,8 +24,8 @@ _ACTIVATIONS = """
     softshrink hardshrink tanhshrink hardtanh hardswish hardsigmoid threshold dropout dropout1d dropout2d dropout3d
     alpha_dropout feature_alpha_dropout batch_norm"""
 _ARITHMETIC = """
-    add iadd radd sub isub rsub subtract mul imul rmul multiply div idiv rdiv truediv rtruediv itruediv true_divide divide
-    pow ipow rpow square sqrt rsqrt reciprocal neg negative abs absolute exp expm1 log log1p erf erfc sin cos sinh cosh
+    add iadd radd sub isub rsub subtract mul imul rmul multiply div idiv rdiv truediv rtruediv itruediv true_divide
+    divide pow ipow rpow square sqrt rsqrt reciprocal neg negative abs absolute exp expm1 log log1p erf erfc sin cos sinh cosh
     atan asinh clamp clamp_min clamp_max clip minimum maximum where lt le gt ge eq ne lerp addcmul addcdiv"""
 _RESHAPES = """
     view reshape view_as reshape_as flatten unflatten permute transpose swapaxes swapdims movedim moveaxis t squeeze
@@ -49,7 +49,8 @@ class _Squared(torch.autograd.Function):
 
 
 def _half_square(y: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(y, dtype=torch.promote_types(y.dtype, torch.float32)).square() / 2
+    half: Tensor = torch.linalg.vector_norm(y, dtype=torch.promote_types(y.dtype, torch.float32)).square() / 2
+    return half
 
 
 class _Rectified(torch.autograd.Function):
@@ -126,7 +127,7 @@ class Locally(Tracer):
     ) -> None:
         super().__init__(parameters)
         self.recorder = recorder
-        """What gets each layer's gradients as soon as the layer ends; without one, autograd has to be asked for them."""
+        """What gets each layer's gradients as soon as the layer ends; without one, autograd can be asked for them."""
         self.squares: list[tuple[Tensor, _Layer]] = []
         """Half the squared norm of each layer's output over all samples, with a graph to the layer's parameters; with a
         recorder only of those at the end, without a graph."""
@@ -142,14 +143,19 @@ class Locally(Tracer):
     def pass_by(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """An operation without parameters."""
         own = self._own(arguments(function, args, kwargs))
-        return self._run(function, args, kwargs, own, {}) if own else function(*args, **kwargs)
+        if own and torch.is_grad_enabled() and function is not Tensor.detach:
+            return self._run(function, args, kwargs, own, {})
+        output = function(*args, **kwargs)
+        if own:  # without a gradient, maybe inside a custom function: no layer ends by it
+            self._samples.update((id(tensor), tensor) for tensor in tensors_of(output))
+        return output
 
     def meet(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """A layer, if it reads something of the samples."""
         given = arguments(function, args, kwargs)
         met = {place: value for place, argument in given.items() if (value := self.values.get(id(argument)))}
         own = self._own(given)
-        if any(tensor.ndim or tensor.is_floating_point() for tensor in own.values()):  # a number may choose among weights
+        if any(t.ndim or t.is_floating_point() for t in own.values()):  # a number may choose among weights
             return self._run(function, args, kwargs, own, met)
         output = function(*args, **kwargs)
         self._follow(function, met, output)
@@ -170,7 +176,7 @@ class Locally(Tracer):
         own: Mapping[str, Tensor],
         met: Mapping[str, Value],
     ) -> Any:
-        names = frozenset().union(*(value.names for value in met.values()))
+        names = frozenset[str]().union(*(value.names for value in met.values()))
         self.used |= names
         for tensor in own.values():
             self._adopt(tensor)
@@ -200,7 +206,7 @@ class Locally(Tracer):
     def _follows(
         self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any], own: Iterable[Tensor]
     ) -> bool:
-        if name_of(function).strip("_") not in FOLLOWED or not torch.is_grad_enabled():
+        if name_of(function).strip("_") not in FOLLOWED:
             return False
         if function is F.batch_norm:
             given = arguments(function, args, kwargs)
@@ -246,13 +252,14 @@ class Locally(Tracer):
             return
         open_parts = [(key, layer.parts[key]) for key, layer in self._layers.items()]
         owners = {part.grad_fn: self._layers[key] for key, part in open_parts}
-        found, nodes = [], [tensor.grad_fn]
+        found: set[_Layer] = set()
+        nodes: list[Any] = [tensor.grad_fn]
         while nodes:
             following = [node for node, _ in nodes.pop().next_functions if node is not None]
-            found += [owners[node] for node in following if node in owners]
+            found.update(owners[node] for node in following if node in owners)
             nodes += [node for node in following if node not in owners]
-        if found:
-            self._grow(found[0], tensor)
+        if len(found) == 1:
+            self._grow(found.pop(), tensor)
 
     def _grow(self, layer: _Layer, output: Any) -> Any:
         for tensor in tensors_of(output):
@@ -266,8 +273,7 @@ class Locally(Tracer):
         if not tensor.is_floating_point():
             self._samples[id(tensor)] = tensor
             return tensor
-        with torch.enable_grad():
-            marked: Tensor = _Marked.apply(tensor, self._mark)  # type: ignore[no-untyped-call]
+        marked: Tensor = _Marked.apply(tensor, self._mark)  # type: ignore[no-untyped-call]
         return marked
 
     def _counted(self, tensor: Tensor) -> Tensor:
@@ -296,7 +302,8 @@ class Locally(Tracer):
                 self.squares.append((_Squared.apply(y), layer))  # type: ignore[no-untyped-call]
             else:
                 self.recorder.differentiate(y)
-                self.squares[:] = [(_half_square(y.detach()), layer)] if last else []
+                if last:  # if anything was NaN or infinite, so are these
+                    self.squares.append((_half_square(y.detach()), layer))
             layer.parts.clear()
 
     def scores(self, outputs: Iterable[Tensor], num_samples: int | None, batch_index: int) -> Tensor:
@@ -309,19 +316,21 @@ class Locally(Tracer):
             OutputError: an output is NaN or infinite.
         """
         if num_samples is None:
-            raise BatchError(f"batch {batch_index}: local importance needs batches made of tensors, to tell the samples.")
+            raise BatchError(
+                f"batch {batch_index}: local importance needs batches made of tensors, to tell the samples."
+            )
         with torch._C.DisableTorchFunction():
             for tensor in outputs:
                 self._adopt(tensor)
             self._close([layer.last for layer in self._layers.values()], last=True)
             total = torch.zeros(())
-            for square, layer in self.squares:
+            for square, _ in self.squares:
                 total = total.to(square.device) + square
             if not bool(total.isfinite()):
                 names = next(", ".join(layer.names) for square, layer in self.squares if not bool(square.isfinite()))
                 raise OutputError(
-                    f"batch {batch_index}: the output of the layer of {names} is NaN or infinite, or overflows when squared. "
-                    "Look at the batch, or leave it out: one such sample would spoil the whole importance."
+                    f"batch {batch_index}: the output of the layer of {names} is NaN or infinite, or overflows when "
+                    "squared. Look at the batch, or leave it out: one such sample would spoil the whole importance."
                 )
             return F.pad(total.view(1, 1), (0, 0, 0, num_samples - 1))
 
@@ -344,11 +353,12 @@ def check_seen(run: Callable[[], Any], unused: Mapping[str, nn.Parameter]) -> No
     outputs = [tensor for tensor in tensors(run()) if tensor.requires_grad] if unused else []
     if not outputs:
         return
-    found = torch.autograd.grad(sum(t.sum() for t in outputs), list(unused.values()), allow_unused=True)
+    total = torch.stack([tensor.float().sum().to(outputs[0].device) for tensor in outputs]).sum()
+    found = torch.autograd.grad(total, list(unused.values()), allow_unused=True)
     hidden = [name for name, grad in zip(unused, found, strict=True) if grad is not None]
     if hidden:
         raise ModelError(
-            f"{', '.join(hidden[:5])}{' ...' if len(hidden) > 5 else ''}: the output depends on it, but no operation that "
-            "torch lets others see uses it, so it has no local importance. Look for a custom autograd function; freeze "
-            "the parameter, or write the function in torch's own operations."
+            f"{', '.join(hidden[:5])}{' ...' if len(hidden) > 5 else ''}: the output depends on it, but no operation "
+            "that torch lets others see uses it, so it has no local importance. Look for a custom autograd function; "
+            "freeze the parameter, or write the function in torch's own operations."
         )

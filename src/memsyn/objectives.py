@@ -169,9 +169,9 @@ ESTIMATORS: Final = {
     "fisher-sampled": Estimator(sampled_log_likelihood, "square"),
     "fisher-empirical": Estimator(log_likelihood, "square"),
 }
-"""The estimators by name: MAS, layer by layer (local), on probabilities, and per output; the diagonal Fisher information:
-exact over the model's own distribution (as many backward passes as classes), with one label drawn from it, and with the
-batch's."""
+"""The estimators by name: MAS, layer by layer (local), on probabilities, and per output; the diagonal Fisher
+information: exact over the model's own distribution (as many backward passes as classes), with one label drawn from it,
+and with the batch's."""
 
 OBJECTIVE: Final = ESTIMATORS["mas"].name
 

@@ -3,7 +3,7 @@
 Owns running the shadow forward and backward. Must not know about loaders, progress or files.
 """
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 import torch
@@ -214,7 +214,7 @@ def add_batched(
     return len(values)
 
 
-def score_alone(scores: Scores, sample: Any, k: int) -> Tensor:
+def score_alone(scores: Callable[[Any, int], Tensor], sample: Any, k: int) -> Tensor:
     """The objectives of sample k run alone."""
     try:
         return scores(sample, k)

@@ -253,8 +253,8 @@ class Recorder(Tracer):
         again = sorted(name for value in met.values() for name in value.names if name in self._done)
         if again:
             raise ModelError(
-                f"{', '.join(again)}: used once in the batch that was looked at first, and more than once in a later one. Let "
-                "the first batch be one in which it is used more often."
+                f"{', '.join(again)}: used once in the batch that was looked at first, and more than once in a later "
+                "one. Let the first batch be one in which it is used more often."
             )
 
     def _on_grad(self, call: Call, grad: Tensor) -> None:

@@ -25,8 +25,8 @@ _ACTIVATIONS = """
     alpha_dropout feature_alpha_dropout batch_norm"""
 _ARITHMETIC = """
     add iadd radd sub isub rsub subtract mul imul rmul multiply div idiv rdiv truediv rtruediv itruediv true_divide
-    divide pow ipow rpow square sqrt rsqrt reciprocal neg negative abs absolute exp expm1 log log1p erf erfc sin cos sinh cosh
-    atan asinh clamp clamp_min clamp_max clip minimum maximum where lt le gt ge eq ne lerp addcmul addcdiv"""
+    divide pow ipow rpow square sqrt rsqrt reciprocal neg negative abs absolute exp expm1 log log1p erf erfc sin cos
+    sinh cosh atan asinh clamp clamp_min clamp_max clip minimum maximum where lt le gt ge eq ne lerp addcmul addcdiv"""
 _RESHAPES = """
     view reshape view_as reshape_as flatten unflatten permute transpose swapaxes swapdims movedim moveaxis t squeeze
     unsqueeze contiguous clone to float double half bfloat16 type type_as"""

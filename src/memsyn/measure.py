@@ -285,8 +285,8 @@ class _Run:
             return self._scores(self.shadow, batch_index, copied(given), first_sample, recorder)
         own = tensors(given)
         versions = [tensor._version for tensor in own]
-        own_structure = map_tensors(given, lambda tensor: tensor)
-        values = self._scores(self.shadow, batch_index, own_structure, first_sample, recorder)
+        alike = map_tensors(given, lambda tensor: tensor)
+        values = self._scores(self.shadow, batch_index, alike, first_sample, recorder)
         if versions != [tensor._version for tensor in own]:
             raise BatchError(
                 f"batch {batch_index}: the forward pass changed it in place, as it did not change the first batch. Let "
@@ -305,7 +305,8 @@ class _Run:
         size, mask = num_samples(given.inputs), token_mask(given.inputs) if self.masked else None
         if self.estimator.local:
             own = {name: p for name, p in named_parameters(model).items() if name in self.routes}
-            locally = Locally(own, tensors(given.inputs), mask, recorder)
+            encoded = mask is not None and given.inputs.get("attention_mask") is mask
+            locally = Locally(own, tensors(given.inputs), mask if encoded else None, recorder)
             with locally:
                 output = self._output(model, batch_index, given.inputs)
             self.used |= locally.used

@@ -1,10 +1,11 @@
 """What exact importance costs, relative to an ordinary forward and backward pass of the same batches.
 
 In one run and in turn: the ordinary pass, `memsyn.measure` (shadow, guard and all) over the same batches, the same for
-local importance, the loop over single samples, `vmap(grad)` over the whole model, and what others compute: the absolute value of the mean over a
-batch. Prints a Markdown table: the median of the ratios over the rounds, the smallest and largest, and the relative
-error ||x - ref|| / ||ref|| over all weights on the first batch, ref being a loop over its samples in float64. Passes
-are in float32, where rounding switches some ReLUs that are nearly at zero; memsyn's error in float64 is shown too.
+local importance, the loop over single samples, `vmap(grad)` over the whole model, and what others compute: the absolute
+value of the mean over a batch. Prints a Markdown table: the median of the ratios over the rounds, the smallest and
+largest, and the relative error ||x - ref|| / ||ref|| over all weights on the first batch, ref being a loop over its
+samples in float64 (of autograd's local gradients, for local importance). Passes are in float32, where rounding switches
+some ReLUs that are nearly at zero; memsyn's error in float64 is shown too.
 
 --avalanche adds Avalanche's own pass, run by the Python that has it (avalanche-lib 0.6.0, safetensors, and the
 networks' packages), over the ordinary pass in that Python. --memory shows peak memory in place of time, --scaling the

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import memsyn
@@ -257,6 +259,33 @@ def test_hebbs_rule() -> None:
         progress=False,
     ).mean()
     assert torch.allclose(squares["2.bias"], (2 * output).square().mean(0), rtol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_convolutions_between_relus_and_batch_norms(data: st.DataObject) -> None:
+    """In which no sign changes within a channel, and an ordinary weight gradient will do."""
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 99)))
+    groups = draw(st.integers(1, 2))
+    layer = nn.Conv2d(
+        2 * groups,
+        3 * groups,
+        (draw(st.integers(1, 3)), draw(st.integers(1, 3))),
+        stride=draw(st.integers(1, 2)),
+        padding=draw(st.sampled_from([0, 1, (1, 0), "valid"])) if draw(st.booleans()) else 1,
+        dilation=draw(st.integers(1, 2)),
+        groups=groups,
+    )
+    model = with_statistics(Lambda(lambda m, x: torch.relu(m.bn(m.c(x))), c=layer, bn=nn.BatchNorm2d(3 * groups)))
+    x = torch.rand(4, 2 * groups, 6, 7, dtype=torch.float64)
+    x[:, 0] *= -1
+    model = model.double().eval()
+    expected = truth(model, x, {"bn": torch.relu, "c": in_eval(model.bn, torch.relu)})
+    assert max(reference.errors(measured(model, [x]).mean(), expected).values()) <= 1e-12
+    x[3, 0] *= -1  # found out by the last sample only
+    expected = truth(model, x, {"bn": torch.relu, "c": in_eval(model.bn, torch.relu)})
+    assert max(reference.errors(measured(model, [x]).mean(), expected).values()) <= 1e-12
 
 
 def test_attention_of_torch() -> None:

@@ -72,7 +72,7 @@ def conv_products_of_one_sign(grad: Tensor, image: Tensor, geometry: Geometry) -
 
     So it is between ReLUs where importance is local (Hebb's rule), and hardly ever else: the first sample tells that.
     """
-    if grad.device.type != "cpu" or any(before != after for before, after in geometry.padding):
+    if grad.device.type != "cpu" or geometry.groups > 1 or any(before != after for before, after in geometry.padding):
         return None
     if not all(_one_sign(part) for part in (image[:1], grad[:1], image, grad)):
         return None

@@ -67,6 +67,19 @@ class _Rectified(torch.autograd.Function):
         return grad if same else grad * (ctx.y > 0), None
 
 
+class _Normalised(torch.autograd.Function):
+    """scale z + shift, as computed before: autograd's own takes three times as long for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        ctx.scale = scale
+        return y.new_empty(0).set_(y)  # type: ignore[call-overload, no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad * ctx.scale, grad, None
+
+
 class _Marked(torch.autograd.Function):
     """The same numbers in the same memory, with a graph that leads nowhere: what is computed of it is of samples."""
 
@@ -183,8 +196,7 @@ class Locally(Tracer):
         layers = {id(layer): layer for t in own.values() if (layer := self._layers.get(id(t)))}
         if len(layers) == 1 and self._follows(function, args, kwargs, own.values()):
             (layer,) = layers.values()
-            rectified = self.recorder is not None and name_of(function).strip("_") == "relu"
-            output = self._rectified(function, args, kwargs) if rectified else self._call(function, args, kwargs)
+            output = self._continue(function, args, kwargs)
             return self._grow(layer, self._counted(output) if names else output)
         changes = changes_its_input(function, kwargs)
         if changes:
@@ -224,14 +236,21 @@ class Locally(Tracer):
             self.recorder.begun.add(self.recorder.newest)
         return output
 
-    @staticmethod
-    def _rectified(function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        given = [*args, *kwargs.values()]
-        (z,) = [value for value in given if isinstance(value, Tensor)]
-        new_args, new_kwargs = replaced(function, args, kwargs, {"0": z.detach(), "input": z.detach()})
-        y = function(*new_args, **new_kwargs)
-        rectified: Tensor = _Rectified.apply(z, y)  # type: ignore[no-untyped-call]
-        return rectified
+    def _continue(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run it as a part of a layer; the derivatives of what is met most often are known here."""
+        relu = name_of(function).strip("_") == "relu"
+        if self.recorder is None or not (relu or function is F.batch_norm):
+            return self._call(function, args, kwargs)
+        given = arguments(function, args, kwargs)
+        place = next(iter(given))
+        z = given[place]
+        y = self._call(function, *replaced(function, args, kwargs, {place: z.detach()}))
+        if relu:
+            return _Rectified.apply(z, y)  # type: ignore[no-untyped-call]
+        scale = (given["running_var"] + given.get("eps", 1e-5)).rsqrt()
+        if given.get("weight") is not None:
+            scale = scale * given["weight"].detach()
+        return _Normalised.apply(z, y, scale.view(-1, *[1] * (z.ndim - 2)))  # type: ignore[no-untyped-call]
 
     def _begin(self, output: Any, names: Iterable[str], *, closed: bool) -> Any:
         """The results of an operation with parameters: a layer each."""

@@ -99,7 +99,7 @@ def test_what_the_check_found_is_kept(name: str, tmp_path: Path) -> None:
     assert_same(measured(model, batches, path, forward=case.forward), expected)
 
 
-@pytest.mark.parametrize("estimator", ["fisher-sampled", "mas-vector"])
+@pytest.mark.parametrize("estimator", ["fisher-sampled", "mas-vector", "mas-local"])
 def test_other_estimators_go_on_where_they_were(estimator: str, tmp_path: Path) -> None:
     model, batches, path = a_model(), some_batches(), tmp_path / "pass.ckpt"
     expected = measured(model, batches, None, estimator=estimator)
@@ -435,9 +435,9 @@ def test_what_was_not_proven_is_looked_at_again(tmp_path: Path, monkeypatch: pyt
         batch[:, 2:] = 0
     check = guard.check
 
-    def counted(*arguments: Any) -> guard.Verdict:
+    def counted(*arguments: Any, **options: Any) -> guard.Verdict:
         looks[0] += 1
-        return check(*arguments)
+        return check(*arguments, **options)
 
     monkeypatch.setattr(guard, "check", counted)
     expected = measured(model, batches, None)

@@ -27,6 +27,7 @@ FLOORS = [
     "routes",
     "passes",
     "dependence",
+    "hebbian",
     "guard",
     "files",
     "remote",

@@ -137,15 +137,16 @@ def test_measured_batches_are_not_run_again(tmp_path: Path) -> None:
     assert seen == [len(batch) for batch in batches[13:] if len(batch)]
 
 
+@pytest.mark.parametrize("estimator", ["mas", "mas-local"])
 @pytest.mark.parametrize("at", [5, 19])
-def test_the_file_is_an_importance_of_the_samples_so_far(at: int, tmp_path: Path) -> None:
+def test_the_file_is_an_importance_of_the_samples_so_far(at: int, estimator: str, tmp_path: Path) -> None:
     model, batches, path = a_model(), some_batches(), tmp_path / "pass.ckpt"
-    cut(model, batches, at, path)
+    cut(model, batches, at, path, estimator=estimator)
     found = memsyn.Importance.load(path)
     sizes = torch.tensor([len(batch) for batch in batches]).cumsum(0).tolist()
     through = sizes.index(found.num_samples) + 1
     assert at - 11 < through <= at
-    assert_same(found, measured(model, batches[:through], None))
+    assert_same(found, measured(model, batches[:through], None, estimator=estimator))
 
 
 def test_the_error_is_the_loaders_own_and_says_how_to_go_on(tmp_path: Path) -> None:

@@ -99,6 +99,11 @@ def test_the_folder_is_named_after_the_sequence(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "tiny" / "table.md").exists()
 
 
+def test_the_size_is_the_sequences_first_unless_told(tmp_path):
+    call("bench", "run", "tiny", *QUICK[2:], "--methods", "finetune", "--out", tmp_path)
+    assert "tiny, 8x8, 1 seed" in (tmp_path / "table.md").read_text()
+
+
 def test_a_strength_is_a_number_or_chosen_on_validation_data(tmp_path):
     command = ["bench", "run", "tiny", *QUICK, "--methods", "mas", "--strength"]
     call(*command, "0.5", "--out", tmp_path / "number")

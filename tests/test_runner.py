@@ -11,6 +11,7 @@ from memsyn import Memory, MemsynError, OptionError, penalty
 from memsyn.bench import runner
 from memsyn.bench.learners import lesson_of, train
 from memsyn.bench.methods.registry import METHODS
+from memsyn.bench.networks import SharedHead
 from memsyn.bench.sequences import SEQUENCES
 from memsyn.bench.settings import Settings
 from tests import tiny
@@ -225,3 +226,21 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 def test_a_diverging_training_says_so(tmp_path):
     with pytest.raises(MemsynError, match=r"the loss of mas, seed 0, is (nan|inf) in task 1, noise 1: .*diverged"):
         run(tmp_path, settings=replace(SETTINGS, lr=1e30), methods=("mas",))
+
+
+def shared_head(tasks, generator):
+    model = tiny.build(tasks[:1], generator)
+    return SharedHead(model.body, model.body.num_features, num_classes=3)
+
+
+def test_every_method_can_learn_tasks_that_share_one_head(tmp_path, monkeypatch):
+    sequence = replace(tiny.SEQUENCE, build=shared_head, scorings=("domain-incremental",))
+    monkeypatch.setitem(SEQUENCES, "tiny", sequence)
+    results = run(tmp_path, settings=replace(SETTINGS, epochs=1), methods=tuple(METHODS))
+    assert all([len(record.accuracies) for record in results[method][0]] == [1, 2, 3] for method in METHODS)
+
+
+def test_a_pair_runs_by_its_name_in_its_order(tmp_path):
+    settings = Settings(sequence="pair-food-animals", size=32, epochs=1)
+    records = run(tmp_path, settings=settings, methods=("frozen",))["frozen"][0]
+    assert [record.name for record in records] == ["Food & Drink", "Animals & Nature"]

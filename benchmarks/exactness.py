@@ -14,7 +14,7 @@ from dataclasses import astuple, dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import torch
 from matplotlib.axes import Axes
@@ -24,12 +24,16 @@ from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from memsyn import Memory, measure
-from memsyn.bench.drawings import Task, augment, load_emoji8
-from memsyn.bench.learners import METHODS, accuracy, train
-from memsyn.bench.runner import generator
+from memsyn import measure
+from memsyn.bench.drawings import augment, load_emoji8
+from memsyn.bench.learners import generator, lesson_of, train
+from memsyn.bench.methods.method import Method
+from memsyn.bench.methods.registry import METHODS
+from memsyn.bench.networks import MultiHead
+from memsyn.bench.scoring import accuracies
 from memsyn.bench.sequences import pretrained_network
 from memsyn.bench.settings import Settings
+from memsyn.bench.tasks import Task
 from models import efficientnet_lite0
 
 SIZES = (1, 8, 32, 128, 512)
@@ -112,14 +116,14 @@ def small_networks(num_samples: int, bar: "tqdm[NoReturn]") -> Iterator[Trained]
     """The demo's network after the first task, and after the last of a few, learned as the demo does it with MAS."""
     settings = Settings("emoji8", size=32)
     tasks = load_emoji8(settings.size)[:NUM_TASKS]
-    model, memory = pretrained_network(tasks, generator(0, 0)), Memory.empty()
+    model, method = pretrained_network(tasks, generator(0, 0)), METHODS["mas"].make(1.0)
     for index, task in enumerate(tasks):
         bar.set_postfix_str(f"training on {task.name}")
-        learn(model, task, index, settings, memory)
-        memory = METHODS["mas"].end(model, task, index, memory)
+        learn(model, task, index, settings, method)
         if index in (0, NUM_TASKS - 1):
             learned = f"{index + 1} task{'s' if index else ''}"
-            title = f"demo's network after {learned} ({accuracy(model, task, index):.0f}% right)"
+            right = accuracies(model, tasks[: index + 1], "multi-head")[index]
+            title = f"demo's network after {learned} ({right:.0f}% right)"
             yield Trained(title, model.eval(), partial(through_head, index), redrawn(task, num_samples))
 
 
@@ -149,23 +153,16 @@ def pretrained_efficientnet(num_samples: int, bar: "tqdm[NoReturn]") -> Iterator
     task = load_emoji8(settings.size)[0]
     model = FrozenStatistics(len(task.class_names)).eval()
     bar.set_postfix_str(f"training EfficientNet on {task.name}")
-    learn(model, task, 0, settings, Memory.empty())
-    title = f"EfficientNet-Lite0 after 1 task ({accuracy(model, task, 0):.0f}% right)"
+    learn(model, task, 0, settings, METHODS["finetune"].make(0.0))
+    right = accuracies(model, [task], "multi-head")[0]
+    title = f"EfficientNet-Lite0 after 1 task ({right:.0f}% right)"
     yield Trained(title, model, partial(through_head, 0), redrawn(task, num_samples))
 
 
-def learn(model: nn.Module, task: Task, index: int, settings: Settings, memory: Memory) -> None:
-    train(
-        model,
-        task,
-        index,
-        method=METHODS["mas"],
-        memory=memory,
-        settings=settings,
-        augment=augment,
-        generator=generator(0, index + 1),
-        after_epoch=lambda: None,
-    )
+def learn(model: nn.Module, task: Task, index: int, settings: Settings, method: Method) -> None:
+    lesson = lesson_of(cast(MultiHead, model), task, index, settings=settings, augment=augment, seed=0)
+    train(lesson, method, after_epoch=lambda: None)
+    method.end(lesson)
 
 
 def comparisons(trained: Trained, num_orders: int, bar: "tqdm[NoReturn]") -> dict[int, list[Comparison]]:

@@ -7,7 +7,6 @@
 Fashion-MNIST is read from the folder of Debian's package dataset-fashion-mnist.
 """
 
-import gzip
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,10 +22,10 @@ from tqdm import tqdm
 
 import memsyn
 from memsyn.bench.drawings import augment, load_emoji8
+from memsyn.bench.fashion import load_permuted_fashion, load_split_fashion
 from memsyn.bench.networks import MultiHead
 from memsyn.bench.sequences import pretrained_network
-
-FASHION = Path("/usr/share/datasets/fashion-mnist")
+from memsyn.bench.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -89,51 +87,29 @@ def perceptron(head_sizes: list[int], generator: torch.Generator) -> nn.Module:
     return MultiHead(body, 256, head_sizes=head_sizes)
 
 
-def fashion() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Fashion-MNIST: images (N, 784) in 0..1 and labels, for training and for testing."""
-
-    def read(name: str, header: int) -> Tensor:
-        path = FASHION / name
-        if not path.exists():
-            raise SystemExit(f"{path} is missing: apt install dataset-fashion-mnist")
-        with gzip.open(path) as file:
-            return torch.from_numpy(np.frombuffer(file.read(), np.uint8, offset=header).copy())
-
-    def of(kind: str) -> tuple[Tensor, Tensor]:
-        images = read(f"{kind}-images-idx3-ubyte.gz", 16).view(-1, 784).float() / 255
-        return images, read(f"{kind}-labels-idx1-ubyte.gz", 8).long()
-
-    return *of("train"), *of("t10k")
+def parts_of(tasks: Sequence[Task], *, one_head: bool = False) -> list[Part]:
+    return [
+        Part(task.train_images, task.train_labels, task.test_images, task.test_labels, 0 if one_head else head)
+        for head, task in enumerate(tasks)
+    ]
 
 
 def split_fashion() -> Problem:
-    x, y, test_x, test_y = fashion()
-    parts = []
-    for head in range(5):
-        own, test = y // 2 == head, test_y // 2 == head
-        parts.append(Part(x[own], y[own] % 2, test_x[test], test_y[test] % 2, head))
     rates = {"sgd": 0.01, "adam": 1e-3, "adamw": 1e-3}
+    parts = parts_of(load_split_fashion(28))
     return Problem(parts, partial(perceptron, [2] * 5), 1, 64, rates, lambda batch, generator: batch)
 
 
 def permuted_fashion() -> Problem:
-    x, y, test_x, test_y = fashion()
-    parts = []
-    for task in range(10):
-        order = torch.randperm(784, generator=torch.Generator().manual_seed(task)) if task else torch.arange(784)
-        parts.append(Part(x[:20000, order], y[:20000], test_x[:, order], test_y, 0))
     rates = {"sgd": 0.01, "adam": 1e-3, "adamw": 1e-3}
+    parts = parts_of(load_permuted_fashion(28), one_head=True)
     return Problem(parts, partial(perceptron, [10]), 1, 64, rates, lambda batch, generator: batch)
 
 
 def emoji8() -> Problem:
     tasks = load_emoji8(32)
-    parts = [
-        Part(task.train_images, task.train_labels, task.test_images, task.test_labels, head)
-        for head, task in enumerate(tasks)
-    ]
     rates = {"sgd": 0.03, "adam": 3e-3, "adamw": 3e-3}
-    return Problem(parts, partial(pretrained_network, tasks), 5, 16, rates, augment)
+    return Problem(parts_of(tasks), partial(pretrained_network, tasks), 5, 16, rates, augment)
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {

@@ -33,3 +33,40 @@ def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, f
         difference = (found[name].double() - value.double()).norm()
         result[name] = float(difference / scale) if scale > 0 else float(difference)
     return result
+
+
+def local_importance(
+    model: nn.Module,
+    batch: object,
+    num_samples: int,
+    run: Callable[[nn.Module, object, int], object],
+    activations: dict[str, Callable[[Tensor], Tensor]],
+) -> dict[str, Tensor]:
+    """Omega = 1/N sum_k |d sum y^2 / d theta| of each layer alone, y = phi(layer(a)) with its inputs a held.
+
+    A layer is a module with parameters of its own; `activations` says by name what phi follows it, nothing by default.
+    """
+    model.eval()
+    layers = {name: m for name, m in model.named_modules() if list(m.parameters(recurse=False))}
+    names = {id(p): name for name, p in model.named_parameters()}
+    totals = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for k in range(num_samples):
+        calls: list[tuple[str, tuple[object, ...]]] = []
+        hooks = [
+            layer.register_forward_pre_hook(lambda m, args, name=name, calls=calls: calls.append((name, args)))
+            for name, layer in layers.items()
+        ]
+        with torch.no_grad():
+            run(model, batch, k)
+        for hook in hooks:
+            hook.remove()
+        own = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        for name, args in calls:
+            parameters = list(layers[name].parameters(recurse=False))
+            held = [arg.detach().clone() if isinstance(arg, Tensor) else arg for arg in args]
+            y = activations.get(name, lambda z: z)(layers[name](*held))
+            for parameter, gradient in zip(parameters, torch.autograd.grad((y**2).sum(), parameters), strict=True):
+                own[names[id(parameter)]] += gradient
+        for name, gradient in own.items():
+            totals[name] += gradient.abs()
+    return {name: total / num_samples for name, total in totals.items()}

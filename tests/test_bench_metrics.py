@@ -1,14 +1,28 @@
 """Metrics on a matrix worked out by hand, and what is made of them: the table and the picture."""
 
 import struct
+from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 
-from memsyn.bench.metrics import average_accuracy, forgetting, learning_accuracy, spread
+from memsyn import OptionError
+from memsyn.bench.metrics import (
+    average_accuracy,
+    backward_transfer,
+    diagonal,
+    forgetting,
+    forward_transfer,
+    interval,
+    intransigence,
+    learning_accuracy,
+    paired,
+    spread,
+)
 from memsyn.bench.plots import plot_accuracy
 from memsyn.bench.record import TaskRecord
-from memsyn.bench.report import markdown_table, rich_table
+from memsyn.bench.report import markdown_table, note, rich_table
 from memsyn.bench.settings import Settings
 
 MATRIX = [[80.0], [60.0, 90.0], [50.0, 70.0, 100.0]]
@@ -20,7 +34,7 @@ def results(*offsets):
 
     def records(method, seed, matrix):
         return [
-            TaskRecord(method, seed, task, f"task {task}", tuple(row), 0.1, 0.0, 1.0, SETTINGS.fingerprint)
+            TaskRecord(method, seed, task, f"task {task}", tuple(row), 0.1, 0.0, 1.0, SETTINGS.fingerprint, None, 0, 0)
             for task, row in enumerate(matrix)
         ]
 
@@ -42,6 +56,58 @@ def test_forgetting_is_the_mean_drop_of_all_tasks_but_the_last():
 
 def test_learning_accuracy_is_the_mean_of_the_diagonal():
     assert learning_accuracy(MATRIX) == pytest.approx(90.0)
+
+
+def test_backward_transfer_is_the_mean_change_of_all_tasks_but_the_last():
+    assert backward_transfer(MATRIX) == pytest.approx(((50 - 80) + (70 - 90)) / 2)
+    assert backward_transfer([[50.0]]) == 0.0
+
+
+def test_forward_transfer_is_the_mean_gain_over_each_task_alone_from_the_second_on():
+    assert diagonal(MATRIX) == [80.0, 90.0, 100.0]
+    assert forward_transfer(MATRIX, [10.0, 70.0, 95.0]) == pytest.approx(((90 - 70) + (100 - 95)) / 2)
+    assert forward_transfer([[50.0]], [10.0]) == 0.0
+    with pytest.raises(ValueError, match="zip"):
+        forward_transfer(MATRIX, [10.0, 70.0])
+
+
+def test_intransigence_is_the_mean_shortfall_from_the_reference():
+    assert intransigence(MATRIX, [85.0, 95.0, 99.0]) == pytest.approx((5 + 5 - 1) / 3)
+    with pytest.raises(ValueError, match="zip"):
+        intransigence(MATRIX, [85.0])
+
+
+@pytest.mark.parametrize(
+    ("num", "t"),  # the 97.5% points in every printed table of Student's t
+    [(2, 12.706), (3, 4.303), (4, 3.182), (5, 2.776), (6, 2.571), (11, 2.228), (31, 2.042), (121, 1.980)],
+)
+def test_the_interval_is_t_times_the_standard_error(num, t):
+    values = [10.0 * (index % 2) + index for index in range(num)]
+    mean = sum(values) / num
+    variance = sum((value - mean) ** 2 for value in values) / (num - 1)
+    found = interval(values)
+    assert (found.mean, found.num_seeds) == (pytest.approx(mean), num)
+    assert found.half == pytest.approx(t * (variance / num) ** 0.5, rel=4e-4)
+
+
+def test_an_interval_covers_the_mean_in_95_of_100_samples():
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(4000, 5, generator=generator, dtype=torch.float64).tolist()
+    covered = sum(abs(found.mean) <= found.half for found in map(interval, samples))
+    assert 0.94 < covered / len(samples) < 0.96
+
+
+def test_a_paired_difference_is_of_seed_by_seed():
+    found = paired([70.0, 80.0, 90.0], [69.0, 78.0, 87.0])
+    assert str(found) == "2.0 ± 2.5"  # differences 1, 2, 3: 4.303 * 1 / sqrt(3)
+    assert found.half < interval([70.0, 80.0, 90.0]).half / 9
+
+
+def test_intervals_need_two_seeds_and_the_same_ones():
+    with pytest.raises(OptionError, match=r"an interval needs at least two seeds, got 1\. Run more seeds"):
+        interval([1.0])
+    with pytest.raises(OptionError, match="needs the same seeds on both sides, got 2 and 3"):
+        paired([1.0, 2.0], [1.0, 2.0, 3.0])
 
 
 @pytest.mark.parametrize(
@@ -97,3 +163,15 @@ def test_the_picture_is_a_png_as_wide_as_its_panels(tmp_path):
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     width, height = struct.unpack(">II", content[16:24])
     assert width > 1.8 * height > 600
+
+
+@pytest.mark.parametrize(
+    ("strength", "words"),
+    [
+        (0.5, "strength 0.5."),
+        ("own", "each method's own strength."),
+        ("chosen", "strengths chosen on validation data of the first two tasks."),
+    ],
+)
+def test_the_note_says_how_strengths_were_set(strength, words):
+    assert note(replace(SETTINGS, strength=strength), 1).endswith(words)

@@ -8,13 +8,22 @@ import torch
 
 from memsyn import Memory, MemoryFileError, MemsynError, OptionError, measure
 from memsyn.bench.checkpoint import load_checkpoint, save_checkpoint
-from memsyn.bench.record import TaskRecord, append_run, append_task, read_records
+from memsyn.bench.methods.method import FineTuning
+from memsyn.bench.record import (
+    StrengthRecord,
+    TaskRecord,
+    append_run,
+    append_strength,
+    append_task,
+    read_all,
+    read_records,
+)
 from memsyn.bench.settings import Settings
 from tests import tiny
 
 SETTINGS = Settings(sequence="tiny", size=8)
-FIRST = TaskRecord("mas", 0, 0, "noise 1", (75.0,), 0.5, 0.0, 1.5, SETTINGS.fingerprint)
-SECOND = TaskRecord("mas", 0, 1, "noise 2", (70.0, 80.0), 0.4, 0.1, 1.5, SETTINGS.fingerprint)
+FIRST = TaskRecord("mas", 0, 0, "noise 1", (75.0,), 0.5, 0.0, 1.5, SETTINGS.fingerprint, 1.0, 80, 8)
+SECOND = TaskRecord("mas", 0, 1, "noise 2", (70.0, 80.0), 0.4, 0.1, 1.5, SETTINGS.fingerprint, 1.0, 80, 8)
 
 
 @pytest.fixture
@@ -29,6 +38,13 @@ def test_records_come_back_as_they_were(path):
     append_task(path, SECOND)
     assert read_records(path, SETTINGS) == [FIRST, SECOND]
     assert [record.key for record in read_records(path, SETTINGS)] == [("mas", 0, 0), ("mas", 0, 1)]
+
+
+def test_choices_of_strengths_come_back_as_they_were(path):
+    choice = StrengthRecord("mas", 10.0, (1.0, 10.0), (60.0, 70.0), SETTINGS.fingerprint)
+    append_strength(path, choice)
+    append_task(path, SECOND)
+    assert read_all(path, SETTINGS) == ([FIRST, SECOND], [choice])
 
 
 def test_the_first_line_says_how_the_results_were_made(path):
@@ -75,6 +91,9 @@ def test_results_of_other_settings_are_refused(path):
         ("lr", 0.0, "lr must be finite and above 0, got 0.0"),
         ("lr", float("nan"), "lr must be finite and above 0, got nan"),
         ("strength", -1.0, "strength must be finite and not negative, got -1.0"),
+        ("strength", "mine", "strength must be a number, own or chosen; got 'mine'"),
+        ("warmup", -1, "warmup must be from 0 to the 20 epochs, got -1"),
+        ("warmup", 21, "warmup must be from 0 to the 20 epochs, got 21"),
         ("strength", float("inf"), "strength must be finite and not negative, got inf"),
     ],
 )
@@ -87,10 +106,10 @@ def test_the_fingerprint_is_of_every_setting():
     others = [
         replace(SETTINGS, **{name: value})
         for name, value in {
-            "sequence": "x", "size": 9, "epochs": 9, "batch_size": 9, "lr": 9.0, "strength": 9.0
+            "sequence": "x", "size": 9, "epochs": 9, "batch_size": 9, "lr": 9.0, "warmup": 9, "strength": 9.0
         }.items()
     ]  # fmt: skip
-    assert len({settings.fingerprint for settings in [SETTINGS, *others]}) == 7
+    assert len({settings.fingerprint for settings in [SETTINGS, *others]}) == 8
     assert Settings(sequence="tiny", size=8).fingerprint == SETTINGS.fingerprint
 
 
@@ -105,15 +124,20 @@ def checkpoint(model, tmp_path):
     importance = measure(model, [task.train_images], forward=lambda model, x: model(x, 0), progress=False)
     memory = Memory.empty().consolidate(model, importance)
     path = tmp_path / "checkpoint.safetensors"
-    save_checkpoint(path, model, memory, num_tasks=2, fingerprint="abc")
-    return path, memory
+    method = FineTuning()
+    method.load(memory, {"task0": {"labels": torch.tensor([2, 0, 1])}, "a.b": {"c/d": torch.ones(2, 3)}})
+    save_checkpoint(path, model, method, num_tasks=2, fingerprint="abc")
+    return path, method
 
 
-def test_a_checkpoint_brings_weights_and_memory_back(model, checkpoint):
-    path, memory = checkpoint
-    other = tiny.build(tiny.load(8), torch.Generator().manual_seed(1))
-    loaded, num_tasks = load_checkpoint(path, other, fingerprint="abc")
-    assert num_tasks == 2
+def test_a_checkpoint_brings_back_weights_memory_and_what_a_method_keeps(model, checkpoint):
+    path, method = checkpoint
+    other, empty = tiny.build(tiny.load(8), torch.Generator().manual_seed(1)), FineTuning()
+    assert load_checkpoint(path, other, empty, fingerprint="abc") == 2
+    loaded, memory = empty.memory, method.memory
+    assert torch.equal(empty.kept["task0"]["labels"], torch.tensor([2, 0, 1]))
+    assert torch.equal(empty.kept["a.b"]["c/d"], torch.ones(2, 3))
+    assert empty.kept.keys() == method.kept.keys()
     assert loaded.history == memory.history
     for name, parameter in model.state_dict().items():
         assert torch.equal(parameter, other.state_dict()[name])
@@ -124,14 +148,15 @@ def test_a_checkpoint_brings_weights_and_memory_back(model, checkpoint):
 
 def test_without_a_checkpoint_nothing_is_learned_yet(model, tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    memory, num_tasks = load_checkpoint(tmp_path / "none", model, fingerprint="abc")
-    assert (memory.importance, memory.history, num_tasks) == ({}, (), 0)
+    method = FineTuning()
+    assert load_checkpoint(tmp_path / "none", model, method, fingerprint="abc") == 0
+    assert (method.memory.importance, method.memory.history, method.kept) == ({}, (), {})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_checkpoint_of_other_settings_is_refused(model, checkpoint):
     with pytest.raises(MemsynError, match=r"checkpoint\.safetensors is of other settings. Use another --out"):
-        load_checkpoint(checkpoint[0], model, fingerprint="abd")
+        load_checkpoint(checkpoint[0], model, FineTuning(), fingerprint="abd")
 
 
 def test_a_damaged_checkpoint_is_refused(model, checkpoint):
@@ -139,4 +164,4 @@ def test_a_damaged_checkpoint_is_refused(model, checkpoint):
     content[-5] ^= 1
     checkpoint[0].write_bytes(content)
     with pytest.raises(MemoryFileError, match="is damaged"):
-        load_checkpoint(checkpoint[0], model, fingerprint="abc")
+        load_checkpoint(checkpoint[0], model, FineTuning(), fingerprint="abc")

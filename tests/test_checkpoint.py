@@ -99,7 +99,7 @@ def test_what_the_check_found_is_kept(name: str, tmp_path: Path) -> None:
     assert_same(measured(model, batches, path, forward=case.forward), expected)
 
 
-@pytest.mark.parametrize("estimator", ["fisher-sampled", "mas-vector"])
+@pytest.mark.parametrize("estimator", ["fisher-sampled", "mas-vector", "mas-local"])
 def test_other_estimators_go_on_where_they_were(estimator: str, tmp_path: Path) -> None:
     model, batches, path = a_model(), some_batches(), tmp_path / "pass.ckpt"
     expected = measured(model, batches, None, estimator=estimator)
@@ -137,15 +137,16 @@ def test_measured_batches_are_not_run_again(tmp_path: Path) -> None:
     assert seen == [len(batch) for batch in batches[13:] if len(batch)]
 
 
+@pytest.mark.parametrize("estimator", ["mas", "mas-local"])
 @pytest.mark.parametrize("at", [5, 19])
-def test_the_file_is_an_importance_of_the_samples_so_far(at: int, tmp_path: Path) -> None:
+def test_the_file_is_an_importance_of_the_samples_so_far(at: int, estimator: str, tmp_path: Path) -> None:
     model, batches, path = a_model(), some_batches(), tmp_path / "pass.ckpt"
-    cut(model, batches, at, path)
+    cut(model, batches, at, path, estimator=estimator)
     found = memsyn.Importance.load(path)
     sizes = torch.tensor([len(batch) for batch in batches]).cumsum(0).tolist()
     through = sizes.index(found.num_samples) + 1
     assert at - 11 < through <= at
-    assert_same(found, measured(model, batches[:through], None))
+    assert_same(found, measured(model, batches[:through], None, estimator=estimator))
 
 
 def test_the_error_is_the_loaders_own_and_says_how_to_go_on(tmp_path: Path) -> None:
@@ -435,9 +436,9 @@ def test_what_was_not_proven_is_looked_at_again(tmp_path: Path, monkeypatch: pyt
         batch[:, 2:] = 0
     check = guard.check
 
-    def counted(*arguments: Any) -> guard.Verdict:
+    def counted(*arguments: Any, **options: Any) -> guard.Verdict:
         looks[0] += 1
-        return check(*arguments)
+        return check(*arguments, **options)
 
     monkeypatch.setattr(guard, "check", counted)
     expected = measured(model, batches, None)

@@ -9,10 +9,13 @@ import typer
 from typer.testing import CliRunner
 
 from memsyn.bench import runner
+from memsyn.bench.methods.registry import METHODS
 from memsyn.bench.sequences import SEQUENCES
 from memsyn.cli import app
 from tests import tiny
 
+NAMES = ", ".join(METHODS)
+KNOWN = f"{', '.join(SEQUENCES)}, tiny, or such as pair-food-animals or paper8-resnet18"
 QUICK = ["--size", "8", "--epochs", "1", "--batch-size", "6", "--seeds", "1"]
 
 
@@ -34,7 +37,7 @@ def test_version():
 
 def test_list_names_sequences_and_methods():
     assert [line.split()[0] for line in call("bench", "list").output.splitlines()] == [
-        "Sequences", "emoji8", "tiny", "Methods", "finetune", "mas"
+        "Sequences", *SEQUENCES, "Methods", *METHODS
     ]  # fmt: skip
 
 
@@ -48,7 +51,8 @@ def test_no_option_comes_or_goes_unnoticed():
     assert surface == {
         "list": [],
         "run": [
-            "sequence", "--methods", "--seeds", "--size", "--epochs", "--batch-size", "--lr", "--strength", "--out"
+            "sequence", "--methods", "--seeds", "--size", "--epochs", "--batch-size", "--lr", "--warmup",
+            "--strength", "--out",
         ],
         "inspect": ["path", "--json"],
         "verify": ["paths", "--json"],
@@ -95,6 +99,21 @@ def test_the_folder_is_named_after_the_sequence(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "tiny" / "table.md").exists()
 
 
+def test_the_size_is_the_sequences_first_unless_told(tmp_path):
+    call("bench", "run", "tiny", *QUICK[2:], "--methods", "finetune", "--out", tmp_path)
+    assert "tiny, 8x8, 1 seed" in (tmp_path / "table.md").read_text()
+
+
+def test_a_strength_is_a_number_or_chosen_on_validation_data(tmp_path):
+    command = ["bench", "run", "tiny", *QUICK, "--methods", "mas", "--strength"]
+    call(*command, "0.5", "--out", tmp_path / "number")
+    assert "strength 0.5." in (tmp_path / "number" / "table.md").read_text()
+    output = call(*command, "chosen", "--out", tmp_path / "chosen").output
+    assert "mas: strength " in output
+    assert "of 0.001, 0.01, 0.1, 1, 10, 100, 1000" in output
+    assert "mas: strength" not in call(*command, "chosen", "--out", tmp_path / "chosen").output
+
+
 def test_ctrl_c_says_how_to_continue_and_the_same_command_does(tmp_path, monkeypatch):
     command = ["bench", "run", "tiny", *QUICK, "--out", str(tmp_path / "a run")]
     monkeypatch.setattr(sys, "argv", ["/usr/bin/memsyn", *command])
@@ -123,10 +142,11 @@ def test_ctrl_c_says_how_to_continue_and_the_same_command_does(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mnist"], "error: the sequence must be one of emoji8, tiny; got 'mnist'."),
-        (["tiny", *QUICK, "--methods", "x"], "error: methods must be of finetune, mas, with commas between; got 'x'."),
+        (["mnist"], f"error: the sequence must be one of {KNOWN}; got 'mnist'."),
+        (["tiny", *QUICK, "--methods", "x"], f"error: methods must be of {NAMES}, with commas between; got 'x'."),
         (["tiny", "--size", "8", "--lr", "0"], "error: lr must be finite and above 0, got 0.0."),
-        (["tiny"], "error: size must be one of 8; got 32."),
+        (["tiny", "--size", "8", "--strength", "x"], "error: strength must be a number, own or chosen; got 'x'."),
+        (["tiny", "--size", "32"], "error: size must be one of 8; got 32."),
     ],
 )  # fmt: skip
 def test_an_error_of_ours_is_one_line(tmp_path, arguments, message):

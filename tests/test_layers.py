@@ -27,6 +27,7 @@ FLOORS = [
     "routes",
     "passes",
     "dependence",
+    "hebbian",
     "guard",
     "files",
     "remote",
@@ -47,6 +48,7 @@ FLOORS = [
     "strength",
     "protect",
     "tune",
+    "trajectory",
     "__init__",
     "integrations",
     "bench",
@@ -155,7 +157,7 @@ def test_the_examples_in_the_docstrings_run() -> None:
     import importlib
 
     ran = 0
-    for name in ("measure", "parameters", "penalty", "protect", "tune"):
+    for name in ("measure", "parameters", "penalty", "protect", "trajectory", "tune"):
         result = doctest.testmod(importlib.import_module(f"memsyn.{name}"))
         assert result.failed == 0
         ran += result.attempted

@@ -2,9 +2,9 @@
 
 import torch
 
-from memsyn.bench.drawings import Task
 from memsyn.bench.networks import MultiHead, SmallConvNet
 from memsyn.bench.sequences import TaskSequence
+from memsyn.bench.tasks import Task
 
 NUM_TASKS = 3
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -64,6 +65,41 @@ def conv_products(pairs: Sequence[Pair], geometry: Geometry, magnitude: Magnitud
     if apart or math.prod(kernel) * channels <= UNFOLD:
         return _conv_weight_unfolded(pairs, geometry, magnitude)
     return _conv_weight_by_rows(pairs, geometry, magnitude)
+
+
+def conv_products_of_one_sign(grad: Tensor, image: Tensor, geometry: Geometry) -> Tensor | None:
+    """sum_k |g_k| as an ordinary weight gradient, if no channel holds both signs: then nothing cancels in any g_k.
+
+    So it is between ReLUs where importance is local (Hebb's rule), and hardly ever else: the first sample tells that.
+    """
+    if grad.device.type != "cpu" or geometry.groups > 1 or any(before != after for before, after in geometry.padding):
+        return None
+    if not all(_one_sign(part) for part in (image[:1], grad[:1], image, grad)):
+        return None
+    spatial = len(geometry.kernel)
+    shape = (grad.shape[1], image.shape[1] // geometry.groups, *geometry.kernel)
+    padding = [before for before, _ in geometry.padding]
+    weight: Tensor = torch.ops.aten.convolution_backward(
+        grad.abs(),
+        image.abs(),
+        grad.new_empty(shape),
+        None,
+        geometry.stride,
+        padding,
+        geometry.dilation,
+        False,
+        [0] * spatial,
+        geometry.groups,
+        [False, True, False],
+    )[1]
+    return weight
+
+
+def _one_sign(features: Tensor) -> bool:
+    """Whether each channel of (B, channels, ...) is nowhere positive, or nowhere negative."""
+    others = [dim for dim in range(features.ndim) if dim != 1]
+    low, high = features.amin(others), features.amax(others)
+    return not bool(((low < 0) & (high > 0)).any())
 
 
 def _lefts(grad: Tensor, groups: int) -> Tensor:

@@ -226,7 +226,9 @@ def _cell(step: Step) -> Callable[..., Any]:
     return run
 
 
-DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+Decompositions = dict[Callable[..., Any], Callable[..., Any]]
+
+DECOMPOSITIONS: Decompositions = {
     F.multi_head_attention_forward: _attention,
     torch.lstm: _network(_lstm_step),
     torch.gru: _network(_gru_step),
@@ -237,3 +239,11 @@ DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.rnn_tanh_cell: _cell(_tanh_step),
     torch.rnn_relu_cell: _cell(_relu_step),
 }
+
+
+def _lstm_step_by_step(*args: Any) -> tuple[Tensor, ...]:
+    return _lstm_step(*args)
+
+
+PLAIN_DECOMPOSITIONS: Decompositions = DECOMPOSITIONS | {torch.lstm: _network(_lstm_step_by_step)}
+"""The same without functions of our own, so that all that is computed can be seen."""

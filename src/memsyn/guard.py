@@ -58,6 +58,8 @@ class Verdict:
     """Parameters whose gradient was zero on these samples: that their route gave zero says little."""
     written: set[str]
     """Parameters to which the forward pass writes."""
+    once: frozenset[str]
+    """Parameters with a single use, in one operation on nothing but them."""
 
 
 def choices(batch: Any) -> Iterator[Any]:
@@ -70,7 +72,7 @@ def choices(batch: Any) -> Iterator[Any]:
         yield take(batch, start, start + NUM_SAMPLES)
 
 
-def check(model: nn.Module, measured: Iterable[str], run: Run, batch: Any) -> Verdict:
+def check(model: nn.Module, measured: Iterable[str], run: Run, batch: Any, *, local: bool = False) -> Verdict:
     """Find the best route for every parameter, and see that it holds for a few samples.
 
     With sample weights w, the signed sum_k w_k g_k of each route must equal autograd's gradient of sum_k w_k s_k. Since
@@ -86,6 +88,8 @@ def check(model: nn.Module, measured: Iterable[str], run: Run, batch: Any) -> Ve
         measured: the parameters to measure.
         run: (model, batch, place of the first sample) -> the objectives of each sample.
         batch: a few samples.
+        local: the objectives are sums over layers, of which the first row holds those of all samples. What the routes
+            give must equal what autograd gives for the samples alone.
 
     Raises:
         ModelError: the forward pass uses the user's model in place of the one it is given.
@@ -96,11 +100,13 @@ def check(model: nn.Module, measured: Iterable[str], run: Run, batch: Any) -> Ve
     measured = list(measured)
     try:
         try:
-            return _Check(model, _private(model, torch.float64), measured, run).verdict(map_tensors(batch, _double))
+            return _Check(model, _private(model, torch.float64), measured, run, local).verdict(
+                map_tensors(batch, _double)
+            )
         except ConstantError:
             raise
         except (BatchError, OutputError):  # a forward pass with a precision of its own
-            return _Check(model, _private(model, None), measured, run).verdict(batch)
+            return _Check(model, _private(model, None), measured, run, local).verdict(batch)
     except ModelError:
         with torch.no_grad():
             for buffer, value in before:  # it may have been the user's own model that ran
@@ -117,6 +123,7 @@ class _Check:
     clone: nn.Module
     measured: list[str]
     run: Run
+    local: bool
     splits: dict[Path, Split | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -131,14 +138,16 @@ class _Check:
 
     def verdict(self, batch: Any) -> Verdict:
         values, written = self._observe(batch)
-        routes, unproven, slow = self._compare(values, self._record(batch) if len(values) > 1 else {})
+        groups = self._record(batch) if len(values) > 1 else {}
+        once = frozenset(name for name, group in groups.items() if len(group.names) == len(group.uses) == 1)
+        routes, unproven, slow = self._compare(values, groups)
         if self.precise:
             check_not_constant(values, self.parameters, self.whole)
         if slow and len(values) > 1 and num_samples(batch) is not None:
             self._check_slow(batch, len(values), slow)
         own = named_parameters(self.model)
         written |= {name for name, p in named_parameters(self.clone).items() if not _same_numbers(p, own[name])}
-        return Verdict(routes, self.splits, unproven, written)
+        return Verdict(routes, self.splits, unproven, written, once)
 
     def _observe(self, batch: Any) -> tuple[Tensor, set[str]]:
         """Find what each operation does with samples; returns their objectives, and the parameters written to."""
@@ -151,20 +160,29 @@ class _Check:
         if num_samples(batch) is None:
             self.splits = guess(observer, len(values))
         elif len(values) > 1:
-            self._compare_with_single(observer, batch, values.detach())
+            alone = self._compare_with_single(observer, batch, values.detach())
+            values = alone if self.local else values
         return values, observer.written
 
-    def _compare_with_single(self, observer: Observer, batch: Any, together: Tensor) -> None:
+    def _compare_with_single(self, observer: Observer, batch: Any, together: Tensor) -> Tensor:
         """Run every sample alone, to see what each operation does with samples, and that they do not interact."""
+        tolerance = FLOAT32 if self.precise else TOLERANCE
+        found = []
         for k in range(len(together)):
             sample = take(batch, k, k + 1)
             single = Observer(self.parameters, tensors(sample))
             with single:
-                alone = score_alone(self.scores, sample, k).detach()
-            check_same_alone(alone, together, k, FLOAT32 if self.precise else TOLERANCE)
+                alone = score_alone(self.scores, sample, k)
+            if not self.local:
+                check_same_alone(alone.detach(), together, k, tolerance)
+            found.append(alone if self.local else alone.detach())
             for path, split in compare(single, observer).items():  # a sample may take a short cut: no padding, no mask
                 if self.splits.get(path) is None:
                     self.splits[path] = split
+        values = torch.cat(found)
+        if self.local:
+            check_same_alone(values.detach().sum(0, keepdim=True), together, 0, tolerance)
+        return values
 
     def _record(self, batch: Any) -> dict[str, Group]:
         """The uses of every parameter, with the gradients of what came of them."""

@@ -54,6 +54,13 @@ def measure(
     depend on the batch size, the order or the split of the data. The cost is about one ordinary forward and backward
     pass; parameters for which no fast route holds are measured one sample at a time, with a warning that names them.
 
+    With estimator="mas-local" every layer is on its own, and forward passes are enough (the same paper; for ReLU it is
+    Hebb's rule): Omega_ij = 1/N sum_k |sum_p 2 y_kip phi'(z_kip) a_kjp|, where a is the layer's input, z = W a + b, y =
+    phi(z), p a sample's positions or tokens. phi is every elementwise operation and reshape that follows before y meets
+    anything else of the sample: an activation, batch normalisation (in eval mode it is elementwise), a table that is
+    added. Layers that do not run, or under no_grad, have zero. Padding is left out as far as tensors are (samples,
+    tokens, ...) or (samples * tokens, features); with a decoder it counts.
+
     Tokens that the batch's `attention_mask` (with a decoder, its `decoder_attention_mask`) says are padding do not
     count in outputs (samples, tokens, ...), unless there is a `forward`, which then has to see to that.
 

@@ -136,34 +136,42 @@ class Estimator:
     Attributes:
         objective: (output (B, ...), place) -> (B,) or (B, R). Its name goes into the memory: give custom ones a name.
         magnitude: "abs" or "square".
+        local: take the objective of every layer's own output, differentiated by that layer's parameters alone. Only for
+            the squared L2 norm.
 
     Raises:
-        OptionError: the magnitude is neither.
+        OptionError: the magnitude is neither, or a local objective is another.
     """
 
     objective: Objective
     magnitude: str = "abs"
+    local: bool = False
 
     def __post_init__(self) -> None:
+        if self.local and self.objective is not squared_l2_norm:
+            raise OptionError(f"only squared_l2_norm can be taken layer by layer, not {self.name}.")
         if self.magnitude not in ("abs", "square"):
             raise OptionError(f"magnitude must be 'abs' or 'square', got {self.magnitude!r}.")
 
     @property
     def name(self) -> str:
         """The objective's name."""
-        return getattr(self.objective, "__name__", type(self.objective).__name__)
+        own: str = getattr(self.objective, "__name__", type(self.objective).__name__)
+        return f"{own} of each layer" if self.local else own
 
 
 ESTIMATORS: Final = {
     "mas": Estimator(squared_l2_norm),
+    "mas-local": Estimator(squared_l2_norm, local=True),
     "mas-probabilities": Estimator(squared_l2_norm_of_probabilities),
     "mas-vector": Estimator(each_output),
     "fisher": Estimator(expected_log_likelihood, "square"),
     "fisher-sampled": Estimator(sampled_log_likelihood, "square"),
     "fisher-empirical": Estimator(log_likelihood, "square"),
 }
-"""The estimators by name: MAS, on probabilities, and per output; the diagonal Fisher information: exact over the
-model's own distribution (as many backward passes as classes), with one label drawn from it, and with the batch's."""
+"""The estimators by name: MAS, layer by layer (local), on probabilities, and per output; the diagonal Fisher
+information: exact over the model's own distribution (as many backward passes as classes), with one label drawn from it,
+and with the batch's."""
 
 OBJECTIVE: Final = ESTIMATORS["mas"].name
 

@@ -3,12 +3,13 @@
 Owns running the shadow forward and backward. Must not know about loaders, progress or files.
 """
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from memsyn.batches import num_samples as size_of
 from memsyn.batches import samples
 from memsyn.errors import BatchError, ModelError, OutputError, SamplesInteractError
 from memsyn.products import Magnitude
@@ -23,8 +24,11 @@ TOLERANCE: Final = 0.05
 class Scores(Protocol):
     """Runs the shadow: batch -> the objectives of each of its samples."""
 
-    def __call__(self, batch: Any, first_sample: int = 0, /) -> Tensor:
-        """(B, R): R objectives a sample. `first_sample` is the place of the batch's first sample."""
+    def __call__(self, batch: Any, first_sample: int = 0, recorder: Recorder | None = None, /) -> Tensor:
+        """(B, R): R objectives a sample. `first_sample` is the place of the batch's first sample.
+
+        A local objective may give its gradients to the recorder, and then has none itself.
+        """
         ...
 
 
@@ -50,6 +54,7 @@ def add_by_uses(
     plans: Plans,
     unproven: Container[str] = (),
     only: Container[str] | None = None,
+    once: frozenset[str] = frozenset(),
 ) -> Passed:
     """Add sum_k f(g_k) of one batch by one forward pass, and a backward pass to the activations per objective.
 
@@ -63,10 +68,11 @@ def add_by_uses(
         plans: what the operations do with samples, from the guard.
         unproven: parameters whose route has given nothing but zeros so far; if it gives more now, they are unknown.
         only: add nothing for other parameters, and refuse what is still unknown of these.
+        once: parameters that have a single use, so that a local objective's gradients can be measured as they come.
     """
     refused: set[str] = set()
     unknown: set[str] = set()
-    num_samples = 0
+    num_samples = size_of(batch) or 0
 
     def consume(group: Group) -> None:
         names = group.names
@@ -93,9 +99,9 @@ def add_by_uses(
         except NoRuleError:
             refused.update(names)
 
-    recorder = Recorder(parameters, plans, consume)
+    recorder = Recorder(parameters, plans, consume, once=once)
     with torch.autograd.set_multithreading_enabled(False), recorder:
-        values = scores(batch)
+        values = scores(batch, 0, recorder)
         num_samples = len(values)
         backward_to_activations(recorder, values, parameters.values())
     unknown |= recorder.unknown
@@ -208,7 +214,7 @@ def add_batched(
     return len(values)
 
 
-def score_alone(scores: Scores, sample: Any, k: int) -> Tensor:
+def score_alone(scores: Callable[[Any, int], Tensor], sample: Any, k: int) -> Tensor:
     """The objectives of sample k run alone."""
     try:
         return scores(sample, k)

@@ -25,6 +25,7 @@ from memsyn.calls import (
     rule_of,
     tensors_of,
 )
+from memsyn.errors import ModelError
 from memsyn.tracer import Tracer
 
 
@@ -117,9 +118,10 @@ class Recorder(Tracer):
         consume: Callable[[Group], None],
         *,
         keeps: bool = False,
+        once: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__(parameters)
-        self.plans, self.consume, self.keeps = plans, consume, keeps
+        self.plans, self.consume, self.keeps, self.once = plans, consume, keeps, once
         self.root = torch.zeros((), requires_grad=True)
         """Where the graph begins, in place of the parameters."""
         self.unknown: set[str] = set()
@@ -127,6 +129,10 @@ class Recorder(Tracer):
         self._calls: list[Call] = []
         self._groups: dict[str, Group] = {}
         self._passive = self._last = False
+        self.begun: set[Call] = set()
+        """The uses that layers begin with, or that follow them."""
+        self.newest: Call | None = None
+        self._done: set[str] = set()
 
     def meet(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Make a further value, or record a use, as the guard has seen it; what it has not seen is left to autograd."""
@@ -155,6 +161,8 @@ class Recorder(Tracer):
         plan: Plan,
     ) -> Any:
         changed = changes_its_input(function, kwargs)
+        if self._done:
+            self._check_once(met)
         call = None if self._passive else self._keep(function, args, kwargs, given, met, plan)
         if call is not None and changed:  # what is there now is what it needs
             first = args[0].data_ptr()
@@ -177,6 +185,7 @@ class Recorder(Tracer):
             call.versions = {place: tensor._version for place, tensor in call.tensors.items()}
             result.register_hook(partial(self._on_grad, call))
             self._calls.append(call)
+            self.newest = call
         return output
 
     @staticmethod
@@ -204,16 +213,16 @@ class Recorder(Tracer):
 
     def start_backward(self, *, last: bool) -> None:
         """All uses are known now: group the parameters that share a value, for one backward pass."""
-        self._passive = True
         for call in self._calls:
-            call.grad = None
+            if self._passive:  # of an objective before
+                call.grad = None
             for place, value in call.values.items():
                 self._group(value.names).uses.append((call, place))
         for group in {id(group): group for group in self._groups.values()}.values():
             group.num_waiting = len({id(call) for call, _ in group.uses})
             for call in {id(call): call for call, _ in group.uses}.values():
                 call.num_groups += 1
-        self._last = last
+        self._passive, self._last = True, last
         if last:
             self._calls.clear()
 
@@ -230,7 +239,28 @@ class Recorder(Tracer):
         self._groups.update(dict.fromkeys(group.names, group))
         return group
 
+    def differentiate(self, y: Tensor) -> None:
+        """Take the gradient of 1/2 sum y^2, in the middle of the forward pass, up to the uses nearest to y.
+
+        What is used once is handed over now, and its tensors are let go of.
+        """
+        if y.requires_grad:
+            engine, gradient = torch.autograd.Variable._execution_engine, y.detach()
+            engine.run_backward((y,), (gradient,), False, False, (self.root,), True, accumulate_grad=True)
+            self.root.grad = None
+
+    def _check_once(self, met: Mapping[str, Value]) -> None:
+        again = sorted(name for value in met.values() for name in value.names if name in self._done)
+        if again:
+            raise ModelError(
+                f"{', '.join(again)}: used once in the batch that was looked at first, and more than once in a later "
+                "one. Let the first batch be one in which it is used more often."
+            )
+
     def _on_grad(self, call: Call, grad: Tensor) -> None:
+        if not self._passive:
+            self._at_once(call, grad)
+            return
         call.grad = grad
         with torch._C.DisableTorchFunction():
             names = [name for value in call.values.values() for name in value.names]
@@ -238,6 +268,21 @@ class Recorder(Tracer):
                 group.num_waiting -= 1
                 if group.num_waiting == 0:
                     self._hand_over(group)
+
+    def _at_once(self, call: Call, grad: Tensor) -> None:
+        """Only what a layer begins with has no further gradients to come."""
+        with torch._C.DisableTorchFunction():
+            own = [value.names for value in call.values.values()]
+            if call not in self.begun or not all(len(names) == 1 and names <= self.once for names in own):
+                call.grad = grad.clone() if call.grad is None else call.grad + grad  # the memory is the model's
+                return
+            call.grad = grad
+            for place, value in call.values.items():
+                self.consume(Group(value.names, [(call, place)]))
+            self._done.update(*own)
+            call.grad = None
+            call.tensors.clear()
+            self._calls.remove(call)
 
     def _hand_over(self, group: Group) -> None:
         for name in group.names:

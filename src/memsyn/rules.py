@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memsyn.convolutions import Geometry, Pair, conv_products, geometry_of
+from memsyn.convolutions import Geometry, Pair, conv_products, conv_products_of_one_sign, geometry_of
 from memsyn.products import Magnitude, add_token_products, magnitudes
 
 
@@ -272,8 +272,9 @@ def matrix(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magn
 def conv_weight(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
     """g_k[:, :, o] = sum_t d_kt a_k(t + o)^T for each kernel offset o."""
     images, grads = _images(_operands(uses, num_samples), total.ndim), _images(_grads(uses, num_samples), total.ndim)
-    pairs = [Pair(grad, image) for grad, image in zip(grads, images, strict=True)]
-    total += conv_products(pairs, _geometry(uses, total), magnitude)
+    pairs, geometry = [Pair(grad, image) for grad, image in zip(grads, images, strict=True)], _geometry(uses, total)
+    found = conv_products_of_one_sign(*pairs[0], geometry) if magnitude is absolute and len(pairs) == 1 else None
+    total += conv_products(pairs, geometry, magnitude) if found is None else found
 
 
 def conv_transpose_weight(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:

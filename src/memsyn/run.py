@@ -25,11 +25,12 @@ from memsyn.calls import Path, Split, split_from
 from memsyn.checkpoint import State
 from memsyn.distributed import Group, add_up
 from memsyn.errors import BatchError, MemsynError
+from memsyn.hebbian import Locally, check_seen
 from memsyn.importance import Importance, check_same_shapes
 from memsyn.objectives import ESTIMATORS, Estimator, Place, output_tensor, scores, token_mask
 from memsyn.parameters import canonical_name, fingerprint, named_parameters, trainable_parameters, unwrap
 from memsyn.passes import Passed, Scores, add_batched, add_by_samples, add_by_uses, check_finite
-from memsyn.recorder import Plans
+from memsyn.recorder import Plans, Recorder
 from memsyn.routes import BY_SAMPLE, UNUSED, wide_dtype
 from memsyn.rules import MAGNITUDES
 from memsyn.shadow import shadow
@@ -59,10 +60,16 @@ class Run:
         self.estimator, self.batched = estimator, batched
         self.labelled = estimator == ESTIMATORS["fisher-empirical"]
         self.magnitude = MAGNITUDES[estimator.magnitude]
+        self.factor = float(self.magnitude(torch.tensor(2.0))) if estimator.local else 1.0
+        """What the sums are multiplied by in the end: local objectives are half the squared norms."""
         self.routes = dict.fromkeys(trainable, BY_SAMPLE)
         self.splits: dict[Path, Split | None] = {}
         self.plans = Plans(self.splits)
         self.unproven: set[str] = set()
+        self.used: set[str] = set()
+        """The parameters that local importance has met in layers."""
+        self.once: frozenset[str] = frozenset()
+        """The parameters with a single use."""
         self.changes_inputs = False
         """Whether the forward pass writes to its batch."""
         self.num_guarded = 0
@@ -109,7 +116,8 @@ class Run:
         slow = self.slow
         if slow:
             own = {name: self.parameters[name] for name in slow}
-            add_by_samples(sums, own, run, inputs, self.magnitude, together=passed.scores)
+            together = None if self.estimator.local else passed.scores
+            add_by_samples(sums, own, run, inputs, self.magnitude, together=together)
         return len(passed.scores)
 
     def _pass(self, run: Scores, inputs: Given, only: set[str] | None) -> Passed:
@@ -124,6 +132,7 @@ class Run:
             plans=self.plans,
             unproven=self.unproven,
             only=only,
+            once=self.once,
         )
 
     def _should_guard(self, size: int | None, index: int) -> bool:
@@ -140,15 +149,21 @@ class Run:
             return values
 
         for few in guard.choices(inputs):
-            verdict, size = guard.check(self.original, self.routes, run, few), num_samples(few)
+            verdict = guard.check(self.original, self.routes, run, few, local=self.estimator.local)
+            size = num_samples(few)
             if self.num_guarded < 2:
                 self.routes, self.splits, self.unproven = dict(verdict.routes), verdict.splits, verdict.unproven
+                self.once = verdict.once
             else:
                 self._learn(verdict, only or self.unproven)
             self.plans = Plans(self.splits)
             self.num_guarded = max(self.num_guarded, 2 if size is None else size)
             if self.shadow is None:
                 self._clone(verdict.written)
+            if self.estimator.local:
+                assert self.shadow is not None
+                unused = {name: p for name, p in self.parameters.items() if name not in self.used}
+                check_seen(partial(self._output, self.shadow, index, copied(few.inputs)), unused)
             if self.num_guarded == 1 or not (self.unproven if only is None else only & self.slow):
                 break
 
@@ -170,14 +185,17 @@ class Run:
             parameter.requires_grad_()
         self.sums = RunningSums(_zeros(self.parameters))
 
-    def _scores_of_shadow(self, batch_index: int, given: Given, first_sample: int = 0) -> Tensor:
+    def _scores_of_shadow(
+        self, batch_index: int, given: Given, first_sample: int = 0, recorder: Recorder | None = None
+    ) -> Tensor:
         """Without changing the batch: it is the user's, and may be read again."""
         assert self.shadow is not None
         if self.changes_inputs:
-            return self._scores(self.shadow, batch_index, copied(given), first_sample)
+            return self._scores(self.shadow, batch_index, copied(given), first_sample, recorder)
         own = tensors(given)
         versions = [tensor._version for tensor in own]
-        values = self._scores(self.shadow, batch_index, map_tensors(given, lambda tensor: tensor), first_sample)
+        alike = map_tensors(given, lambda tensor: tensor)
+        values = self._scores(self.shadow, batch_index, alike, first_sample, recorder)
         if versions != [tensor._version for tensor in own]:
             raise BatchError(
                 f"batch {batch_index}: the forward pass changed it in place, as it did not change the first batch. Let "
@@ -185,17 +203,24 @@ class Run:
             )
         return values
 
-    def _scores(self, model: nn.Module, batch_index: int, given: Given, first_sample: int) -> Tensor:
+    def _scores(
+        self,
+        model: nn.Module,
+        batch_index: int,
+        given: Given,
+        first_sample: int,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
         size, mask = num_samples(given.inputs), token_mask(given.inputs) if self.masked else None
-        try:
-            output = self.forward(model, given.inputs)
-        except MemsynError:
-            raise
-        except Exception as error:
-            raise BatchError(
-                f"batch {batch_index}: the model failed on it: {type(error).__name__}: {error}. If it wants to be "
-                "called in another way, say how: forward=lambda model, batch: ..."
-            ) from error
+        if self.estimator.local:
+            own = {name: p for name, p in named_parameters(model).items() if name in self.routes}
+            encoded = mask is not None and given.inputs.get("attention_mask") is mask
+            locally = Locally(own, tensors(given.inputs), mask if encoded else None, recorder)
+            with locally:
+                output = self._output(model, batch_index, given.inputs)
+            self.used |= locally.used
+            return locally.scores(tensors(output), size, batch_index)
+        output = self._output(model, batch_index, given.inputs)
         with torch._C.DisableTorchFunction():  # no parameter is used any more
             return scores(
                 self.estimator.objective,
@@ -206,6 +231,17 @@ class Run:
                 batch_index=batch_index,
                 first_in_batch=first_sample,
             )
+
+    def _output(self, model: nn.Module, batch_index: int, inputs: Any) -> Any:
+        try:
+            return self.forward(model, inputs)
+        except MemsynError:
+            raise
+        except Exception as error:
+            raise BatchError(
+                f"batch {batch_index}: the model failed on it: {type(error).__name__}: {error}. If it wants to be "
+                "called in another way, say how: forward=lambda model, batch: ..."
+            ) from error
 
     def describe(self, slow: set[str]) -> str:
         """The warning: which layers, and what they are."""
@@ -234,6 +270,8 @@ class Run:
 
     def _importance(self, sums: dict[str, Tensor], num_samples: int, routes: dict[str, str]) -> Importance:
         check_finite(sums)
+        if self.estimator.local:
+            sums = {name: total * self.factor for name, total in sums.items()}
         magnitude = f"{self.estimator.magnitude} of the batch mean" if self.batched else self.estimator.magnitude
         return Importance(sums, num_samples, {} if self.batched else routes, self.estimator.name, magnitude)
 
@@ -260,6 +298,8 @@ class Run:
             "routes": self.routes,
             "splits": list(self.splits.items()),
             "unproven": sorted(self.unproven),
+            "used": sorted(self.used),
+            "once": sorted(self.once),
             "written": sorted(self.written),
             "changes_inputs": self.changes_inputs,
             "num_guarded": self.num_guarded,
@@ -273,14 +313,16 @@ class Run:
         self.routes = {name: known["routes"][name] for name in self.routes}
         self.splits = {tuple(path): split_from(plain) for path, plain in known["splits"]}
         self.plans = Plans(self.splits)
-        self.unproven = set(known["unproven"])
+        self.unproven, self.used = set(known["unproven"]), set(known["used"])
+        self.once = frozenset(known["once"])
         self.changes_inputs, self.num_guarded = bool(known["changes_inputs"]), checked_count(known["num_guarded"])
         self._clone(set(known["written"]))
         assert self.sums is not None
         for part in (groups["importance"], groups["remainder"] or groups["importance"]):
             check_same_shapes(part, self.sums.recent, "the checkpoint", "the model")
+        importance = {name: total / self.factor for name, total in groups["importance"].items()}
         num_folded = header["num_samples"] if groups["remainder"] else 0
-        self.sums.restore((groups["importance"], groups["remainder"]), checked_count(known["num_added"]), num_folded)
+        self.sums.restore((importance, groups["remainder"]), checked_count(known["num_added"]), num_folded)
 
 
 def _zeros(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,6 +20,9 @@ from memsyn.rules import Axis
 class Tracer(TorchFunctionMode):
     """Sees every operation; `meet` handles those that take a value."""
 
+    decompositions: Mapping[Function, Callable[..., Any]] = DECOMPOSITIONS
+    """What is written out in plain operations."""
+
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
         self.values = {id(p): Value(p, frozenset((name,)), (name,)) for name, p in parameters.items()}
@@ -29,9 +32,9 @@ class Tracer(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if torch.is_grad_enabled() and (self._holds(args) or (kwargs and self._holds(kwargs.values()))):
-            if function in DECOMPOSITIONS:
+            if function in self.decompositions:
                 with self:
-                    output = DECOMPOSITIONS[function](*args, **kwargs)
+                    output = self.decompositions[function](*args, **kwargs)
                 if output is not NotImplemented:
                     return output
             return self.meet(function, args, kwargs)

@@ -1,4 +1,4 @@
-"""The benchmark's networks: a small convolutional body and a body with one head for each task.
+"""The benchmark's own networks: two small bodies, and a body with one head for each task or with one for all.
 
 Only plain layers (Conv2d, GroupNorm, ReLU, Linear), so that importance is measured exactly and fast. Owns no
 data and no training.
@@ -6,6 +6,7 @@ data and no training.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,9 +17,9 @@ NUM_GROUPS = 8
 
 
 class SmallConvNet(nn.Module):
-    """Four blocks of 3x3 convolution, GroupNorm and ReLU with pooling between them: (N, 3, S, S) -> (N, 256).
+    """Four blocks of 3x3 convolution, GroupNorm and ReLU with pooling between them: (N, C, S, S) -> (N, 256).
 
-    A global average ends the network, so every side S >= 8 works. 0.65M weights.
+    A global average ends the network, so every side S >= 8 works. 0.65M weights; C is `num_channels`.
 
     GroupNorm and not BatchNorm: BatchNorm's running statistics are no parameters, so no importance protects
     them and they drift with each new task unless they are frozen; GroupNorm (Wu and He, ECCV 2018) keeps no
@@ -31,10 +32,10 @@ class SmallConvNet(nn.Module):
 
     num_features: int
 
-    def __init__(self, widths: Sequence[int] = WIDTHS) -> None:
+    def __init__(self, widths: Sequence[int] = WIDTHS, *, num_channels: int = 3) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        num_inputs = 3
+        num_inputs = num_channels
         for width in widths:
             # The normalisation follows directly and has a shift of its own: the convolution needs no bias.
             layers.append(nn.Conv2d(num_inputs, width, kernel_size=3, padding=1, bias=False))
@@ -45,9 +46,28 @@ class SmallConvNet(nn.Module):
         self.num_features = num_inputs
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the features, (N, num_features), of images (N, 3, S, S)."""
+        """Return the features, (N, num_features), of images (N, C, S, S)."""
         features: Tensor = self.layers(images)
         return features
+
+
+def perceptron() -> nn.Sequential:
+    """The body of the official MAS demo: 784 inputs and two layers of 256 with ReLU, (N, 784) -> (N, 256)."""
+    return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
+
+
+@torch.no_grad()
+def draw_weights(module: nn.Module, generator: torch.Generator) -> None:
+    """Draw the weights and biases of all its Linear and Conv2d anew, from `generator`.
+
+    Uniform in +-1/sqrt(f) as torch does, f the number of inputs of one output. Other layers stay as they are.
+    """
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            bound = 1 / math.sqrt(layer.weight[0].numel())
+            layer.weight.uniform_(-bound, bound, generator=generator)
+            if layer.bias is not None:
+                layer.bias.uniform_(-bound, bound, generator=generator)
 
 
 class MultiHead(nn.Module):
@@ -73,3 +93,27 @@ class MultiHead(nn.Module):
             return torch.cat([head(features) for head in self.heads], dim=1)
         logits: Tensor = self.heads[task](features)
         return logits
+
+
+class SharedHead(nn.Module):
+    """A body and one linear head for all tasks, which have the same classes: `model(images, task)`, whatever the task.
+
+    Example:
+        >>> model = SharedHead(perceptron(), 256, num_classes=10)
+        >>> model(torch.zeros(2, 784), 3).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, body: nn.Module, num_features: int, *, num_classes: int) -> None:
+        super().__init__()
+        self.body = body
+        self.heads = nn.ModuleList([nn.Linear(num_features, num_classes)])
+
+    def forward(self, inputs: Tensor, task: int | None = None) -> Tensor:
+        """Return the logits, (N, num_classes), the same for every task."""
+        logits: Tensor = self.heads[0](self.body(inputs))
+        return logits
+
+
+Network = MultiHead | SharedHead
+"""What learns a sequence: a body, and a head for each task or one for all."""

@@ -1,7 +1,8 @@
 """`results.jsonl`: what a run found, a line at a time.
 
 Owns the lines' form, their appending (whole, flushed, on the disk) and the reading of a file that was cut off. A
-`run` record, with settings and versions, comes first and again with each continuation; the others are `task` records.
+`run` record, with settings and versions, comes first and again with each continuation; a `strength` record says how a
+method's strength was chosen; the others are `task` records.
 """
 
 from __future__ import annotations
@@ -43,11 +44,31 @@ class TaskRecord:
     """Training, measuring and evaluating, by the clock."""
     fingerprint: str
     """Of the settings."""
+    strength: float | None
+    """What the method's own loss was multiplied by; None for methods that have none."""
+    kept_bytes: int
+    """Of the tensors that the method keeps from this task to the next, beside the model."""
+    working_bytes: int
+    """Of the tensors that it held while it learned the task, beside the model and its optimizer."""
 
     @property
     def key(self) -> tuple[str, int, int]:
         """What the record is of; two of the same key hold the same numbers."""
         return self.method, self.seed, self.task
+
+
+@dataclass(frozen=True)
+class StrengthRecord:
+    """What a method's strength was chosen from; see `memsyn.bench.strengths`."""
+
+    method: str
+    strength: float
+    """The one chosen."""
+    candidates: tuple[float, ...]
+    scores: tuple[float, ...]
+    """Of each candidate: mean validation accuracy on the first two tasks after the second, in percent."""
+    fingerprint: str
+    """Of the settings."""
 
 
 Results = dict[str, dict[int, list[TaskRecord]]]
@@ -76,27 +97,43 @@ def append_task(path: Path, record: TaskRecord) -> None:
     _append(path, {"kind": "task", **asdict(record)})
 
 
+def append_strength(path: Path, record: StrengthRecord) -> None:
+    """Add how a strength was chosen."""
+    _append(path, {"kind": "strength", **asdict(record)})
+
+
 def read_records(path: Path, settings: Settings) -> list[TaskRecord]:
-    """The task records of a file, oldest first; none if there is no file. A last line that was cut off is left out.
+    """The task records of a file; see `read_all`."""
+    return read_all(path, settings)[0]
+
+
+def read_all(path: Path, settings: Settings) -> tuple[list[TaskRecord], list[StrengthRecord]]:
+    """The records of a file, oldest first; none if there is no file. A last line that was cut off is left out.
 
     Raises:
         MemsynError: a line is not ours, or the file holds results of other settings.
     """
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    records = []
+    records, choices = [], []
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
             kind = entry.pop("kind")
             if kind == "run":
                 _check_settings(path, entry["settings"], settings)
+            elif kind == "strength":
+                choices.append(StrengthRecord(**_with_tuples(entry, "candidates", "scores")))
             else:
-                records.append(TaskRecord(**{**entry, "accuracies": tuple(entry["accuracies"])}))
+                records.append(TaskRecord(**_with_tuples(entry, "accuracies")))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise MemsynError(
                 f"{path}, line {number} is no record of memsyn bench. Use another --out, or remove the folder."
             ) from None
-    return records
+    return records, choices
+
+
+def _with_tuples(entry: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {**entry, **{name: tuple(entry[name]) for name in names}}
 
 
 def _check_settings(path: Path, found: Mapping[str, Any], settings: Settings) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from memsyn.bench.metrics import Matrix, average_accuracy, forgetting, learning_accuracy, spread
 from memsyn.bench.record import Results
-from memsyn.bench.settings import Settings
+from memsyn.bench.settings import CHOSEN, OWN, Settings
 
 COLUMNS: dict[str, Callable[[Matrix], float]] = {
     "Average accuracy (%)": average_accuracy,
@@ -50,8 +50,13 @@ def note(settings: Settings, num_seeds: int) -> str:
         "Average accuracy: over all tasks after the last one. Forgetting: the mean drop from right after learning a "
         "task to the end; below 0 is gain. When learned: the mean accuracy right after learning each task. "
         f"{how.get(num_seeds, 'Mean over the seeds ± standard deviation.')} {settings.epochs} epochs a task, Adam, "
-        f"lr {settings.lr:g}, batch size {settings.batch_size}, strength {settings.strength:g}."
+        f"lr {settings.lr:g}, batch size {settings.batch_size}, {_strength(settings.strength)}."
     )
+
+
+def _strength(strength: float | str) -> str:
+    words = {OWN: "each method's own strength", CHOSEN: "strengths chosen on validation data of the first two tasks"}
+    return words[strength] if isinstance(strength, str) else f"strength {strength:g}"
 
 
 def rich_table(results: Results, settings: Settings) -> Table:

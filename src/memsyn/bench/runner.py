@@ -1,6 +1,6 @@
 """run(settings, methods, ...): every method and seed through every task, with a way back after an interruption.
 
-Owns the run folder, the order of things in it and the progress bar. What a method does is in `learners`.
+Owns the run folder, the order of things in it and the progress bar. What a method does is in `methods`.
 
 For each task, in this order: the memory file, the line in `results.jsonl`, the checkpoint. Whenever the process dies,
 the next one goes on from the checkpoint, and a line that is already there is not written twice.
@@ -15,16 +15,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import NoReturn, final
 
-import torch
-from torch import nn
 from tqdm import tqdm
 
-from memsyn import Memory, MemsynError, OptionError
+from memsyn import MemsynError, OptionError
 from memsyn.bench.checkpoint import load_checkpoint, save_checkpoint
-from memsyn.bench.learners import METHODS, accuracy, train
-from memsyn.bench.record import FILE, Results, TaskRecord, append_run, append_task, read_records
-from memsyn.bench.sequences import SEQUENCES
-from memsyn.bench.settings import Settings
+from memsyn.bench.learners import generator, lesson_of, train
+from memsyn.bench.methods.method import Method
+from memsyn.bench.methods.registry import METHODS
+from memsyn.bench.networks import Network
+from memsyn.bench.record import FILE, Results, TaskRecord, append_run, append_strength, append_task, read_all
+from memsyn.bench.scoring import accuracies
+from memsyn.bench.sequences import find_sequence
+from memsyn.bench.settings import OWN, Settings
+from memsyn.bench.strengths import NUM_TRAININGS, choose_strength
 
 
 def run(settings: Settings, *, methods: Sequence[str], num_seeds: int, out: Path) -> Results:
@@ -59,9 +62,7 @@ def check_options(settings: Settings, methods: Sequence[str], num_seeds: int) ->
     Raises:
         OptionError: says what there is.
     """
-    if settings.sequence not in SEQUENCES:
-        raise OptionError(f"the sequence must be one of {', '.join(SEQUENCES)}; got {settings.sequence!r}.")
-    sizes = SEQUENCES[settings.sequence].sizes
+    sizes = find_sequence(settings.sequence).sizes
     if settings.size not in sizes:
         raise OptionError(f"size must be one of {', '.join(map(str, sizes))}; got {settings.size}.")
     for method in methods:
@@ -79,8 +80,10 @@ class _Runner:
 
     def __init__(self, settings: Settings, out: Path) -> None:
         self.settings, self.out = settings, out
-        self.records = {record.key: record for record in read_records(out / FILE, settings)}
-        self.sequence = SEQUENCES[settings.sequence]
+        records, choices = read_all(out / FILE, settings)
+        self.records = {record.key: record for record in records}
+        self.choices = {choice.method: choice for choice in choices}
+        self.sequence = find_sequence(settings.sequence)
         self.tasks = self.sequence.load(settings.size)
 
     def records_of(self, method: str, seed: int) -> list[TaskRecord]:
@@ -96,67 +99,80 @@ class _Runner:
         checkpoint = self.out / f"{method}-seed{seed}.checkpoint.safetensors"
         num_todo = self.num_todo(method, seed)
         if num_todo:
+            strength = self.strength_of(method, bar)
+            learner = METHODS[method].make(strength or 0.0)
             model = self.sequence.build(self.tasks, generator(seed, 0))
-            memory, first = load_checkpoint(checkpoint, model, fingerprint=self.settings.fingerprint)
+            first = load_checkpoint(checkpoint, model, learner, fingerprint=self.settings.fingerprint)
             if first:
                 tqdm.write(f"{method}, seed {seed}: continues after task {first} of {len(self.tasks)}")
             # The last line may be ahead of the checkpoint: then that task is learned again.
             bar.total = (bar.total or 0) + (len(self.tasks) - first - num_todo) * self.settings.epochs
             for index in range(first, len(self.tasks)):
-                memory = self._learn(model, memory, method, seed, index, bar)
+                self._learn(model, learner, strength, method, seed, index, bar)
                 if index + 1 < len(self.tasks):
                     save_checkpoint(
-                        checkpoint, model, memory, num_tasks=index + 1, fingerprint=self.settings.fingerprint
+                        checkpoint, model, learner, num_tasks=index + 1, fingerprint=self.settings.fingerprint
                     )
                 tqdm.write(matrix_row(self.records[method, seed, index], len(self.tasks)))
         checkpoint.unlink(missing_ok=True)
 
+    def strength_of(self, method: str, bar: tqdm[NoReturn]) -> float | None:
+        """What a method's own loss is multiplied by; chosen now, and written down, if it is to be and was not yet."""
+        own, wanted = METHODS[method].strength, self.settings.strength
+        if own is None or wanted == OWN:
+            return own
+        if not isinstance(wanted, str):
+            return wanted
+        if method not in self.choices:
+            bar.total = (bar.total or 0) + NUM_TRAININGS * self.settings.epochs
+            bar.set_description(f"{method}, choosing its strength")
+            choice = choose_strength(method, self.sequence, self.tasks, self.settings, bar.update)
+            append_strength(self.out / FILE, choice)
+            self.choices[method] = choice
+            tqdm.write(f"{method}: strength {choice.strength:g} of {', '.join(f'{c:g}' for c in choice.candidates)}")
+        return self.choices[method].strength
+
     def _learn(
-        self, model: nn.Module, memory: Memory, method: str, seed: int, index: int, bar: tqdm[NoReturn]
-    ) -> Memory:
-        """Learn one task and write down what came of it; returns what is remembered."""
-        task, start = self.tasks[index], time.perf_counter()
+        self,
+        model: Network,
+        learner: Method,
+        strength: float | None,
+        method: str,
+        seed: int,
+        index: int,
+        bar: tqdm[NoReturn],
+    ) -> None:
+        """Learn one task and write down what came of it."""
+        task, start, settings = self.tasks[index], time.perf_counter(), self.settings
         bar.set_description(f"{method}, seed {seed}, task {index + 1}/{len(self.tasks)} {task.name}")
-        training = train(
-            model,
-            task,
-            index,
-            method=METHODS[method],
-            memory=memory,
-            settings=self.settings,
-            augment=self.sequence.augment,
-            generator=generator(seed, index + 1),
-            after_epoch=bar.update,
-        )
-        loss = fmean(training.losses[-math.ceil(len(task.train_labels) / self.settings.batch_size) :])
+        lesson = lesson_of(model, task, index, settings=settings, augment=self.sequence.augment, seed=seed)
+        training = train(lesson, learner, after_epoch=bar.update)
+        loss = fmean(training.losses[-math.ceil(len(task.train_labels) / settings.batch_size) :])
         if not math.isfinite(loss):
             raise MemsynError(
                 f"the loss of {method}, seed {seed}, is {loss} in task {index + 1}, {task.name}: the training "
                 "diverged. Use a smaller --strength or --lr, with another --out."
             )
-        memory = METHODS[method].end(model, task, index, memory)
-        if memory.importance:
-            memory.save(self.out / f"{method}-seed{seed}.memsyn.safetensors")
+        learner.end(lesson)
+        if learner.memory.importance:
+            learner.memory.save(self.out / f"{method}-seed{seed}.memsyn.safetensors")
         record = TaskRecord(
             method=method,
             seed=seed,
             task=index,
             name=task.name,
-            accuracies=tuple(accuracy(model, seen, j) for j, seen in enumerate(self.tasks[: index + 1])),
+            accuracies=tuple(accuracies(model, self.tasks[: index + 1], self.sequence.scorings[0])),
             loss=loss,
             penalty=training.penalty,
             seconds=time.perf_counter() - start,
-            fingerprint=self.settings.fingerprint,
+            fingerprint=settings.fingerprint,
+            strength=strength,
+            kept_bytes=learner.num_bytes(),
+            working_bytes=training.num_bytes,
         )
         if record.key not in self.records:
             append_task(self.out / FILE, record)
             self.records[record.key] = record
-        return memory
-
-
-def generator(seed: int, stage: int) -> torch.Generator:
-    """The random numbers of one stage of one seed: 0 the heads, t + 1 task t; no stage depends on the one before."""
-    return torch.Generator().manual_seed(1000 * seed + stage)
 
 
 def matrix_row(record: TaskRecord, num_tasks: int) -> str:

@@ -5,20 +5,26 @@ Owns how a sequence's tasks are loaded, its network is built and its images are 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from memsyn.bench.drawings import Task, augment, load_emoji8, load_pretrained
-from memsyn.bench.networks import MultiHead, SmallConvNet
+from memsyn.bench.drawings import augment, load_emoji8, load_pretrained, move
+from memsyn.bench.fashion import load_permuted_fashion, load_split_fashion
+from memsyn.bench.networks import MultiHead, Network, SharedHead, SmallConvNet, draw_weights, perceptron
+from memsyn.bench.paper8 import load_paper8, shift
+from memsyn.bench.pretrained import PretrainedBody, efficientnet_lite0, torchvision_body
+from memsyn.bench.scripts import load_scripts8
+from memsyn.bench.tasks import Task
+from memsyn.errors import OptionError
 
 
 @dataclass(frozen=True)
 class TaskSequence:
-    """Tasks learned one after the other by one body with a head for each.
+    """Tasks learned one after the other by one body, with a head for each or one for all.
 
     Attributes:
         summary: one line for `memsyn bench list`.
@@ -26,32 +32,73 @@ class TaskSequence:
         load: size -> the tasks, in their fixed order.
         build: (tasks, generator) -> the network before the first task; `network(images, task)` are logits.
         augment: (images, generator) -> the images as they are trained on.
+        scorings: keys of `memsyn.bench.scoring.SCORINGS` that make sense of it; the first is the one it is judged by.
     """
 
     summary: str
     sizes: tuple[int, ...]
     load: Callable[[int], list[Task]]
-    build: Callable[[Sequence[Task], torch.Generator], nn.Module]
+    build: Callable[[Sequence[Task], torch.Generator], Network]
     augment: Callable[[Tensor, torch.Generator], Tensor]
+    scorings: tuple[str, ...] = ("multi-head", "class-incremental")
 
 
 def pretrained_network(tasks: Sequence[Task], generator: torch.Generator) -> MultiHead:
-    """The pretrained body, and a head for each task drawn from `generator`: uniform in +-1/sqrt(features)."""
+    """The body pretrained on other drawings, and a head for each task drawn from `generator`."""
     body = SmallConvNet()
     body.load_state_dict(load_pretrained())
-    model = MultiHead(body, body.num_features, head_sizes=[len(task.class_names) for task in tasks])
-    draw_heads(model, generator)
+    return _with_heads(body, body.num_features, tasks, generator)
+
+
+def fresh_network(tasks: Sequence[Task], generator: torch.Generator) -> MultiHead:
+    """The same network with all its weights drawn from `generator`."""
+    body = SmallConvNet(num_channels=tasks[0].train_images.shape[1])
+    draw_weights(body, generator)
+    return _with_heads(body, body.num_features, tasks, generator)
+
+
+def imagenet_network(
+    body_of: Callable[[], PretrainedBody], tasks: Sequence[Task], generator: torch.Generator
+) -> MultiHead:
+    """A body pretrained on ImageNet, and a head for each task drawn from `generator`."""
+    body = body_of()
+    return _with_heads(body, body.num_features, tasks, generator)
+
+
+def perceptron_network(tasks: Sequence[Task], generator: torch.Generator) -> MultiHead:
+    """784-256-256, and a head for each task, drawn from `generator`."""
+    body = perceptron()
+    draw_weights(body, generator)
+    return _with_heads(body, 256, tasks, generator)
+
+
+def shared_perceptron(tasks: Sequence[Task], generator: torch.Generator) -> SharedHead:
+    """784-256-256 and one head for all tasks, drawn from `generator`."""
+    model = SharedHead(perceptron(), 256, num_classes=len(tasks[0].class_names))
+    draw_weights(model, generator)
     return model
 
 
-@torch.no_grad()
-def draw_heads(model: MultiHead, generator: torch.Generator) -> None:
-    """Draw the heads' weights and biases anew, as `nn.Linear` does, but from `generator`."""
-    for head in model.heads:
-        assert isinstance(head, nn.Linear)
-        bound = 1 / math.sqrt(head.in_features)
-        head.weight.uniform_(-bound, bound, generator=generator)
-        head.bias.uniform_(-bound, bound, generator=generator)
+def _with_heads(body: nn.Module, num_features: int, tasks: Sequence[Task], generator: torch.Generator) -> MultiHead:
+    model = MultiHead(body, num_features, head_sizes=[len(task.class_names) for task in tasks])
+    draw_weights(model.heads, generator)
+    return model
+
+
+def _unchanged(images: Tensor, generator: torch.Generator) -> Tensor:
+    return images
+
+
+def paper8(network: str) -> TaskSequence:
+    """The eight data sets of the paper, learned by a network of torchvision, such as `alexnet`."""
+    side = 224
+    return TaskSequence(
+        summary=f"the paper's eight data sets, from folders (see memsyn.bench.paper8), {network} of torchvision",
+        sizes=(side,),
+        load=load_paper8,
+        build=partial(imagenet_network, partial(torchvision_body, network, side)),
+        augment=shift,
+    )
 
 
 SEQUENCES: dict[str, TaskSequence] = {
@@ -62,5 +109,96 @@ SEQUENCES: dict[str, TaskSequence] = {
         build=pretrained_network,
         augment=augment,
     ),
+    "emoji8-scratch": TaskSequence(
+        summary="the same tasks, from random weights",
+        sizes=(32, 64),
+        load=load_emoji8,
+        build=fresh_network,
+        augment=augment,
+    ),
+    "emoji8-pretrained": TaskSequence(
+        summary="the same tasks, from EfficientNet-Lite0 pretrained on ImageNet",
+        sizes=(64, 96, 128),
+        load=load_emoji8,
+        build=partial(imagenet_network, efficientnet_lite0),
+        augment=augment,
+    ),
+    "scripts8": TaskSequence(
+        summary="the letters of 8 alphabets, tested on families of fonts never seen",
+        sizes=(28,),
+        load=load_scripts8,
+        build=fresh_network,
+        augment=move,
+    ),
+    "split-fashion": TaskSequence(
+        summary="Fashion-MNIST in 5 tasks of 2 classes, an MLP 784-256-256",
+        sizes=(28,),
+        load=load_split_fashion,
+        build=perceptron_network,
+        augment=_unchanged,
+    ),
+    "permuted-fashion": TaskSequence(
+        summary="Fashion-MNIST 10 times, its pixels in another order each, an MLP with one head for all",
+        sizes=(28,),
+        load=load_permuted_fashion,
+        build=shared_perceptron,
+        augment=_unchanged,
+        scorings=("domain-incremental",),
+    ),
+    "paper8": paper8("alexnet"),
 }
-"""What `memsyn bench run` can run."""
+"""What `memsyn bench run` can run; `find_sequence` knows more names."""
+
+SHORT_NAMES = {
+    "activities": "Activities",
+    "animals": "Animals & Nature",
+    "food": "Food & Drink",
+    "objects": "Objects",
+    "people": "People & Body",
+    "smileys": "Smileys & Emotion",
+    "symbols": "Symbols",
+    "travel": "Travel & Places",
+}
+"""What the tasks of `emoji8` are called in the names of pairs."""
+
+
+def pair(first: str, second: str, *, base: str = "emoji8") -> TaskSequence:
+    """Two tasks of `emoji8`, by their short names, in this order, from the network that `base` starts with.
+
+    Raises:
+        OptionError: an unknown task, or the same one twice, or another base than those of `emoji8`.
+    """
+    bases = [name for name in SEQUENCES if name.startswith("emoji8")]
+    if base not in bases:
+        raise OptionError(f"the base of a pair must be one of {', '.join(bases)}; got {base!r}.")
+    if first not in SHORT_NAMES or second not in SHORT_NAMES or first == second:
+        raise OptionError(f"a pair must be two of {', '.join(SHORT_NAMES)}; got {first!r} and {second!r}.")
+    names = [SHORT_NAMES[first], SHORT_NAMES[second]]
+
+    def load(size: int) -> list[Task]:
+        tasks = {task.name: task for task in SEQUENCES[base].load(size)}
+        return [tasks[name] for name in names]
+
+    return replace(SEQUENCES[base], summary=f"{names[0]}, then {names[1]}, as in {base}", load=load)
+
+
+def find_sequence(name: str) -> TaskSequence:
+    """The sequence of a name: one of `SEQUENCES`, a pair, or the paper's data sets with a network of torchvision.
+
+    A pair is `pair-food-animals`, with `-scratch` or `-pretrained` behind it if it starts from the network of that
+    sequence; `paper8-resnet18` is `paper8` with that network.
+
+    Raises:
+        OptionError: there is none of that name.
+    """
+    if name in SEQUENCES:
+        return SEQUENCES[name]
+    kind, *words = name.split("-")
+    if kind == "paper8" and len(words) == 1:
+        return paper8(words[0])
+    if kind == "pair" and len(words) in (2, 3):
+        return pair(words[0], words[1], base="-".join(["emoji8", *words[2:]]))
+    raise OptionError(
+        f"the sequence must be one of {', '.join(SEQUENCES)}, or such as pair-food-animals or paper8-resnet18; "
+        f"got {name!r}."
+    )

@@ -12,29 +12,34 @@ from dataclasses import asdict, dataclass
 
 from memsyn.errors import OptionError
 
+OWN, CHOSEN = "own", "chosen"
+
 
 @dataclass(frozen=True)
 class Settings:
     """What is trained and how; the same for every method and seed of a run.
 
     Attributes:
-        sequence: a key of `memsyn.bench.sequences.SEQUENCES`.
+        sequence: a name that `memsyn.bench.sequences.find_sequence` knows.
         size: the side of the images in pixels.
         epochs: passes over a task's training images.
         batch_size: images in a step.
         lr: the learning rate of Adam, which starts afresh with each task.
-        strength: lambda, the weight of the penalty in the methods that have one (Aljundi et al. 2018, Eq. 3).
+        warmup: of the epochs, the first so many train heads alone.
+        strength: of all methods that have one, a number; "own", each its default; or "chosen", each what the protocol
+            of `memsyn.bench.strengths` finds on validation data.
 
     Raises:
         OptionError: a value is out of range.
     """
 
     sequence: str
-    size: int = 32
+    size: int
     epochs: int = 20
     batch_size: int = 16
     lr: float = 3e-3
-    strength: float = 1.0
+    warmup: int = 0
+    strength: float | str = OWN
 
     def __post_init__(self) -> None:
         for name in ("size", "epochs", "batch_size"):
@@ -42,7 +47,12 @@ class Settings:
                 raise OptionError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise OptionError(f"lr must be finite and above 0, got {self.lr}.")
-        if not (math.isfinite(self.strength) and self.strength >= 0):
+        if not 0 <= self.warmup <= self.epochs:
+            raise OptionError(f"warmup must be from 0 to the {self.epochs} epochs, got {self.warmup}.")
+        if isinstance(self.strength, str):
+            if self.strength not in (OWN, CHOSEN):
+                raise OptionError(f"strength must be a number, {OWN} or {CHOSEN}; got {self.strength!r}.")
+        elif not (math.isfinite(self.strength) and self.strength >= 0):
             raise OptionError(f"strength must be finite and not negative, got {self.strength}.")
 
     @property
@@ -50,3 +60,11 @@ class Settings:
         """Twelve hexadecimal digits of the SHA-256 of the settings."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def strength_of(text: str) -> float | str:
+    """A strength as `Settings` takes it: a number if the text is one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -10,12 +10,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from memsyn.bench.learners import METHODS
+from memsyn.bench.methods.registry import METHODS
 from memsyn.bench.plots import plot_accuracy
 from memsyn.bench.report import markdown_table, rich_table
 from memsyn.bench.runner import run
-from memsyn.bench.sequences import SEQUENCES
-from memsyn.bench.settings import Settings
+from memsyn.bench.sequences import SEQUENCES, find_sequence
+from memsyn.bench.settings import OWN, Settings, strength_of
 from memsyn.cli.screen import plain_errors
 
 bench = typer.Typer(no_args_is_help=True, help="Compare methods on a sequence of tasks.")
@@ -30,19 +30,24 @@ def list_() -> None:
     ):
         typer.echo(heading)
         for name, summary in members.items():
-            typer.echo(f"  {name:<10} {summary}")
+            typer.echo(f"  {name:<17} {summary}")
 
 
 @bench.command("run")
 def run_(
     sequence: Annotated[str, typer.Argument(help="Which tasks, as named by `memsyn bench list`.")],
-    methods: Annotated[str, typer.Option(help="Methods to compare, with commas between.")] = ",".join(METHODS),
+    methods: Annotated[str, typer.Option(help="Methods to compare, with commas between.")] = "finetune,mas",
     seeds: Annotated[int, typer.Option(help="How many seeds, from 0 on.")] = 3,
-    size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = Settings.size,
+    size: Annotated[
+        int | None, typer.Option(help="Side of the images in pixels.", show_default="the sequence's first")
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over each task's images.")] = Settings.epochs,
     batch_size: Annotated[int, typer.Option(help="Images in a step.")] = Settings.batch_size,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = Settings.lr,
-    strength: Annotated[float, typer.Option(help="Weight of the penalty, lambda.")] = Settings.strength,
+    warmup: Annotated[int, typer.Option(help="Epochs, of these, in which heads learn alone.")] = Settings.warmup,
+    strength: Annotated[
+        str, typer.Option(help="A number for all; own: each method's default; chosen: by validation data.")
+    ] = OWN,
     out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/SEQUENCE")] = None,
 ) -> None:
     """Run methods through a sequence of tasks, one after the other.
@@ -56,7 +61,13 @@ def run_(
     folder = Path("runs", sequence) if out is None else out
     with plain_errors():
         settings = Settings(
-            sequence=sequence, size=size, epochs=epochs, batch_size=batch_size, lr=lr, strength=strength
+            sequence=sequence,
+            size=find_sequence(sequence).sizes[0] if size is None else size,
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            warmup=warmup,
+            strength=strength_of(strength),
         )
         try:
             results = run(settings, methods=[name.strip() for name in methods.split(",")], num_seeds=seeds, out=folder)

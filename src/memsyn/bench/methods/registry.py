@@ -1,0 +1,90 @@
+"""The methods by name: what `--methods` takes.
+
+Owns names, one line about each, and the strengths that they have unless told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from memsyn.bench.methods.distillation import Distilling
+from memsyn.bench.methods.merging import Merging, by_fisher, by_mean
+from memsyn.bench.methods.method import FineTuning, Method, Together
+from memsyn.bench.methods.penalties import Remembering, Watching, ewc, l2, mas, mas_batched, rwalk, si
+from memsyn.bench.methods.references import Alone, FrozenBody
+from memsyn.bench.methods.rehearsal import PER_TASK, Rehearsing
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A method that can be run.
+
+    Attributes:
+        summary: one line for `memsyn bench list`.
+        make: strength -> the method before its first task.
+        strength: what its own loss is multiplied by unless told; None for methods that have none.
+    """
+
+    summary: str
+    make: Callable[[float], Method]
+    strength: float | None = None
+
+
+METHODS: dict[str, Rival] = {
+    "finetune": Rival(
+        "train on each task and protect nothing: how much is forgotten without help", lambda _: FineTuning()
+    ),
+    "joint": Rival(
+        "train on all tasks so far, which stores all data: the ceiling", lambda _: Rehearsing(per_task=None)
+    ),
+    "alone": Rival("each task from the first weights: a reference for what can be learned", lambda _: Alone()),
+    "frozen": Rival("only the heads learn after the first task: the floor", lambda _: FrozenBody()),
+    "l2": Rival("hold every weight to its last value alike", lambda strength: Remembering(strength, l2), 1.0),
+    "lwf": Rival("Learning without Forgetting (Li and Hoiem 2016): keep the old heads' outputs", Distilling, 1.0),
+    "ebll": Rival(
+        "Encoder-based lifelong learning (Rannen et al. 2017): LwF, and the features' codes kept",
+        lambda strength: Distilling(strength, encodes=True),
+        1.0,
+    ),
+    "imm-mean": Rival(
+        "IMM (Lee et al. 2017): the mean of the tasks' weights", lambda strength: Merging(strength, by_mean), 1.0
+    ),
+    "imm-mode": Rival(
+        "IMM (Lee et al. 2017): their mean weighted by Fisher information",
+        lambda strength: Merging(strength, by_fisher),
+        1.0,
+    ),
+    "ewc": Rival(
+        "Elastic weight consolidation (Kirkpatrick et al. 2017): the exact Fisher information, online",
+        lambda strength: Remembering(strength, ewc),
+        100.0,
+    ),
+    "si": Rival(
+        "Synaptic Intelligence (Zenke et al. 2017): the loss's path integral",
+        lambda strength: Watching(strength, si),
+        1.0,
+    ),
+    "rwalk": Rival(
+        "RWalk (Chaudhry et al. 2018): running Fisher information and path score",
+        lambda strength: Watching(strength, rwalk),
+        1.0,
+    ),
+    "mas": Rival(
+        "Memory Aware Synapses (Aljundi et al. 2018): importances of all tasks so far are summed",
+        lambda strength: Remembering(strength, mas),
+        1.0,
+    ),
+    "mas-batched": Rival(
+        "MAS with the absolute value after the mean over a batch, as other libraries have it",
+        lambda strength: Remembering(strength, mas_batched),
+        1.0,
+    ),
+    "rehearsal": Rival(f"store {PER_TASK} images of each task and train on them beside", lambda _: Rehearsing()),
+    "mas-rehearsal": Rival(
+        f"MAS, and {PER_TASK} images of each task stored",
+        lambda strength: Together(Remembering(strength, mas), Rehearsing()),
+        1.0,
+    ),
+}
+"""A method that takes importance in another way (lesson, memory) -> memory is one more `Remembering`."""

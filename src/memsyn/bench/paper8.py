@@ -286,7 +286,7 @@ def _prepared(pictures: Sequence[Picture], size: int, root: Path, name: str) -> 
         finally:
             unfinished.unlink(missing_ok=True)
     labels = torch.tensor([picture.label for picture in pictures], dtype=torch.int64)
-    return torch.from_numpy(np.load(path, mmap_mode="c")), labels
+    return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False)), labels
 
 
 def _decode(picture: Picture, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

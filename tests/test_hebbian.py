@@ -18,7 +18,7 @@ from memsyn.objectives import each_output, squared_l2_norm
 from memsyn.routes import BY_RULE
 from tests import reference
 from tests.cases import CASES as ALL_CASES
-from tests.cases import Attention, Lambda, frozen, integers, norm_net, normal, parameter, residual
+from tests.cases import Attention, Hidden, Lambda, frozen, integers, norm_net, normal, parameter, residual
 from tests.test_measure import Snapshot, trained_a_little
 from tests.zoo import ZOO
 
@@ -402,18 +402,6 @@ def test_padding_does_not_count() -> None:
     padded = measured(model, [{"input_ids": ids, "attention_mask": mask}])
     cut = [{"input_ids": ids[k : k + 1, :n], "attention_mask": mask[k : k + 1, :n]} for k, n in enumerate((3, 6, 2))]
     assert max(reference.errors(padded.mean(), measured(model, cut).mean()).values()) <= 1e-12
-
-
-class Hidden(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x @ weight.T
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return grad @ weight, grad.T @ x
 
 
 def test_a_parameter_that_is_used_out_of_sight_is_an_error_that_names_it() -> None:

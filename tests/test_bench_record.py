@@ -29,7 +29,7 @@ SECOND = TaskRecord("mas", 0, 1, "noise 2", (70.0, 80.0), 0.4, 0.1, 1.5, SETTING
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "results.jsonl"
-    append_run(path, SETTINGS)
+    append_run(path, SETTINGS, 3)
     append_task(path, FIRST)
     return path
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from memsyn.bench.settings import Settings
-from memsyn.errors import MemsynError
+from memsyn.errors import MemsynError, OptionError
 
 FILE = "results.jsonl"
 
@@ -71,12 +71,27 @@ class StrengthRecord:
     """Of the settings."""
 
 
+@dataclass(frozen=True)
+class Run:
+    """What a file of results holds, and what it says of itself."""
+
+    settings: Settings
+    num_tasks: int
+    """Of the sequence; all that were seen, in files that do not say."""
+    machines: tuple[str, ...]
+    """Versions, platform and threads: of the start, and of each continuation that differs."""
+    records: tuple[TaskRecord, ...]
+    choices: tuple[StrengthRecord, ...]
+
+
 Results = dict[str, dict[int, list[TaskRecord]]]
 """Method -> seed -> one record a task."""
 
+_Lines = tuple[list[dict[str, Any]], list[TaskRecord], list[StrengthRecord]]
 
-def append_run(path: Path, settings: Settings) -> None:
-    """Say with which settings and versions the lines after this one are made."""
+
+def append_run(path: Path, settings: Settings, num_tasks: int) -> None:
+    """Say with which settings and versions the lines after this one are made, and how many tasks there are."""
     versions = {"memsyn": version("memsyn"), "torch": version("torch"), "python": platform.python_version()}
     _append(
         path,
@@ -84,6 +99,7 @@ def append_run(path: Path, settings: Settings) -> None:
             "kind": "run",
             "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "settings": asdict(settings),
+            "num_tasks": num_tasks,
             "fingerprint": settings.fingerprint,
             "versions": versions,
             "platform": f"{platform.system()} {platform.machine()}",
@@ -113,23 +129,71 @@ def read_all(path: Path, settings: Settings) -> tuple[list[TaskRecord], list[Str
     Raises:
         MemsynError: a line is not ours, or the file holds results of other settings.
     """
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    records, choices = [], []
-    for number, line in enumerate(lines, start=1):
+    runs, records, choices = _read(path, "Use another --out, or remove the folder.") if path.exists() else ([], [], [])
+    for run in runs:
+        _check_settings(path, run["settings"], settings)
+    return records, choices
+
+
+def read_run(path: Path) -> Run:
+    """A file of results by itself: the settings are those that it names.
+
+    Raises:
+        MemsynError: it cannot be read, a line is not ours, there is no `run` record, or there are several that differ
+            in their settings.
+    """
+    advice = "Leave the file out, or make it again with `memsyn bench run`."
+    try:
+        runs, records, choices = _read(path, advice)
+    except OSError as error:
+        raise MemsynError(f"{path} cannot be read: {error.strerror}. {advice}") from error
+    if not runs:
+        raise MemsynError(f"{path} does not say with which settings it was made. {advice}")
+    try:
+        settings = Settings(**runs[0]["settings"])
+    except (TypeError, OptionError) as error:
+        raise MemsynError(f"{path} has settings that this version does not know: {error} {advice}") from error
+    for run in runs[1:]:
+        _check_settings(path, run["settings"], settings)
+    return Run(
+        settings,
+        max([run.get("num_tasks", 0) for run in runs] + [record.task + 1 for record in records]),
+        tuple(dict.fromkeys(map(_machine, runs))),
+        tuple(records),
+        tuple(choices),
+    )
+
+
+def _machine(run: Mapping[str, Any]) -> str:
+    """Where the lines after a `run` record come from."""
+    versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
+    return f"{versions}, {run['platform']}, {run['threads']} thread{'s' * (run['threads'] != 1)}"
+
+
+def _read(path: Path, advice: str) -> _Lines:
+    """All whole lines: `run` records as they are, the others as values."""
+    runs, records, choices = [], [], []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             entry = json.loads(line)
             kind = entry.pop("kind")
             if kind == "run":
-                _check_settings(path, entry["settings"], settings)
+                runs.append(_whole(entry))
             elif kind == "strength":
                 choices.append(StrengthRecord(**_with_tuples(entry, "candidates", "scores")))
             else:
                 records.append(TaskRecord(**_with_tuples(entry, "accuracies")))
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise MemsynError(
-                f"{path}, line {number} is no record of memsyn bench. Use another --out, or remove the folder."
-            ) from None
-    return records, choices
+            raise MemsynError(f"{path}, line {number} is no record of memsyn bench. {advice}") from None
+    return runs, records, choices
+
+
+def _whole(run: dict[str, Any]) -> dict[str, Any]:
+    """The `run` record, if it is one."""
+    missing = {"settings", "versions", "platform", "threads"} - run.keys()
+    if missing:
+        raise KeyError(*missing)
+    return run
 
 
 def _with_tuples(entry: Mapping[str, Any], *names: str) -> dict[str, Any]:

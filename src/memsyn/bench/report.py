@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from rich.table import Table
 
+from memsyn.bench.markdown import escape, table
 from memsyn.bench.metrics import Matrix, average_accuracy, forgetting, learning_accuracy, spread
 from memsyn.bench.record import Results
 from memsyn.bench.settings import CHOSEN, OWN, Settings
@@ -19,6 +20,11 @@ COLUMNS: dict[str, Callable[[Matrix], float]] = {
     "When learned (%)": learning_accuracy,
 }
 """The table's columns after the method."""
+
+MEANINGS = (
+    "Average accuracy: over all tasks after the last one. Forgetting: the mean drop from right after learning a "
+    "task to the end; below 0 is gain. When learned: the mean accuracy right after learning each task."
+)
 
 
 def matrices(results: Results) -> dict[str, list[Matrix]]:
@@ -46,11 +52,16 @@ def title(settings: Settings, num_seeds: int) -> str:
 def note(settings: Settings, num_seeds: int) -> str:
     """How to read the numbers, and with which settings they were made."""
     how = {1: "One seed: no spread is known.", 2: "Mean over two seeds and, in brackets, both."}
+    spreads = how.get(num_seeds, "Mean over the seeds ± standard deviation.")
+    return f"{MEANINGS} {spreads} {training(settings)}"
+
+
+def training(settings: Settings) -> str:
+    """How every method was trained."""
+    warmup = f", in the first {settings.warmup} heads alone" if settings.warmup else ""
     return (
-        "Average accuracy: over all tasks after the last one. Forgetting: the mean drop from right after learning a "
-        "task to the end; below 0 is gain. When learned: the mean accuracy right after learning each task. "
-        f"{how.get(num_seeds, 'Mean over the seeds ± standard deviation.')} {settings.epochs} epochs a task, Adam, "
-        f"lr {settings.lr:g}, batch size {settings.batch_size}, {_strength(settings.strength)}."
+        f"{settings.epochs} epochs a task{warmup}, Adam, lr {settings.lr:g}, batch size {settings.batch_size}, "
+        f"{_strength(settings.strength)}."
     )
 
 
@@ -62,23 +73,18 @@ def _strength(strength: float | str) -> str:
 def rich_table(results: Results, settings: Settings) -> Table:
     """The table for the terminal."""
     num_seeds = max(map(len, results.values()))
-    table = Table(title=title(settings, num_seeds), caption=note(settings, num_seeds), caption_justify="left")
-    table.add_column("Method")
+    found = Table(title=title(settings, num_seeds), caption=note(settings, num_seeds), caption_justify="left")
+    found.add_column("Method")
     for column in COLUMNS:
-        table.add_column(column, justify="right")
+        found.add_column(column, justify="right")
     for row in cells(results):
-        table.add_row(*row)
-    return table
+        found.add_row(*row)
+    return found
 
 
 def markdown_table(results: Results, settings: Settings) -> str:
     """The same table for a document."""
     num_seeds = max(map(len, results.values()))
-    lines = [
-        f"**{title(settings, num_seeds)}**\n",
-        f"| Method | {' | '.join(COLUMNS)} |",
-        f"|---|{'---:|' * len(COLUMNS)}",
-        *(f"| {' | '.join(row)} |" for row in cells(results)),
-        f"\n{note(settings, num_seeds)}\n",
-    ]
-    return "\n".join(lines)
+    rows = [[escape(method), *numbers] for method, *numbers in cells(results)]
+    heading, below = title(settings, num_seeds), note(settings, num_seeds)
+    return f"**{heading}**\n\n{table(['Method', *COLUMNS], rows)}\n\n{below}\n"

@@ -49,7 +49,7 @@ def run(settings: Settings, *, methods: Sequence[str], num_seeds: int, out: Path
     runner = _Runner(settings, out)
     num_todo = sum(runner.num_todo(*pair) for pair in pairs)
     if num_todo:
-        append_run(out / FILE, settings)
+        append_run(out / FILE, settings, len(runner.tasks))
     with tqdm(total=num_todo * settings.epochs, unit="epoch", disable=None if num_todo else True) as bar:
         for pair in pairs:
             runner.finish(*pair, bar)

@@ -24,11 +24,13 @@ class Rival:
         summary: one line for `memsyn bench list`.
         make: strength -> the method before its first task.
         strength: what its own loss is multiplied by unless told; None for methods that have none.
+        stores_data: whether it keeps images of earlier tasks, and so is no rival to those that keep none.
     """
 
     summary: str
     make: Callable[[float], Method]
     strength: float | None = None
+    stores_data: bool = False
 
 
 METHODS: dict[str, Rival] = {
@@ -36,7 +38,9 @@ METHODS: dict[str, Rival] = {
         "train on each task and protect nothing: how much is forgotten without help", lambda _: FineTuning()
     ),
     "joint": Rival(
-        "train on all tasks so far, which stores all data: the ceiling", lambda _: Rehearsing(per_task=None)
+        "train on all tasks so far, which stores all data: the ceiling",
+        lambda _: Rehearsing(per_task=None),
+        stores_data=True,
     ),
     "alone": Rival("each task from the first weights: a reference for what can be learned", lambda _: Alone()),
     "frozen": Rival("only the heads learn after the first task: the floor", lambda _: FrozenBody()),
@@ -80,11 +84,14 @@ METHODS: dict[str, Rival] = {
         lambda strength: Remembering(strength, mas_batched),
         1.0,
     ),
-    "rehearsal": Rival(f"store {PER_TASK} images of each task and train on them beside", lambda _: Rehearsing()),
+    "rehearsal": Rival(
+        f"store {PER_TASK} images of each task and train on them beside", lambda _: Rehearsing(), stores_data=True
+    ),
     "mas-rehearsal": Rival(
         f"MAS, and {PER_TASK} images of each task stored",
         lambda strength: Together(Remembering(strength, mas), Rehearsing()),
         1.0,
+        stores_data=True,
     ),
 }
 """A method that takes importance in another way (lesson, memory) -> memory is one more `Remembering`."""

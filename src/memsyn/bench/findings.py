@@ -1,0 +1,162 @@
+"""What a file of results says of each method: its finished seeds, and its numbers over them.
+
+Owns which seeds count and how numbers of several seeds are put together and written; the formulas are in `metrics`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import final
+
+from memsyn.bench.methods.registry import METHODS
+from memsyn.bench.metrics import Interval, Matrix, average_accuracy, diagonal, interval, paired
+from memsyn.bench.record import Results, Run, TaskRecord, read_run
+
+ALONE, JOINT, FROZEN, FINETUNE, MAS = "alone", "joint", "frozen", "finetune", "mas"
+"""Methods that the others are compared with."""
+NONE = "–"
+"""A cell without a number."""
+
+Numbers = dict[int, float]
+"""Seed -> number."""
+
+
+@final
+@dataclass(frozen=True)
+class Findings:
+    """The results of one run.
+
+    Attributes:
+        name: of the run.
+        run: what its file holds.
+        results: of the seeds that have learned every task; methods in the order of the registry.
+        unfinished: the other seeds: method, seed, tasks learned.
+    """
+
+    name: str
+    run: Run
+    results: Results
+    unfinished: tuple[tuple[str, int, int], ...]
+
+    @property
+    def methods(self) -> list[str]:
+        """Those with a finished seed."""
+        return list(self.results)
+
+    @property
+    def rivals(self) -> list[str]:
+        """Those of them that store no data and learn the tasks one after the other."""
+        return [method for method in self.results if not stores_data(method) and method != ALONE]
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks' names, in order."""
+        names = {record.task: record.name for record in self.run.records}
+        return [names[task] for task in sorted(names)]
+
+    def matrix(self, method: str, seed: int) -> Matrix:
+        """The accuracy matrix of one seed."""
+        return [record.accuracies for record in self.results[method][seed]]
+
+    def by_seed(self, method: str, number: Callable[[Matrix], float]) -> Numbers:
+        """A number of each finished seed's matrix; none for a method that has no finished seed."""
+        return {seed: number(self.matrix(method, seed)) for seed in self.results.get(method, {})}
+
+    def against(self, method: str, other: str, number: Callable[[Matrix, Sequence[float]], float]) -> Numbers:
+        """A number of each seed's matrix and of the other method's accuracies when learned, of the same seed."""
+        seeds = self.results.get(method, {}).keys() & self.results.get(other, {}).keys()
+        return {
+            seed: number(self.matrix(method, seed), diagonal(self.matrix(other, seed))) for seed in sorted(seeds)
+        }
+
+    @property
+    def scorings(self) -> list[str]:
+        """The other scorings by name, of any method."""
+        return list(dict.fromkeys(name for record in self._last_records() for name in record.scores))
+
+    def scores(self, method: str, scoring: str) -> Numbers:
+        """Each seed's mean of another scoring after the last task; none where the method was not scored so."""
+        last = {seed: records[-1].scores for seed, records in self.results.get(method, {}).items()}
+        return {seed: fmean(scores[scoring]) for seed, scores in last.items() if scores.get(scoring)}
+
+    def _last_records(self) -> list[TaskRecord]:
+        return [records[-1] for seeds in self.results.values() for records in seeds.values()]
+
+    def averages(self, method: str) -> Numbers:
+        """Each seed's average accuracy."""
+        return self.by_seed(method, average_accuracy)
+
+    def best(self) -> str | None:
+        """The rival with the highest mean average accuracy."""
+        return max(self.rivals, key=lambda method: mean(self.averages(method)), default=None)
+
+
+def read_findings(path: Path) -> Findings:
+    """The findings of a file, `NAME.jsonl`, or `NAME/results.jsonl` as a run leaves it.
+
+    Raises:
+        MemsynError: see `memsyn.bench.record.read_run`.
+    """
+    run = read_run(path)
+    found: dict[str, dict[int, dict[int, TaskRecord]]] = {}
+    for record in run.records:
+        found.setdefault(record.method, {}).setdefault(record.seed, {})[record.task] = record
+    order = [*METHODS, *found]
+    results: Results = {}
+    unfinished = []
+    for method in sorted(found, key=order.index):
+        for seed, records in sorted(found[method].items()):
+            if len(records) == run.num_tasks:
+                results.setdefault(method, {})[seed] = [records[task] for task in range(run.num_tasks)]
+            else:
+                unfinished.append((method, seed, len(records)))
+    name = path.resolve().parent.name if path.stem == "results" else path.stem
+    return Findings(name, run, results, tuple(unfinished))
+
+
+def stores_data(method: str) -> bool:
+    """Whether the method keeps images of earlier tasks; a method that this version does not know is taken not to."""
+    return method in METHODS and METHODS[method].stores_data
+
+
+def mean(numbers: Numbers) -> float:
+    """Over the seeds; NaN for none."""
+    return math.fsum(numbers.values()) / len(numbers) if numbers else math.nan
+
+
+def estimate(numbers: Numbers) -> str:
+    """`mean ± half of the 95% interval` over the seeds, `mean` for one, a dash for none."""
+    if len(numbers) < 2:
+        return f"{mean(numbers):.1f}" if numbers else NONE
+    return str(interval(list(numbers.values())))
+
+
+def difference(numbers: Numbers, others: Numbers) -> Interval | None:
+    """numbers - others, seed by seed, over the seeds that both have; None for none.
+
+    With one seed nothing is known of how far the mean may be off: half is infinite.
+    """
+    seeds = sorted(numbers.keys() & others.keys())
+    if len(seeds) < 2:
+        return Interval(numbers[seeds[0]] - others[seeds[0]], math.inf, 1) if seeds else None
+    return paired([numbers[seed] for seed in seeds], [others[seed] for seed in seeds])
+
+
+def signed(found: Interval | None) -> str:
+    """A difference as a cell: `+mean ± half`."""
+    if found is None:
+        return NONE
+    return f"{found.mean:+.1f}" + ("" if math.isinf(found.half) else f" ± {found.half:.1f}")
+
+
+def compared(found: Interval, *, unit: str = "points", above: str = "above", below: str = "below") -> str:
+    """A difference in words, and whether its interval tells it from none."""
+    half = "" if math.isinf(found.half) else f" ± {found.half:.1f}"
+    words = f"{abs(found.mean):.1f}{half} {unit} {above if found.mean >= 0 else below}"
+    if math.isinf(found.half):
+        return f"{words} (one seed: not known how sure)"
+    return words if abs(found.mean) > found.half else f"{words} (the interval holds 0)"

@@ -1,0 +1,303 @@
+"""What `memsyn bench results` says of one file of results: its command, its tables, and what they come to in words.
+
+Owns layout and sentences. Every number in a sentence is computed here, none is typed.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import fields
+from statistics import fmean
+
+from memsyn.bench.findings import (
+    ALONE,
+    FROZEN,
+    JOINT,
+    MAS,
+    NONE,
+    Findings,
+    Numbers,
+    compared,
+    difference,
+    estimate,
+    mean,
+    signed,
+    stores_data,
+)
+from memsyn.bench.markdown import details, escape, table
+from memsyn.bench.metrics import average_accuracy, forgetting, forward_transfer, intransigence, learning_accuracy
+from memsyn.bench.report import title, training
+from memsyn.bench.sequences import find_sequence
+from memsyn.bench.settings import Settings
+
+NEAR = 3.0
+"""Points: where a frozen body ends so near to the best method, there was nothing to be remembered."""
+
+
+def section(found: Findings, level: int) -> str:
+    """All that is said of one file, under a heading of that level."""
+    settings = found.run.settings
+    parts = [
+        f"{'#' * level} {escape(found.name)}",
+        f"{escape(_title(found))}: {escape(find_sequence(settings.sequence).summary)}. {training(settings)}",
+        "\n".join(f"    {line}" for line in commands(found)),
+        f"Made with {escape('; then '.join(found.run.machines))}.",
+        unfinished(found),
+    ]
+    if found.methods:
+        parts += [
+            " ".join(sentences(found)),
+            accuracy_table(found),
+            cost_table(found),
+            strength_table(found),
+            task_table(found),
+            details(f"The whole {quantity(settings)} matrix of each method, mean over the seeds", _matrices(found)),
+        ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def quantity(settings: Settings) -> str:
+    """What the sequence is scored by."""
+    return "mean average precision" if settings.sequence.startswith("facts") else "accuracy"
+
+
+def _average(settings: Settings) -> str:
+    word = quantity(settings)
+    return word if "average" in word else f"average {word}"
+
+
+def _title(found: Findings) -> str:
+    counts = sorted({len(seeds) for seeds in found.results.values()})
+    words = title(found.run.settings, counts[-1] if counts else 0)
+    return words if len(counts) < 2 else f"{words}, of some methods fewer"
+
+
+def commands(found: Findings) -> list[str]:
+    """What makes the file: a line for each number of seeds. Options that are as they are anyway are left out."""
+    settings = found.run.settings
+    seeds: dict[str, int] = {method: max(of_method) + 1 for method, of_method in found.results.items()}
+    for method, seed, _ in found.unfinished:
+        seeds[method] = max(seeds.get(method, 0), seed + 1)
+    defaults = {field.name: field.default for field in fields(Settings)}
+    defaults |= {"sequence": settings.sequence, "size": find_sequence(settings.sequence).sizes[0]}
+    others = []
+    for name, default in defaults.items():
+        value = getattr(settings, name)
+        if value != default:
+            others += [f"--{name.replace('_', '-')}", str(value)]
+    lines = []
+    for number in sorted(set(seeds.values()), reverse=True):
+        methods = ",".join(method for method in seeds if seeds[method] == number)
+        words = ["memsyn", "bench", "run", settings.sequence, "--methods", methods, "--seeds", str(number), *others]
+        lines.append(shlex.join(words))
+    return lines
+
+
+def unfinished(found: Findings) -> str:
+    """Which seeds are left out, for they have not learned every task."""
+    names = [
+        f"{escape(method)} seed {seed} ({num} of {found.run.num_tasks} tasks)" for method, seed, num in found.unfinished
+    ]
+    return f"Not finished, and left out: {', '.join(names)}." if names else ""
+
+
+def sentences(found: Findings) -> list[str]:
+    """The headline: who is best, what MAS does, how near joint training it comes, and whether the body mattered."""
+    best = found.best()
+    if best is None:
+        return []
+    word, best_numbers = _average(found.run.settings), found.averages(best)
+    said = [
+        f"Of the methods that store no data **{escape(best)}** has the highest {word}: {estimate(best_numbers)}%."
+    ]
+    if MAS in found.results:
+        said += _of_mas(found, best)
+    if FROZEN in found.results:
+        gap = mean(best_numbers) - mean(found.averages(FROZEN))
+        said.append(
+            f"The frozen body ends within {NEAR:g} points ({gap:.1f}) of the best method that stores no data: this "
+            "experiment shows nothing about memory."
+            if gap <= NEAR
+            else f"The frozen body ends {gap:.1f} points below the best method that stores no data."
+        )
+    if any(len(seeds) == 1 for seeds in found.results.values()):
+        said.append("Of a single seed no interval is known: its numbers stand alone.")
+    return said
+
+
+def _of_mas(found: Findings, best: str) -> list[str]:
+    """What MAS does, and how far it is from the best rival, or the next, and from joint training."""
+    averages = found.averages(MAS)
+    said = [
+        f"{MAS} ends at {estimate(averages)}% and forgets {estimate(found.by_seed(MAS, forgetting))} points."
+        if best != MAS
+        else f"It forgets {estimate(found.by_seed(MAS, forgetting))} points."
+    ]
+    others = [method for method in found.rivals if method != MAS]
+    other = max(others, key=lambda method: mean(found.averages(method)), default=None)
+    for reference, words in ((other, "Seed by seed, {}"), (JOINT, "{} training, which stores all data,")):
+        apart = difference(found.averages(reference), averages) if reference else None
+        if reference and apart:
+            said.append(f"{words.format(escape(reference)).capitalize()} ends {compared(apart)} {MAS}.")
+    return said
+
+
+Cell = Callable[[str], str]
+"""Method -> what the table says of it."""
+
+
+def accuracy_table(found: Findings) -> str:
+    """What each method reaches, and below it what the columns mean."""
+    best = found.best()
+    columns = _columns(found)
+    averages = next(iter(columns))
+
+    def row(method: str) -> list[str]:
+        cells = {name: cell(method) for name, cell in columns.items()}
+        if method == ALONE:  # it forgets by definition: only what it learns means something
+            cells = {name: value if name == LEARNED else NONE for name, value in cells.items()}
+        if method == best:
+            cells[averages] = f"**{cells[averages]}**"
+        return [f"**{escape(method)}**" if method == best else escape(method), *cells.values()]
+
+    rows = [row(method) for method in found.rivals]
+    apart = [method for method in found.methods if method not in found.rivals]
+    if apart:
+        rows.append(["*store data, or are references:*", *[""] * len(columns)])
+    rows += [row(method) for method in apart]
+    return f"{table(['Method', *columns], rows)}\n\n{_meanings(found, columns)}"
+
+
+LEARNED = "When learned (%)"
+
+
+def _columns(found: Findings) -> dict[str, Cell]:
+    """The columns that the run has the methods for, and the other scorings that its records hold."""
+    columns: dict[str, Cell] = {
+        f"{_average(found.run.settings).capitalize()} (%)": lambda method: estimate(found.averages(method)),
+    }
+    if MAS in found.results:
+        base = found.averages(MAS)
+        columns[f"Minus {MAS} (points)"] = lambda method: (
+            NONE if method == MAS else signed(difference(found.averages(method), base))
+        )
+    columns["Forgetting (points)"] = lambda method: estimate(found.by_seed(method, forgetting))
+    columns[LEARNED] = lambda method: estimate(found.by_seed(method, learning_accuracy))
+    if ALONE in found.results:
+        columns["Forward transfer (points)"] = lambda method: estimate(found.against(method, ALONE, forward_transfer))
+    if JOINT in found.results:
+        columns["Intransigence (points)"] = lambda method: (
+            NONE if method == JOINT else estimate(found.against(method, JOINT, intransigence))
+        )
+    for name in found.scorings:
+        columns[f"{escape(name).capitalize()} (%)"] = lambda method, name=name: estimate(found.scores(method, name))
+    return columns
+
+
+def _meanings(found: Findings, columns: dict[str, Cell]) -> str:
+    word = quantity(found.run.settings)
+    said = [
+        f"{_average(found.run.settings).capitalize()}: over all tasks after the last one, mean over the seeds ± half "
+        f"of its 95% interval; bold is the highest of the methods that store no data.",
+        "Forgetting: the mean drop from right after learning a task to the end; below 0 is gain. Backward transfer is "
+        f"minus the forgetting. When learned: the mean {word} right after learning each task.",
+    ]
+    if MAS in found.results:
+        said.append(f"Minus {MAS}: the difference in {_average(found.run.settings)}, seed by seed, and its interval.")
+    if ALONE in found.results:
+        said.append(f"Forward transfer: {word} when learned less that of the task {ALONE}, from the second task on.")
+    if JOINT in found.results:
+        said.append(f"Intransigence: {word} when learned less than that of {JOINT} training on the tasks so far.")
+    if found.scorings:
+        said.append(f"{', '.join(map(escape, found.scorings)).capitalize()}: other scorings, after the last task.")
+    return " ".join(said)
+
+
+def cost_table(found: Findings) -> str:
+    """Strength, seeds, time and memory."""
+    rows = []
+    for method, seeds in found.results.items():
+        records = [record for of_seed in seeds.values() for record in of_seed]
+        strengths = sorted({record.strength for record in records if record.strength is not None})
+        last = found.run.num_tasks - 1
+        kept = [max(record.kept_bytes for record in records if record.task == task) for task in (0, last)]
+        rows.append(
+            [
+                escape(method),
+                ", ".join(f"{strength:g}" for strength in strengths) or NONE,
+                str(len(seeds)),
+                f"{fmean(sum(record.seconds for record in of_seed) for of_seed in seeds.values()):.0f}",
+                readable(kept[0]),
+                readable(kept[1]),
+                readable(max(record.working_bytes for record in records)),
+            ]
+        )
+    columns = ["Method", "Strength", "Seeds", "Seconds a seed", "Kept after task 1", "Kept at the end", "Working"]
+    return (
+        f"{table(columns, rows)}\n\nKept: what a method holds from task to task beside the model. Working: the most that "
+        "it holds while it learns one, beside the model and its optimizer. Seconds by the clock, of a machine with other "
+        "work too."
+    )
+
+
+def readable(num_bytes: int) -> str:
+    """A number of bytes in the largest unit of which there is at least one."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes} B"
+
+
+def strength_table(found: Findings) -> str:
+    """How each strength was chosen; nothing if none was."""
+    rows = []
+    for choice in found.run.choices:
+        tried = [
+            f"**{strength:g}: {score:.1f}**" if strength == choice.strength else f"{strength:g}: {score:.1f}"
+            for strength, score in zip(choice.candidates, choice.scores, strict=True)
+        ]
+        rows.append([escape(choice.method), f"{choice.strength:g}", ", ".join(tried)])
+    if not rows:
+        return ""
+    return (
+        "How the strengths were chosen: every candidate, and the mean validation accuracy (%) on the first two tasks "
+        f"after the second.\n\n{table(['Method', 'Chosen', 'Candidate: score'], rows)}"
+    )
+
+
+def task_table(found: Findings) -> str:
+    """Each task at the end, and of tasks learned alone when they were learned."""
+    rows = []
+    for method in found.methods:
+        seeds = found.results[method]
+        numbers: list[Numbers] = [
+            {
+                seed: (records[task] if method == ALONE else records[-1]).accuracies[task]
+                for seed, records in seeds.items()
+            }
+            for task in range(found.run.num_tasks)
+        ]
+        words = f"{escape(method)} (when learned)" if method == ALONE else escape(method)
+        rows.append([words, *map(estimate, numbers)])
+    heading = f"{quantity(found.run.settings).capitalize()} on each task at the end (%):"
+    return f"{heading}\n\n{table(['Method', *map(escape, found.tasks)], rows)}"
+
+
+def _matrices(found: Findings) -> str:
+    """Row by row what is reached on each task so far; tasks learned alone have none."""
+    blocks = []
+    for method in found.methods:
+        if method == ALONE:
+            continue
+        seeds = found.results[method].values()
+        rows = [
+            [
+                f"after {escape(name)}",
+                *(f"{fmean(records[after].accuracies[task] for records in seeds):.1f}" for task in range(after + 1)),
+                *[""] * (found.run.num_tasks - after - 1),
+            ]
+            for after, name in enumerate(found.tasks)
+        ]
+        blocks.append(f"{escape(method)}:\n\n{table(['', *map(escape, found.tasks)], rows)}")
+    return "\n\n".join(blocks)

@@ -24,7 +24,7 @@ from memsyn.bench.methods.method import Method
 from memsyn.bench.methods.registry import METHODS
 from memsyn.bench.networks import Network
 from memsyn.bench.record import FILE, Results, TaskRecord, append_run, append_strength, append_task, read_all
-from memsyn.bench.scoring import accuracies
+from memsyn.bench.scoring import score
 from memsyn.bench.sequences import find_sequence
 from memsyn.bench.settings import OWN, Settings
 from memsyn.bench.strengths import NUM_TRAININGS, choose_strength
@@ -156,12 +156,13 @@ class _Runner:
         learner.end(lesson)
         if learner.memory.importance:
             learner.memory.save(self.out / f"{method}-seed{seed}.memsyn.safetensors")
+        first, *others = [(kind, score(model, self.tasks[: index + 1], kind)) for kind in self.sequence.scorings]
         record = TaskRecord(
             method=method,
             seed=seed,
             task=index,
             name=task.name,
-            accuracies=tuple(accuracies(model, self.tasks[: index + 1], self.sequence.scorings[0])),
+            accuracies=first[1],
             loss=loss,
             penalty=training.penalty,
             seconds=time.perf_counter() - start,
@@ -169,6 +170,7 @@ class _Runner:
             strength=strength,
             kept_bytes=learner.num_bytes(),
             working_bytes=training.num_bytes,
+            scores=dict(others),
         )
         if record.key not in self.records:
             append_task(self.out / FILE, record)

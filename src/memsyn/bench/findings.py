@@ -69,9 +69,7 @@ class Findings:
     def against(self, method: str, other: str, number: Callable[[Matrix, Sequence[float]], float]) -> Numbers:
         """A number of each seed's matrix and of the other method's accuracies when learned, of the same seed."""
         seeds = self.results.get(method, {}).keys() & self.results.get(other, {}).keys()
-        return {
-            seed: number(self.matrix(method, seed), diagonal(self.matrix(other, seed))) for seed in sorted(seeds)
-        }
+        return {seed: number(self.matrix(method, seed), diagonal(self.matrix(other, seed))) for seed in sorted(seeds)}
 
     @property
     def scorings(self) -> list[str]:
@@ -153,10 +151,11 @@ def signed(found: Interval | None) -> str:
     return f"{found.mean:+.1f}" + ("" if math.isinf(found.half) else f" ± {found.half:.1f}")
 
 
-def compared(found: Interval, *, unit: str = "points", above: str = "above", below: str = "below") -> str:
+def compared(found: Interval, above: str, below: str) -> str:
     """A difference in words, and whether its interval tells it from none."""
-    half = "" if math.isinf(found.half) else f" ± {found.half:.1f}"
-    words = f"{abs(found.mean):.1f}{half} {unit} {above if found.mean >= 0 else below}"
-    if math.isinf(found.half):
-        return f"{words} (one seed: not known how sure)"
+    lone = math.isinf(found.half)
+    half = "" if lone else f" ± {found.half:.1f}"
+    words = f"{abs(found.mean):.1f}{half} points {above if found.mean >= 0 else below}"
+    if lone:
+        return f"{words} (one seed: no interval is known)"
     return words if abs(found.mean) > found.half else f"{words} (the interval holds 0)"

@@ -61,3 +61,25 @@ def _draw(panel: Axes, of_seeds: list[Matrix], names: list[str]) -> None:
     panel.set_ylim(0, 100)
     panel.grid(axis="y", alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def plot_strengths(strengths: list[float], curves: dict[str, list[list[float]]], heading: str, path: Path) -> None:
+    """Write a picture (PNG): against the strength, on a logarithmic axis, a panel a number.
+
+    `curves`: what the number is -> for each strength, of every seed. Lines are means over the seeds, bands go from the
+    lowest seed to the highest.
+    """
+    figure = Figure(figsize=(4.6 * len(curves), 3.8), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for panel, (name, values), colour in zip(panels, curves.items(), COLOURS, strict=False):
+        panel.plot(strengths, [fmean(v) for v in values], color=colour, marker="o", markersize=5)
+        panel.fill_between(
+            strengths, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0
+        )
+        panel.set_xscale("log")
+        panel.set_xlabel("strength")
+        panel.set_title(name, fontsize="medium")
+        panel.grid(axis="y", alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(heading)
+    figure.savefig(path)

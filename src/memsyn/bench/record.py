@@ -155,8 +155,8 @@ def read_run(path: Path) -> Run:
         settings = Settings(**runs[0]["settings"])
     except (TypeError, OptionError) as error:
         raise MemsynError(f"{path} has settings that this version does not know: {error} {advice}") from error
-    for run in runs[1:]:
-        _check_settings(path, run["settings"], settings)
+    if any(run["settings"] != runs[0]["settings"] for run in runs):
+        raise MemsynError(f"{path} holds runs of several settings. {advice}")
     return Run(
         settings,
         max([run.get("num_tasks", 0) for run in runs] + [record.task + 1 for record in records]),

@@ -59,8 +59,9 @@ def note(settings: Settings, num_seeds: int) -> str:
 def training(settings: Settings) -> str:
     """How every method was trained."""
     warmup = f", in the first {settings.warmup} heads alone" if settings.warmup else ""
+    epochs = "1 epoch" if settings.epochs == 1 else f"{settings.epochs} epochs"
     return (
-        f"{settings.epochs} epochs a task{warmup}, Adam, lr {settings.lr:g}, batch size {settings.batch_size}, "
+        f"{epochs} a task{warmup}, Adam, lr {settings.lr:g}, batch size {settings.batch_size}, "
         f"{_strength(settings.strength)}."
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from statistics import fmean
 
 from memsyn.bench.findings import (
@@ -23,10 +24,9 @@ from memsyn.bench.findings import (
     estimate,
     mean,
     signed,
-    stores_data,
 )
 from memsyn.bench.markdown import details, escape, table
-from memsyn.bench.metrics import average_accuracy, forgetting, forward_transfer, intransigence, learning_accuracy
+from memsyn.bench.metrics import forgetting, forward_transfer, intransigence, learning_accuracy
 from memsyn.bench.report import title, training
 from memsyn.bench.sequences import find_sequence
 from memsyn.bench.settings import Settings
@@ -108,18 +108,16 @@ def sentences(found: Findings) -> list[str]:
     if best is None:
         return []
     word, best_numbers = _average(found.run.settings), found.averages(best)
-    said = [
-        f"Of the methods that store no data **{escape(best)}** has the highest {word}: {estimate(best_numbers)}%."
-    ]
+    said = [f"Of the methods that store no data **{escape(best)}** has the highest {word}: {estimate(best_numbers)}%."]
     if MAS in found.results:
         said += _of_mas(found, best)
-    if FROZEN in found.results:
-        gap = mean(best_numbers) - mean(found.averages(FROZEN))
+    apart = difference(best_numbers, found.averages(FROZEN))
+    if apart:
         said.append(
-            f"The frozen body ends within {NEAR:g} points ({gap:.1f}) of the best method that stores no data: this "
-            "experiment shows nothing about memory."
-            if gap <= NEAR
-            else f"The frozen body ends {gap:.1f} points below the best method that stores no data."
+            f"The frozen body ends within {NEAR:g} points ({apart.mean:.1f}) of the best method that stores no data: "
+            "this experiment shows nothing about memory."
+            if apart.mean <= NEAR
+            else f"The frozen body ends {apart.mean:.1f} points below the best method that stores no data."
         )
     if any(len(seeds) == 1 for seeds in found.results.values()):
         said.append("Of a single seed no interval is known: its numbers stand alone.")
@@ -135,11 +133,15 @@ def _of_mas(found: Findings, best: str) -> list[str]:
         else f"It forgets {estimate(found.by_seed(MAS, forgetting))} points."
     ]
     others = [method for method in found.rivals if method != MAS]
-    other = max(others, key=lambda method: mean(found.averages(method)), default=None)
-    for reference, words in ((other, "Seed by seed, {}"), (JOINT, "{} training, which stores all data,")):
-        apart = difference(found.averages(reference), averages) if reference else None
-        if reference and apart:
-            said.append(f"{words.format(escape(reference)).capitalize()} ends {compared(apart)} {MAS}.")
+    if others:
+        other = max(others, key=lambda method: mean(found.averages(method)))
+        apart = difference(found.averages(other), averages)
+        rank = "Seed by seed the next" if best == MAS else "Seed by seed the best"
+        said += [f"{rank}, {escape(other)}, ends {compared(apart, f'above {MAS}', f'below {MAS}')}."] if apart else []
+    apart = difference(averages, found.averages(JOINT))
+    if apart:
+        words = compared(apart, f"above {JOINT} training", f"below {JOINT} training")
+        said.append(f"{MAS} ends {words}, which stores all data.")
     return said
 
 
@@ -191,8 +193,12 @@ def _columns(found: Findings) -> dict[str, Cell]:
             NONE if method == JOINT else estimate(found.against(method, JOINT, intransigence))
         )
     for name in found.scorings:
-        columns[f"{escape(name).capitalize()} (%)"] = lambda method, name=name: estimate(found.scores(method, name))
+        columns[f"{escape(name).capitalize()} (%)"] = partial(_score, found, name)
     return columns
+
+
+def _score(found: Findings, scoring: str, method: str) -> str:
+    return estimate(found.scores(method, scoring))
 
 
 def _meanings(found: Findings, columns: dict[str, Cell]) -> str:
@@ -206,11 +212,11 @@ def _meanings(found: Findings, columns: dict[str, Cell]) -> str:
     if MAS in found.results:
         said.append(f"Minus {MAS}: the difference in {_average(found.run.settings)}, seed by seed, and its interval.")
     if ALONE in found.results:
-        said.append(f"Forward transfer: {word} when learned less that of the task {ALONE}, from the second task on.")
+        said.append(f"Forward transfer: {word} when learned less that of {ALONE}, from the second task on.")
     if JOINT in found.results:
-        said.append(f"Intransigence: {word} when learned less than that of {JOINT} training on the tasks so far.")
+        said.append(f"Intransigence: how far {word} when learned falls short of {JOINT} training on the tasks so far.")
     if found.scorings:
-        said.append(f"{', '.join(map(escape, found.scorings)).capitalize()}: other scorings, after the last task.")
+        said.append(f"Other scorings, after the last task: {', '.join(map(escape, found.scorings))}.")
     return " ".join(said)
 
 
@@ -235,9 +241,9 @@ def cost_table(found: Findings) -> str:
         )
     columns = ["Method", "Strength", "Seeds", "Seconds a seed", "Kept after task 1", "Kept at the end", "Working"]
     return (
-        f"{table(columns, rows)}\n\nKept: what a method holds from task to task beside the model. Working: the most that "
-        "it holds while it learns one, beside the model and its optimizer. Seconds by the clock, of a machine with other "
-        "work too."
+        f"{table(columns, rows)}\n\nKept: what a method holds from task to task beside the model. Working: the most "
+        "that it holds while it learns one, beside the model and its optimizer. Seconds by the clock, of a machine "
+        "with other work too."
     )
 
 

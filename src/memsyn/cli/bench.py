@@ -13,6 +13,7 @@ from rich.console import Console
 from memsyn.bench.methods.registry import METHODS
 from memsyn.bench.plots import plot_accuracy
 from memsyn.bench.report import markdown_table, rich_table
+from memsyn.bench.results import write_results
 from memsyn.bench.runner import run
 from memsyn.bench.sequences import SEQUENCES, find_sequence
 from memsyn.bench.settings import OWN, Settings, strength_of
@@ -78,3 +79,24 @@ def run_(
         (folder / "table.md").write_text(markdown_table(results, settings), encoding="utf-8")
         plot_accuracy(results, settings, folder / "accuracy.png")
         typer.echo(f"Results, memories, table.md and accuracy.png are in {folder}.")
+
+
+@bench.command("results")
+def results_(
+    files: Annotated[list[Path], typer.Argument(help="results.jsonl of runs, or copies named after them.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page to write.", show_default="printed")] = None,
+) -> None:
+    """Make one Markdown page of what runs found.
+
+    Tables of each run with 95% intervals and differences from MAS seed by seed, and of runs that belong together:
+    pairs of tasks, strengths, adaptation, facts. Seeds that are not finished are left out and named. With -o, pictures
+    go to a folder beside the page.
+
+    Example: memsyn bench results docs/results/*.jsonl -o docs/results.md
+    """
+    with plain_errors():
+        page = write_results(files, out)
+    if out is None:
+        typer.echo(page, nl=False)
+    else:
+        typer.echo(f"Wrote {out} from {len(files)} file{'s' * (len(files) > 1)}.")

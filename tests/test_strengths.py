@@ -10,6 +10,7 @@ from memsyn.bench import runner, strengths
 from memsyn.bench.learners import generator, lesson_of, train
 from memsyn.bench.methods.registry import METHODS
 from memsyn.bench.record import StrengthRecord, read_all
+from memsyn.bench.scoring import score
 from memsyn.bench.sequences import SEQUENCES
 from memsyn.bench.settings import Settings
 from memsyn.bench.strengths import SEEDS, candidates, choose_strength

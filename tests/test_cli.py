@@ -54,6 +54,7 @@ def test_no_option_comes_or_goes_unnoticed():
             "sequence", "--methods", "--seeds", "--size", "--epochs", "--batch-size", "--lr", "--warmup",
             "--strength", "--out",
         ],
+        "results": ["files", "--out", "-o"],
         "inspect": ["path", "--json"],
         "verify": ["paths", "--json"],
         "diff": ["a", "b", "--json"],
@@ -66,6 +67,7 @@ def test_no_option_comes_or_goes_unnoticed():
     ("command", "example"),
     [
         (["bench", "run"], "memsyn bench run emoji8 --methods finetune,mas --seeds 3"),
+        (["bench", "results"], "memsyn bench results docs/results/*.jsonl -o docs/results.md"),
         (["inspect"], "memsyn inspect runs/demo/mas-seed0.memsyn.safetensors"),
         (["verify"], "memsyn verify backup/*.memsyn.safetensors"),
         (["diff"], "memsyn diff january.memsyn.safetensors february.memsyn.safetensors"),

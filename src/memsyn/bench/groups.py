@@ -106,7 +106,7 @@ def pairs(group: Group) -> str:
         "over the seeds. Mean drop: over the pairs, in points ± half of the 95% interval over the seeds that have "
         "finished every pair."
     )
-    return "\n\n".join([" ".join(said), table(columns, rows), note])
+    return "\n\n".join(filter(None, [" ".join(said), table(columns, rows), note]))
 
 
 def mean_drops(group: Group, method: str) -> Numbers:
@@ -186,7 +186,7 @@ def _adaptation(found: Findings) -> str:
         if apart:
             said.append(f"On the {name} {IN_USE} ends {compared(apart, f'above {MAS}', f'below {MAS}')}.")
     header = ["Method", *(f"{name.capitalize()} (%)" for name in columns)]
-    return "\n\n".join(part for part in (f"{escape(found.name)}: {' '.join(said)}", table(header, rows)) if part)
+    return f"{escape(found.name)}: {' '.join(said)}\n\n{table(header, rows)}"
 
 
 def kept(found: Findings, method: str, scoring: str) -> tuple[Numbers, Numbers]:
@@ -265,8 +265,8 @@ SENSITIVITY = Kind(
     least=2,
 )
 KINDS = (
+    SENSITIVITY,  # first: a pair at several strengths is no several pairs
     Kind(lambda found: f"Pairs from the network of {_pairs_base(found)}, {_place(found)}", _as_pair, pairs),
-    SENSITIVITY,
     Kind(lambda found: "Adaptation: importance of the classes in use alone", _named("adaptation"), adaptation),
     Kind(lambda found: "Facts: mean average precision", _named("facts"), facts),
 )

@@ -267,8 +267,8 @@ def strength_table(found: Findings) -> str:
     if not rows:
         return ""
     return (
-        "How the strengths were chosen: every candidate, and the mean validation accuracy (%) on the first two tasks "
-        f"after the second.\n\n{table(['Method', 'Chosen', 'Candidate: score'], rows)}"
+        f"How the strengths were chosen: every candidate, and the mean validation {quantity(found.run.settings)} (%) on "
+        f"the first two tasks after the second.\n\n{table(['Method', 'Chosen', 'Candidate: score'], rows)}"
     )
 
 

@@ -103,8 +103,7 @@ def pairs(group: Group) -> str:
                 )
     note = (
         "A cell: accuracy on the first task after the second (its change) / accuracy on the second, in percent, means "
-        "over the seeds. Mean drop: over the pairs, in points ± half of the 95% interval over the seeds that have "
-        "finished every pair."
+        "over the seeds. Mean drop: over the pairs, in points, of the seeds that have finished every pair."
     )
     return "\n\n".join(filter(None, [" ".join(said), table(columns, rows), note]))
 
@@ -121,7 +120,8 @@ def _pair_cell(found: Findings, method: str) -> str:
         return NONE
     first = mean(found.by_seed(method, lambda matrix: matrix[-1][0]))
     second = mean(found.by_seed(method, lambda matrix: matrix[-1][1]))
-    return f"{first:.1f} ({-mean(found.by_seed(method, forgetting)):+.1f}) / {second:.1f}"
+    change = round(-mean(found.by_seed(method, forgetting)), 1) + 0.0  # no minus before a zero
+    return f"{first:.1f} ({change:+.1f}) / {second:.1f}"
 
 
 def strength_of(found: Findings) -> float:
@@ -148,7 +148,7 @@ def sensitivity(group: Group) -> str:
             f"{high:g}: {math.log10(high / low):.1f} orders of magnitude."
         )
     columns = ["Strength", "Average accuracy (%)", "Forgetting (points)"]
-    return "\n\n".join([" ".join(said), table(columns, rows), "Mean over the seeds ± half of the 95% interval."])
+    return "\n\n".join([" ".join(said), table(columns, rows)])
 
 
 def plateau(means: dict[float, float], points: float) -> tuple[float, float]:
@@ -163,8 +163,7 @@ def adaptation(group: Group) -> str:
     """What is kept on the classes in use and on the others, and what the new tasks reach, file by file."""
     note = (
         "Classes in use, other classes: accuracy after the last task on those of the earlier tasks and, in brackets, "
-        "in percent of what it was when they were learned. New tasks: accuracy when learned, from the second task on. "
-        "Means over the seeds ± half of the 95% interval."
+        "in percent of what it was when they were learned. New tasks: accuracy when learned, from the second task on."
     )
     return "\n\n".join([*map(_adaptation, group), note])
 
@@ -210,8 +209,8 @@ def facts(group: Group) -> str:
         numbers = {method: over_all(found, method) for method in methods}
         rows.append([escape(found.name), *map(estimate, numbers.values())])
         said.append(_order(found.name, numbers))
-    note = "Mean average precision over all facts after the last task, in percent, mean ± half of the 95% interval."
-    return "\n\n".join([*filter(None, said), table(["", *map(escape, methods)], rows), note])
+    note = "Mean average precision over all facts after the last task, in percent:"
+    return "\n\n".join([*filter(None, said), note, table(["", *map(escape, methods)], rows)])
 
 
 def over_all(found: Findings, method: str) -> Numbers:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from memsyn.bench.findings import MAS, Findings, read_findings
 from memsyn.bench.groups import SENSITIVITY, Group, in_groups, strength_of
+from memsyn.bench.markdown import details
 from memsyn.bench.metrics import average_accuracy, forgetting
 from memsyn.bench.plots import plot_strengths
 from memsyn.bench.report import title
-from memsyn.bench.sections import section
+from memsyn.bench.sections import READING, section
 from memsyn.errors import MemsynError
 
-TOP = """# Results
+TOP = f"""# Results
 
 What the methods of `memsyn bench list` reached, run by run. This page is written from result files by
 
@@ -25,7 +26,9 @@ What the methods of `memsyn bench list` reached, run by run. This page is writte
 and no number on it is typed. Each run stands with the command that makes its file: `results.jsonl` in the run's folder,
 copied to `docs/results` under the run's name. The data are drawings, letters and small pictures, not the photographs of
 the paper, and the networks are others: the numbers are not comparable with the paper's. Methods of one run share
-network, budget, seeds and the order of the data."""
+network, budget, seeds and the order of the data.
+
+{READING}"""
 
 
 def results_page(files: Sequence[Findings], pictures: dict[str, Group] | None = None) -> str:
@@ -38,7 +41,7 @@ def results_page(files: Sequence[Findings], pictures: dict[str, Group] | None = 
     for kind, group in groups:
         parts += [f"## {kind.heading(group[0])}", kind.describe(group)]
         parts += [f"![Accuracy and forgetting]({link})" for link, of in (pictures or {}).items() if of == group]
-        parts += [section(found, 3) for found in group]
+        parts.append(details("The runs one by one", "\n\n".join(section(found, 3) for found in group)))
     return "\n\n".join(parts) + "\n"
 
 

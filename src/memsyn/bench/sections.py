@@ -27,12 +27,25 @@ from memsyn.bench.findings import (
 )
 from memsyn.bench.markdown import details, escape, table
 from memsyn.bench.metrics import forgetting, forward_transfer, intransigence, learning_accuracy
-from memsyn.bench.report import title, training
+from memsyn.bench.report import MEANINGS, title, training
 from memsyn.bench.sequences import find_sequence
 from memsyn.bench.settings import Settings
 
 NEAR = 3.0
 """Points: where a frozen body ends so near to the best method, there was nothing to be remembered."""
+
+
+READING = (
+    f"{MEANINGS} Where facts are found, read mean average precision for accuracy. Backward transfer is minus the "
+    f"forgetting. Minus {MAS}: the difference in average accuracy from {MAS}, seed by seed. Forward transfer: accuracy "
+    f"when learned less that of {ALONE}, from the second task on. Intransigence: how far accuracy when learned falls "
+    f"short of {JOINT} training on the tasks so far. What goes by another scoring's name, such as class-incremental, "
+    "is its mean after the last task. A number is a mean over the seeds ± half of its 95% interval (Student's t), of a "
+    "single seed the number alone; bold is the highest average accuracy of the methods that store no data. Kept: what "
+    "a method holds from task to task beside the model. Working: the most that it holds while it learns one, beside "
+    "the model and its optimizer. Seconds: by the clock, of a machine with other work too."
+)
+"""What the tables' columns mean."""
 
 
 def section(found: Findings, level: int) -> str:
@@ -85,7 +98,7 @@ def commands(found: Findings) -> list[str]:
     for name, default in defaults.items():
         value = getattr(settings, name)
         if value != default:
-            others += [f"--{name.replace('_', '-')}", str(value)]
+            others += [f"--{name.replace('_', '-')}", str(value).removesuffix(".0")]
     lines = []
     for number in sorted(set(seeds.values()), reverse=True):
         methods = ",".join(method for method in seeds if seeds[method] == number)
@@ -108,11 +121,15 @@ def sentences(found: Findings) -> list[str]:
     if best is None:
         return []
     word, best_numbers = _average(found.run.settings), found.averages(best)
-    said = [f"Of the methods that store no data **{escape(best)}** has the highest {word}: {estimate(best_numbers)}%."]
+    several, said = len(found.rivals) > 1, []
+    if several:
+        said = [
+            f"Of the methods that store no data **{escape(best)}** has the highest {word}: {estimate(best_numbers)}%."
+        ]
     if MAS in found.results:
         said += _of_mas(found, best)
     apart = difference(best_numbers, found.averages(FROZEN))
-    if apart:
+    if several and apart:
         said.append(
             f"The frozen body ends within {NEAR:g} points ({apart.mean:.1f}) of the best method that stores no data: "
             "this experiment shows nothing about memory."
@@ -127,12 +144,9 @@ def sentences(found: Findings) -> list[str]:
 def _of_mas(found: Findings, best: str) -> list[str]:
     """What MAS does, and how far it is from the best rival, or the next, and from joint training."""
     averages = found.averages(MAS)
-    said = [
-        f"{MAS} ends at {estimate(averages)}% and forgets {estimate(found.by_seed(MAS, forgetting))} points."
-        if best != MAS
-        else f"It forgets {estimate(found.by_seed(MAS, forgetting))} points."
-    ]
     others = [method for method in found.rivals if method != MAS]
+    start = "It" if others and best == MAS else f"{MAS} ends at {estimate(averages)}% and"
+    said = [f"{start} forgets {estimate(found.by_seed(MAS, forgetting))} points."]
     if others:
         other = max(others, key=lambda method: mean(found.averages(method)))
         apart = difference(found.averages(other), averages)
@@ -150,7 +164,7 @@ Cell = Callable[[str], str]
 
 
 def accuracy_table(found: Findings) -> str:
-    """What each method reaches, and below it what the columns mean."""
+    """What each method reaches; `READING` says what the columns mean."""
     best = found.best()
     columns = _columns(found)
     averages = next(iter(columns))
@@ -168,7 +182,7 @@ def accuracy_table(found: Findings) -> str:
     if apart:
         rows.append(["*store data, or are references:*", *[""] * len(columns)])
     rows += [row(method) for method in apart]
-    return f"{table(['Method', *columns], rows)}\n\n{_meanings(found, columns)}"
+    return table(["Method", *columns], rows)
 
 
 LEARNED = "When learned (%)"
@@ -179,7 +193,7 @@ def _columns(found: Findings) -> dict[str, Cell]:
     columns: dict[str, Cell] = {
         f"{_average(found.run.settings).capitalize()} (%)": lambda method: estimate(found.averages(method)),
     }
-    if MAS in found.results:
+    if MAS in found.results and len(found.methods) > 1:
         base = found.averages(MAS)
         columns[f"Minus {MAS} (points)"] = lambda method: (
             NONE if method == MAS else signed(difference(found.averages(method), base))
@@ -199,25 +213,6 @@ def _columns(found: Findings) -> dict[str, Cell]:
 
 def _score(found: Findings, scoring: str, method: str) -> str:
     return estimate(found.scores(method, scoring))
-
-
-def _meanings(found: Findings, columns: dict[str, Cell]) -> str:
-    word = quantity(found.run.settings)
-    said = [
-        f"{_average(found.run.settings).capitalize()}: over all tasks after the last one, mean over the seeds ± half "
-        f"of its 95% interval; bold is the highest of the methods that store no data.",
-        "Forgetting: the mean drop from right after learning a task to the end; below 0 is gain. Backward transfer is "
-        f"minus the forgetting. When learned: the mean {word} right after learning each task.",
-    ]
-    if MAS in found.results:
-        said.append(f"Minus {MAS}: the difference in {_average(found.run.settings)}, seed by seed, and its interval.")
-    if ALONE in found.results:
-        said.append(f"Forward transfer: {word} when learned less that of {ALONE}, from the second task on.")
-    if JOINT in found.results:
-        said.append(f"Intransigence: how far {word} when learned falls short of {JOINT} training on the tasks so far.")
-    if found.scorings:
-        said.append(f"Other scorings, after the last task: {', '.join(map(escape, found.scorings))}.")
-    return " ".join(said)
 
 
 def cost_table(found: Findings) -> str:
@@ -240,11 +235,7 @@ def cost_table(found: Findings) -> str:
             ]
         )
     columns = ["Method", "Strength", "Seeds", "Seconds a seed", "Kept after task 1", "Kept at the end", "Working"]
-    return (
-        f"{table(columns, rows)}\n\nKept: what a method holds from task to task beside the model. Working: the most "
-        "that it holds while it learns one, beside the model and its optimizer. Seconds by the clock, of a machine "
-        "with other work too."
-    )
+    return table(columns, rows)
 
 
 def readable(num_bytes: int) -> str:
@@ -267,8 +258,8 @@ def strength_table(found: Findings) -> str:
     if not rows:
         return ""
     return (
-        f"How the strengths were chosen: every candidate, and the mean validation {quantity(found.run.settings)} (%) on "
-        f"the first two tasks after the second.\n\n{table(['Method', 'Chosen', 'Candidate: score'], rows)}"
+        f"How the strengths were chosen: every candidate, and the mean validation {quantity(found.run.settings)} (%) "
+        f"on the first two tasks after the second.\n\n{table(['Method', 'Chosen', 'Candidate: score'], rows)}"
     )
 
 

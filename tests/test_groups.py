@@ -82,6 +82,7 @@ def test_pairs_from_another_network_are_another_table(tmp_path):
         ({0.1: 50.0, 1.0: 60.0, 10.0: 59.0, 100.0: 58.9}, 2, (1.0, 100.0)),
         ({1.0: 59.5, 0.1: 59.5, 10.0: 50.0, 20.0: 60.0}, 1, (0.1, 1.0)),
         ({1.0: 60.0, 10.0: 50.0}, 2, (1.0, 1.0)),
+        ({0.001: 60.0, 0.1: 60.0, 1.0: 50.0, 10.0: 60.0, 20.0: 60.0}, 1, (0.001, 0.1)),  # in orders of magnitude
     ],
 )
 def test_the_plateau_is_the_widest_run_near_the_best(means, points, ends):
@@ -119,6 +120,11 @@ def test_strengths_are_one_table_and_a_plateau(tmp_path):
 def test_other_settings_are_no_other_strengths(tmp_path):
     paths = [*write_strengths(tmp_path, {1.0: 70.0}), *write_strengths(tmp_path, {10.0: 75.0}, epochs=3)]
     assert "## Strengths" not in page(*paths)
+
+
+def test_a_strength_of_0_has_no_order_of_magnitude(tmp_path):
+    section = page(*write_strengths(tmp_path, {0.0: 70.0, **MEANS})).split("## Strengths")[1]
+    assert list(rows(section)) == ["0.1", "1", "10", "100"]
 
 
 def test_what_is_kept_in_use_is_compared_with_protecting_everything(tmp_path):

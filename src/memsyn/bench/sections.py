@@ -41,11 +41,11 @@ Where facts are found, read mean average precision for accuracy. Further:
 - A number is a mean over the seeds ± half of its 95% interval (Student's t), of a single seed the number alone. Bold is
   the highest average accuracy of the methods that store no data.
 - Minus {MAS}: the difference in average accuracy from {MAS}, seed by seed.
-- Backward transfer is minus the forgetting. Forward transfer: accuracy when learned less that of {ALONE}, from the second
-  task on. Intransigence: how far accuracy when learned falls short of {JOINT} training on the tasks so far.
+- Backward transfer is minus the forgetting. Forward transfer: accuracy when learned less that of {ALONE}, from the
+  second task on. Intransigence: how far accuracy when learned falls short of {JOINT} training on the tasks so far.
 - What goes by another scoring's name, such as class-incremental, is its mean after the last task.
-- Kept: what a method holds from task to task beside the model. Working: the most that it holds while it learns one, beside
-  the model and its optimizer. Seconds: by the clock, of a machine with other work too."""
+- Kept: what a method holds from task to task beside the model. Working: the most that it holds while it learns one,
+  beside the model and its optimizer. Seconds: by the clock, of a machine with other work too."""
 """What the tables' columns mean."""
 
 

@@ -145,7 +145,8 @@ class _Runner:
         """Learn one task and write down what came of it."""
         task, start, settings = self.tasks[index], time.perf_counter(), self.settings
         bar.set_description(f"{method}, seed {seed}, task {index + 1}/{len(self.tasks)} {task.name}")
-        lesson = lesson_of(model, task, index, settings=settings, augment=self.sequence.augment, seed=seed)
+        augment, loss = self.sequence.augment, self.sequence.loss
+        lesson = lesson_of(model, task, index, settings=settings, augment=augment, seed=seed, loss=loss)
         training = train(lesson, learner, after_epoch=bar.update)
         loss = fmean(training.losses[-math.ceil(len(task.train_labels) / settings.batch_size) :])
         if not math.isfinite(loss):

@@ -30,6 +30,8 @@ class Task:
     test_labels: Tensor
     train_families: Tensor | None = None
     """Whose each training image is, int64 (N,); None where that is not known."""
+    class_vectors: Tensor | None = None
+    """Where the classes lie in an embedding space, float32 (classes, D); None where there is none."""
 
 
 def validation_split(task: Task, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,39 @@
+"""What is minimised while a task is learned: the loss of each image, from what the network makes of it.
+
+Owns the losses. Knows no training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(outputs (N, D), labels (N,), the task's class vectors (C, D) if it has any) -> the loss of each image, (N,)."""
+
+TEMPERATURE = 0.05
+"""Of `similarity_loss`, chosen on training families (docs/log.md)."""
+
+
+def cross_entropy(outputs: Tensor, labels: Tensor, vectors: Tensor | None) -> Tensor:
+    """-log softmax(o_k)_label: the outputs are logits of the task's classes."""
+    return F.cross_entropy(outputs, labels, reduction="none")
+
+
+def cosine_loss(outputs: Tensor, labels: Tensor, vectors: Tensor | None) -> Tensor:
+    """1 - cos(o_k, v_label): each image is drawn to its own text alone."""
+    assert vectors is not None
+    return 1 - F.cosine_similarity(outputs, vectors[labels])
+
+
+def similarity_loss(outputs: Tensor, labels: Tensor, vectors: Tensor | None) -> Tensor:
+    """-log softmax(cos(o_k, v_c) / T over the texts c of the task)_label, T = 0.05.
+
+    The outputs are an embedding, of any length: it is the task's own texts that are told apart, and those of no other
+    task are needed.
+    """
+    assert vectors is not None
+    similarities = F.normalize(outputs) @ F.normalize(vectors).T
+    return F.cross_entropy(similarities / TEMPERATURE, labels, reduction="none")

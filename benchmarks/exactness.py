@@ -30,7 +30,7 @@ from memsyn.bench.learners import generator, lesson_of, train
 from memsyn.bench.methods.method import Method
 from memsyn.bench.methods.registry import METHODS
 from memsyn.bench.networks import MultiHead
-from memsyn.bench.scoring import accuracies
+from memsyn.bench.scoring import score
 from memsyn.bench.sequences import pretrained_network
 from memsyn.bench.settings import Settings
 from memsyn.bench.tasks import Task
@@ -122,7 +122,7 @@ def small_networks(num_samples: int, bar: "tqdm[NoReturn]") -> Iterator[Trained]
         learn(model, task, index, settings, method)
         if index in (0, NUM_TASKS - 1):
             learned = f"{index + 1} task{'s' if index else ''}"
-            right = accuracies(model, tasks[: index + 1], "multi-head")[index]
+            right = score(model, tasks[: index + 1], "multi-head")[index]
             title = f"demo's network after {learned} ({right:.0f}% right)"
             yield Trained(title, model.eval(), partial(through_head, index), redrawn(task, num_samples))
 
@@ -154,7 +154,7 @@ def pretrained_efficientnet(num_samples: int, bar: "tqdm[NoReturn]") -> Iterator
     model = FrozenStatistics(len(task.class_names)).eval()
     bar.set_postfix_str(f"training EfficientNet on {task.name}")
     learn(model, task, 0, settings, METHODS["finetune"].make(0.0))
-    right = accuracies(model, [task], "multi-head")[0]
+    right = score(model, [task], "multi-head")[0]
     title = f"EfficientNet-Lite0 after 1 task ({right:.0f}% right)"
     yield Trained(title, model, partial(through_head, 0), redrawn(task, num_samples))
 

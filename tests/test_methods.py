@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from memsyn import measure
 from memsyn.bench import runner
 from memsyn.bench.learners import lesson_of, train
 from memsyn.bench.methods.distillation import CODE_WEIGHT, codes, distillation, fit_encoder
@@ -239,6 +240,28 @@ def test_batched_mas_takes_the_absolute_value_after_the_mean_over_a_training_bat
     exact = course("mas", 1).method.memory.importance
     assert all(bool((exact[n] >= omega - 1e-12).all()) for n, omega in expected.items())
     assert float(sum(exact[n].sum() for n in exact)) > 1.05 * float(sum(omega.sum() for omega in expected.values()))
+
+
+@pytest.mark.parametrize(
+    ("name", "estimator", "images"),
+    [
+        ("mas-local", "mas-local", lambda task: task.train_images),
+        ("mas-test", "mas", lambda task: task.test_images),
+        ("mas-both", "mas", lambda task: torch.cat([task.test_images, task.train_images])),
+        ("mas-local-test", "mas-local", lambda task: task.test_images),
+        ("mas-local-both", "mas-local", lambda task: torch.cat([task.test_images, task.train_images])),
+        ("mas-in-use", "mas", lambda task: task.train_images[task.train_labels == 1]),
+    ],
+)
+def test_importance_is_of_the_images_that_the_name_says(name, estimator, images, monkeypatch):
+    tasks = [replace(task, classes_in_use=(1,), test_images=2 * task.test_images[:5]) for task in TASKS]
+    monkeypatch.setitem(globals(), "TASKS", tasks)
+    found = course(name, 2)
+    sums = [
+        measure(model, [images(task)], forward=lambda m, x, t=t: m(x, t), estimator=estimator, progress=False).mean()
+        for t, (task, model) in enumerate(zip(TASKS[:2], found.models, strict=True))
+    ]
+    assert_same(found.method.memory.importance, {n: sums[0][n] + sums[1][n] for n in sums[0]})
 
 
 def watched(model, index, pull=None):

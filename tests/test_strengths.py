@@ -10,7 +10,7 @@ from memsyn.bench import runner, strengths
 from memsyn.bench.learners import generator, lesson_of, train
 from memsyn.bench.methods.registry import METHODS
 from memsyn.bench.record import StrengthRecord, read_all
-from memsyn.bench.scoring import accuracies
+from memsyn.bench.scoring import score
 from memsyn.bench.sequences import SEQUENCES
 from memsyn.bench.settings import Settings
 from memsyn.bench.strengths import SEEDS, candidates, choose_strength
@@ -56,7 +56,7 @@ def test_no_test_data_and_no_later_task_is_looked_at(tasks, method):
 @pytest.mark.parametrize("method", ["mas", "imm-mean", "rwalk", "ebll"])
 def test_a_score_is_the_validation_accuracy_after_learning_both_tasks_with_that_strength(tasks, method):
     choice = choose_strength(method, tiny.SEQUENCE, tasks, SETTINGS)
-    for strength, score in list(zip(choice.candidates, choice.scores, strict=True))[::3]:
+    for strength, mean in list(zip(choice.candidates, choice.scores, strict=True))[::3]:
         found = []
         for seed in SEEDS:
             held = [for_validation(task, seed) for task in tasks[:2]]
@@ -65,8 +65,8 @@ def test_a_score_is_the_validation_accuracy_after_learning_both_tasks_with_that_
                 lesson = lesson_of(model, task, index, settings=SETTINGS, augment=tiny.augment, seed=seed)
                 train(lesson, learner, after_epoch=lambda: None)
                 learner.end(lesson)
-            found += accuracies(model, held, "multi-head")
-        assert score == pytest.approx(sum(found) / 6)
+            found += score(model, held, "multi-head")
+        assert mean == pytest.approx(sum(found) / 6)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -50,6 +50,8 @@ class TaskRecord:
     """Of the tensors that the method keeps from this task to the next, beside the model."""
     working_bytes: int
     """Of the tensors that it held while it learned the task, beside the model and its optimizer."""
+    scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """By the name of a scoring, what the other ones of the sequence say of tasks 0 to `task`, in percent."""
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -124,7 +126,8 @@ def read_all(path: Path, settings: Settings) -> tuple[list[TaskRecord], list[Str
             elif kind == "strength":
                 choices.append(StrengthRecord(**_with_tuples(entry, "candidates", "scores")))
             else:
-                records.append(TaskRecord(**_with_tuples(entry, "accuracies")))
+                scores = {name: tuple(values) for name, values in entry.pop("scores").items()}
+                records.append(TaskRecord(**_with_tuples(entry, "accuracies"), scores=scores))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise MemsynError(
                 f"{path}, line {number} is no record of memsyn bench. Use another --out, or remove the folder."

@@ -1,15 +1,17 @@
 """How a network is asked about the tasks it has learned: with the task told, with one head for all, or not told.
 
-Owns the three ways and their accuracies. Knows no training.
+Owns the ways by name, and their accuracies. Knows no training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from memsyn.bench.retrieval import retrieval, retrieval_over_all
 from memsyn.bench.tasks import Task
 from memsyn.errors import OptionError
 
@@ -37,18 +39,9 @@ def _of_all_heads(model: nn.Module, images: Tensor, index: int, tasks: Sequence[
     return model(images)[:, :num_classes].roll(-before, dims=1)  # type: ignore[no-any-return]
 
 
-SCORINGS: dict[str, Answers] = {
-    "multi-head": _of_own_head,
-    "domain-incremental": _of_shared_head,
-    "class-incremental": _of_all_heads,
-}
-"""By name: the task is told; all tasks have the same classes and one head; the class is to be found among those of all
-tasks so far, the task not told (van de Ven and Tolias 2019)."""
-
-
 @torch.inference_mode()
-def accuracies(model: nn.Module, tasks: Sequence[Task], kind: str) -> list[float]:
-    """Return, for each of the tasks learned so far, the share of its test images named rightly, in percent.
+def score(model: nn.Module, tasks: Sequence[Task], kind: str) -> tuple[float, ...]:
+    """Return what the scoring of that name says of the tasks learned so far, each number in percent.
 
     `model(images, j)` gives the logits of task j, (N, its classes); `model(images)` those of the one head, or of all
     heads side by side. The model is left in eval mode.
@@ -59,19 +52,53 @@ def accuracies(model: nn.Module, tasks: Sequence[Task], kind: str) -> list[float
     if kind not in SCORINGS:
         raise OptionError(f"scoring must be one of {', '.join(SCORINGS)}; got {kind!r}.")
     model.eval()
-    return [_accuracy(model, tasks, index, kind) for index in range(len(tasks))]
+    return SCORINGS[kind](model, tasks)
 
 
-def _accuracy(model: nn.Module, tasks: Sequence[Task], index: int, kind: str) -> float:
-    task, num_right = tasks[index], 0
-    asked = tasks if kind == "class-incremental" else [task]
-    num_classes = sum(len(task.class_names) for task in asked)
+def _accuracies(
+    answers: Answers, model: nn.Module, tasks: Sequence[Task], *, joined: bool = False
+) -> tuple[float, ...]:
+    """For each task the share of its test images named rightly; `joined`: among the classes of all tasks."""
+    return tuple(
+        100 * float(_named_rightly(answers, model, tasks, index, joined=joined).double().mean())
+        for index in range(len(tasks))
+    )
+
+
+def _of_classes(model: nn.Module, tasks: Sequence[Task], *, in_use: bool) -> tuple[float, ...]:
+    """The same with the task told, of the images of the classes in use alone, or of those of the others."""
+    values = []
+    for index, task in enumerate(tasks):
+        right = _named_rightly(_of_own_head, model, tasks, index, joined=False)
+        values.append(100 * float(right[task.uses(task.test_labels) == in_use].double().mean()))
+    return tuple(values)
+
+
+def _named_rightly(answers: Answers, model: nn.Module, tasks: Sequence[Task], index: int, *, joined: bool) -> Tensor:
+    """Whether each test image of a task is, (N,) bool."""
+    task, right = tasks[index], []
+    num_classes = sum(len(task.class_names) for task in (tasks if joined else [task]))
     for images, labels in zip(task.test_images.split(BATCH), task.test_labels.split(BATCH), strict=True):
-        logits = SCORINGS[kind](model, images, index, tasks)
+        logits = answers(model, images, index, tasks)
         if logits.shape[1] != num_classes:
             raise OptionError(
-                f"{kind} scoring of task {task.name} needs {num_classes} outputs, and the model gives "
-                f"{logits.shape[1]}. Score it as one of {', '.join(other for other in SCORINGS if other != kind)}."
+                f"this scoring of task {task.name} needs {num_classes} outputs, and the model gives "
+                f"{logits.shape[1]}. Choose one of {', '.join(SCORINGS)} that fits its heads."
             )
-        num_right += int((logits.argmax(dim=1) == labels).sum())
-    return 100 * num_right / len(task.test_labels)
+        right.append(logits.argmax(dim=1) == labels)
+    return torch.cat(right)
+
+
+SCORINGS: dict[str, Callable[[nn.Module, Sequence[Task]], tuple[float, ...]]] = {
+    "multi-head": partial(_accuracies, _of_own_head),
+    "domain-incremental": partial(_accuracies, _of_shared_head),
+    "class-incremental": partial(_accuracies, _of_all_heads, joined=True),
+    "in-use": partial(_of_classes, in_use=True),
+    "other-classes": partial(_of_classes, in_use=False),
+    "retrieval": retrieval,
+    "retrieval-over-all": retrieval_over_all,
+}
+"""By name, (model, tasks so far) -> percents, one a task unless a scoring says otherwise: the task is told; all tasks
+have the same classes and one head; the class is to be found among those of all tasks so far, the task not told (van de
+Ven and Tolias 2019); the task is told, and only classes that are in use count, or only the others;
+see `memsyn.bench.retrieval` for an embedding's."""

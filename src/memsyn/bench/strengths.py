@@ -13,7 +13,7 @@ from memsyn.bench.learners import generator, lesson_of, train
 from memsyn.bench.methods.method import Method
 from memsyn.bench.methods.registry import METHODS
 from memsyn.bench.record import StrengthRecord
-from memsyn.bench.scoring import accuracies
+from memsyn.bench.scoring import score
 from memsyn.bench.sequences import TaskSequence
 from memsyn.bench.settings import Settings
 from memsyn.bench.tasks import Task, for_validation
@@ -92,5 +92,5 @@ def _scores(
         learner = METHODS[method].make(strength)
         learner.load(first.memory, first.kept)
         learned = learn(1, learner)
-        scores.append(fmean(accuracies(model, held, sequence.scorings[0])) if learned else 0.0)
+        scores.append(fmean(score(model, held, sequence.scorings[0])) if learned else 0.0)
     return scores

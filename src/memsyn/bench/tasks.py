@@ -32,6 +32,14 @@ class Task:
     """Whose each training image is, int64 (N,); None where that is not known."""
     class_vectors: Tensor | None = None
     """Where the classes lie in an embedding space, float32 (classes, D); None where there is none."""
+    classes_in_use: tuple[int, ...] | None = None
+    """The labels that the network meets in use, where that is not all of them."""
+
+    def uses(self, labels: Tensor) -> Tensor:
+        """Whether each label is of a class in use, bool."""
+        if self.classes_in_use is None:
+            return torch.ones_like(labels, dtype=torch.bool)
+        return torch.isin(labels, torch.tensor(self.classes_in_use))
 
 
 def validation_split(task: Task, seed: int = 0) -> tuple[Tensor, Tensor]:

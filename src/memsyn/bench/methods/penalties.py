@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from memsyn import Memory, measure
 from memsyn.bench.methods.method import Lesson, Method
+from memsyn.bench.tasks import Task
 from memsyn.parameters import trainable_parameters
 from memsyn.trajectory import PathIntegral, RiemannianWalk
 
@@ -34,16 +35,41 @@ def through_head(lesson: Lesson) -> Callable[[nn.Module, Tensor], Tensor]:
     return forward
 
 
-def _measured(lesson: Lesson, memory: Memory, *, estimator: str) -> Memory:
-    """Add the importance over the task's training images, through its head, and move the anchor."""
-    batches = lesson.task.train_images.split(MEASURE_BATCH)
+def training_images(task: Task) -> Tensor:
+    """What the task is learned from."""
+    return task.train_images
+
+
+def test_images(task: Task) -> Tensor:
+    """What the task is tested on, without the labels: data that the network meets in use."""
+    return task.test_images
+
+
+def all_images(task: Task) -> Tensor:
+    """Both."""
+    return torch.cat([task.train_images, task.test_images])
+
+
+def images_in_use(task: Task) -> Tensor:
+    """The training images of the classes in use."""
+    return task.train_images[task.uses(task.train_labels)]
+
+
+def _measured(lesson: Lesson, memory: Memory, *, estimator: str, images: Callable[[Task], Tensor]) -> Memory:
+    """Add the importance over images of the task, through its head, and move the anchor."""
+    batches = images(lesson.task).split(MEASURE_BATCH)
     found = measure(lesson.model, batches, forward=through_head(lesson), estimator=estimator, progress=False)
     return memory.consolidate(lesson.model, found, rule="sum")
 
 
-def mas(lesson: Lesson, memory: Memory) -> Memory:
+def mas(lesson: Lesson, memory: Memory, *, images: Callable[[Task], Tensor] = training_images) -> Memory:
     """Omega = sum over tasks of 1/N sum_k |d ||y_k||^2 / d theta|, exact (Aljundi et al. 2018, Eq. 2)."""
-    return _measured(lesson, memory, estimator="mas")
+    return _measured(lesson, memory, estimator="mas", images=images)
+
+
+def mas_local(lesson: Lesson, memory: Memory, *, images: Callable[[Task], Tensor] = training_images) -> Memory:
+    """The same of each layer's own output: local MAS, forward passes only (Aljundi et al. 2018, section 4.3)."""
+    return _measured(lesson, memory, estimator="mas-local", images=images)
 
 
 def ewc(lesson: Lesson, memory: Memory) -> Memory:
@@ -52,7 +78,7 @@ def ewc(lesson: Lesson, memory: Memory) -> Memory:
     The online variant: one sum, nothing decays, and one anchor that moves with each task (Kirkpatrick et al. 2017;
     Schwarz et al. 2018 with gamma = 1). Their penalty has a factor 1/2: strength is half their lambda.
     """
-    return _measured(lesson, memory, estimator="fisher")
+    return _measured(lesson, memory, estimator="fisher", images=training_images)
 
 
 def mas_batched(lesson: Lesson, memory: Memory) -> Memory:

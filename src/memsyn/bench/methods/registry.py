@@ -7,13 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+from torch import Tensor
+
+from memsyn import Memory
 from memsyn.bench.methods.distillation import Distilling
 from memsyn.bench.methods.merging import Merging, by_fisher, by_mean
 from memsyn.bench.methods.method import FineTuning, Method, Together
-from memsyn.bench.methods.penalties import Remembering, Watching, ewc, l2, mas, mas_batched, rwalk, si
+from memsyn.bench.methods.penalties import (
+    Remembering,
+    Watching,
+    all_images,
+    ewc,
+    images_in_use,
+    l2,
+    mas,
+    mas_batched,
+    mas_local,
+    rwalk,
+    si,
+    test_images,
+)
 from memsyn.bench.methods.references import Alone, FrozenBody
 from memsyn.bench.methods.rehearsal import PER_TASK, Rehearsing
+from memsyn.bench.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -31,6 +49,11 @@ class Rival:
     make: Callable[[float], Method]
     strength: float | None = None
     classifies: bool = False
+
+
+def _on(remember: Callable[..., Memory], images: Callable[[Task], Tensor], summary: str) -> Rival:
+    """One more way to be told by importance: of other images of the task."""
+    return Rival(summary, lambda strength: Remembering(strength, partial(remember, images=images)), 1.0)
 
 
 METHODS: dict[str, Rival] = {
@@ -85,6 +108,16 @@ METHODS: dict[str, Rival] = {
         lambda strength: Remembering(strength, mas),
         1.0,
     ),
+    "mas-local": Rival(
+        "local MAS: every layer's own output counts, forward passes only",
+        lambda strength: Remembering(strength, mas_local),
+        1.0,
+    ),
+    "mas-test": _on(mas, test_images, "MAS, importance from the test images without their labels"),
+    "mas-both": _on(mas, all_images, "MAS, importance from training and test images"),
+    "mas-local-test": _on(mas_local, test_images, "local MAS, importance from the test images without their labels"),
+    "mas-local-both": _on(mas_local, all_images, "local MAS, importance from training and test images"),
+    "mas-in-use": _on(mas, images_in_use, "MAS, importance from the training images of the classes in use alone"),
     "mas-batched": Rival(
         "MAS with the absolute value after the mean over a batch, as other libraries have it",
         lambda strength: Remembering(strength, mas_batched),

@@ -22,15 +22,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from build_emoji8 import BUILD, LICENCE_NOTES, ROOT, SIZE, STUDIOS, Drawings, Pixels, fetch_package
-from build_emoji8 import PACK as EMOJI8
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from build_emoji8 import BUILD, LICENCE_NOTES, ROOT, SIZE, STUDIOS, Drawings, Pixels, fetch_package
+from build_emoji8 import PACK as EMOJI8
+
 PACK = ROOT / "src" / "memsyn" / "bench" / "facts"
 SETS = tuple(studio for studio in STUDIOS if studio.name != "fxemoji")  # it draws none of these people
-TONES = ("", "medium-light", "dark")  # the first, yellow, is the only one tested on
 SUBJECTS = ("man", "woman", "person")  # in the order in which they claim a drawing given to several
 MIN_FAMILIES = 2  # a fact that fewer families of training studios have drawn is left out
 
@@ -118,28 +118,27 @@ NUM_SCENE_OBJECTS, NUM_SCENES = 8, 40  # of each task: objects to choose from, t
 SEED = 0
 
 
-def drawing_name(drawings: Drawings, subject: str, action: str, tone: str) -> str | None:
-    """What a set calls the fact in a skin tone; a person's sometimes goes by the action alone."""
+def drawing_name(drawings: Drawings, subject: str, action: str) -> str | None:
+    """What a set calls the fact; a person's sometimes goes by the action alone."""
     names = [f"{subject}-{action}"] + ([action] if subject == "person" else [])
-    tail = f"-{tone}-skin-tone" if tone else ""
-    return next((name + tail for name in names if name + tail in drawings), None)
+    return next((name for name in names if name in drawings), None)
 
 
 def render_facts(actions: Sequence[str], sets: dict[str, Drawings]) -> list[dict[tuple[str, str], Pixels]]:
-    """Return the drawings of every row of a sheet (a set in a tone) by (action, subject).
+    """Return each set's drawings, in the yellow that is no skin tone, by (action, subject).
 
     Some sets have one drawing for several subjects: it is the first one's in the order of `SUBJECTS`, as nobody could
     tell whose it is.
     """
     rows = []
-    for name, tone in row_names():
+    for studio in SETS:
         row: dict[tuple[str, str], Pixels] = {}
         for action in actions:
             seen: set[bytes] = set()
             for subject in SUBJECTS:
-                found = drawing_name(sets[name], subject, action, tone)
+                found = drawing_name(sets[studio.name], subject, action)
                 if found is not None:
-                    pixels = sets[name].render(found)
+                    pixels = sets[studio.name].render(found)
                     if pixels.tobytes() not in seen:
                         row[action, subject] = pixels
                     seen.add(pixels.tobytes())
@@ -147,26 +146,20 @@ def render_facts(actions: Sequence[str], sets: dict[str, Drawings]) -> list[dict
     return rows
 
 
-def row_names() -> list[tuple[str, str]]:
-    """The rows of a sheet: every training set in every tone, and every test set in yellow."""
-    return [(s.name, tone) for s in SETS for tone in (TONES if s.split == "train" else TONES[:1])]
-
-
 def facts_of(actions: Sequence[str], rows: list[dict[tuple[str, str], Pixels]]) -> list[tuple[str, str]]:
-    """Return the (action, subject) that every test set and enough training families have drawn in yellow."""
-    studios = {studio.name: studio for studio in SETS}
+    """Return the (action, subject) that every test set and enough training families have drawn."""
     facts = []
     for fact in [(action, subject) for action in actions for subject in SUBJECTS]:
-        drawn = [name for (name, tone), row in zip(row_names(), rows, strict=True) if not tone and fact in row]
-        tested = all(studio.name in drawn for studio in SETS if studio.split == "test")
-        families = {studios[name].family for name in drawn if studios[name].split == "train"}
+        drawn = [studio for studio, row in zip(SETS, rows, strict=True) if fact in row]
+        tested = all(studio in drawn for studio in SETS if studio.split == "test")
+        families = {studio.family for studio in drawn if studio.split == "train"}
         if tested and len(families) >= MIN_FAMILIES:
             facts.append(fact)
     return facts
 
 
 def write_kind(kind: str, sets: dict[str, Drawings]) -> dict[str, Any]:
-    """Write one kind's sheet, a row for each set and tone and a column for each fact, and return its entry."""
+    """Write one kind's sheet, a row for each set and a column for each fact, and return its entry."""
     rows = render_facts(list(KINDS[kind]), sets)
     facts = facts_of(list(KINDS[kind]), rows)
     sheet = np.full((len(rows) * SIZE, len(facts) * SIZE, 3), 255, dtype=np.uint8)
@@ -252,7 +245,6 @@ def main() -> None:
     sets = {studio.name: Drawings(fetch_package(studio, cache.resolve())["icons"]) for studio in SETS}
     PACK.mkdir(parents=True, exist_ok=True)
     kinds, scenes = [write_kind(kind, sets) for kind in KINDS], choose_scenes()
-    studios = {studio.name: studio for studio in SETS}
     vectors = {
         "facts": embed([fact["text"] for kind in kinds for fact in kind["facts"]]),
         "scenes": embed([fact["text"] for task in scenes for fact in task["facts"]]),
@@ -261,12 +253,9 @@ def main() -> None:
     manifest = {
         "format": 1,
         "size": SIZE,
-        "layout": "a row of drawings for each set and skin tone, a column for each fact, in the order given here; "
+        "layout": "a row of drawings for each set, a column for each fact, in the order given here; "
         "lacking: for each row, the columns without a drawing",
-        "rows": [
-            {"set": name, "tone": tone, "family": studios[name].family, "split": studios[name].split}
-            for name, tone in row_names()
-        ],
+        "rows": [{"set": s.name, "family": s.family, "split": s.split} for s in SETS],
         "vectors": hashlib.sha256((PACK / "vectors.safetensors").read_bytes()).hexdigest(),
         "kinds": kinds,
         "scenes": scenes,

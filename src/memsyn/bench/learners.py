@@ -64,7 +64,7 @@ class Training:
 
 
 def train(lesson: Lesson, method: Method, after_epoch: Callable[[], object]) -> Training:
-    """Train on one task through its head: the mean of the task's loss, and what the method adds; `method.end` is the caller's.
+    """Train on one task through its head: its mean loss, and what the method adds; `method.end` is the caller's.
 
     The other heads get no gradient of the task's loss, so Adam leaves them alone. Batches and augmentation come from
     `lesson.generator`. In the first `warmup` epochs the body stands still.

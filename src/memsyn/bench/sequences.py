@@ -196,7 +196,7 @@ SEQUENCES: dict[str, TaskSequence] = {
         scorings=("domain-incremental",),
     ),
     "facts": retrieval_sequence(
-        "4 tasks of 49 facts (a woman juggling) at random: drawings of people and texts in one space", load_facts
+        "196 facts (a woman juggling) in 4 tasks, drawings of people and texts in one space", load_facts
     ),
     "facts-kinds": retrieval_sequence(
         "the same facts by kind of action: sports, work, daily life, fantasy", load_kinds

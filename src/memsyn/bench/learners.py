@@ -11,8 +11,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
+from memsyn.bench.losses import Loss, cross_entropy
 from memsyn.bench.methods.method import Augment, Lesson, Method, frozen
 from memsyn.bench.networks import Network
 from memsyn.bench.settings import Settings
@@ -27,7 +27,16 @@ def generator(seed: int, stage: int) -> torch.Generator:
     return torch.Generator().manual_seed(1000 * seed + stage)
 
 
-def lesson_of(model: Network, task: Task, index: int, *, settings: Settings, augment: Augment, seed: int) -> Lesson:
+def lesson_of(
+    model: Network,
+    task: Task,
+    index: int,
+    *,
+    settings: Settings,
+    augment: Augment,
+    seed: int,
+    loss: Loss = cross_entropy,
+) -> Lesson:
     """A task about to be learned, with a fresh Adam over all parameters and the random numbers of (seed, task)."""
     return Lesson(
         model=model,
@@ -36,6 +45,7 @@ def lesson_of(model: Network, task: Task, index: int, *, settings: Settings, aug
         optimizer=torch.optim.Adam(model.parameters(), lr=settings.lr),
         settings=settings,
         augment=augment,
+        loss=loss,
         generator=generator(seed, index + 1),
         own=generator(seed, OWN_STAGE + index + 1),
     )
@@ -46,7 +56,7 @@ class Training:
     """What came of training one task."""
 
     losses: list[float]
-    """The cross-entropy of each step, without what the method adds."""
+    """The task's loss in each step, without what the method adds."""
     penalty: float
     """lambda sum Omega (theta - theta*)^2 after the last step."""
     num_bytes: int
@@ -54,7 +64,7 @@ class Training:
 
 
 def train(lesson: Lesson, method: Method, after_epoch: Callable[[], object]) -> Training:
-    """Train on one task through its head: cross-entropy, and what the method adds; `method.end` is the caller's.
+    """Train on one task through its head: its mean loss, and what the method adds; `method.end` is the caller's.
 
     The other heads get no gradient of the task's loss, so Adam leaves them alone. Batches and augmentation come from
     `lesson.generator`. In the first `warmup` epochs the body stands still.
@@ -67,7 +77,8 @@ def train(lesson: Lesson, method: Method, after_epoch: Callable[[], object]) -> 
         with frozen(model.body) if epoch < settings.warmup else nullcontext():
             for chosen in torch.randperm(len(task.train_labels), generator=lesson.generator).split(settings.batch_size):
                 images = lesson.augment(task.train_images[chosen], lesson.generator)
-                loss = F.cross_entropy(model(images, lesson.index), task.train_labels[chosen])
+                outputs = model(images, lesson.index)
+                loss = lesson.loss(outputs, task.train_labels[chosen], task.class_vectors).mean()
                 optimizer.zero_grad()
                 loss.backward()
                 method.before_step(lesson, images)

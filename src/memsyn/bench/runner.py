@@ -20,6 +20,7 @@ from tqdm import tqdm
 from memsyn import MemsynError, OptionError
 from memsyn.bench.checkpoint import load_checkpoint, save_checkpoint
 from memsyn.bench.learners import generator, lesson_of, train
+from memsyn.bench.losses import cross_entropy
 from memsyn.bench.methods.method import Method
 from memsyn.bench.methods.registry import METHODS
 from memsyn.bench.networks import Network
@@ -62,12 +63,18 @@ def check_options(settings: Settings, methods: Sequence[str], num_seeds: int) ->
     Raises:
         OptionError: says what there is.
     """
-    sizes = find_sequence(settings.sequence).sizes
-    if settings.size not in sizes:
-        raise OptionError(f"size must be one of {', '.join(map(str, sizes))}; got {settings.size}.")
+    sequence = find_sequence(settings.sequence)
+    if settings.size not in sequence.sizes:
+        raise OptionError(f"size must be one of {', '.join(map(str, sequence.sizes))}; got {settings.size}.")
     for method in methods:
         if method not in METHODS:
             raise OptionError(f"methods must be of {', '.join(METHODS)}, with commas between; got {method!r}.")
+        if METHODS[method].classifies and sequence.loss is not cross_entropy:
+            fitting = ", ".join(name for name, rival in METHODS.items() if not rival.classifies)
+            raise OptionError(
+                f"{method} takes outputs for logits of classes, and {settings.sequence} learns an embedding. "
+                f"Choose methods of {fitting}."
+            )
     if len(set(methods)) != len(methods):
         raise OptionError(f"methods holds one twice: {', '.join(methods)}.")
     if num_seeds < 1:
@@ -145,7 +152,10 @@ class _Runner:
         """Learn one task and write down what came of it."""
         task, start, settings = self.tasks[index], time.perf_counter(), self.settings
         bar.set_description(f"{method}, seed {seed}, task {index + 1}/{len(self.tasks)} {task.name}")
-        lesson = lesson_of(model, task, index, settings=settings, augment=self.sequence.augment, seed=seed)
+        sequence = self.sequence
+        lesson = lesson_of(
+            model, task, index, settings=settings, augment=sequence.augment, seed=seed, loss=sequence.loss
+        )
         training = train(lesson, learner, after_epoch=bar.update)
         loss = fmean(training.losses[-math.ceil(len(task.train_labels) / settings.batch_size) :])
         if not math.isfinite(loss):
@@ -156,7 +166,7 @@ class _Runner:
         learner.end(lesson)
         if learner.memory.importance:
             learner.memory.save(self.out / f"{method}-seed{seed}.memsyn.safetensors")
-        first, *others = [(kind, score(model, self.tasks[: index + 1], kind)) for kind in self.sequence.scorings]
+        first, *others = [(kind, score(model, self.tasks[: index + 1], kind)) for kind in sequence.scorings]
         record = TaskRecord(
             method=method,
             seed=seed,

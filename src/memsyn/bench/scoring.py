@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from memsyn.bench.retrieval import retrieval, retrieval_over_all
 from memsyn.bench.tasks import Task
 from memsyn.errors import OptionError
 
@@ -94,7 +95,10 @@ SCORINGS: dict[str, Callable[[nn.Module, Sequence[Task]], tuple[float, ...]]] = 
     "class-incremental": partial(_accuracies, _of_all_heads, joined=True),
     "in-use": partial(_of_classes, in_use=True),
     "other-classes": partial(_of_classes, in_use=False),
+    "retrieval": retrieval,
+    "retrieval-over-all": retrieval_over_all,
 }
 """By name, (model, tasks so far) -> percents, one a task unless a scoring says otherwise: the task is told; all tasks
 have the same classes and one head; the class is to be found among those of all tasks so far, the task not told (van de
-Ven and Tolias 2019); the task is told, and only classes that are in use count, or only the others."""
+Ven and Tolias 2019); the task is told, and only classes that are in use count, or only the others;
+see `memsyn.bench.retrieval` for an embedding's."""

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from memsyn.bench.drawings import augment, load_emoji8, load_pretrained, move
 from memsyn.bench.fashion import load_permuted_fashion, load_split_fashion
+from memsyn.bench.losses import Loss, cross_entropy, similarity_loss
 from memsyn.bench.networks import MultiHead, Network, SharedHead, SmallConvNet, draw_weights, perceptron
 from memsyn.bench.paper8 import load_paper8, shift
+from memsyn.bench.people import load_facts, load_kinds
 from memsyn.bench.pretrained import PretrainedBody, efficientnet_lite0, torchvision_body
+from memsyn.bench.scenes import load_scenes
 from memsyn.bench.scripts import load_scripts8
 from memsyn.bench.tasks import Task
 from memsyn.errors import OptionError
@@ -35,6 +38,7 @@ class TaskSequence:
         load: size -> the tasks, in their fixed order.
         build: (tasks, generator) -> the network before the first task; `network(images, task)` are logits.
         augment: (images, generator) -> the images as they are trained on.
+        loss: of each image; methods that take outputs for logits of classes need `cross_entropy`.
         scorings: keys of `memsyn.bench.scoring.SCORINGS` that make sense of it; the first is the one it is judged by.
     """
 
@@ -43,6 +47,7 @@ class TaskSequence:
     load: Callable[[int], list[Task]]
     build: Callable[[Sequence[Task], torch.Generator], Network]
     augment: Callable[[Tensor, torch.Generator], Tensor]
+    loss: Loss = cross_entropy
     scorings: tuple[str, ...] = ("multi-head", "class-incremental")
 
 
@@ -82,6 +87,20 @@ def shared_perceptron(tasks: Sequence[Task], generator: torch.Generator) -> Shar
     return model
 
 
+def embedding_network(tasks: Sequence[Task], generator: torch.Generator) -> SharedHead:
+    """The body pretrained on other drawings, and one linear map into the space of the class vectors for all tasks.
+
+    The embedding's length is left free, and losses and scores look at its direction: the objective of MAS is its
+    squared norm, whose gradient would be zero if the network normalised it.
+    """
+    body, vectors = SmallConvNet(), tasks[0].class_vectors
+    assert vectors is not None
+    body.load_state_dict(load_pretrained())
+    model = SharedHead(body, body.num_features, num_classes=vectors.shape[1])
+    draw_weights(model.heads, generator)
+    return model
+
+
 def _with_heads(body: nn.Module, num_features: int, tasks: Sequence[Task], generator: torch.Generator) -> MultiHead:
     model = MultiHead(body, num_features, head_sizes=[len(task.class_names) for task in tasks])
     draw_weights(model.heads, generator)
@@ -90,6 +109,19 @@ def _with_heads(body: nn.Module, num_features: int, tasks: Sequence[Task], gener
 
 def _unchanged(images: Tensor, generator: torch.Generator) -> Tensor:
     return images
+
+
+def retrieval_sequence(summary: str, load: Callable[[int], list[Task]]) -> TaskSequence:
+    """Images and texts meet in one embedding space, which one network learns task by task."""
+    return TaskSequence(
+        summary=summary,
+        sizes=(32, 48, 64),
+        load=load,
+        build=embedding_network,
+        augment=augment,
+        loss=similarity_loss,
+        scorings=("retrieval", "retrieval-over-all"),
+    )
 
 
 def paper8(network: str) -> TaskSequence:
@@ -162,6 +194,15 @@ SEQUENCES: dict[str, TaskSequence] = {
         build=shared_perceptron,
         augment=_unchanged,
         scorings=("domain-incremental",),
+    ),
+    "facts": retrieval_sequence(
+        "196 facts (a woman juggling) in 4 tasks, drawings of people and texts in one space", load_facts
+    ),
+    "facts-kinds": retrieval_sequence(
+        "the same facts by kind of action: sports, work, daily life, fantasy", load_kinds
+    ),
+    "facts-scenes": retrieval_sequence(
+        "4 tasks of 40 triples (cat left of boar): synthetic scenes of two emoji, and texts", load_scenes
     ),
     "paper8": paper8("alexnet"),
 }

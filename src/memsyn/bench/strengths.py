@@ -72,7 +72,8 @@ def _scores(
     model = sequence.build(held, generator(seed, 0))
 
     def learn(index: int, learner: Method) -> bool:
-        lesson = lesson_of(model, held[index], index, settings=settings, augment=sequence.augment, seed=seed)
+        augment, loss = sequence.augment, sequence.loss
+        lesson = lesson_of(model, held[index], index, settings=settings, augment=augment, seed=seed, loss=loss)
         losses = train(lesson, learner, after_epoch).losses
         if not math.isfinite(losses[-1]):
             return False

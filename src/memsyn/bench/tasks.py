@@ -30,6 +30,8 @@ class Task:
     test_labels: Tensor
     train_families: Tensor | None = None
     """Whose each training image is, int64 (N,); None where that is not known."""
+    class_vectors: Tensor | None = None
+    """Where the classes lie in an embedding space, float32 (classes, D); None where there is none."""
     classes_in_use: tuple[int, ...] | None = None
     """The labels that the network meets in use, where that is not all of them."""
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memsyn import Memory, Protection, protect
+from memsyn.bench.losses import Loss
 from memsyn.bench.networks import Network
 from memsyn.bench.settings import Settings
 from memsyn.bench.tasks import Task
@@ -35,6 +36,8 @@ class Lesson:
     optimizer: Optimizer
     settings: Settings
     augment: Augment
+    loss: Loss
+    """Of the task, which the loop takes the mean of."""
     generator: torch.Generator
     """Of the loop: batches and their augmentation, the same for every method."""
     own: torch.Generator

@@ -43,12 +43,14 @@ class Rival:
         make: strength -> the method before its first task.
         strength: what its own loss is multiplied by unless told; None for methods that have none.
         stores_data: whether it keeps images of earlier tasks, and so is no rival to those that keep none.
+        classifies: whether it takes what the network puts out for logits of classes.
     """
 
     summary: str
     make: Callable[[float], Method]
     strength: float | None = None
     stores_data: bool = False
+    classifies: bool = False
 
 
 def _on(remember: Callable[..., Memory], images: Callable[[Task], Tensor], summary: str) -> Rival:
@@ -68,11 +70,17 @@ METHODS: dict[str, Rival] = {
     "alone": Rival("each task from the first weights: a reference for what can be learned", lambda _: Alone()),
     "frozen": Rival("only the heads learn after the first task: the floor", lambda _: FrozenBody()),
     "l2": Rival("hold every weight to its last value alike", lambda strength: Remembering(strength, l2), 1.0),
-    "lwf": Rival("Learning without Forgetting (Li and Hoiem 2016): keep the old heads' outputs", Distilling, 1.0),
+    "lwf": Rival(
+        "Learning without Forgetting (Li and Hoiem 2016): keep the old heads' outputs",
+        Distilling,
+        1.0,
+        classifies=True,
+    ),
     "ebll": Rival(
         "Encoder-based lifelong learning (Rannen et al. 2017): LwF, and the features' codes kept",
         lambda strength: Distilling(strength, encodes=True),
         1.0,
+        classifies=True,
     ),
     "imm-mean": Rival(
         "IMM (Lee et al. 2017): the mean of the tasks' weights", lambda strength: Merging(strength, by_mean), 1.0
@@ -81,11 +89,13 @@ METHODS: dict[str, Rival] = {
         "IMM (Lee et al. 2017): their mean weighted by Fisher information",
         lambda strength: Merging(strength, by_fisher),
         1.0,
+        classifies=True,
     ),
     "ewc": Rival(
         "Elastic weight consolidation (Kirkpatrick et al. 2017): the exact Fisher information, online",
         lambda strength: Remembering(strength, ewc),
         100.0,
+        classifies=True,
     ),
     "si": Rival(
         "Synaptic Intelligence (Zenke et al. 2017): the loss's path integral",

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from memsyn.bench.methods.method import Lesson, Method
@@ -39,7 +38,7 @@ class Rehearsing(Method):
             self._loss(lesson).backward()
 
     def _loss(self, lesson: Lesson) -> Tensor:
-        """The mean cross-entropy of what is drawn, times the number of old tasks in joint training."""
+        """The mean loss of what is drawn, times the number of old tasks in joint training."""
         stored = [len(group["labels"]) for group in self.kept.values()]
         factor = len(stored) if self._per_task is None else 1
         num = factor * lesson.settings.batch_size
@@ -51,7 +50,8 @@ class Rehearsing(Method):
             own = chosen[task_of == task] - first[task]
             if len(own):
                 seen = lesson.augment(group["images"][own], lesson.own)
-                losses.append(F.cross_entropy(lesson.model(seen, task), group["labels"][own], reduction="sum"))
+                outputs = lesson.model(seen, task)
+                losses.append(lesson.loss(outputs, group["labels"][own], group.get("vectors")).sum())
         return factor * torch.stack(losses).sum() / len(chosen)
 
     def end(self, lesson: Lesson) -> None:
@@ -61,4 +61,6 @@ class Rehearsing(Method):
         num = len(task.train_labels) if self._per_task is None else self._per_task
         chosen = evenly(task.train_labels, num, lesson.own)
         stored = {"images": task.train_images[chosen], "labels": task.train_labels[chosen]}
+        if task.class_vectors is not None:
+            stored["vectors"] = task.class_vectors
         self.kept = {**self.kept, f"task{lesson.index}": stored}

@@ -1,0 +1,33 @@
+"""What is minimised while a task is learned: the loss of each image, from what the network makes of it.
+
+Owns the losses. Knows no training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(outputs (N, D), labels (N,), the task's class vectors (C, D) if it has any) -> the loss of each image, (N,)."""
+
+TEMPERATURE = 0.05
+"""Of `similarity_loss`."""
+
+
+def cross_entropy(outputs: Tensor, labels: Tensor, vectors: Tensor | None) -> Tensor:
+    """-log softmax(o_k)_label: the outputs are logits of the task's classes."""
+    return F.cross_entropy(outputs, labels, reduction="none")
+
+
+def similarity_loss(outputs: Tensor, labels: Tensor, vectors: Tensor | None) -> Tensor:
+    """-log softmax(cos(o_k, v_c) / T over the texts c of the task)_label, T = 0.05.
+
+    The outputs are an embedding, of any length: it is the task's own texts that are told apart, and those of no other
+    task are needed.
+    """
+    assert vectors is not None
+    similarities = F.normalize(outputs) @ F.normalize(vectors).T
+    return F.cross_entropy(similarities / TEMPERATURE, labels, reduction="none")

@@ -46,7 +46,7 @@ def test_candidates_are_decades_around_the_methods_own_strength():
 
 @pytest.mark.parametrize("method", WITH_STRENGTH)
 def test_no_test_data_and_no_later_task_is_looked_at(tasks, method):
-    tasks[2] = Forbidden()
+    tasks.append(Forbidden())
     choice = choose_strength(method, tiny.SEQUENCE, tasks, SETTINGS)
     assert (choice.method, choice.candidates) == (method, candidates(method))
     assert choice.strength in choice.candidates
@@ -54,12 +54,12 @@ def test_no_test_data_and_no_later_task_is_looked_at(tasks, method):
 
 
 @pytest.mark.parametrize("method", ["mas", "imm-mean", "rwalk", "ebll"])
-def test_a_score_is_the_validation_accuracy_after_learning_both_tasks_with_that_strength(tasks, method):
+def test_a_score_is_the_validation_accuracy_after_learning_the_tasks_with_that_strength(tasks, method):
     choice = choose_strength(method, tiny.SEQUENCE, tasks, SETTINGS)
     for strength, mean in list(zip(choice.candidates, choice.scores, strict=True))[::3]:
         found = []
         for seed in SEEDS:
-            held = [for_validation(task, seed) for task in tasks[:2]]
+            held = [for_validation(task, seed) for task in tasks]
             model, learner = tiny.build(held, generator(seed, 0)), METHODS[method].make(strength)
             for index, task in enumerate(held):
                 lesson = lesson_of(model, task, index, settings=SETTINGS, augment=tiny.augment, seed=seed)
@@ -74,7 +74,7 @@ def test_a_score_is_the_validation_accuracy_after_learning_both_tasks_with_that_
     [((1.0, 5.0, 9.0, 7.0, 6.0, 3.0, 2.0), 0.1), ((9.0, 1.0, 1.0, 9.0, 8.0, 0.0, 0.0), 1.0), ((0.0,) * 7, 1000.0)],
 )
 def test_the_best_is_taken_and_among_equals_the_largest(tasks, monkeypatch, scores, chosen):
-    offsets = dict(zip(SEEDS, (-1.0, 0.0, 1.0), strict=True))
+    offsets = dict(zip(SEEDS, (-1.0, 1.0), strict=True))
 
     def given(method, sequence, tasks, settings, seed, after_epoch):
         return [score + offsets[seed] for score in scores]
@@ -96,7 +96,7 @@ def test_a_training_that_diverges_counts_as_nothing(tasks, monkeypatch):
     monkeypatch.setattr(strengths, "train", diverging)
     choice = choose_strength("mas", tiny.SEQUENCE, tasks, SETTINGS)
     assert choice.scores[4:] == (0.0, 0.0, 0.0)
-    assert len(calls) == strengths.NUM_TRAININGS == 3 * 8
+    assert len(calls) == strengths.num_trainings(3) - 2 * 3 == 2 * (1 + 7 * 2) - 2 * 3
     assert choice.strength <= 1.0
     with pytest.raises(OptionError, match=r"the first task cannot be learned: .* at lr 1e\+30\. Lower it"):
         choose_strength("mas", tiny.SEQUENCE, tasks, replace(SETTINGS, lr=1e30))
@@ -105,7 +105,7 @@ def test_a_training_that_diverges_counts_as_nothing(tasks, monkeypatch):
 def test_what_cannot_be_chosen_is_refused(tasks):
     with pytest.raises(OptionError, match="finetune has no strength to choose"):
         choose_strength("finetune", tiny.SEQUENCE, tasks, SETTINGS)
-    with pytest.raises(OptionError, match="on the first two tasks; there is 1"):
+    with pytest.raises(OptionError, match="on two tasks at least; there is 1"):
         choose_strength("mas", tiny.SEQUENCE, tasks[:1], SETTINGS)
 
 

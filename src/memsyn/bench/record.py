@@ -68,7 +68,7 @@ class StrengthRecord:
     """The one chosen."""
     candidates: tuple[float, ...]
     scores: tuple[float, ...]
-    """Of each candidate: mean validation accuracy on the first two tasks after the second, in percent."""
+    """Of each candidate: mean validation accuracy on the first tasks after the last of them, in percent."""
     fingerprint: str
     """Of the settings."""
 

@@ -67,7 +67,7 @@ def training(settings: Settings) -> str:
 
 
 def _strength(strength: float | str) -> str:
-    words = {OWN: "each method's own strength", CHOSEN: "strengths chosen on validation data of the first two tasks"}
+    words = {OWN: "each method's own strength", CHOSEN: "strengths chosen on validation data of the first tasks"}
     return words[strength] if isinstance(strength, str) else f"strength {strength:g}"
 
 

@@ -28,7 +28,7 @@ from memsyn.bench.record import FILE, Results, TaskRecord, append_run, append_st
 from memsyn.bench.scoring import score
 from memsyn.bench.sequences import find_sequence
 from memsyn.bench.settings import OWN, Settings
-from memsyn.bench.strengths import NUM_TRAININGS, choose_strength
+from memsyn.bench.strengths import choose_strength, num_trainings
 
 
 def run(settings: Settings, *, methods: Sequence[str], num_seeds: int, out: Path) -> Results:
@@ -131,7 +131,7 @@ class _Runner:
         if not isinstance(wanted, str):
             return wanted
         if method not in self.choices:
-            bar.total = (bar.total or 0) + NUM_TRAININGS * self.settings.epochs
+            bar.total = (bar.total or 0) + num_trainings(len(self.tasks)) * self.settings.epochs
             bar.set_description(f"{method}, choosing its strength")
             choice = choose_strength(method, self.sequence, self.tasks, self.settings, bar.update)
             append_strength(self.out / FILE, choice)

@@ -260,7 +260,8 @@ def strength_table(found: Findings) -> str:
         return ""
     return (
         f"How the strengths were chosen: every candidate, and the mean validation {quantity(found.run.settings)} (%) "
-        f"on the first two tasks after the second.\n\n{table(['Method', 'Chosen', 'Candidate: score'], rows)}"
+        "on the first three tasks (two, where there are two) after the last of them.\n\n"
+        f"{table(['Method', 'Chosen', 'Candidate: score'], rows)}"
     )
 
 

@@ -357,6 +357,14 @@ def test_frozen_parameters_are_left_out() -> None:
     assert all(torch.allclose(value, expected[name], rtol=1e-12) for name, value in omega.items())
 
 
+def test_the_memory_format_does_not_matter() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 4, 3)).double()
+    images = torch.randn(5, 3, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain, last = (measured(model, [x]).mean() for x in (images, images.to(memory_format=torch.channels_last)))
+    for name, omega in plain.items():
+        assert torch.allclose(last[name], omega, rtol=1e-12), name
+
+
 def test_batch_size_order_and_split_do_not_matter() -> None:
     torch.manual_seed(0)
     model = with_statistics(residual()).double()

@@ -202,6 +202,8 @@ class Locally(Tracer):
         if changes:
             self._close(own.values())
         cut = {place: tensor.detach() for place, tensor in own.items()}
+        if function is F.group_norm:  # in channels_last, torch's gradient for the weights alone crashes the process
+            cut = {place: tensor.contiguous() for place, tensor in cut.items()}
         new_args, new_kwargs = replaced(function, args, kwargs, cut)
         output = self._call(function, new_args, new_kwargs)
         if changes:

@@ -23,11 +23,11 @@ def cross_entropy(outputs: Tensor, labels: Tensor, vectors: Tensor | None) -> Te
 
 
 def similarity_loss(outputs: Tensor, labels: Tensor, vectors: Tensor | None) -> Tensor:
-    """-log softmax(cos(o_k, v_c) / T over the texts c of the task)_label, T = 0.05.
+    """-log softmax(o_k . v_c / (T |v_c|) over the texts c of the task)_label, T = 0.05.
 
-    The outputs are an embedding, of any length: it is the task's own texts that are told apart, and those of no other
-    task are needed.
+    The outputs are an embedding. It is the task's own texts that are told apart, and those of no other task are needed.
+    The embedding's length says how sure it is, as that of logits does, and MAS differentiates it: of a loss of cosines
+    it would be left to chance.
     """
     assert vectors is not None
-    similarities = F.normalize(outputs) @ F.normalize(vectors).T
-    return F.cross_entropy(similarities / TEMPERATURE, labels, reduction="none")
+    return F.cross_entropy(outputs @ F.normalize(vectors).T / TEMPERATURE, labels, reduction="none")

@@ -90,8 +90,7 @@ def shared_perceptron(tasks: Sequence[Task], generator: torch.Generator) -> Shar
 def embedding_network(tasks: Sequence[Task], generator: torch.Generator) -> SharedHead:
     """The body pretrained on other drawings, and one linear map into the space of the class vectors for all tasks.
 
-    The embedding's length is left free, and losses and scores look at its direction: the objective of MAS is its
-    squared norm, whose gradient would be zero if the network normalised it.
+    The embedding is not normalised: the objective of MAS is its squared norm, whose gradient would be zero.
     """
     body, vectors = SmallConvNet(), tasks[0].class_vectors
     assert vectors is not None

@@ -3,7 +3,7 @@
 Owns everything that looks inside a batch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -122,6 +122,42 @@ def take(batch: Any, start: int, stop: int) -> Any:
     """Samples start..stop of a batch: every tensor whose first dimension counts the samples is cut."""
     total = num_samples(batch)
     return map_tensors(batch, lambda t: t[start:stop] if t.ndim and t.shape[0] == total else t)
+
+
+def picked(batch: Any, rows: Sequence[int]) -> Any:
+    """Some samples of a batch, in tensors of their own, free of any graph."""
+    total = num_samples(batch)
+
+    def pick(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        return tensor[list(rows)] if tensor.ndim and len(tensor) == total and len(rows) != total else tensor.clone()
+
+    return map_tensors(batch, pick)
+
+
+def kind(batch: Any) -> Hashable:
+    """What two batches must have in common to be joined: structure, dtypes, shapes of a sample, and all else."""
+    total = num_samples(batch)
+
+    def of(part: Any) -> Hashable:
+        if isinstance(part, Tensor):
+            by_sample = part.ndim > 0 and len(part) == total
+            return (part.dtype, part.device, part.shape[1:]) if by_sample else id(part)
+        if isinstance(part, Mapping):
+            return type(part), tuple((key, of(value)) for key, value in part.items())
+        if isinstance(part, (tuple, list)):
+            return type(part), tuple(map(of, part))
+        return part if isinstance(part, (str, int, float, bool, type(None))) else id(part)
+
+    return of(batch)
+
+
+def joined(batches: Sequence[Any]) -> Any:
+    """Batches of one kind as one."""
+    size = num_samples(batches[0])
+    columns = zip(*map(tensors, batches), strict=True)
+    wholes = iter([torch.cat(parts) if parts[0].ndim and len(parts[0]) == size else parts[0] for parts in columns])
+    return map_tensors(batches[0], lambda _: next(wholes)) if len(batches) > 1 else batches[0]
 
 
 def samples(batch: Any) -> Iterator[Any]:

@@ -142,7 +142,7 @@ def kind(batch: Any) -> Hashable:
     def of(part: Any) -> Hashable:
         if isinstance(part, Tensor):
             by_sample = part.ndim > 0 and len(part) == total
-            return (part.dtype, part.device, part.shape[1:]) if by_sample else id(part)
+            return (part.dtype, part.layout, part.device, part.shape[1:]) if by_sample else id(part)
         if isinstance(part, Mapping):
             return type(part), tuple((key, of(value)) for key, value in part.items())
         if isinstance(part, (tuple, list)):

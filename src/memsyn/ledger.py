@@ -151,10 +151,11 @@ class Ledger:
 
     def _limit(self, window: Window, now: float) -> float:
         """What one sample may add."""
-        count = window.num_samples
-        if self._cap is None or count == 0:
+        with self.lock:
+            total, weight = window.total(now)
+        if self._cap is None or weight == 0:
             return math.inf
-        return window.total(now) * max(self._cap, HEAD / count)
+        return total * max(self._cap, HEAD / weight)
 
     def _open(self, segment: str | None) -> Window:
         """The segment's sums; those in the store, if they are of the same."""
@@ -169,7 +170,8 @@ class Ledger:
                         check_same_shapes(own, zeros, str(place), "the model")
                     scaled = {g: {n: t / self.run.factor for n, t in own.items()} for g, own in groups.items()}
                     window.restore(header["observed"], scaled, zeros)
-            self.windows[segment], self._places[segment] = window, place
+            with self.lock:
+                self.windows[segment], self._places[segment] = window, place
         return self.windows[segment]
 
     def _claim(self, segment: str | None) -> tuple[Path, tuple[dict[str, Any], Groups] | None]:
@@ -195,10 +197,11 @@ class Ledger:
             MemoryFileError: one cannot be written; what was there stays, and what is new is written the next time.
         """
         for segment in sorted(self._unsaved, key=str):
-            window = self.windows[segment]
-            if not window.is_empty(now):
-                with self.lock:
-                    header, groups, count = window.saved(now)
+            with self.lock:
+                window = self.windows[segment]
+                saved = None if window.is_empty(now) else window.saved(now)
+            if saved is not None:
+                header, groups, count = saved
                 whole = self.run.held(groups.pop("importance"), count)
                 groups = {g: {n: t * self.run.factor for n, t in own.items()} for g, own in groups.items()}
                 observed = {**header, "of": self.key, "fingerprint": self.fingerprint, "segment": segment}

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any, final
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from memsyn.batches import model_input, num_samples, picked, tensors
-from memsyn.errors import BatchError, ModelError, OptionError
+from memsyn.errors import BatchError, MemoryFileError, ModelError, OptionError
 from memsyn.importance import Importance
 from memsyn.ledger import Ledger
 from memsyn.objectives import ESTIMATORS, Estimator, find_estimator
@@ -81,9 +82,9 @@ class Observer:
     Args:
         model: any module that `measure` takes; it stays bit for bit as it was.
         store: the file to keep the sums in, or its URL: an importance file, for `Importance.load` and `memsyn merge`.
-            If it is there, and of the same weights and settings, sums go on from it; if it is of others, it is kept, and
-            another is begun beside it: `name.1a2b3c4d.end`, with eight digits for what they are. Segments have files of
-            their own: `name+segment.end`. Each replica needs a store of its own.
+            If it is there, and of the same weights and settings, sums go on from it; if it is of others, it is kept,
+            and another is begun beside it: `name.1a2b3c4d.end`, with eight digits for what they are. Segments have
+            files of their own: `name+segment.end`. Each replica needs a store of its own.
         rate: the share of samples that are taken, 0 to 1, each on its own.
         forward: (model, inputs) -> output, as `measure` takes it; inputs is what `observe` was given.
         estimator: one of `ESTIMATORS` by name, or an `Estimator`; "mas-local" needs forward passes only.
@@ -101,6 +102,7 @@ class Observer:
     Raises:
         OptionError: an argument is out of place.
         ModelError: the model cannot be measured.
+        MemoryFileError: the store's folder does not exist.
 
     Example:
         >>> import tempfile, torch, memsyn
@@ -149,6 +151,8 @@ class Observer:
         if not trainable_parameters(model):
             raise ModelError("the model has no parameter that requires a gradient: there is nothing to measure.")
         Window(last, half_life)
+        if "://" not in str(store) and not Path(store).absolute().parent.is_dir():
+            raise MemoryFileError(f"the store {store} cannot be written: its folder does not exist.")
 
         def begin(fingerprint: str) -> Ledger:
             return Ledger(
@@ -272,6 +276,8 @@ class Observer:
         size = num_samples(given)
         if size is None:
             raise BatchError("expected tensors whose first dimension is the samples, got none.")
+        if not isinstance(segment, str | None):
+            raise OptionError(f"segment must be text, got {segment!r}.")
         rows = self._traffic.choose(size)
         if not rows:
             return
@@ -280,7 +286,7 @@ class Observer:
             on_device = any(tensor.is_cuda for tensor in tensors(own))
             arrived = torch.cuda.current_stream().record_event() if on_device else None
             self._traffic.put(Taken(own, len(rows), segment, self._watch.tag(), time.time(), arrived))
-        except Exception:
+        except BaseException:
             self._traffic.done(len(rows), dropped=len(rows))
             raise
         self._worker.wake()

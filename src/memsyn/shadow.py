@@ -50,8 +50,8 @@ def shadow(model: nn.Module, *, private: Container[str] = (), dtype: torch.dtype
     Measuring hooks, freezes and runs the clone, so the user's model stays bit for bit as it is, and may go on
     serving requests meanwhile. Forward hooks are kept, since they may be part of what the model computes (the
     older `weight_norm` is one), except each `Onlooker`; backward hooks are left out. The modules' own `eval()` is not
-    called: it may rewrite weights (merging an adapter). A parameter is copied only where an alias would not do: named in
-    `private`, made in inference mode (autograd refuses it), or rewritten by its layer's forward
+    called: it may rewrite weights (merging an adapter). A parameter is copied only where an alias would not do: named
+    in `private`, made in inference mode (autograd refuses it), or rewritten by its layer's forward
     (`Embedding(max_norm=...)`); to `dtype`
     if one is given.
 

@@ -114,8 +114,8 @@ class Traffic:
 class Watch:
     """Whether a model's weights are still those they were, without reading them.
 
-    Sees what torch counts (optimizers, `load_state_dict`, anything in place) and tensors that lie elsewhere, not what
-    is written through `.data` or another library. The fingerprint shows that, and then `renew` gives another tag.
+    Sees what torch counts (optimizers, `load_state_dict`, anything in place) and tensors that lie elsewhere; not moving
+    statistics, nor what is written through `.data`. The fingerprint shows those, and then `renew` gives another tag.
     """
 
     def __init__(self, model: nn.Module) -> None:

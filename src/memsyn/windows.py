@@ -88,10 +88,11 @@ class Window:
         """The samples in it, however little they count."""
         return sum(bucket.entry.num_samples for bucket in self.buckets)
 
-    def total(self, now: float) -> float:
-        """Of all sums, as they count now."""
+    def total(self, now: float) -> tuple[float, float]:
+        """Of all sums, and of the samples' weights, as they count now."""
         self._expire(now)
-        return self._factor(now) * sum(bucket.entry.total for bucket in self.buckets)
+        entries = [bucket.entry.scaled(self._factor(now)) for bucket in self.buckets]
+        return sum(entry.total for entry in entries), sum(entry.weight for entry in entries)
 
     def add(self, sums: Mapping[str, Tensor], num_samples: int, total: float, when: float) -> None:
         """Add the sums of samples that were served then; `total` is that of all of them."""

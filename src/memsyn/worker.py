@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from memsyn.batches import joined, tensors
+from memsyn.errors import MemoryFileError, ModelError
 from memsyn.ledger import Ledger
 from memsyn.parameters import fingerprint, trainable_parameters, weights
 from memsyn.products import workspace
@@ -94,6 +95,8 @@ class Worker:
 
     def flush(self, timeout: float) -> bool:
         """Wait until what is queued is measured and stored, whatever it costs; returns whether it was."""
+        if not self.is_open:
+            return False
         with self._answer:
             self._asked += 1
             asked = self._asked
@@ -174,8 +177,7 @@ class Worker:
                 for taken in waiting:
                     _arrive(taken, stream)
             stale = self._add(waiting, count)
-            self._failures = 0
-        except Exception:
+        except ModelError:
             self._failures += 1
             raise
         finally:
@@ -197,6 +199,10 @@ class Worker:
             return 0
         is_new = not ledger.is_begun
         ledger.add(joined([taken.inputs for taken in waiting]), count, first.segment, first.when)
+        self._failures = 0
+        if ledger.problem is not None:
+            self.note(ledger.problem)
+            ledger.problem = None
         if is_new and self._watch.refresh() != present:  # they changed while they were copied
             self.ledger = None
             return count
@@ -208,7 +214,10 @@ class Worker:
         self._tag = tag
         if ledger is not None and ledger.fingerprint == mark:
             return
-        self._spend(self._store)
+        try:
+            self._store()
+        except MemoryFileError as error:  # what was new is lost
+            self.note(error)
         if ledger is not None:
             self._past = [a + b for a, b in zip(self._past, _counts(ledger), strict=True)]
         self.ledger, self._failures = self._begin(mark), 0

@@ -148,15 +148,14 @@ def test_a_change_of_weights_is_seen() -> None:
 
 
 def test_rest_keeps_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the work takes, and however much longer it takes than it costs."""
+    """Whatever the work takes."""
     now, generator = 100.0, random.Random(0)
     monkeypatch.setattr(traffic.time, "monotonic", lambda: now)
     budget, begin = Budget(0.1), now
     for _ in range(1000):
-        began, cost = now, generator.choice([0.001, 0.5, 0.02])
-        now += cost * generator.choice([1.0, 3.0, 20.0])
-        budget.spend(cost, began)
+        began = now
+        now += generator.choice([0.001, 0.5, 0.02])
+        budget.spend(began)
         assert budget.ready >= now
         now = budget.ready
-    assert budget.seconds / (now - begin) <= 0.1 + 1e-9
-    assert budget.seconds / (now - begin) > 0.05
+    assert budget.seconds / (now - begin) == pytest.approx(0.1)

@@ -115,7 +115,8 @@ def tensors(batch: Any) -> list[Tensor]:
 
 def num_samples(batch: Any) -> int | None:
     """The size of the first dimension of the batch's first tensor; None if it holds no such tensor."""
-    return next((tensor.shape[0] for tensor in tensors(batch) if tensor.ndim), None)
+    found = [batch] if isinstance(batch, Tensor) else tensors(batch)  # observers ask it of every request
+    return next((tensor.shape[0] for tensor in found if tensor.ndim), None)
 
 
 def take(batch: Any, start: int, stop: int) -> Any:

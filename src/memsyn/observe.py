@@ -62,7 +62,7 @@ class Stats:
     """How often something failed."""
     last_error: str | None
     seconds: float
-    """Spent measuring and storing, of one core (on an accelerator: of its thread's time)."""
+    """Spent measuring and storing; on a busy machine that is more than what it took of a core."""
     lag: float
     """How long the oldest sample in the queue has been waiting, in seconds."""
     versions: int
@@ -92,7 +92,7 @@ class Observer:
         half_life: a timedelta: samples count 2^(-age / half_life). Neither: all samples count.
         cap: the share of its segment's total that one sample may have, 0 to 1: larger ones are scaled down to it. Until
             10 / cap samples are measured, the limit is ten times their mean.
-        budget: percent of one core that the thread may take.
+        budget: percent of its time in which the thread may work, so at most as much of one core.
         room: samples that may wait; others are dropped.
         max_batch: samples measured at once. Large ones cost less each, and disturb longer.
         interval: seconds between writes of the store: what a crash may lose.

@@ -139,16 +139,17 @@ class Watch:
 
 @final
 class Budget:
-    """A share of one core, kept by resting after work."""
+    """A share of the time, kept by resting after work: of one core at most, and less of it where cores are scarce."""
 
     def __init__(self, share: float) -> None:
         self.share = share
         self.seconds = 0.0
-        """Spent so far."""
+        """Worked so far, or waited for a core while at work."""
         self.ready = 0.0
         """When to work again, by `time.monotonic`."""
 
-    def spend(self, seconds: float, began: float) -> None:
-        """So much was worked, from `began` to now."""
+    def spend(self, began: float) -> None:
+        """Work was done from `began` to now."""
+        seconds = time.monotonic() - began
         self.seconds += seconds
-        self.ready = max(time.monotonic(), began + seconds / self.share)
+        self.ready = began + seconds / self.share

@@ -160,13 +160,12 @@ class Worker:
 
     def _spend(self, action: Callable[[], None]) -> None:
         """Do it, and count what it cost; what fails is noted."""
-        began, cpu = time.monotonic(), time.thread_time()
+        began = time.monotonic()
         try:
             action()
         except Exception as error:
             self.note(error)
-        on_cpu = time.thread_time() - cpu
-        self._budget.spend(on_cpu if self._device.type == "cpu" else time.monotonic() - began, began)
+        self._budget.spend(began)
 
     def _measure(self, waiting: Sequence[Taken], stream: torch.cuda.Stream | None) -> None:
         count, before = sum(taken.num_samples for taken in waiting), self.ledger

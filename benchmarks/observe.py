@@ -3,9 +3,9 @@
 Requests of one sample are served one after the other in the main thread, under inference_mode, in blocks in turn:
 without an observer, with one (attached to the model, a tenth of the time), and beside a process that does nothing but
 take a tenth of a core, which shows what the machine itself makes of that. Each block is compared with the one without
-of the same round. Prints a Markdown table: the median of the ratios, and the interval that holds the true median with 95%;
-the processor time of the serving thread per request, likewise; the share of its time in which the observer worked; what
-it measured and dropped.
+of the same round. Prints a Markdown table: the median of the ratios, and the interval that holds the true median with
+95%; the processor time of the serving thread per request, likewise; the share of its time in which the observer worked;
+what it measured and dropped.
 """
 
 import argparse

@@ -39,10 +39,10 @@ def model_input(batch: object) -> object:
         if not batch:
             raise BatchError("a batch is an empty tuple or list: expected (input, target) or (input,).")
         batch = batch[0]
-    if isinstance(batch, Mapping):
-        return {key: value for key, value in batch.items() if key not in LABEL_KEYS}
     if isinstance(batch, Tensor):
         return batch
+    if isinstance(batch, Mapping):
+        return {key: value for key, value in batch.items() if key not in LABEL_KEYS}
     raise BatchError(
         f"a batch must be a tensor, an (input, target) tuple or a mapping of tensors; got a {type(batch).__name__}. "
         "For anything else say how to run the model: forward=lambda model, batch: ..."

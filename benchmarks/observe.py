@@ -71,7 +71,6 @@ def compare(model: nn.Module, image: Tensor, rate: float, on: Any, rounds: int, 
         Path(tempfile.mkdtemp()) / "traffic.safetensors",
         rate=rate,
         budget=100 * SHARE,
-        interval=5.0,
         busy=paused.is_set,
     ) as observer:
         observer.observe(image.repeat(200, *[1] * (image.ndim - 1)))
@@ -102,8 +101,8 @@ def compare(model: nn.Module, image: Tensor, rate: float, on: Any, rounds: int, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=["mlp", "resnet18"])
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=3.0)
     given = parser.parse_args()
     torch.set_num_threads(1)
     process = multiprocessing.get_context("spawn")

@@ -38,6 +38,11 @@ FLOORS = [
     "checkpoint",
     "run",
     "measure",
+    "windows",
+    "traffic",
+    "ledger",
+    "worker",
+    "observe",
     "history",
     "memory",
     "compare",
@@ -115,6 +120,7 @@ def test_public_names_are_sorted_and_there() -> None:
         "ModelError",
         "MovedWeightsWarning",
         "NewParametersWarning",
+        "Observer",
         "OptionError",
         "OutputError",
         "ProcessError",
@@ -124,6 +130,7 @@ def test_public_names_are_sorted_and_there() -> None:
         "Report",
         "SamplesInteractError",
         "SlowParametersWarning",
+        "Stats",
         "StrengthWarning",
         "Trial",
         "Tuned",
@@ -157,7 +164,7 @@ def test_the_examples_in_the_docstrings_run() -> None:
     import importlib
 
     ran = 0
-    for name in ("measure", "parameters", "penalty", "protect", "trajectory", "tune"):
+    for name in ("measure", "observe", "parameters", "penalty", "protect", "trajectory", "tune"):
         result = doctest.testmod(importlib.import_module(f"memsyn.{name}"))
         assert result.failed == 0
         ran += result.attempted

@@ -22,6 +22,7 @@ from memsyn.importance import Importance, LayerSummary
 from memsyn.measure import measure
 from memsyn.memory import Memory
 from memsyn.objectives import Estimator
+from memsyn.observe import Observer, Stats
 from memsyn.penalty import penalty
 from memsyn.protect import Protection, Report, protect
 from memsyn.strength import Relative
@@ -41,6 +42,7 @@ __all__ = [
     "ModelError",
     "MovedWeightsWarning",
     "NewParametersWarning",
+    "Observer",
     "OptionError",
     "OutputError",
     "ProcessError",
@@ -50,6 +52,7 @@ __all__ = [
     "Report",
     "SamplesInteractError",
     "SlowParametersWarning",
+    "Stats",
     "StrengthWarning",
     "Trial",
     "Tuned",

@@ -3,7 +3,7 @@
 Owns everything that looks inside a batch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,10 +39,10 @@ def model_input(batch: object) -> object:
         if not batch:
             raise BatchError("a batch is an empty tuple or list: expected (input, target) or (input,).")
         batch = batch[0]
-    if isinstance(batch, Mapping):
-        return {key: value for key, value in batch.items() if key not in LABEL_KEYS}
     if isinstance(batch, Tensor):
         return batch
+    if isinstance(batch, Mapping):
+        return {key: value for key, value in batch.items() if key not in LABEL_KEYS}
     raise BatchError(
         f"a batch must be a tensor, an (input, target) tuple or a mapping of tensors; got a {type(batch).__name__}. "
         "For anything else say how to run the model: forward=lambda model, batch: ..."
@@ -115,13 +115,50 @@ def tensors(batch: Any) -> list[Tensor]:
 
 def num_samples(batch: Any) -> int | None:
     """The size of the first dimension of the batch's first tensor; None if it holds no such tensor."""
-    return next((tensor.shape[0] for tensor in tensors(batch) if tensor.ndim), None)
+    found = [batch] if isinstance(batch, Tensor) else tensors(batch)  # observers ask it of every request
+    return next((tensor.shape[0] for tensor in found if tensor.ndim), None)
 
 
 def take(batch: Any, start: int, stop: int) -> Any:
     """Samples start..stop of a batch: every tensor whose first dimension counts the samples is cut."""
     total = num_samples(batch)
     return map_tensors(batch, lambda t: t[start:stop] if t.ndim and t.shape[0] == total else t)
+
+
+def picked(batch: Any, rows: Sequence[int]) -> Any:
+    """Some samples of a batch, in tensors of their own, free of any graph."""
+    total = num_samples(batch)
+
+    def pick(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        return tensor[list(rows)] if tensor.ndim and len(tensor) == total and len(rows) != total else tensor.clone()
+
+    return map_tensors(batch, pick)
+
+
+def kind(batch: Any) -> Hashable:
+    """What two batches must have in common to be joined: structure, dtypes, shapes of a sample, and all else."""
+    total = num_samples(batch)
+
+    def of(part: Any) -> Hashable:
+        if isinstance(part, Tensor):
+            by_sample = part.ndim > 0 and len(part) == total
+            return (part.dtype, part.layout, part.device, part.shape[1:]) if by_sample else id(part)
+        if isinstance(part, Mapping):
+            return type(part), tuple((key, of(value)) for key, value in part.items())
+        if isinstance(part, (tuple, list)):
+            return type(part), tuple(map(of, part))
+        return part if isinstance(part, (str, int, float, bool, type(None))) else id(part)
+
+    return of(batch)
+
+
+def joined(batches: Sequence[Any]) -> Any:
+    """Batches of one kind as one."""
+    size = num_samples(batches[0])
+    columns = zip(*map(tensors, batches), strict=True)
+    wholes = iter([torch.cat(parts) if parts[0].ndim and len(parts[0]) == size else parts[0] for parts in columns])
+    return map_tensors(batches[0], lambda _: next(wholes)) if len(batches) > 1 else batches[0]
 
 
 def samples(batch: Any) -> Iterator[Any]:

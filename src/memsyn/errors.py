@@ -45,6 +45,10 @@ class MemoryFileError(MemsynError, OSError):
     """A file is missing, damaged, not written by memsyn, or of a newer format."""
 
 
+class MissingFileError(MemoryFileError):
+    """There is no file."""
+
+
 class SlowParametersWarning(UserWarning):
     """Some parameters are measured one sample at a time: exact, but slow."""
 

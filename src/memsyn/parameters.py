@@ -38,6 +38,12 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in named_parameters(model).items() if p.requires_grad}
 
 
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """All numbers that what the model computes depends on: its parameters, and its buffers of floating point."""
+    buffers = {canonical_name(name): buffer for name, buffer in unwrap(model).named_buffers()}
+    return {**named_parameters(model), **{name: b for name, b in buffers.items() if b.is_floating_point()}}
+
+
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of tensors, bit for bit: "sha256:" and 64 hexadecimal digits.
 

@@ -53,8 +53,12 @@ class Run:
         forward: Forward | None,
         estimator: Estimator,
         batched: bool,
+        *,
+        private: bool = False,
     ) -> None:
         self.original, self.device = model, device
+        self.private = private
+        """Whether to measure on a copy of the weights as they are at the first batch, whatever becomes of the model."""
         self.forward: Forward = forward or call
         self.masked = forward is None
         self.estimator, self.batched = estimator, batched
@@ -178,7 +182,9 @@ class Run:
 
     def _clone(self, written: set[str]) -> None:
         self.written = written
-        self.shadow = shadow(self.original, private=written)
+        self.shadow = shadow(self.original, private=named_parameters(self.original) if self.private else written)
+        if self.private:
+            self.original = self.shadow
         own = named_parameters(self.shadow)
         self.parameters = {name: parameter for name, parameter in own.items() if name in self.routes}
         for parameter in self.parameters.values():
@@ -266,14 +272,17 @@ class Run:
             raise BatchError(
                 "there are no samples: the loader is empty, or all of its batches are. Nothing was measured."
             )
-        return self._importance(sums, self.num_samples, routes)
+        return self.held(sums, self.num_samples, routes)
 
-    def _importance(self, sums: dict[str, Tensor], num_samples: int, routes: dict[str, str]) -> Importance:
+    def held(self, sums: dict[str, Tensor], num_samples: int, routes: dict[str, str] | None = None) -> Importance:
+        """Sums of this pass as what they are; `routes` are its own unless given."""
         check_finite(sums)
         if self.estimator.local:
             sums = {name: total * self.factor for name, total in sums.items()}
         magnitude = f"{self.estimator.magnitude} of the batch mean" if self.batched else self.estimator.magnitude
-        return Importance(sums, num_samples, {} if self.batched else routes, self.estimator.name, magnitude)
+        return Importance(
+            sums, num_samples, {} if self.batched else dict(routes or self.routes), self.estimator.name, magnitude
+        )
 
     def settings(self) -> dict[str, Any]:
         """What must be the same for a pass to go on."""
@@ -304,7 +313,7 @@ class Run:
             "changes_inputs": self.changes_inputs,
             "num_guarded": self.num_guarded,
         }
-        return self._importance(sums, self.sums.num_folded or self.num_samples, self.routes), remainder, known
+        return self.held(sums, self.sums.num_folded or self.num_samples), remainder, known
 
     def restore(self, header: Mapping[str, Any], groups: Groups) -> None:
         """Go on from a state."""

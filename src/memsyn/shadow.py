@@ -7,6 +7,7 @@ hooks and flags. Must never write to the user's model.
 import copy
 from collections.abc import Container
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,16 @@ from torch.nn.parameter import UninitializedParameter
 
 from memsyn.errors import ModelError
 from memsyn.parameters import canonical_name, unwrap
+
+
+class Onlooker:
+    """A hook that only looks on, so that it is left out of clones; a copy of it does nothing."""
+
+    def __call__(self, *given: Any) -> None:
+        """Look at what a module is called with."""
+
+    def __reduce__(self) -> Any:
+        return Onlooker, ()
 
 
 def check_measurable(model: nn.Module) -> None:
@@ -38,9 +49,10 @@ def shadow(model: nn.Module, *, private: Container[str] = (), dtype: torch.dtype
 
     Measuring hooks, freezes and runs the clone, so the user's model stays bit for bit as it is, and may go on
     serving requests meanwhile. Forward hooks are kept, since they may be part of what the model computes (the
-    older `weight_norm` is one); backward hooks are left out. The modules' own `eval()` is not called: it may rewrite
-    weights (merging an adapter). A parameter is copied only where an alias would not do: named in `private`, made in
-    inference mode (autograd refuses it), or rewritten by its layer's forward (`Embedding(max_norm=...)`); to `dtype`
+    older `weight_norm` is one), except each `Onlooker`; backward hooks are left out. The modules' own `eval()` is not
+    called: it may rewrite weights (merging an adapter). A parameter is copied only where an alias would not do: named
+    in `private`, made in inference mode (autograd refuses it), or rewritten by its layer's forward
+    (`Embedding(max_norm=...)`); to `dtype`
     if one is given.
 
     Raises:
@@ -59,6 +71,9 @@ def shadow(model: nn.Module, *, private: Container[str] = (), dtype: torch.dtype
         module.training = False
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Onlooker)]:
+                del hooks[key]
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):  # the derivative itself, not a scaled or sparse update
             module.scale_grad_by_freq = module.sparse = False
         if isinstance(module, nn.TransformerEncoder):  # frozen, it would take nested tensors, which have no backward

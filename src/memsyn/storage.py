@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from memsyn import files
-from memsyn.errors import MemoryFileError
+from memsyn.errors import MemoryFileError, MissingFileError
 from memsyn.layout import MAX_HEADER, Place, arranged, header_bytes, laid_out, parse
 
 FORMAT: Final = 1
@@ -138,7 +138,7 @@ def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[st
     except MemoryFileError:
         raise
     except FileNotFoundError:
-        raise MemoryFileError(f"{path} does not exist.") from None
+        raise MissingFileError(f"{path} does not exist.") from None
     except _BAD_INPUT as error:
         raise MemoryFileError(f"{path} could not be read: {type(error).__name__}: {error}.") from error
 

@@ -1,0 +1,123 @@
+"""What an observer costs the thread that serves: throughput and the 99th percentile of a request's time.
+
+Requests of one sample are served one after the other in the main thread, under inference_mode, in blocks in turn:
+without an observer, with one (attached to the model, a tenth of the time), and beside a process that does nothing but
+take a tenth of a core, which shows what the machine itself makes of that. Each block is compared with the one without
+of the same round. Prints a Markdown table: the median of the ratios, and the interval that holds the true median with
+95%; the processor time of the serving thread per request, likewise; the share of its time in which the observer worked;
+what it measured and dropped.
+"""
+
+import argparse
+import math
+import multiprocessing
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import memsyn
+from models import SUBJECTS
+
+RATES = (0.01, 1.0)
+SHARE = 0.1
+
+
+def serve(model: nn.Module, image: Tensor, seconds: float) -> tuple[float, float, float]:
+    """Requests a second, the 99th percentile of their times, and processor time for each."""
+    taken = []
+    cpu, end = time.thread_time(), time.perf_counter() + seconds
+    with torch.inference_mode():
+        while (start := time.perf_counter()) < end:
+            model(image)
+            taken.append(time.perf_counter() - start)
+    return len(taken) / seconds, float(np.quantile(taken, 0.99)), (time.thread_time() - cpu) / len(taken)
+
+
+def take_a_share(on: Any) -> None:
+    """A tenth of a core, in pieces of some milliseconds."""
+    while True:
+        on.wait()
+        end = time.thread_time() + 0.005
+        while time.thread_time() < end:
+            pass
+        time.sleep(0.005 * (1 / SHARE - 1))
+
+
+def interval(ratios: Sequence[float]) -> str:
+    """The median, and order statistics between which the true one lies with 95%."""
+    own, count = sorted(ratios), len(ratios)
+    below = 0
+    while sum(math.comb(count, k) for k in range(below + 1)) / 2**count <= 0.025:
+        below += 1
+    low, high = own[max(0, below - 1)], own[min(count - 1, count - below)]
+    return f"{statistics.median(own):.3f} ({low:.3f}-{high:.3f})"
+
+
+def compare(model: nn.Module, image: Tensor, rate: float, on: Any, rounds: int, seconds: float, title: str) -> None:
+    paused = threading.Event()
+    found: dict[str, list[tuple[float, ...]]] = {"observer": [], "a process": []}
+    spent = 0.0
+    with memsyn.Observer(
+        model,
+        Path(tempfile.mkdtemp()) / "traffic.safetensors",
+        rate=rate,
+        budget=100 * SHARE,
+        busy=paused.is_set,
+    ) as observer:
+        observer.observe(image.repeat(200, *[1] * (image.ndim - 1)))
+        observer.flush(600)  # the first look at the model is not what is measured
+        for _ in tqdm(range(rounds), f"{title}, {rate:.0%}"):
+            paused.set()
+            without = serve(model, image, seconds)
+            on.set()
+            beside = serve(model, image, seconds)
+            on.clear()
+            observer.attach()
+            paused.clear()
+            before = observer.stats().seconds
+            own = serve(model, image, seconds)
+            spent += observer.stats().seconds - before
+            observer.detach()
+            for name, values in (("observer", own), ("a process", beside)):
+                found[name].append(tuple(a / b for a, b in zip(values, without, strict=True)))
+        stats = observer.stats()
+    for name, ratios in found.items():
+        cells = [interval(column) for column in zip(*ratios, strict=True)]
+        more = (
+            f"{spent / (rounds * seconds):.1%} | {stats.measured} | {stats.dropped}" if name == "observer" else " | | "
+        )
+        print(f"| {title} | {rate:.0%} | {name} | {' | '.join(cells)} | {more} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=["mlp", "resnet18"])
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=3.0)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    process = multiprocessing.get_context("spawn")
+    on = process.Event()
+    worker = process.Process(target=take_a_share, args=(on,), daemon=True)
+    worker.start()
+    print("| model | rate | beside | throughput | p99 | processor time | at work | measured | dropped |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for key in given.models:
+        subject = SUBJECTS[key]
+        model = subject.model().eval()
+        for rate in RATES:
+            compare(model, subject.batch()[:1], rate, on, given.rounds, given.seconds, subject.title)
+    worker.terminate()
+
+
+if __name__ == "__main__":
+    main()

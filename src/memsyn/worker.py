@@ -1,0 +1,269 @@
+"""The thread of an observer: it measures what was taken, stores the sums, and rests.
+
+Owns when work is done, what it may cost, and that weights which changed get sums of their own. What fails is noted, and
+never ends the thread.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Final, final
+
+import torch
+from torch import nn
+
+from memsyn.batches import joined, tensors
+from memsyn.errors import MemoryFileError, ModelError
+from memsyn.ledger import Ledger
+from memsyn.parameters import fingerprint, trainable_parameters, weights
+from memsyn.products import workspace
+from memsyn.traffic import Budget, Taken, Traffic, Watch
+
+FAILURES: Final = 8
+"""Batches that fail one after the other until nothing more is tried with these weights."""
+
+BUSY: Final = 0.02
+"""Seconds between two looks whether a service is busy."""
+
+LOGGER: Final = logging.getLogger("memsyn")
+
+
+@final
+class Worker:
+    """Measures a model's traffic in a thread of its own.
+
+    Args:
+        model: the user's; it is only read.
+        traffic, watch, budget: what to measure, whose weights, and for how much time.
+        begin: gives an empty ledger for weights of a fingerprint.
+        max_batch, interval, busy: as an observer has them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        traffic: Traffic,
+        watch: Watch,
+        budget: Budget,
+        begin: Callable[[str], Ledger],
+        *,
+        max_batch: int,
+        interval: float,
+        busy: Callable[[], bool] | None,
+    ) -> None:
+        self.ledger: Ledger | None = None
+        """Of the present weights."""
+        self.errors, self.last_error = 0, ""
+        self.stale = self.versions = 0
+        self.stored: float | None = None
+        """When the sums were last written."""
+        self._model, self._traffic, self._watch, self._budget, self._begin = model, traffic, watch, budget, begin
+        self._max_batch, self._interval, self._busy = max_batch, interval, busy
+        self._device = next(iter(trainable_parameters(model).values())).device
+        self._past = [0, 0, 0]
+        self._failures = 0
+        self._tag: Hashable = None
+        """Of the weights that the ledger is of."""
+        self._due = time.monotonic() + interval
+        self._lock = threading.Lock()
+        self._wake, self._urgent, self._answer = threading.Event(), threading.Event(), threading.Condition()
+        self._asked = self._answered = 0
+        """Calls of `flush`, and how many of them are done."""
+        self._closed = False
+        self._process = os.getpid()
+        self._thread = threading.Thread(target=self._work, name="memsyn-observer", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it may be given work: it is not closed, nor is this a fork of its process, which has no thread."""
+        return not self._closed and self._process == os.getpid()
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples measured, invalid and capped, at all weights."""
+        return [a + b for a, b in zip(self._past, _counts(self.ledger), strict=True)]
+
+    def wake(self) -> None:
+        """There is something to do."""
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until what is queued is measured and stored, whatever it costs; returns whether it was."""
+        if not self.is_open:
+            return False
+        with self._answer:
+            self._asked += 1
+            asked = self._asked
+            self._urgent.set()
+            self._wake.set()
+            return self._answer.wait_for(lambda: self._answered >= asked, timeout)
+
+    def close(self, timeout: float) -> None:
+        """Store the sums and end, in so many seconds at most."""
+        if self.is_open:
+            self._closed = True
+            self._urgent.set()
+            self._wake.set()
+            self._thread.join(timeout)
+
+    def note(self, error: Exception) -> None:
+        """Count what failed, and warn of the first."""
+        with self._lock:
+            self.errors += 1
+            first, self.last_error = not self.last_error, f"{type(error).__name__}: {error}"
+        if first:
+            LOGGER.warning("an observer goes on serving, but something failed: %s", self.last_error)
+
+    def _work(self) -> None:
+        """The thread: measure what is queued, store at intervals, rest to keep the budget."""
+        with _one_core(), workspace(), _own_stream(self._device) as stream:
+            while not self._closed:
+                self._urgent.clear()
+                asked = self._asked
+                rest = self._budget.ready - time.monotonic()
+                if rest > 0 and asked == self._answered and not self._closed:
+                    self._urgent.wait(rest)
+                else:
+                    self._step(asked, stream)
+            self._spend(self._store)
+
+    def _step(self, asked: int, stream: torch.cuda.Stream | None) -> None:
+        self._wake.clear()
+        flushing = asked > self._answered
+        if not flushing and self._is_busy():
+            self._urgent.wait(BUSY)
+            return
+        waiting = self._traffic.take(self._max_batch)
+        if waiting:
+            self._spend(partial(self._measure, waiting, stream))
+        if time.monotonic() >= self._due or (flushing and not waiting):
+            self._spend(self._store)
+        if flushing and not waiting:
+            with self._answer:
+                self._answered = asked
+                self._answer.notify_all()
+        elif not waiting and not self._closed:
+            self._wake.wait(max(0.0, self._due - time.monotonic()))
+
+    def _is_busy(self) -> bool:
+        try:
+            return self._busy is not None and self._busy()
+        except Exception as error:
+            self.note(error)
+            return True
+
+    def _spend(self, action: Callable[[], None]) -> None:
+        """Do it, and count what it cost; what fails is noted."""
+        began = time.monotonic()
+        try:
+            action()
+        except Exception as error:
+            self.note(error)
+        self._budget.spend(began)
+
+    def _measure(self, waiting: Sequence[Taken], stream: torch.cuda.Stream | None) -> None:
+        count, before = sum(taken.num_samples for taken in waiting), self.ledger
+        counted = 0 if before is None else before.measured + before.invalid
+        stale = 0
+        try:
+            if stream is not None:
+                for taken in waiting:
+                    _arrive(taken, stream)
+            stale = self._add(waiting, count)
+        except ModelError:
+            self._failures += 1
+            raise
+        finally:
+            now = self.ledger
+            own = 0 if now is None else now.measured + now.invalid - (counted if now is before else 0)
+            self.stale += stale
+            self._traffic.done(count, dropped=count - stale - own)
+
+    def _add(self, waiting: Sequence[Taken], count: int) -> int:
+        """Add what was taken to the sums of its weights; returns how many samples are of weights that are gone."""
+        first, present = waiting[0], self._watch.refresh()
+        if self.ledger is None or first.tag != self._tag:
+            if first.tag != present:
+                return count
+            self._turn(present)
+        ledger = self.ledger
+        assert ledger is not None
+        if self._failures >= FAILURES:  # it was said what is wrong
+            return 0
+        is_new = not ledger.is_begun
+        ledger.add(joined([taken.inputs for taken in waiting]), count, first.segment, first.when)
+        self._failures = 0
+        if ledger.problem is not None:
+            self.note(ledger.problem)
+            ledger.problem = None
+        if is_new and self._watch.refresh() != present:  # they changed while they were copied
+            self.ledger = None
+            return count
+        return 0
+
+    def _turn(self, tag: Hashable) -> None:
+        """Go on with the weights that the model has now, if they are others."""
+        mark, ledger = fingerprint(weights(self._model)), self.ledger
+        self._tag = tag
+        if ledger is not None and ledger.fingerprint == mark:
+            return
+        try:
+            self._store()
+        except MemoryFileError as error:  # what was new is lost
+            self.note(error)
+        if ledger is not None:
+            self._past = [a + b for a, b in zip(self._past, _counts(ledger), strict=True)]
+        self.ledger, self._failures = self._begin(mark), 0
+        self.versions += 1
+
+    def _store(self) -> None:
+        """Write what is new; and look whether the weights were changed in a way that nobody sees."""
+        self._due = time.monotonic() + self._interval
+        ledger = self.ledger
+        if ledger is None or not ledger.has_news:
+            return
+        if self._watch.refresh() == self._tag and fingerprint(weights(self._model)) != ledger.fingerprint:
+            self._watch.renew()
+        ledger.save(time.time())
+        self.stored = time.time()
+
+
+def _counts(ledger: Ledger | None) -> list[int]:
+    return [0, 0, 0] if ledger is None else [ledger.measured, ledger.invalid, ledger.capped]
+
+
+def _arrive(taken: Taken, stream: torch.cuda.Stream) -> None:
+    """Let the stream wait for what was copied on another one, and keep that until it is done."""
+    if taken.arrived is not None:
+        stream.wait_event(taken.arrived)
+        for tensor in tensors(taken.inputs):
+            if tensor.is_cuda:
+                tensor.record_stream(stream)
+
+
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """Let torch use one core in this thread, and leave it to others what they use."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of this thread, and of all that begin later
+    other = threading.Thread(target=torch.set_num_threads, args=(num_threads,))
+    other.start()
+    other.join()
+    yield
+
+
+@contextmanager
+def _own_stream(device: torch.device) -> Iterator[torch.cuda.Stream | None]:
+    """On an NVIDIA device, a stream of the lowest priority."""
+    if device.type != "cuda":
+        yield None
+        return
+    stream = torch.cuda.Stream(device, priority=0)
+    with torch.cuda.stream(stream):
+        yield stream

@@ -1,0 +1,53 @@
+"""A small model, requests for it, and observers that take everything."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import memsyn
+
+
+def a_model(seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-1, 1, generator=generator)
+    return model
+
+
+def requests(count: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [1 + k % 3 for k in range(count)]
+    return [torch.randn(size, 4, generator=generator, dtype=torch.float64) for size in sizes]
+
+
+def begin(model: nn.Module, store: str | Path, **given: Any) -> memsyn.Observer:
+    """One that takes everything, and writes when it is told to."""
+    return memsyn.Observer(model, store, **{"rate": 1.0, "room": 10**6, "interval": 1e6, "seed": 0, **given})
+
+
+def measured(model: nn.Module, batches: list[Any], **given: Any) -> memsyn.Importance:
+    return memsyn.measure(model, batches, progress=False, **given)
+
+
+def assert_same(found: memsyn.Importance, expected: memsyn.Importance, tolerance: float = 1e-12) -> None:
+    assert found.num_samples == expected.num_samples
+    assert found.quantity == expected.quantity
+    for name, total in expected.sums.items():
+        assert (found.sums[name] - total).norm() <= tolerance * total.norm(), name
+    assert found.sums.keys() == expected.sums.keys()
+
+
+class Words(nn.Module):
+    """Takes what a language model does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 5, dtype=torch.float64)
+        self.head = nn.Linear(5, 4, dtype=torch.float64)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        return self.head(self.table(ids).tanh()) * scale

@@ -176,16 +176,14 @@ def test_every_sequence_can_be_scored_as_it_says():
     assert SEQUENCES["permuted-fashion"].scorings == ("domain-incremental",)
 
 
-@pytest.mark.parametrize(("name", "base"), [("adaptation", "emoji8"), ("adaptation-scripts8", "scripts8")])
-def test_in_use_is_a_fourth_of_each_tasks_classes_and_nothing_else_changes(name, base):
-    sequence, whole = SEQUENCES[name], SEQUENCES[base]
-    tasks, again = sequence.load(sequence.sizes[0]), sequence.load(sequence.sizes[0])
-    for task, other, same in zip(tasks, whole.load(whole.sizes[0]), again, strict=True):
-        assert len(set(task.classes_in_use)) == len(task.class_names) // 4
-        assert set(task.classes_in_use) < set(range(len(task.class_names)))
+def test_of_each_task_of_adaptation_one_class_is_in_use_and_nothing_else_changes():
+    tasks, again, whole = (SEQUENCES[name].load(28) for name in ("adaptation", "adaptation", "scripts8"))
+    for task, same, other in zip(tasks, again, whole, strict=True):
+        (label,) = task.classes_in_use
+        assert 0 <= label < len(task.class_names)
         assert task.classes_in_use == same.classes_in_use
         assert torch.equal(task.train_images, other.train_images)
-    assert len({task.classes_in_use for task in tasks}) == len(tasks)
+    assert len({task.classes_in_use for task in tasks}) > 1
 
 
 def test_a_pair_is_two_tasks_in_the_order_of_its_name():

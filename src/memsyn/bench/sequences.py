@@ -24,9 +24,6 @@ from memsyn.bench.scripts import load_scripts8
 from memsyn.bench.tasks import Task
 from memsyn.errors import OptionError
 
-PART_IN_USE = 4
-"""Where only some classes are in use it is one in so many."""
-
 
 @dataclass(frozen=True)
 class TaskSequence:
@@ -135,19 +132,13 @@ def paper8(network: str) -> TaskSequence:
     )
 
 
-def in_use(base: str) -> TaskSequence:
-    """A sequence of which the network meets only some classes in use: a fourth of each task's, drawn once for all."""
-
-    def load(size: int) -> list[Task]:
-        tasks = []
-        for index, task in enumerate(SEQUENCES[base].load(size)):
-            order = torch.randperm(len(task.class_names), generator=torch.Generator().manual_seed(index))
-            chosen = sorted(order[: len(order) // PART_IN_USE].tolist())
-            tasks.append(replace(task, classes_in_use=tuple(chosen)))
-        return tasks
-
-    summary = f"{base}, of whose classes one in {PART_IN_USE} is in use"
-    return replace(SEQUENCES[base], summary=summary, load=load, scorings=("multi-head", "in-use", "other-classes"))
+def load_in_use(size: int) -> list[Task]:
+    """The tasks of `scripts8`, of each of which the network meets one class in use: drawn once for all."""
+    tasks = []
+    for index, task in enumerate(load_scripts8(size)):
+        chosen = int(torch.randint(len(task.class_names), (), generator=torch.Generator().manual_seed(index)))
+        tasks.append(replace(task, classes_in_use=(chosen,)))
+    return tasks
 
 
 SEQUENCES: dict[str, TaskSequence] = {
@@ -205,7 +196,12 @@ SEQUENCES: dict[str, TaskSequence] = {
     ),
     "paper8": paper8("alexnet"),
 }
-SEQUENCES |= {"adaptation": in_use("emoji8"), "adaptation-scripts8": in_use("scripts8")}
+SEQUENCES["adaptation"] = replace(
+    SEQUENCES["scripts8"],
+    summary="scripts8, of each of whose alphabets one letter is in use",
+    load=load_in_use,
+    scorings=("multi-head", "in-use", "other-classes"),
+)
 """What `memsyn bench run` can run; `find_sequence` knows more names."""
 
 SHORT_NAMES = {

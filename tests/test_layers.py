@@ -50,6 +50,7 @@ FLOORS = [
     "tune",
     "trajectory",
     "__init__",
+    "report",
     "integrations",
     "bench",
     "cli",

@@ -1,0 +1,1 @@
+"""Pages and pictures of results (the extra `report`): what is drawn here comes from files, and nothing measures here."""

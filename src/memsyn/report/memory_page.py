@@ -182,7 +182,7 @@ def _histogram(held: Held) -> Chart:
     found = histograms(_omega(held))
     layers = held.summary()
     names = [layer.layer for layer in _largest(layers, [layer.share for layer in layers])]
-    ends = ("less", *(f"{10**exponent:.2g}" for exponent in found.exponents))
+    ends = ("less", *(f"{10**exponent:.3g}" for exponent in found.exponents))
     empty = min(next(place for place, share in enumerate(found.shares[name]) if share) for name in names)
     classes = ["less" if not place else f"from {end}" for place, end in enumerate(ends)][empty:]
     ticks = ["" if place and found.exponents[place - 1] % 1 else end for place, end in enumerate(ends)][empty:]

@@ -62,9 +62,8 @@ class Browser:
         line, _, self.unread = self.unread.partition(b"\0")
         message = json.loads(line)
         method, found = message.get("method"), message.get("params", {})
-        if method in ("Runtime.exceptionThrown", "Log.entryAdded", "Page.javascriptDialogOpening"):
-            self.problems.append(found)
-        elif method == "Runtime.consoleAPICalled" and found["type"] in ("error", "warning"):
+        said = method == "Runtime.consoleAPICalled" and found["type"] in ("error", "warning")
+        if said or method in ("Runtime.exceptionThrown", "Log.entryAdded", "Page.javascriptDialogOpening"):
             self.problems.append(found)
         elif method == "Network.requestWillBeSent":
             self.loaded.append(found["request"]["url"])
@@ -95,9 +94,8 @@ class Browser:
             more = {"text": text} if text and kind == "keyDown" else {}
             self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **more)
 
-    def screenshot(self, path: Path, *, whole=True):
-        found = self.send("Page.captureScreenshot", captureBeyondViewport=whole, **({} if whole else {}))
-        path.write_bytes(base64.b64decode(found["data"]))
+    def screenshot(self, path: Path):
+        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot")["data"]))
 
     def pdf(self, path: Path):
         path.write_bytes(base64.b64decode(self.send("Page.printToPDF", paperWidth=8.27, paperHeight=11.7)["data"]))

@@ -9,7 +9,18 @@ import math
 from collections.abc import Callable, Sequence
 
 from memsyn.bench.findings import ALONE, FINETUNE, MAS, Findings, Numbers, estimate, half, mean
-from memsyn.bench.groups import PAIR_ROWS, Group, adaptation, facts, kept, mean_drops, over_all, pairs, sensitivity, strength_of
+from memsyn.bench.groups import (
+    PAIR_ROWS,
+    Group,
+    adaptation,
+    facts,
+    kept,
+    mean_drops,
+    over_all,
+    pairs,
+    sensitivity,
+    strength_of,
+)
 from memsyn.bench.metrics import average_accuracy, forgetting, learning_accuracy
 from memsyn.bench.record import StrengthRecord
 from memsyn.bench.sections import kept_bytes, quantity, readable, seconds
@@ -62,7 +73,8 @@ def tradeoff(found: Findings) -> Chart | None:
     least = min(rivals, key=lambda method: mean(forgotten[method]))
     fastest = max(rivals, key=lambda method: mean(learned[method]))
     what = quantity(found.run.settings)
-    title = f"{least} forgets least ({mean(forgotten[least]):.1f} points), {fastest} learns best ({mean(learned[fastest]):.1f}%)"
+    drop, best = round(mean(forgotten[least]), 1) + 0.0, mean(learned[fastest])
+    title = f"{least} forgets least ({drop:.1f} points), {fastest} learns best ({best:.1f}%)"
     x = axis("forgetting (points; left is better)")
     return lines(title, series, x, axis(f"{what} when learned (%)"), name="tradeoff", mode="markers", height=420)
 
@@ -95,7 +107,9 @@ def _entry(after: int, task: int) -> Callable[[Sequence[Sequence[float]]], float
 def _ends(task: str, series: Sequence[Series]) -> str:
     ends = sorted((one.y[-1], one.name) for one in series)
     (low, worst), (high, best) = ends[0], ends[-1]
-    return f"{task}: {low:.0f}% ({worst}) to {high:.0f}% ({best})" if len(ends) > 1 else f"{task}: {high:.1f}% at the end"
+    return (
+        f"{task}: {low:.0f}% ({worst}) to {high:.0f}% ({best})" if len(ends) > 1 else f"{task}: {high:.1f}% at the end"
+    )
 
 
 def matrices(found: Findings) -> Panels | None:
@@ -108,10 +122,13 @@ def matrices(found: Findings) -> Panels | None:
     charts = []
     for method in methods:
         values = [
-            [mean(found.by_seed(method, _entry(after, task))) if task <= after else math.nan for task in range(len(numbers))]
+            [
+                mean(found.by_seed(method, _entry(after, task))) if task <= after else math.nan
+                for task in range(len(numbers))
+            ]
             for after in range(len(numbers))
         ]
-        ends, drops = mean(found.averages(method)), mean(found.by_seed(method, forgetting))
+        ends, drops = mean(found.averages(method)), round(mean(found.by_seed(method, forgetting)), 1) + 0.0
         charts.append(
             heat(
                 f"{method} ends at {ends:.1f}%, forgets {drops:.1f}",
@@ -164,7 +181,7 @@ def chosen(choices: Sequence[StrengthRecord], word: str) -> Chart | None:
 
 def group_charts(group: Group, describe: Callable[[Group], str]) -> list[Chart]:
     """Those of a group that is described so."""
-    return {sensitivity: _sensitivity, adaptation: _adaptation, facts: _facts, pairs: _pairs}[describe](group)
+    return GROUP_CHARTS[describe](group)
 
 
 def _sensitivity(group: Group) -> list[Chart]:
@@ -179,8 +196,12 @@ def _sensitivity(group: Group) -> list[Chart]:
         series = Series(MAS, style_of(MAS), strengths, list(map(mean, numbers)), list(map(half, numbers)))
         pick = max if number is average_accuracy else min
         best = pick(range(len(strengths)), key=lambda place: series.y[place])
-        title = f"{pick.__name__.capitalize()}imum of {MAS}'s {words}: {series.y[best]:.1f} {unit} at {strengths[best]:g}"
-        charts.append(lines(title, [series], logarithmic("strength"), axis(f"{words} ({unit})"), name=f"strength {words}"))
+        title = (
+            f"{pick.__name__.capitalize()}imum of {MAS}'s {words}: {series.y[best]:.1f} {unit} at {strengths[best]:g}"
+        )
+        charts.append(
+            lines(title, [series], logarithmic("strength"), axis(f"{words} ({unit})"), name=f"strength {words}")
+        )
     return charts
 
 
@@ -228,3 +249,12 @@ def _pairs(group: Group) -> list[Chart]:
     least = min(drops, key=lambda method: mean(drops[method]))
     title = f"{least} drops least on the first task: {estimate(drops[least])} points"
     return [_by_method(title, drops, "mean drop over the pairs (points)", "pairs")]
+
+
+GROUP_CHARTS: dict[Callable[[Group], str], Callable[[Group], list[Chart]]] = {
+    sensitivity: _sensitivity,
+    adaptation: _adaptation,
+    facts: _facts,
+    pairs: _pairs,
+}
+"""By what describes a group of the kind."""

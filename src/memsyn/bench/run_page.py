@@ -19,8 +19,16 @@ from memsyn.bench.metrics import forgetting
 from memsyn.bench.record import FILE
 from memsyn.bench.report import title, training
 from memsyn.bench.run_charts import averages, chosen, costs, group_charts, matrices, over_time, tradeoff
-from memsyn.bench.sections import READING, accuracy_table, commands, cost_table, quantity, sentences, strength_table
-from memsyn.bench.sections import unfinished
+from memsyn.bench.sections import (
+    READING,
+    accuracy_table,
+    commands,
+    cost_table,
+    quantity,
+    sentences,
+    strength_table,
+    unfinished,
+)
 from memsyn.errors import MemsynError
 from memsyn.report.parts import Cell, Lines, Page, Part, Scene, Scenes, Section, Table, number_cell
 
@@ -72,7 +80,8 @@ def headline(found: Findings) -> str:
     if not known:
         return plain(sentences(found)[0]) if sentences(found) else title(settings, 1)
     words = [
-        f"{method} ends at {estimate(found.averages(method))}% and forgets {estimate(found.by_seed(method, forgetting))} points"
+        f"{method} ends at {estimate(found.averages(method))}% and forgets "
+        f"{estimate(found.by_seed(method, forgetting))} points"
         for method in known
     ]
     return f"On {settings.sequence} {'; '.join(words)}."
@@ -128,6 +137,7 @@ def _methods(found: Findings) -> Section:
     """The table of methods. Those that store data are marked, so that sorting keeps their kind."""
     parts: list[Part] = []
     for block in blocks(accuracy_table(found)) if found.methods else []:
+        assert not isinstance(block, str)
         rows = [row for row in block[1:] if not row[0].startswith("*store")]
         apart = {method for method in found.methods if method not in found.rivals}
         parts.append(_table([block[0], *rows], marked=apart))
@@ -142,15 +152,20 @@ def _strengths(found: Findings) -> list[Part]:
 
 
 def _settings(found: Findings) -> Section:
-    rows = [[Cell(name.replace("_", " ")), number_cell(f"{value}")] for name, value in asdict(found.run.settings).items()]
-    rows.append([Cell("tasks"), number_cell(str(found.run.num_tasks))])
+    rows = [[Cell(name.replace("_", " ")), Cell(f"{value}")] for name, value in asdict(found.run.settings).items()]
+    rows.append([Cell("tasks"), Cell(str(found.run.num_tasks))])
     rows += [[Cell("made with"), Cell(machine)] for machine in found.run.machines]
-    return Section("To repeat it", [Lines(commands(found)), training(found.run.settings), Table(["Setting", ""], rows)])
+    return Section(
+        "To repeat it", [Lines(commands(found)), training(found.run.settings), Table(["Setting", "Value"], rows)]
+    )
 
 
 def _parts(text: str) -> list[Part]:
     """Markdown of ours as a page's parts."""
-    return [plain(block) if isinstance(block, str) else _table(block) for block in blocks(text)]
+    return [
+        " ".join(plain(block).split()).removeprefix("- ") if isinstance(block, str) else _table(block)
+        for block in blocks(text)
+    ]
 
 
 def _table(rows: list[list[str]], marked: set[str] | frozenset[str] = frozenset()) -> Table:

@@ -96,7 +96,12 @@ def lines(
 
 def points_table(series: Sequence[Series], x: Axis, y: Axis) -> Table:
     """A row for each point."""
-    columns = ["Series", _words(x), _words(y), *(["± half of the 95% interval"] if any(s.halves for s in series) else [])]
+    columns = [
+        "Series",
+        _words(x),
+        _words(y),
+        *(["± half of the 95% interval"] if any(s.halves for s in series) else []),
+    ]
     rows = []
     for one in series:
         for place, (a, b) in enumerate(zip(one.x, one.y, strict=True)):
@@ -144,12 +149,12 @@ def bars(
     rows_axis = axis("", **_names(labels), autorange="reversed", zeroline=False)
     height = 76 + max(60, len(labels) * (14 + 12 * len(series)))
     table = Table(
-        ["", *(one.name for one in series)],
+        ["Name", *(one.name or _words(unit) for one in series)],
         [
             [Cell(label), *(_cell(one.x[row], one.halves[row] if one.halves else math.nan) for one in series)]
             for row, label in enumerate(labels)
         ],
-        _words(unit),
+        _words(unit) if len(series) > 1 else "",
     )
     legend = [(one.name, one.style) for one in series] if len(series) > 1 else ()
     return Chart(title, figure(data, unit, rows_axis, height), table, name, legend)
@@ -196,7 +201,7 @@ def heat(
     x = {**x, **_names(ticks or columns), "showgrid": False, "zeroline": False}
     y = {**y, **_names(rows), "autorange": "reversed", "showgrid": False, "zeroline": False}
     cells = [[Cell(row), *map(_cell, line)] for row, line in zip(rows, values, strict=True)]
-    return Chart(title, figure([data], x, y, 84 + 24 * max(4, len(rows))), Table(["", *columns], cells), name)
+    return Chart(title, figure([data], x, y, 84 + 24 * max(4, len(rows))), Table(["Name", *columns], cells), name)
 
 
 def _names(names: Sequence[str]) -> Axis:

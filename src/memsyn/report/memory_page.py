@@ -12,6 +12,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from memsyn.compare import Difference, LayerChange, diff
+from memsyn.errors import MismatchError
 from memsyn.history import Consolidation
 from memsyn.importance import Importance, LayerSummary
 from memsyn.memory import Memory
@@ -104,7 +105,9 @@ def _layers(layers: Sequence[LayerSummary]) -> list[Part]:
         ]
         for layer in layers
     ]
-    whole = Table(columns, rows, "Top tenth: the share of the layer's importance in its most important tenth of weights.")
+    whole = Table(
+        columns, rows, "Top tenth: the share of the layer's importance in its most important tenth of weights."
+    )
     if not layers:
         return [whole]
     shown = _largest(layers, [layer.share for layer in layers])
@@ -130,7 +133,12 @@ def _layers(layers: Sequence[LayerSummary]) -> list[Part]:
         marks=True,
     )
     left = len(layers) - len(shown)
-    return [whole, *([f"The charts show the {MOST_ROWS} layers with most; {left} are left out."] if left else []), shares, sizes]
+    return [
+        whole,
+        *([f"The charts show the {MOST_ROWS} layers with most; {left} are left out."] if left else []),
+        shares,
+        sizes,
+    ]
 
 
 def _largest(layers: Sequence[LayerSummary], numbers: Sequence[float]) -> list[LayerSummary]:
@@ -144,7 +152,12 @@ def _spread(held: Held) -> list[Part]:
     curve = lorenz(omega)
     if curve is None:
         return ["There is no importance to be spread."]
-    return [_lorenz_chart([("all weights", PLAIN, held)], f"Half of the importance lies in {100 * curve.half:.1f}% of the weights"), _histogram(held)]
+    return [
+        _lorenz_chart(
+            [("all weights", PLAIN, held)], f"Half of the importance lies in {100 * curve.half:.1f}% of the weights"
+        ),
+        _histogram(held),
+    ]
 
 
 def _both_spread(a: Held, b: Held) -> list[Part]:
@@ -175,7 +188,7 @@ def _lorenz_chart(curves: Sequence[tuple[str, Style, Held]], title: str) -> Char
         mode="lines",
     )
     top = ["held by the top 50% (%)", "by the top 10% (%)", "by the top 1% (%)"]
-    return replace(chart, table=Table(["", "Gini coefficient", "weights that hold half (%)", *top], rows))
+    return replace(chart, table=Table(["Weights", "Gini coefficient", "weights that hold half (%)", *top], rows))
 
 
 def _histogram(held: Held) -> Chart:
@@ -242,9 +255,17 @@ def _moved_since(memory: Memory, weights: Mapping[str, Tensor]) -> list[Part]:
     missing = [name for name in memory.anchor if name not in weights]
     said = [
         f"{what}: {', '.join(names)}."
-        for what, names in (("Not among the weights, and left out", missing), ("Of another shape, and left out", reshaped))
+        for what, names in (
+            ("Not among the weights, and left out", missing),
+            ("Of another shape, and left out", reshaped),
+        )
         if names
     ]
+    if len(missing) == len(memory.anchor):
+        raise MismatchError(
+            f"none of the memory's parameters is among the weights: {missing[0]} is not, for one. Give the state_dict "
+            "of the same model."
+        )
     left_out = {name.rpartition(".")[0] or name for name in (*missing, *reshaped)}
     return [*said, *_moved([layer for layer in found.layers if layer.layer not in left_out], "the model", "the anchor")]
 
@@ -256,8 +277,9 @@ def _moved(layers: Sequence[LayerChange], what: str, whose: str) -> list[Part]:
     ratios = [math.nan if layer.moved_relative is None else 100 * layer.moved_relative for layer in known]
     far = max(known, key=lambda layer: layer.moved_relative or 0.0)
     places = sorted(sorted(range(len(known)), key=lambda place: -(known[place].moved or 0.0))[:MOST_ROWS])
+    farthest = 100 * (far.moved_relative or 0.0)
     chart = bars(
-        f"{what[0].upper()}{what[1:]} is farthest off in {far.layer}: {100 * (far.moved_relative or 0.0):.1f}% of its length",
+        f"{what[0].upper()}{what[1:]} is farthest off in {far.layer}: {farthest:.1f}% of its length",
         [known[place].layer for place in places],
         [Series("distance", PLAIN, [ratios[place] for place in places], [])],
         axis(f"distance, in % of the length of {whose}"),

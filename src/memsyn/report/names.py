@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import html
 import json
+from importlib import import_module
 from typing import Any, Final
+
+from memsyn.errors import MemsynError
 
 LONGEST: Final = 24
 """Characters of a name on an axis."""
@@ -34,3 +37,16 @@ def json_in_html(value: Any) -> str:
     """JSON that cannot end the <script> it stands in. NaN and the infinities must be None already."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def needed(module: str) -> Any:
+    """An optional module.
+
+    Raises:
+        MemsynError: says what to install.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        package = (error.name or module).partition(".")[0]
+        raise MemsynError(f"this needs {package}: pip install 'memsyn[report]'.") from None

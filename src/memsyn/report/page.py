@@ -7,16 +7,27 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from memsyn.errors import MemsynError
-from memsyn.report.names import json_in_html, printable
+from memsyn.report.names import json_in_html, needed, printable
 from memsyn.report.parts import Page
+from memsyn.report.pictures import write_pictures
 
 TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_report(page: Page, html: Path | None, png: Path | None) -> None:
+    """Write the page, and its charts as pictures to a folder; either may be None.
+
+    Raises:
+        MemsynError: a file cannot be written, or what it needs is missing.
+    """
+    if html is not None:
+        write_page(page, html)
+    if png is not None:
+        write_pictures(page.charts(), png)
 
 
 def write_page(page: Page, path: Path) -> None:
@@ -59,19 +70,6 @@ def html_of(page: Page) -> str:
         uses=bool(page.charts()),
     )
     return text
-
-
-def needed(module: str) -> Any:
-    """An optional module.
-
-    Raises:
-        MemsynError: says what to install.
-    """
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        package = (error.name or module).partition(".")[0]
-        raise MemsynError(f"this needs {package}: pip install 'memsyn[report]'.") from None
 
 
 def _policy(scripts: list[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from memsyn.errors import MemsynError
-from memsyn.report.page import needed
+from memsyn.report.names import needed
 from memsyn.report.parts import Chart
 from memsyn.report.styles import INK
 

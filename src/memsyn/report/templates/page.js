@@ -24,7 +24,7 @@
     for (const axis of [layout.xaxis, layout.yaxis]) {
       Object.assign(axis, { gridcolor: grid, zerolinecolor: grid, linecolor: grid });
     }
-    const letters = Math.max(20, Math.floor((plot.clientWidth - 90) / 6.5));
+    const letters = Math.max(16, Math.floor((plot.clientWidth - 170) / 6.2));
     layout.xaxis.title.text = wrapped(layout.xaxis.title.text, letters);
     layout.yaxis.title.text = wrapped(layout.yaxis.title.text, Math.floor((layout.height - 70) / 6.5));
     layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: night ? "#8b919b" : "#7b828c", activecolor: ink };

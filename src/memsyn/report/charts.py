@@ -12,7 +12,7 @@ from typing import Any
 
 from memsyn.report.names import inert, shortened
 from memsyn.report.parts import Cell, Chart, Table
-from memsyn.report.styles import Style
+from memsyn.report.styles import INK, Style
 
 Axis = dict[str, Any]
 
@@ -144,7 +144,7 @@ def bars(
         trace |= {"mode": "markers"} if marks else {"orientation": "h"}
         if any(map(math.isfinite, one.halves)):
             halves = [half if math.isfinite(half) else 0 for half in one.halves]
-            trace["error_x"] = {"type": "data", "array": halves, "thickness": 1.5, "width": 4, "color": "ink"}
+            trace["error_x"] = {"type": "data", "array": halves, "thickness": 1.5, "width": 4, "color": INK}
         data.append(trace)
     rows_axis = axis("", **_names(labels), autorange="reversed", zeroline=False)
     height = 76 + max(60, len(labels) * (14 + 12 * len(series)))

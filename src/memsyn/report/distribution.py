@@ -34,7 +34,8 @@ class Lorenz:
 
     Attributes:
         weights: shares of the weights, the least important first, from 0 to 1.
-        held: what share of all importance they hold: L(p) = sum of the p n smallest / sum of all.
+        held: what share of all importance they hold: L(p) = sum of the p n smallest / sum of all,
+            straight in between.
         gini: 1 - 2 int L: 0 if every weight is as important as every other, 1 - 1/n if one holds it all.
         half: the smallest share of weights that together hold at least half of the importance.
     """
@@ -85,9 +86,11 @@ def lorenz(omega: Mapping[str, Tensor], num_points: int = 201) -> Lorenz | None:
         return None
     held /= total
     area = float((held[1:] + held[:-1]).sum()) / (2 * num)
-    places = [round(point * num / (num_points - 1)) for point in range(num_points)]
+    shares = torch.linspace(0, 1, num_points, dtype=torch.float64)
+    places = (shares * num).floor().long().clamp(max=num - 1)
+    points = held[places].lerp(held[places + 1], shares * num - places)
     above = num - int((held <= 0.5).sum()) + 1  # weights from the last place that holds at most half
-    return Lorenz(tuple(place / num for place in places), tuple(held[places].tolist()), 1 - 2 * area, above / num)
+    return Lorenz(tuple(shares.tolist()), tuple(points.tolist()), 1 - 2 * area, above / num)
 
 
 def top_units(omega: Mapping[str, Tensor], num: int) -> Sequence[Unit]:

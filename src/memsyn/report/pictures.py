@@ -15,7 +15,6 @@ from urllib.parse import quote
 from memsyn.errors import MemsynError
 from memsyn.report.names import needed
 from memsyn.report.parts import Chart
-from memsyn.report.styles import INK
 
 MARKERS = {
     "circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v", "cross": "P", "x": "X",
@@ -81,22 +80,20 @@ def _points(axes: Any, trace: dict[str, Any], _: int) -> None:
     if isinstance(marker["color"], list):
         for place, (colour, symbol) in enumerate(zip(marker["color"], marker["symbol"], strict=True)):
             half = [error["x"][place]] if error["x"] else None
-            axes.errorbar(x[place], y[place], xerr=half, color=_colour(colour), marker=MARKERS[symbol], capsize=3)
+            axes.errorbar(x[place], y[place], xerr=half, color=colour, marker=MARKERS[symbol], capsize=3)
         return
     axes.errorbar(
-        x, y, xerr=error["x"], yerr=error["y"], color=_colour(marker["color"]), label=label, capsize=2, elinewidth=1,
+        x, y, xerr=error["x"], yerr=error["y"], color=marker["color"], label=label, capsize=2, elinewidth=1,
         marker=MARKERS[marker["symbol"]] if "markers" in trace["mode"] else "",
         linestyle=DASHES[trace["line"]["dash"]] if "lines" in trace["mode"] else "",
     )  # fmt: skip
 
 
 def _bars(axes: Any, trace: dict[str, Any], num_traces: int) -> None:
-    colour = trace["marker"]["color"]
-    colours = [_colour(one) for one in colour] if isinstance(colour, list) else _colour(colour)
     thick = 0.8 / num_traces
     shift = (int(trace["legendgroup"]) - (num_traces - 1) / 2) * thick
     axes.barh(
-        [place + shift for place in trace["y"]], [value or 0 for value in trace["x"]], thick, color=colours,
+        [place + shift for place in trace["y"]], [value or 0 for value in trace["x"]], thick, color=trace["marker"]["color"],
         xerr=trace.get("error_x", {}).get("array"), capsize=3, label=_plain(html.unescape(trace["name"])),
     )  # fmt: skip
 
@@ -113,10 +110,6 @@ def _heat(axes: Any, trace: dict[str, Any], _: int) -> None:
             if value is not None:
                 ink = "white" if value < 0.6 * trace.get("zmax", 100) else "black"
                 axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize="small", color=ink)
-
-
-def _colour(name: str) -> str:
-    return "black" if name == INK else name
 
 
 def _plain(text: str) -> str:

@@ -1,7 +1,7 @@
 """How a method looks in every picture: its colour, marker and dash, so that colour never stands alone.
 
 Owns the table by name. The colours are those of Okabe and Ito (2008), told apart with every kind of colour vision, less
-yellow, which is lost on white; `INK` is the text's own colour, dark on light and light on dark.
+yellow, which is lost on white; `INK` becomes the text's own colour, which on dark is light.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from typing import Final, NamedTuple
 
-INK: Final = "ink"
+INK: Final = "black"
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A",
 )  # fmt: skip

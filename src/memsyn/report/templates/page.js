@@ -16,8 +16,8 @@
     const text = document.getElementById("figure" + plot.dataset.figure).textContent;
     const colours = new Set(["color"]);
     const { data, layout } = JSON.parse(text, function (key, value) {
-      if (colours.has(key) && value === "ink") return ink;
-      if (colours.has(key) && Array.isArray(value)) return value.map((one) => (one === "ink" ? ink : one));
+      if (colours.has(key) && value === "black") return ink;
+      if (colours.has(key) && Array.isArray(value)) return value.map((one) => (one === "black" ? ink : one));
       return value;
     });
     data.forEach((trace) => { trace.visible = !(drawn.get(plot) || new Set()).has(trace.legendgroup); });

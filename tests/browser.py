@@ -75,9 +75,13 @@ class Browser:
         self.send("Emulation.setEmulatedMedia", features=[_scheme(dark)])
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.send("Page.navigate", url=path.as_uri())
+        self.wait(f"document.readyState === 'complete' && location.href === {json.dumps(path.as_uri())}")
+
+    def wait(self, condition):
+        """Until an expression is true."""
         deadline = time.monotonic() + 60
-        while self.run("document.readyState") != "complete" or self.run("location.href") != path.as_uri():
-            assert time.monotonic() < deadline, f"{path} does not load"
+        while not self.run(condition):
+            assert time.monotonic() < deadline, f"never: {condition}"
             time.sleep(0.05)
 
     def dark(self, wanted):

@@ -1,11 +1,11 @@
-"""The report of runs, as values: the same numbers as the Markdown page's, charts that Plotly knows, and what is refused."""
+"""The report of runs, as values: the same numbers as the Markdown page's, charts that Plotly knows, what is refused."""
 
 import base64
 import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plotly import graph_objects
 
@@ -170,6 +170,7 @@ def test_every_method_has_a_look_of_its_own_and_always_the_same():
     assert style_of("another") == Style("#8A8A8A", "triangle-down", "dashdot")
 
 
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.text("a|\\*_<>#~`[]é'", max_size=6), min_size=1, max_size=3))
 def test_tables_come_back_from_markdown_as_they_were(names):
     (rows,) = blocks(table(["a"] * len(names), [[escape(name) for name in names]]))

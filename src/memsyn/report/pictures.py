@@ -92,10 +92,9 @@ def _points(axes: Any, trace: dict[str, Any], _: int) -> None:
 def _bars(axes: Any, trace: dict[str, Any], num_traces: int) -> None:
     thick = 0.8 / num_traces
     shift = (int(trace["legendgroup"]) - (num_traces - 1) / 2) * thick
-    axes.barh(
-        [place + shift for place in trace["y"]], [value or 0 for value in trace["x"]], thick, color=trace["marker"]["color"],
-        xerr=trace.get("error_x", {}).get("array"), capsize=3, label=_plain(html.unescape(trace["name"])),
-    )  # fmt: skip
+    places, lengths = [place + shift for place in trace["y"]], [value or 0 for value in trace["x"]]
+    label, halves = _plain(html.unescape(trace["name"])), trace.get("error_x", {}).get("array")
+    axes.barh(places, lengths, thick, color=trace["marker"]["color"], xerr=halves, capsize=3, label=label)
 
 
 def _heat(axes: Any, trace: dict[str, Any], _: int) -> None:

@@ -79,7 +79,7 @@ class Browser:
 
     def wait(self, condition):
         """Until an expression is true."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not self.run(condition):
             assert time.monotonic() < deadline, f"never: {condition}"
             time.sleep(0.05)

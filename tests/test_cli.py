@@ -54,10 +54,11 @@ def test_no_option_comes_or_goes_unnoticed():
             "sequence", "--methods", "--seeds", "--size", "--epochs", "--batch-size", "--lr", "--warmup",
             "--strength", "--out",
         ],
+        "report": ["runs", "--out", "-o", "--png", "--tensorboard", "--mlflow"],
         "results": ["files", "--out", "-o"],
-        "inspect": ["path", "--json"],
+        "inspect": ["path", "--html", "--png", "--weights", "--json"],
         "verify": ["paths", "--json"],
-        "diff": ["a", "b", "--json"],
+        "diff": ["a", "b", "--html", "--png", "--json"],
         "merge": ["paths", "--out", "-o", "--json"],
         "convert": ["path", "--out", "-o", "--samples", "--exact", "--json"],
     }  # fmt: skip
@@ -67,6 +68,7 @@ def test_no_option_comes_or_goes_unnoticed():
     ("command", "example"),
     [
         (["bench", "run"], "memsyn bench run emoji8 --methods finetune,mas --seeds 3"),
+        (["bench", "report"], "memsyn bench report runs/demo -o report.html"),
         (["bench", "results"], "memsyn bench results docs/results/*.jsonl -o docs/results.md"),
         (["inspect"], "memsyn inspect runs/demo/mas-seed0.memsyn.safetensors"),
         (["verify"], "memsyn verify backup/*.memsyn.safetensors"),

@@ -55,6 +55,7 @@ FLOORS = [
     "tune",
     "trajectory",
     "__init__",
+    "report",
     "integrations",
     "bench",
     "cli",
@@ -97,7 +98,7 @@ def test_the_core_imports_nothing_optional() -> None:
 
 
 def test_importing_memsyn_imports_nothing_optional() -> None:
-    optional = ("typer", "rich", "PIL", "matplotlib", "memsyn.bench", "fsspec")
+    optional = ("typer", "rich", "PIL", "matplotlib", "memsyn.bench", "fsspec", "plotly", "jinja2")
     code = f"import sys, memsyn; print([m for m in {optional} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from memsyn.errors import MemoryFileError, OptionError
@@ -21,6 +23,7 @@ from memsyn.history import Consolidation
 from memsyn.importance import MAGNITUDE, Importance, check_same_shapes
 from memsyn.memory import Memory
 from memsyn.objectives import OBJECTIVE
+from memsyn.parameters import canonical_name
 from memsyn.routes import wide_dtype
 
 PLAIN: Final = "memsyn"
@@ -84,6 +87,26 @@ def write_plain(path: str | os.PathLike[str], held: Memory | Importance) -> None
         raise MemoryFileError(
             f"{path} could not be written: {error}. A file that was there before is whole."
         ) from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A model's weights by parameter name, of its state_dict in a file of safetensors or of torch.
+
+    Raises:
+        MemoryFileError: the file is missing or damaged, or holds something else.
+    """
+    if is_plain(path):
+        state: Mapping[Any, Any] = _load(path)
+    else:
+        try:
+            state = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise MemoryFileError(f"{path} could not be read: {error}. Name a file of the model's weights.") from error
+    return {
+        canonical_name(name).removeprefix("module."): values
+        for name, values in state.items()
+        if isinstance(name, str) and isinstance(values, Tensor)
+    }
 
 
 def read_plain(path: Path, *, num_samples: int | None = None, exact: bool = False) -> tuple[Memory | Importance, str]:

@@ -133,6 +133,11 @@ def estimate(numbers: Numbers) -> str:
     return str(interval(list(numbers.values())))
 
 
+def half(numbers: Numbers) -> float:
+    """Of the 95% interval over the seeds; infinite for fewer than two."""
+    return interval(list(numbers.values())).half if len(numbers) > 1 else math.inf
+
+
 def difference(numbers: Numbers, others: Numbers) -> Interval | None:
     """numbers - others, seed by seed, over the seeds that both have; None for none.
 

@@ -1,4 +1,4 @@
-"""Markdown: a table, and text in which nothing is markup that was not meant to be.
+"""Markdown: a table, and text in which nothing is markup that was not meant to be; and back.
 
 Owns the syntax; knows nothing of results.
 """
@@ -11,7 +11,24 @@ from collections.abc import Sequence
 
 def escape(text: str) -> str:
     """A name as it is to be read: characters that mean something in Markdown or HTML with a backslash before them."""
-    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", text)
+    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", re.sub(r"[\r\n]+", " ", text))
+
+
+def plain(text: str) -> str:
+    """The text as it is to be read: without backslashes and emphasis."""
+    return re.sub(r"\\(.)|\*+", lambda found: found[1] or "", text)
+
+
+def blocks(text: str) -> list[str | list[list[str]]]:
+    """Paragraphs and tables, in order: a table as its rows of cells, header first. Cells are Markdown still."""
+    found: list[str | list[list[str]]] = []
+    for block in text.split("\n\n"):
+        if block.startswith("| "):
+            lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in block.split("\n")]
+            found.append([[cell.strip() for cell in line] for line in (lines[0], *lines[2:])])
+        elif block:
+            found.append(block)
+    return found
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

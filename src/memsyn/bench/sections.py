@@ -222,21 +222,29 @@ def cost_table(found: Findings) -> str:
     for method, seeds in found.results.items():
         records = [record for of_seed in seeds.values() for record in of_seed]
         strengths = sorted({record.strength for record in records if record.strength is not None})
-        last = found.run.num_tasks - 1
-        kept = [max(record.kept_bytes for record in records if record.task == task) for task in (0, last)]
         rows.append(
             [
                 escape(method),
                 ", ".join(f"{strength:g}" for strength in strengths) or NONE,
                 str(len(seeds)),
-                f"{fmean(sum(record.seconds for record in of_seed) for of_seed in seeds.values()):.0f}",
-                readable(kept[0]),
-                readable(kept[1]),
+                f"{mean(seconds(found, method)):.0f}",
+                readable(kept_bytes(found, method, 0)),
+                readable(kept_bytes(found, method, -1)),
                 readable(max(record.working_bytes for record in records)),
             ]
         )
     columns = ["Method", "Strength", "Seeds", "Seconds a seed", "Kept after task 1", "Kept at the end", "Working"]
     return table(columns, rows)
+
+
+def seconds(found: Findings, method: str) -> Numbers:
+    """Each seed's, by the clock."""
+    return {seed: sum(record.seconds for record in records) for seed, records in found.results[method].items()}
+
+
+def kept_bytes(found: Findings, method: str, task: int) -> int:
+    """The most that a seed keeps after that task."""
+    return max(records[task].kept_bytes for records in found.results[method].values())
 
 
 def readable(num_bytes: int) -> str:

@@ -10,14 +10,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from memsyn import OptionError
+from memsyn.bench.export import write_mlflow, write_tensorboard
 from memsyn.bench.methods.registry import METHODS
 from memsyn.bench.plots import plot_accuracy
 from memsyn.bench.report import markdown_table, rich_table
 from memsyn.bench.results import write_results
+from memsyn.bench.run_page import read_runs, run_page
 from memsyn.bench.runner import run
 from memsyn.bench.sequences import SEQUENCES, find_sequence
 from memsyn.bench.settings import OWN, Settings, strength_of
-from memsyn.cli.screen import plain_errors
+from memsyn.cli.screen import plain_errors, say
+from memsyn.report.page import write_report
 
 bench = typer.Typer(no_args_is_help=True, help="Compare methods on a sequence of tasks.")
 
@@ -79,6 +83,34 @@ def run_(
         (folder / "table.md").write_text(markdown_table(results, settings), encoding="utf-8")
         plot_accuracy(results, settings, folder / "accuracy.png")
         typer.echo(f"Results, memories, table.md and accuracy.png are in {folder}.")
+
+
+@bench.command("report")
+def report_(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or their results.jsonl.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="The HTML page to write.")] = None,
+    png: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the charts as pictures.")] = None,
+    tensorboard: Annotated[Path | None, typer.Option(metavar="DIR", help="Write scalars for TensorBoard.")] = None,
+    mlflow: Annotated[str | None, typer.Option(metavar="URI", help="Log to an MLflow store or server.")] = None,
+) -> None:
+    """Make one page with charts of what runs found, that opens in any browser without a network.
+
+    The same records go to pictures, TensorBoard and MLflow (sqlite:///FILE, or a server's address), if asked for.
+
+    Example: memsyn bench report runs/demo -o report.html
+    """
+    with plain_errors():
+        if not (out or png or tensorboard or mlflow):
+            raise OptionError("there is nothing to write: say -o report.html, --png, --tensorboard or --mlflow.")
+        found = read_runs(runs)
+        if out or png:
+            write_report(run_page(found), out, png)
+        if tensorboard:
+            write_tensorboard([one for one, _ in found], tensorboard)
+        if mlflow:
+            write_mlflow([one for one, _ in found], mlflow)
+    written = ", ".join(str(place) for place in (out, png, tensorboard, mlflow) if place)
+    say(f"Wrote {written} from {len(runs)} run{'s' * (len(runs) > 1)}.")
 
 
 @bench.command("results")

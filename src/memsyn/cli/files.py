@@ -25,23 +25,40 @@ from memsyn.cli.screen import (
     say,
     say_json,
 )
-from memsyn.convert import PLAIN, STRUCTURES, is_plain, read_plain, write_plain
+from memsyn.convert import PLAIN, STRUCTURES, is_plain, read_plain, read_weights, write_plain
 from memsyn.memory import KINDS, load
+from memsyn.report.memory_page import difference_page, memory_page
+from memsyn.report.page import write_report
 from memsyn.storage import IMPORTANCE, MEMORY, read
 
 File = Annotated[str, typer.Argument(metavar="FILE", help="A memory or importance file of memsyn, or its URL.")]
 Files = Annotated[list[str], typer.Argument(metavar="FILE", help="Files of memsyn, or their URLs.")]
 Out = Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="The file to write.")]
+Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page that opens in any browser.")]
+Png = Annotated[Path | None, typer.Option(metavar="DIR", help="Write the charts as pictures to this folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def inspect(path: File, as_json: Json = False) -> None:
-    """Print what a memory or an importance file protects, layer by layer.
+def inspect(
+    path: File,
+    html: Html = None,
+    png: Png = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="A model's state_dict; the page then shows what moved since the anchor.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print what a memory or an importance file protects, layer by layer; with --html also write a page with charts.
 
     Example: memsyn inspect runs/demo/mas-seed0.memsyn.safetensors
     """
     with plain_errors():
         held = load(path)
+        if weights is not None and not (isinstance(held, Memory) and (html or png)):
+            raise OptionError("--weights belongs to a memory's --html or --png: add one, or leave it out.")
+        if html or png:
+            page = memory_page(held, os.path.basename(path), read_weights(weights) if weights else None)
+            write_report(page, html, png)
     if as_json:
         say_json(_facts(held))
     elif isinstance(held, Memory):
@@ -100,6 +117,8 @@ def _verified(path: str) -> dict[str, Any]:
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="The older file.")],
     b: Annotated[str, typer.Argument(metavar="B", help="The newer file.")],
+    html: Html = None,
+    png: Png = None,
     as_json: Json = False,
 ) -> None:
     """Compare two files: which layers gained or lost importance, and where the anchors moved.
@@ -110,6 +129,8 @@ def diff(
     """
     with plain_errors():
         one, other = load(a), load(b)
+        if html or png:
+            write_report(difference_page(one, other, (os.path.basename(a), os.path.basename(b))), html, png)
     found = comparison.diff(one, other)
     if as_json:
         say_json(asdict(found))

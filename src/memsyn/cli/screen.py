@@ -18,6 +18,7 @@ from rich.text import Text
 
 from memsyn import Consolidation, Importance, LayerSummary, Memory, MemsynError
 from memsyn.compare import Difference, LayerChange
+from memsyn.report.names import printable
 
 
 @contextmanager
@@ -29,11 +30,6 @@ def plain_errors() -> Iterator[None]:
         lines = "\n".join(printable(line) for line in str(error).splitlines())
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {lines}", style="red", markup=False)
         raise typer.Exit(1) from None
-
-
-def printable(text: str) -> str:
-    """Text with everything that is no visible character or space written as an escape."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def say(line: str) -> None:

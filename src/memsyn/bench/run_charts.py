@@ -1,0 +1,260 @@
+"""The charts of a run's report: what each shows, and the finding in its title.
+
+Owns titles and axes; the numbers come from `findings`, `metrics`, `sections` and `groups`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from memsyn.bench.findings import ALONE, FINETUNE, MAS, Findings, Numbers, estimate, half, mean
+from memsyn.bench.groups import (
+    PAIR_ROWS,
+    Group,
+    adaptation,
+    facts,
+    kept,
+    mean_drops,
+    over_all,
+    pairs,
+    sensitivity,
+    strength_of,
+)
+from memsyn.bench.metrics import average_accuracy, forgetting, learning_accuracy
+from memsyn.bench.record import StrengthRecord
+from memsyn.bench.sections import kept_bytes, quantity, readable, seconds
+from memsyn.report.charts import Series, axis, bars, heat, lines, logarithmic
+from memsyn.report.parts import Chart, Panels
+from memsyn.report.styles import BLUE, VERMILLION, Style, style_of
+
+HALVES = "A mark with a bar is the mean over the seeds with its 95% interval; of one seed, the mark alone."
+FIRST, SECOND = Style(BLUE, "circle", "solid"), Style(VERMILLION, "square", "dash")
+
+
+def averages(found: Findings) -> Chart:
+    """The methods by what they end at, the best first."""
+    methods = sorted((m for m in found.methods if m != ALONE), key=lambda method: -mean(found.averages(method)))
+    best, word = found.best(), quantity(found.run.settings)
+    title = f"Average {word} after the last task"
+    if best is not None:
+        first = " highest of those that store no data" if len(found.rivals) > 1 else ""
+        title = f"{best} ends{first} at {estimate(found.averages(best))}%"
+    numbers = {method: found.averages(method) for method in methods}
+    return _by_method(title, numbers, f"average {word} after the last task (%)", "averages", marks=True)
+
+
+def _by_method(title: str, numbers: dict[str, Numbers], unit: str, name: str, *, marks: bool = False) -> Chart:
+    """A row for each method in its own style."""
+    methods = list(numbers)
+    series = Series("", FIRST, list(map(mean, numbers.values())), [], list(map(half, numbers.values())))
+    styles = [style_of(method) for method in methods]
+    return bars(title, methods, [series], axis(unit), name=name, styles=styles, marks=marks)
+
+
+def tradeoff(found: Findings) -> Chart | None:
+    """New tasks against old ones, a mark for each method and seed; none for a single task."""
+    methods = [method for method in found.methods if method != ALONE]
+    if found.run.num_tasks < 2 or not methods:
+        return None
+    forgotten = {method: found.by_seed(method, forgetting) for method in methods}
+    learned = {method: found.by_seed(method, learning_accuracy) for method in methods}
+    series = [
+        Series(
+            method,
+            style_of(method),
+            list(forgotten[method].values()),
+            list(learned[method].values()),
+            words=[f"seed {seed}:" for seed in learned[method]],
+        )
+        for method in methods
+    ]
+    rivals = found.rivals or methods
+    least = min(rivals, key=lambda method: mean(forgotten[method]))
+    fastest = max(rivals, key=lambda method: mean(learned[method]))
+    what = quantity(found.run.settings)
+    drop, best = round(mean(forgotten[least]), 1) + 0.0, mean(learned[fastest])
+    title = f"{least} forgets least ({drop:.1f} points), {fastest} learns best ({best:.1f}%)"
+    x = axis("forgetting (points; left is better)")
+    return lines(title, series, x, axis(f"{what} when learned (%)"), name="tradeoff", mode="markers", height=420)
+
+
+def over_time(found: Findings) -> Panels | None:
+    """A panel for each task, a line for each method."""
+    methods = [method for method in found.methods if method != ALONE]
+    if not methods:
+        return None
+    last = found.run.num_tasks
+    lowest = min(min(records[-1].accuracies) for m in methods for records in found.results[m].values())
+    y = axis(f"{quantity(found.run.settings)} (%)", range=[max(0, 10 * math.floor(lowest / 10) - 5), 102])
+    x = axis("tasks learned", range=[0.6, last + 0.4], dtick=1 if last <= 10 else 2)
+    charts = []
+    for task, name in enumerate(found.tasks):
+        series = []
+        for method in methods:
+            numbers = [found.by_seed(method, _entry(after, task)) for after in range(task, last)]
+            times = list(range(task + 1, last + 1))
+            series.append(Series(method, style_of(method), times, list(map(mean, numbers)), list(map(half, numbers))))
+        charts.append(lines(_ends(name, series), series, x, y, name=f"task {task + 1}", height=240))
+    title = "Every task while the next ones are learned"
+    return Panels(title, charts, HALVES, charts[0].series)
+
+
+def _entry(after: int, task: int) -> Callable[[Sequence[Sequence[float]]], float]:
+    return lambda matrix: matrix[after][task]
+
+
+def _ends(task: str, series: Sequence[Series]) -> str:
+    ends = sorted((one.y[-1], one.name) for one in series)
+    (low, worst), (high, best) = ends[0], ends[-1]
+    return (
+        f"{task}: {low:.0f}% ({worst}) to {high:.0f}% ({best})" if len(ends) > 1 else f"{task}: {high:.1f}% at the end"
+    )
+
+
+def matrices(found: Findings) -> Panels | None:
+    """A heat map for each method."""
+    methods = [method for method in found.methods if method != ALONE]
+    if not methods or found.run.num_tasks < 2:
+        return None
+    numbers = [str(task + 1) for task in range(found.run.num_tasks)]
+    word = quantity(found.run.settings)
+    charts = []
+    for method in methods:
+        values = [
+            [
+                mean(found.by_seed(method, _entry(after, task))) if task <= after else math.nan
+                for task in range(len(numbers))
+            ]
+            for after in range(len(numbers))
+        ]
+        ends, drops = mean(found.averages(method)), round(mean(found.by_seed(method, forgetting)), 1) + 0.0
+        charts.append(
+            heat(
+                f"{method} ends at {ends:.1f}%, forgets {drops:.1f}",
+                [f"after {number}" for number in numbers],
+                found.tasks,
+                values,
+                axis(f"{word} on task (%)"),
+                axis(""),
+                name=f"matrix {method}",
+                hover=f"{word} %{{z:.1f}}%",
+                highest=100,
+                ticks=numbers,
+                written=True,
+            )
+        )
+    note = "A row after each task, mean over the seeds; dark is 0%, yellow 100%. The tasks: "
+    names = ", ".join(f"{number} {name}" for number, name in zip(numbers, found.tasks, strict=True))
+    return Panels(f"The {word} matrix of each method", charts, f"{note}{names}.")
+
+
+def costs(found: Findings) -> Panels:
+    """Time and memory."""
+    times = {method: seconds(found, method) for method in found.methods}
+    sizes = {method: kept_bytes(found, method, -1) for method in found.methods}
+    slowest, biggest = max(times, key=lambda m: mean(times[m])), max(sizes, key=lambda m: sizes[m])
+    time = f"{slowest} takes {mean(times[slowest]):.0f} s"
+    if FINETUNE in times and slowest != FINETUNE:
+        time += f", {mean(times[slowest]) / mean(times[FINETUNE]):.1f} times as long as {FINETUNE}"
+    in_mb: dict[str, Numbers] = {method: {0: size / 1e6} for method, size in sizes.items()}
+    charts = [
+        _by_method(time, times, "training, measuring and testing of a seed (s)", "seconds"),
+        _by_method(
+            f"{biggest} keeps {readable(sizes[biggest])}", in_mb, "kept beside the model at the end (MB)", "kept"
+        ),
+    ]
+    return Panels("What the methods cost", charts)
+
+
+def chosen(choices: Sequence[StrengthRecord], word: str) -> Chart | None:
+    """How the strengths were chosen; none where none was."""
+    choices = [choice for choice in choices if choice.candidates]
+    if not choices:
+        return None
+    series = [Series(c.method, style_of(c.method), c.candidates, c.scores) for c in choices]
+    widest = max(choices, key=lambda choice: max(choice.scores) - min(choice.scores))
+    apart = max(widest.scores) - min(widest.scores)
+    title = f"The strength matters most to {widest.method}: {apart:.1f} points between the candidates"
+    return lines(title, series, logarithmic("strength"), axis(f"validation {word} (%)"), name="strengths-chosen")
+
+
+def group_charts(group: Group, describe: Callable[[Group], str]) -> list[Chart]:
+    """Those of a group that is described so."""
+    return GROUP_CHARTS[describe](group)
+
+
+def _sensitivity(group: Group) -> list[Chart]:
+    ordered = sorted(group, key=strength_of)
+    strengths = [strength_of(found) for found in ordered]
+    charts = []
+    for words, number, unit in (
+        ("average accuracy", average_accuracy, "%"),
+        ("forgetting", forgetting, "points"),
+    ):
+        numbers = [found.by_seed(MAS, number) for found in ordered]
+        series = Series(MAS, style_of(MAS), strengths, list(map(mean, numbers)), list(map(half, numbers)))
+        pick = max if number is average_accuracy else min
+        best = pick(range(len(strengths)), key=lambda place: series.y[place])
+        title = (
+            f"{pick.__name__.capitalize()}imum of {MAS}'s {words}: {series.y[best]:.1f} {unit} at {strengths[best]:g}"
+        )
+        charts.append(
+            lines(title, [series], logarithmic("strength"), axis(f"{words} ({unit})"), name=f"strength {words}")
+        )
+    return charts
+
+
+def _adaptation(group: Group) -> list[Chart]:
+    charts = []
+    for found in group:
+        methods = [method for method in found.rivals if kept(found, method, "in-use")[0]]
+        if not methods:
+            continue
+        series = []
+        for words, scoring, style in (("classes in use", "in-use", FIRST), ("other classes", "other-classes", SECOND)):
+            numbers = [kept(found, method, scoring)[0] for method in methods]
+            series.append(Series(words, style, list(map(mean, numbers)), [], list(map(half, numbers))))
+        best = max(range(len(methods)), key=lambda place: series[0].x[place])
+        charts.append(
+            bars(
+                f"{methods[best]} keeps most of the classes in use: {series[0].x[best]:.1f}%, of the others "
+                f"{series[1].x[best]:.1f}%",
+                methods,
+                series,
+                axis("accuracy on earlier tasks at the end (%)"),
+                name=f"adaptation {found.name}",
+            )
+        )
+    return charts
+
+
+def _facts(group: Group) -> list[Chart]:
+    charts = []
+    for found in group:
+        numbers = {m: over_all(found, m) for m in sorted(found.methods, key=lambda m: -mean(over_all(found, m)))}
+        numbers.pop(ALONE, None)
+        if numbers:
+            best = next(iter(numbers))
+            title = f"{found.name}: {best} finds most facts, {estimate(numbers[best])}%"
+            unit = "mean average precision over all facts (%)"
+            charts.append(_by_method(title, numbers, unit, f"facts {found.name}"))
+    return charts
+
+
+def _pairs(group: Group) -> list[Chart]:
+    drops = {method: numbers for method in PAIR_ROWS if (numbers := mean_drops(group, method))}
+    if not drops:
+        return []
+    least = min(drops, key=lambda method: mean(drops[method]))
+    title = f"{least} drops least on the first task: {estimate(drops[least])} points"
+    return [_by_method(title, drops, "mean drop over the pairs (points)", "pairs")]
+
+
+GROUP_CHARTS: dict[Callable[[Group], str], Callable[[Group], list[Chart]]] = {
+    sensitivity: _sensitivity,
+    adaptation: _adaptation,
+    facts: _facts,
+    pairs: _pairs,
+}
+"""By what describes a group of the kind."""

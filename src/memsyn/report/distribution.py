@@ -1,0 +1,110 @@
+"""How an importance is spread: histograms by layer, the Lorenz curve, and the units that matter most.
+
+Owns these numbers. Must not know pages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memsyn.importance import layer_of
+
+DECADES = 10
+"""Powers of ten below the largest importance that a histogram tells apart."""
+
+
+@dataclass(frozen=True)
+class Histograms:
+    """For each layer, what share of its weights has an importance in each class."""
+
+    exponents: tuple[float, ...]
+    """The classes' lower ends as log10 Omega, half a decade wide; lower values and zeros are in a class before them."""
+    shares: dict[str, tuple[float, ...]]
+    """Layer -> share of its weights, 0 to 1: first those below all classes, then class by class."""
+
+
+@dataclass(frozen=True)
+class Lorenz:
+    """How concentrated an importance is.
+
+    Attributes:
+        weights: shares of the weights, the least important first, from 0 to 1.
+        held: what share of all importance they hold: L(p) = sum of the p n smallest / sum of all,
+            straight in between.
+        gini: 1 - 2 int L: 0 if every weight is as important as every other, 1 - 1/n if one holds it all.
+        half: the smallest share of weights that together hold at least half of the importance.
+    """
+
+    weights: tuple[float, ...]
+    held: tuple[float, ...]
+    gini: float
+    half: float
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One row of a layer's parameters, such as a neuron with its incoming weights and bias, or a filter."""
+
+    layer: str
+    row: int
+    total: float
+    """The sum of Omega over its weights."""
+    share: float
+    """Of the total importance of the model."""
+
+
+def histograms(omega: Mapping[str, Tensor]) -> Histograms:
+    """By layer, over half decades of Omega from the largest down."""
+    highest = max((float(values.max()) for values in omega.values() if values.numel()), default=0.0)
+    if not highest:
+        return Histograms((), {layer_of(name): (1.0,) for name in omega})
+    top = math.floor(2 * math.log10(highest)) + 1  # the end of the last class, in half decades
+    lowest = top - 2 * DECADES
+    counts: dict[str, Tensor] = {}
+    for name, values in omega.items():
+        places = (2 * values.detach().flatten().double().log10()).floor().clamp(lowest - 1, top - 1) - (lowest - 1)
+        found = torch.bincount(places.long(), minlength=2 * DECADES + 1)
+        counts[layer_of(name)] = counts.get(layer_of(name), torch.zeros_like(found)) + found
+    return Histograms(
+        tuple(place / 2 for place in range(lowest, top)),
+        {layer: tuple((found / max(1, int(found.sum()))).tolist()) for layer, found in counts.items()},
+    )
+
+
+def lorenz(omega: Mapping[str, Tensor], num_points: int = 201) -> Lorenz | None:
+    """The curve over all weights, and its Gini coefficient, exactly: by sorting. None if nothing is important."""
+    values = torch.cat([torch.zeros(0), *(part.detach().flatten().float() for part in omega.values())])
+    values = values.sort().values
+    held = torch.cat([torch.zeros(1, dtype=torch.float64), values.cumsum(0, dtype=torch.float64)])
+    total, num = float(held[-1]), len(values)
+    if not total:
+        return None
+    held /= total
+    area = float((held[1:] + held[:-1]).sum()) / (2 * num)
+    shares = torch.linspace(0, 1, num_points, dtype=torch.float64)
+    places = (shares * num).floor().long().clamp(max=num - 1)
+    points = held[places].lerp(held[places + 1], shares * num - places)
+    above = num - int((held <= 0.5).sum()) + 1  # weights from the last place that holds at most half
+    return Lorenz(tuple(shares.tolist()), tuple(points.tolist()), 1 - 2 * area, above / num)
+
+
+def top_units(omega: Mapping[str, Tensor], num: int) -> Sequence[Unit]:
+    """The `num` rows with the most importance. Parameters of one layer with as many rows make its rows together."""
+    sums: dict[tuple[str, int], Tensor] = {}
+    for name, values in omega.items():
+        if values.numel():
+            rows = values.detach().double().reshape(len(values) if values.ndim else 1, -1).sum(1)
+            key = layer_of(name), len(rows)
+            sums[key] = sums[key] + rows if key in sums else rows
+    total = sum(float(rows.sum()) for rows in sums.values())
+    found = []
+    for (layer, _), rows in sums.items():
+        best = rows.topk(min(num, len(rows)))
+        for value, row in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            found.append(Unit(layer, row, value, value / total if total else 0.0))
+    return sorted(found, key=lambda unit: -unit.total)[:num]

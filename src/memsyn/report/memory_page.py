@@ -1,0 +1,332 @@
+"""The page of a memory or an importance, and that of two side by side.
+
+Owns which charts there are and their words; the numbers come from `summary`, `compare` and `distribution`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from memsyn.compare import Difference, LayerChange, diff
+from memsyn.errors import MismatchError
+from memsyn.history import Consolidation
+from memsyn.importance import Importance, LayerSummary
+from memsyn.memory import Memory
+from memsyn.report.charts import Series, axis, bars, heat, lines, logarithmic
+from memsyn.report.distribution import histograms, lorenz, top_units
+from memsyn.report.parts import Cell, Chart, Page, Part, Section, Table, number_cell
+from memsyn.report.styles import BLUE, GREY, VERMILLION, Style
+
+MOST_ROWS = 40
+"""Layers in a chart; tables have all."""
+NUM_UNITS = 20
+PLAIN, OTHER, EVEN = Style(BLUE, "circle", "solid"), Style(VERMILLION, "square", "dash"), Style(GREY, "x", "dot")
+SHARE = "share of all importance (%)"
+
+Held = Memory | Importance
+
+
+def memory_page(held: Held, name: str, weights: Mapping[str, Tensor] | None = None) -> Page:
+    """All about one file; with a model's `weights`, also how far they are from the anchor."""
+    layers = held.summary()
+    sections = [
+        Section("Layers", _layers(layers)),
+        Section("How the importance is spread", _spread(held)),
+        Section("The most important units", _units(held)),
+    ]
+    if isinstance(held, Memory):
+        if weights is not None:
+            sections.append(Section("What moved since the anchor", _moved_since(held, weights)))
+        sections.append(Section("Consolidations", _history(held.history)))
+    num_weights = sum(layer.num_weights for layer in layers)
+    lead = f"{kind(held)} of {num_weights:,} weights in {len(layers)} layers, measured on {held.num_samples:,} samples"
+    return Page(name, _headline(held, layers), f"{lead}{_quantity(held)}.", sections)
+
+
+def difference_page(a: Held, b: Held, names: tuple[str, str]) -> Page:
+    """Two files side by side, A and B."""
+    found = diff(a, b)
+    most = max(found.layers, key=lambda layer: abs(layer.share_b - layer.share_a), default=None)
+    headline = "A and B hold the same, bit for bit." if found.same else "A and B differ."
+    if most and not found.same:
+        change = 100 * (most.share_b - most.share_a)
+        headline = f"From A to B the importance shifts most in {most.layer}: {change:+.1f} points of its share."
+    sections = [Section("Layers", _changes(found)), Section("How the importance is spread", _both_spread(a, b))]
+    if any(layer.moved is not None for layer in found.layers):
+        sections.append(Section("Where the anchors moved", _moved(found.layers, "the anchor of B", "A's anchor")))
+    for which, held in (("A", a), ("B", b)):
+        if isinstance(held, Memory):
+            sections.append(Section(f"Consolidations of {which}", _history(held.history)))
+    lead = " ".join(
+        f"{which}: {name}, {kind(held).lower()} on {held.num_samples:,} samples{_quantity(held)}."
+        for which, name, held in (("A", names[0], a), ("B", names[1], b))
+    )
+    return Page(" and ".join(names), headline, lead, sections)
+
+
+def kind(held: Held) -> str:
+    """What sort of file it is."""
+    return "Memory" if isinstance(held, Memory) else "Importance"
+
+
+def _quantity(held: Held) -> str:
+    return f": {held.quantity[1]} of {held.quantity[0]}" if held.quantity else ""
+
+
+def _omega(held: Held) -> dict[str, Tensor]:
+    return held.importance if isinstance(held, Memory) else held.mean()
+
+
+def _headline(held: Held, layers: Sequence[LayerSummary]) -> str:
+    curve = lorenz(_omega(held))
+    if curve is None:
+        return "Nothing in it is important yet."
+    top = max(layers, key=lambda layer: layer.share)
+    return (
+        f"{100 * curve.half:.1f}% of the weights hold half of the importance; "
+        f"{100 * top.share:.0f}% of it lies in {top.layer}."
+    )
+
+
+def _layers(layers: Sequence[LayerSummary]) -> list[Part]:
+    columns = ["Layer", "Weights", "Share (%)", "Mean", "Max", "Top tenth (%)"]
+    rows = [
+        [
+            Cell(layer.layer),
+            number_cell(f"{layer.num_weights:,}"),
+            Cell(f"{100 * layer.share:.1f}", layer.share),
+            Cell(f"{layer.mean:.3g}", layer.mean),
+            Cell(f"{layer.max:.3g}", layer.max),
+            Cell(f"{100 * layer.concentration:.1f}", layer.concentration),
+        ]
+        for layer in layers
+    ]
+    whole = Table(
+        columns, rows, "Top tenth: the share of the layer's importance in its most important tenth of weights."
+    )
+    if not layers:
+        return [whole]
+    shown = _largest(layers, [layer.share for layer in layers])
+    first = max(shown, key=lambda layer: layer.share)
+    top = max(shown, key=lambda layer: layer.mean)
+    names = [layer.layer for layer in shown]
+    shares = bars(
+        f"{first.layer} holds {100 * first.share:.0f}% of all importance",
+        names,
+        [Series("share", PLAIN, [100 * layer.share for layer in shown], [])],
+        axis(SHARE),
+        name="layers-share",
+    )
+    sizes = bars(
+        f"A weight of {top.layer} matters most on average: {top.mean:.3g}",
+        names,
+        [
+            Series("mean over the weights", PLAIN, [layer.mean or math.nan for layer in shown], []),
+            Series("largest", OTHER, [layer.max or math.nan for layer in shown], []),
+        ],
+        logarithmic("importance of a weight (units of the objective per unit of weight)"),
+        name="layers-size",
+        marks=True,
+    )
+    left = len(layers) - len(shown)
+    return [
+        whole,
+        *([f"The charts show the {MOST_ROWS} layers with most; {left} are left out."] if left else []),
+        shares,
+        sizes,
+    ]
+
+
+def _largest(layers: Sequence[LayerSummary], numbers: Sequence[float]) -> list[LayerSummary]:
+    """Those with the largest numbers, in the model's order."""
+    kept = sorted(sorted(range(len(layers)), key=lambda place: -numbers[place])[:MOST_ROWS])
+    return [layers[place] for place in kept]
+
+
+def _spread(held: Held) -> list[Part]:
+    omega = _omega(held)
+    curve = lorenz(omega)
+    if curve is None:
+        return ["There is no importance to be spread."]
+    return [
+        _lorenz_chart(
+            [("all weights", PLAIN, held)], f"Half of the importance lies in {100 * curve.half:.1f}% of the weights"
+        ),
+        _histogram(held),
+    ]
+
+
+def _both_spread(a: Held, b: Held) -> list[Part]:
+    ginis = [curve.gini if (curve := lorenz(_omega(held))) else 0.0 for held in (a, b)]
+    title = f"Gini coefficient {ginis[0]:.2f} in A and {ginis[1]:.2f} in B"
+    return [_lorenz_chart([("A", PLAIN, a), ("B", OTHER, b)], title)]
+
+
+def _lorenz_chart(curves: Sequence[tuple[str, Style, Held]], title: str) -> Chart:
+    series, rows = [], []
+    for name, style, held in curves:
+        curve = lorenz(_omega(held))
+        if curve is None:
+            continue
+        x, y = ([100 * value for value in values] for values in (curve.weights, curve.held))
+        series.append(Series(name, style, x, y))
+        rows.append(
+            [Cell(name), number_cell(f"{curve.gini:.3f}"), number_cell(f"{100 * curve.half:.2f}")]
+            + [number_cell(f"{100 - y[round(share * (len(y) - 1))]:.1f}") for share in (0.5, 0.9, 0.99)]
+        )
+    series.append(Series("if all weights mattered alike", EVEN, [0, 100], [0, 100]))
+    chart = lines(
+        title,
+        series,
+        axis("weights, the least important first (%)", range=[0, 100]),
+        axis("importance that they hold (%)", range=[0, 100]),
+        name="lorenz",
+        mode="lines",
+    )
+    top = ["held by the top 50% (%)", "by the top 10% (%)", "by the top 1% (%)"]
+    return replace(chart, table=Table(["Weights", "Gini coefficient", "weights that hold half (%)", *top], rows))
+
+
+def _histogram(held: Held) -> Chart:
+    found = histograms(_omega(held))
+    layers = held.summary()
+    names = [layer.layer for layer in _largest(layers, [layer.share for layer in layers])]
+    ends = ("less", *(f"{10**exponent:.3g}" for exponent in found.exponents))
+    empty = min(next(place for place, share in enumerate(found.shares[name]) if share) for name in names)
+    classes = ["less" if not place else f"from {end}" for place, end in enumerate(ends)][empty:]
+    ticks = ["" if place and found.exponents[place - 1] % 1 else end for place, end in enumerate(ends)][empty:]
+    values = [[100 * share for share in found.shares[name]][empty:] for name in names]
+    widest = max(names, key=lambda name: sum(share > 0.01 for share in found.shares[name][1:]))
+    span = sum(share > 0.01 for share in found.shares[widest][1:]) / 2
+    return heat(
+        f"Importances within one layer differ by up to {span:g} powers of ten ({widest})",
+        names,
+        classes,
+        values,
+        axis("importance of a weight; colour: share of the layer's weights (%)"),
+        axis(""),
+        name="histogram",
+        hover="%{z:.1f}% of the layer's weights",
+        ticks=ticks,
+    )
+
+
+def _units(held: Held) -> list[Part]:
+    units = [unit for unit in top_units(_omega(held), NUM_UNITS) if unit.total]
+    if not units:
+        return ["No unit is important yet."]
+    note = "A unit is a row of a layer's parameters, with its bias: a neuron, a filter, a token of an embedding."
+    labels = [f"{unit.layer} [{unit.row}]" for unit in units]
+    together = 100 * sum(unit.share for unit in units)
+    title = f"The {len(units)} most important units hold {together:.1f}% of all importance"
+    lengths = Series("share", PLAIN, [100 * unit.share for unit in units], [])
+    return [note, bars(title, labels, [lengths], axis(SHARE), name="units")]
+
+
+def _history(history: Sequence[Consolidation]) -> list[Part]:
+    columns = ["When (UTC)", "Samples", "Rule", "Label", "Measured", "Weights", "Versions"]
+    rows = [
+        [
+            Cell(entry.when[:16].replace("T", " ")),
+            number_cell(f"{entry.num_samples:,}"),
+            Cell(entry.rule if entry.decay is None else f"{entry.rule} {entry.decay:g}"),
+            Cell(entry.label or ""),
+            Cell(f"{entry.magnitude} of {entry.objective}"),
+            Cell((entry.fingerprint or "").partition(":")[2][:8]),
+            Cell(", ".join(part for part in (entry.memsyn, entry.torch) if part)),
+        ]
+        for entry in history
+    ]
+    if not rows:
+        return ["None is written down."]
+    caption = "Oldest first. Weights: the first digits of the anchor's fingerprint. Versions: of memsyn and torch."
+    return [Table(columns, rows, caption)]
+
+
+def _moved_since(memory: Memory, weights: Mapping[str, Tensor]) -> list[Part]:
+    """The weights take the place of another memory's anchor."""
+    present = {name: weights[name] for name in memory.anchor if name in weights}
+    found = diff(memory, replace(memory, anchor={**memory.anchor, **present}))
+    reshaped = [name for name, value in present.items() if value.shape != memory.anchor[name].shape]
+    missing = [name for name in memory.anchor if name not in weights]
+    said = [
+        f"{what}: {', '.join(names)}."
+        for what, names in (
+            ("Not among the weights, and left out", missing),
+            ("Of another shape, and left out", reshaped),
+        )
+        if names
+    ]
+    if len(missing) == len(memory.anchor):
+        raise MismatchError(
+            f"none of the memory's parameters is among the weights: {missing[0]} is not, for one. Give the state_dict "
+            "of the same model."
+        )
+    left_out = {name.rpartition(".")[0] or name for name in (*missing, *reshaped)}
+    return [*said, *_moved([layer for layer in found.layers if layer.layer not in left_out], "the model", "the anchor")]
+
+
+def _moved(layers: Sequence[LayerChange], what: str, whose: str) -> list[Part]:
+    known = [layer for layer in layers if layer.moved is not None]
+    if not known:
+        return ["There is nothing to compare."]
+    ratios = [math.nan if layer.moved_relative is None else 100 * layer.moved_relative for layer in known]
+    far = max(known, key=lambda layer: layer.moved_relative or 0.0)
+    places = sorted(sorted(range(len(known)), key=lambda place: -(known[place].moved or 0.0))[:MOST_ROWS])
+    farthest = 100 * (far.moved_relative or 0.0)
+    chart = bars(
+        f"{what[0].upper()}{what[1:]} is farthest off in {far.layer}: {farthest:.1f}% of its length",
+        [known[place].layer for place in places],
+        [Series("distance", PLAIN, [ratios[place] for place in places], [])],
+        axis(f"distance, in % of the length of {whose}"),
+        name="moved",
+    )
+    rows = [
+        [Cell(layer.layer), number_cell(f"{layer.moved:.3g}"), number_cell("" if math.isnan(ratio) else f"{ratio:.3g}")]
+        for layer, ratio in zip(known, ratios, strict=True)
+    ]
+    return [replace(chart, table=Table(["Layer", "Distance", f"in % of the length of {whose}"], rows))]
+
+
+def _changes(found: Difference) -> list[Part]:
+    columns = ["Layer", "Share A (%)", "Share B (%)", "Change (points)", "Total A", "Total B"]
+    rows = [
+        [
+            Cell(layer.layer),
+            number_cell(f"{100 * layer.share_a:.1f}"),
+            number_cell(f"{100 * layer.share_b:.1f}"),
+            number_cell(f"{round(100 * (layer.share_b - layer.share_a), 1) + 0.0:+.1f}"),
+            number_cell(f"{layer.total_a:.3g}"),
+            number_cell(f"{layer.total_b:.3g}"),
+        ]
+        for layer in found.layers
+    ]
+    parts: list[Part] = [Table(columns, rows, "Total: the sum of the layer's importance.")]
+    for names, where in (
+        (found.only_in_a, "Only in A"),
+        (found.only_in_b, "Only in B"),
+        (found.reshaped, "In different shapes"),
+    ):
+        if names:
+            parts.append(f"{where}: {', '.join(names)}.")
+    if found.layers:
+        sizes = [max(layer.share_a, layer.share_b) for layer in found.layers]
+        shown = [found.layers[p] for p in sorted(sorted(range(len(sizes)), key=lambda p: -sizes[p])[:MOST_ROWS])]
+        most = max(shown, key=lambda layer: abs(layer.share_b - layer.share_a))
+        parts.append(
+            bars(
+                f"The share of {most.layer} goes from {100 * most.share_a:.1f}% to {100 * most.share_b:.1f}%",
+                [layer.layer for layer in shown],
+                [
+                    Series("A", PLAIN, [100 * layer.share_a for layer in shown], []),
+                    Series("B", OTHER, [100 * layer.share_b for layer in shown], []),
+                ],
+                axis(SHARE),
+                name="shares",
+            )
+        )
+    return parts

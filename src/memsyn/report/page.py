@@ -1,0 +1,79 @@
+"""One self-contained HTML file from a page's parts: opens from disk, without a network.
+
+Owns the template, its style and script, and the policy by which a browser runs those scripts alone and loads nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from importlib.metadata import version
+from pathlib import Path
+
+from memsyn.errors import MemsynError
+from memsyn.report.names import json_in_html, needed, printable
+from memsyn.report.parts import Page
+from memsyn.report.pictures import write_pictures
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_report(page: Page, html: Path | None, png: Path | None) -> None:
+    """Write the page, and its charts as pictures to a folder; either may be None.
+
+    Raises:
+        MemsynError: a file cannot be written, or what it needs is missing.
+    """
+    if html is not None:
+        write_page(page, html)
+    if png is not None:
+        write_pictures(page.charts(), png)
+
+
+def write_page(page: Page, path: Path) -> None:
+    """Write it.
+
+    Raises:
+        MemsynError: the file cannot be written, or plotly or jinja2 is missing.
+    """
+    text = html_of(page)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise MemsynError(f"{path} cannot be written: {error.strerror}. Name another file.") from error
+
+
+def html_of(page: Page) -> str:
+    """The page as text; below 6 MB, of which Plotly is 4.8.
+
+    Raises:
+        MemsynError: plotly or jinja2 is missing.
+    """
+    jinja2, plotly = needed("jinja2"), needed("plotly.offline")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["printable"] = printable
+    scripts = [plotly.get_plotlyjs(), (TEMPLATES / "page.js").read_text(encoding="utf-8")]
+    style = (TEMPLATES / "page.css").read_text(encoding="utf-8")
+    text: str = environment.get_template("page.html.jinja").render(
+        page=page,
+        figures=[json_in_html(chart.figure) for chart in page.charts()],
+        version=version("memsyn"),
+        policy=_policy(scripts),
+        scripts=scripts,
+        style=style,
+        uses=bool(page.charts()),
+    )
+    return text
+
+
+def _policy(scripts: list[str]) -> str:
+    """A content security policy: these scripts, inline styles and pictures in the page itself; nothing else."""
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'"

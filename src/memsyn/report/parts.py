@@ -1,0 +1,130 @@
+"""What a page is made of: tables, charts and sections, as plain values.
+
+Owns their form. A chart carries its numbers as a table too, for who cannot see it, and for pages without scripts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from memsyn.report.styles import Style
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table."""
+
+    text: str
+    value: float | None = None
+    """What its column is sorted by; None goes last, or for words by the text."""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; its first column is words."""
+
+    kind: ClassVar[str] = "table"
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    caption: str = ""
+
+    @property
+    def wordy(self) -> list[bool]:
+        """For each column, whether it holds no number."""
+        return [all(row[place].value is None for row in self.rows) for place in range(len(self.columns))]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One picture.
+
+    Attributes:
+        title: what it shows, a finding.
+        figure: `data` and `layout` as Plotly has them; the names in them are inert.
+        table: its numbers.
+        series: name and style of what its legend toggles: traces whose `legendgroup` is the name's place in it.
+        name: what the picture's file is called.
+    """
+
+    kind: ClassVar[str] = "chart"
+    title: str
+    figure: dict[str, Any]
+    table: Table
+    name: str
+    series: Sequence[tuple[str, Style]] = ()
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Small charts side by side with one legend; one table for all."""
+
+    kind: ClassVar[str] = "panels"
+    title: str
+    charts: Sequence[Chart]
+    note: str = ""
+    series: Sequence[tuple[str, Style]] = ()
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Text as it is, line by line."""
+
+    kind: ClassVar[str] = "lines"
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture, and names of what was retrieved for it before and after."""
+
+    image: str
+    """PNG, base64."""
+    before: Sequence[str]
+    after: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """A strip of them."""
+
+    kind: ClassVar[str] = "scenes"
+    scenes: Sequence[Scene]
+
+
+Part = str | Table | Chart | Panels | Lines | Scenes
+
+
+@dataclass(frozen=True)
+class Section:
+    """Parts under a heading."""
+
+    heading: str
+    parts: Sequence[Part]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page: what it is, the headline, and the rest."""
+
+    title: str
+    headline: str
+    lead: str
+    sections: Sequence[Section]
+
+    def charts(self) -> list[Chart]:
+        """All of them, in order."""
+        found: list[Chart] = []
+        for section in self.sections:
+            for part in section.parts:
+                found += part.charts if isinstance(part, Panels) else [part] if isinstance(part, Chart) else []
+        return found
+
+
+def number_cell(text: str, best: bool = False) -> Cell:
+    """A cell that is sorted by the number it starts with, if it does."""
+    found = re.match(r"[+-]?\d[\d,]*\.?\d*(?:e[+-]?\d+)?", text)
+    return Cell(text, float(found[0].replace(",", "")) if found else None, best)

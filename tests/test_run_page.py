@@ -1,0 +1,194 @@
+"""The report of runs, as values: the same numbers as the Markdown page's, charts that Plotly knows, what is refused."""
+
+import base64
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from plotly import graph_objects
+
+from memsyn import MemsynError
+from memsyn.bench.findings import read_findings
+from memsyn.bench.markdown import blocks, escape, plain, table
+from memsyn.bench.methods.registry import METHODS
+from memsyn.bench.record import FILE, StrengthRecord, append_run
+from memsyn.bench.run_page import EXAMPLES, read_runs, run_page
+from memsyn.bench.sections import accuracy_table
+from memsyn.bench.sequences import SEQUENCES
+from memsyn.report.names import json_in_html
+from memsyn.report.page import html_of
+from memsyn.report.parts import Panels, Table
+from memsyn.report.styles import METHOD_STYLES, Style, style_of
+from tests import tiny
+from tests.test_cli import call
+from tests.test_memory_page import cells, chart, tables
+from tests.test_results import MATRICES, SETTINGS, interval, write
+
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="  # one pixel
+CHOICES = (StrengthRecord("mas", 1.0, (0.1, 1.0, 10.0), (70.0, 72.0, 71.0), SETTINGS.fingerprint),)
+
+
+@pytest.fixture(autouse=True)
+def _sequences(monkeypatch):
+    for name in ("tiny", "facts", "adaptation-x"):
+        monkeypatch.setitem(SEQUENCES, name, tiny.SEQUENCE)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path / "first" / FILE, MATRICES, choices=CHOICES)
+    return tmp_path / "first"
+
+
+def page(*paths):
+    return run_page(read_runs(paths))
+
+
+def test_the_headline_says_what_mas_and_fine_tuning_come_to(folder):
+    mas, finetune = interval(82.0, 84.0, 86.0), interval(65.0, 69.0, 67.0)
+    assert page(folder).headline == (
+        f"On tiny mas ends at {mas}% and forgets {interval(2.0, -1.0, 2.0)} points; finetune ends at {finetune}% and "
+        f"forgets {interval(40.0, 32.0, 42.0)} points."
+    )
+
+
+def test_the_table_of_methods_is_the_markdown_pages(folder):
+    (found,) = tables(page(folder))["Methods"]
+    (rows,) = blocks(accuracy_table(read_findings(folder / FILE)))
+    rows = [[plain(cell) for cell in row] for row in rows if not row[0].startswith("*store")]
+    shown = [[cell.removesuffix(" †") for cell in row] for row in cells(found)]
+    assert [list(found.columns), *shown] == rows
+    assert [row[0] for row in cells(found)] == ["finetune", "mas", "joint †", "alone †"]
+    assert [[cell.best for cell in row][:2] for row in found.rows][:2] == [[False, False], [True, True]]
+    assert [row[1].value for row in found.rows] == [67.0, 84.0, 89.0, None]
+
+
+def test_the_charts_hold_the_seeds_numbers(folder):
+    found = page(folder)
+    tradeoff = chart(found, "tradeoff")
+    traces = {trace["name"]: trace for trace in tradeoff.figure["data"]}
+    assert traces["finetune"]["x"] == [40.0, 32.0, 42.0]  # forgetting
+    assert traces["finetune"]["y"] == [85.0, 85.0, 88.0]  # when learned
+    assert "alone" not in traces
+    assert tradeoff.title == "mas forgets least (1.0 points), finetune learns best (86.0%)"
+    first = {trace["name"]: trace for trace in chart(found, "task 1").figure["data"]}
+    assert first["mas"]["x"] == [1, 2]
+    assert first["mas"]["y"] == pytest.approx([82.0, 81.0])
+    half = float(interval(78.0, 83.0, 82.0).split(" ± ")[1])
+    assert first["mas"]["error_y"]["array"][1] == pytest.approx(half, abs=0.05)
+    assert chart(found, "task 1").title == "one: 44% (finetune) to 85% (joint)"
+    assert chart(found, "matrix mas").figure["data"][0]["z"] == [[82.0, None], [81.0, 87.0]]
+    assert chart(found, "strengths-chosen").figure["data"][0]["y"] == [70.0, 72.0, 71.0]
+    assert chart(found, "seconds").figure["data"][0]["x"] == [3.0, 3.0, 3.0, 3.0]
+    assert chart(found, "kept").figure["data"][0]["x"] == [0.0025] * 4
+
+
+def test_every_chart_is_one_of_plotlys_with_axes_and_numbers(folder):
+    for one in page(folder).charts():
+        graph_objects.Figure(one.figure)  # raises for what Plotly does not know
+        assert one.title
+        assert one.figure["layout"]["xaxis"]["title"]["text"]
+        assert one.table.rows
+        assert json.loads(json_in_html(one.figure)) == one.figure
+
+
+def test_it_says_how_to_repeat_the_run(folder):
+    repeat = page(folder).sections[-2]
+    assert repeat.heading == "To repeat it"
+    assert repeat.parts[0].lines[0].startswith("memsyn bench run tiny --methods finetune,joint,alone,mas --seeds 3")
+    assert ["epochs", "2"] in cells(next(part for part in repeat.parts if isinstance(part, Table)))
+
+
+def test_unfinished_runs_have_a_page_too(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"mas": {0: [[50.0]]}}, num_tasks=2)
+    assert page(path).headline == "a: no seed has learned every task yet."
+    append_run(tmp_path / "b.jsonl", SETTINGS, 2)
+    assert page(tmp_path / "b.jsonl").charts() == []
+
+
+def test_several_runs_come_on_one_page_with_what_they_say_together(tmp_path):
+    for strength in (0.1, 1.0):
+        write(tmp_path / f"s{strength}.jsonl", {"mas": MATRICES["mas"]}, replace(SETTINGS, strength=strength))
+    found = page(tmp_path / "s0.1.jsonl", tmp_path / "s1.0.jsonl")
+    assert found.headline == "2 runs"
+    assert chart(found, "strength average accuracy").figure["data"][0]["x"] == [0.1, 1.0]
+    assert chart(found, "strength forgetting").figure["data"][0]["y"] == [1.0, 1.0]
+    assert "s0.1: Methods" in tables(found)
+
+
+def test_adaptation_and_facts_have_charts_of_their_own(tmp_path):
+    rows = {0: [(60.0,), (50.0, 70.0)]}
+    scores = {"in-use": {"mas": rows}, "other-classes": {"mas": {0: [(30.0,), (20.0, 40.0)]}}}
+    path = tmp_path / "a.jsonl"
+    write(path, {"mas": {0: MATRICES["mas"][0]}}, replace(SETTINGS, sequence="adaptation-x"), scores=scores)
+    found = chart(page(path), "adaptation a")
+    assert [trace["x"] for trace in found.figure["data"]] == [[50.0], [20.0]]
+    assert found.title == "mas keeps most of the classes in use: 50.0%, of the others 20.0%"
+    path = write(tmp_path / "f.jsonl", MATRICES, replace(SETTINGS, sequence="facts"))
+    found = page(path)
+    assert chart(found, "facts f").figure["data"][0]["x"] == [89.0, 84.0, 67.0]
+    assert "mean average precision" in chart(found, "averages").figure["layout"]["xaxis"]["title"]["text"]
+
+
+def test_example_scenes_are_shown_if_the_folder_holds_them(folder):
+    scenes = [{"image": PIXEL, "before": ["a <b>cat</b>"], "after": ["a dog", "a car"]}]
+    (folder / EXAMPLES).write_text(json.dumps(scenes))
+    text = html_of(page(folder))
+    assert f'<img src="data:image/png;base64,{PIXEL}"' in text
+    assert "Before: a &lt;b&gt;cat&lt;/b&gt;" in text
+    assert "After: a dog, a car" in text
+
+
+@pytest.mark.parametrize(
+    "scenes",
+    [
+        "no json",
+        [{"image": PIXEL, "before": []}],
+        [{"image": PIXEL, "before": [1], "after": []}],
+        [{"image": '"><script>', "before": [], "after": []}],
+        [{"image": base64.b64encode(b"GIF89a..").decode(), "before": [], "after": []}],
+        {"image": PIXEL},
+    ],
+)
+def test_other_examples_are_refused(folder, scenes):
+    (folder / EXAMPLES).write_text(scenes if isinstance(scenes, str) else json.dumps(scenes))
+    with pytest.raises(MemsynError, match=r"examples\.json is no list of examples, .* Remove it, or write it again"):
+        page(folder)
+
+
+def test_a_run_named_twice_is_refused(folder):
+    with pytest.raises(MemsynError, match="is named more than once: name every run once"):
+        page(folder, folder / FILE)
+
+
+def test_every_method_has_a_look_of_its_own_and_always_the_same():
+    assert set(METHOD_STYLES) >= set(METHODS)
+    assert len(set(METHOD_STYLES.values())) == len(METHOD_STYLES)
+    assert style_of("mas") == Style("#0072B2", "circle", "solid")
+    assert style_of("another") == Style("#8A8A8A", "triangle-down", "dashdot")
+
+
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.text("a|\\*_<>#~`[]é'", max_size=6), min_size=1, max_size=3))
+def test_tables_come_back_from_markdown_as_they_were(names):
+    (rows,) = blocks(table(["a"] * len(names), [[escape(name) for name in names]]))
+    assert [plain(cell) for cell in rows[1]] == names
+
+
+def test_the_command_writes_the_page_and_pictures(folder, tmp_path):
+    result = call("bench", "report", folder, "-o", tmp_path / "r.html", "--png", tmp_path / "png")
+    assert " ".join(result.output.split()).endswith("from 1 run.")
+    text = (tmp_path / "r.html").read_text()
+    assert len(text) < 6_000_000
+    names = {path.name for path in (tmp_path / "png").iterdir()}
+    assert {"averages.png", "tradeoff.png", "task 1.png", "matrix mas.png", "seconds.png"} <= names
+    charts = page(folder).charts()
+    assert len(names) == len(charts) == text.count('class="plot"')
+    assert all(isinstance(part, Panels) for section in page(folder).sections[2:3] for part in section.parts)
+
+
+def test_the_command_asks_what_to_write(folder):
+    said = call("bench", "report", folder, code=1).stderr
+    assert "there is nothing to write: say -o report.html, --png, --tensorboard or --mlflow." in said

@@ -182,6 +182,7 @@ def test_scenes_are_the_same_each_time(sequences):
         ([1, 1, 1], [1, 0, 0], 1 / 3),  # a tie counts against
         ([1, 1, 1], [1, 1, 0], (1 / 2 + 2 / 3) / 2),
         ([2, 2], [1, 1], 1),
+        ([float("nan")] * 3, [1, 0, 1], (1 / 2 + 2 / 3) / 2),  # and so does what is no number
     ],
 )
 def test_average_precision_of_cases_done_by_hand(scores, relevant, expected):

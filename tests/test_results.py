@@ -144,6 +144,19 @@ def test_methods_that_store_data_are_never_the_best(path):
     assert "Of the methods that store no data **mas** has the highest average accuracy: 84.0 ± 5.0%." in page(path)
 
 
+def test_methods_that_look_at_test_images_are_never_the_best(tmp_path):
+    better = {"mas-test": {seed: [[80.0], [90.0, 99.0]] for seed in range(3)}}
+    assert "ends at 84.0 ± 5.0% and forgets" in page(write(tmp_path / "x.jsonl", {"mas": MATRICES["mas"], **better}))
+
+
+def test_the_best_is_the_best_on_the_seeds_that_all_rivals_have(tmp_path):
+    one = {"ewc": {0: [[80.0], [80.0, 89.0]]}}  # 84.5, where mas has 82 on that seed and 84 over all
+    text = page(write(tmp_path / "x.jsonl", {"mas": MATRICES["mas"], **one}))
+    assert "**ewc** has the highest" in text
+    lucky = {"ewc": {2: [[80.0], [84.0, 86.0]]}}  # 85, where mas has 86 on that seed and 84 over all
+    assert "**mas** has the highest" in page(write(tmp_path / "y.jsonl", {"mas": MATRICES["mas"], **lucky}))
+
+
 def test_the_headline_compares_seed_by_seed(path):
     text = page(path)
     assert "**mas** has the highest average accuracy: 84.0 ± 5.0%. It forgets 1.0 ± 4.3 points." in text

@@ -21,12 +21,12 @@ BATCH = 64
 def average_precision(scores: Tensor, relevant: Tensor) -> float:
     """Return 1/R sum over the R relevant images of the precision at their rank, images ranked by falling score.
 
-    scores (N,), relevant (N,) bool with at least one true. Ties count against: an irrelevant image stands before the
-    relevant ones of the same score. So the k-th best relevant image, of score s, is at rank
+    scores (N,), relevant (N,) bool with at least one true. Ties and NaN count against: an irrelevant image stands
+    before the relevant ones of the same score. So the k-th best relevant image, of score s, is at rank
     k + number of irrelevant images of score >= s.
     """
     found = scores[relevant].sort(descending=True).values
-    others = (scores[~relevant] >= found.unsqueeze(1)).sum(1)
+    others = (~(scores[~relevant] < found.unsqueeze(1))).sum(1)
     k = torch.arange(1, len(found) + 1)
     return float((k / (k + others)).to(torch.float64).mean())
 

@@ -30,6 +30,7 @@ from memsyn.bench.metrics import forgetting, forward_transfer, intransigence, le
 from memsyn.bench.report import MEANINGS, title, training
 from memsyn.bench.sequences import find_sequence
 from memsyn.bench.settings import Settings
+from memsyn.report.names import printable
 
 NEAR = 3.0
 """Points: where a frozen body ends so near to the best method, there was nothing to be remembered."""
@@ -104,7 +105,7 @@ def commands(found: Findings) -> list[str]:
     for number in sorted(set(seeds.values()), reverse=True):
         methods = ",".join(method for method in seeds if seeds[method] == number)
         words = ["memsyn", "bench", "run", settings.sequence, "--methods", methods, "--seeds", str(number), *others]
-        lines.append(shlex.join(words))
+        lines.append(printable(shlex.join(words)))
     return lines
 
 
@@ -149,7 +150,7 @@ def _of_mas(found: Findings, best: str) -> list[str]:
     start = "It" if others and best == MAS else f"{MAS} ends at {estimate(averages)}% and"
     said = [f"{start} forgets {estimate(found.by_seed(MAS, forgetting))} points."]
     if others:
-        other = max(others, key=lambda method: mean(found.averages(method)))
+        other = max(others, key=found.standing)
         apart = difference(found.averages(other), averages)
         rank = "Seed by seed the next" if best == MAS else "Seed by seed the best"
         said += [f"{rank}, {escape(other)}, ends {compared(apart, f'above {MAS}', f'below {MAS}')}."] if apart else []

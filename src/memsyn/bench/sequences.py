@@ -249,7 +249,7 @@ def find_sequence(name: str) -> TaskSequence:
     if name in SEQUENCES:
         return SEQUENCES[name]
     kind, *words = name.split("-")
-    if kind == "paper8" and len(words) == 1:
+    if kind == "paper8" and len(words) == 1 and words[0].isidentifier():
         return paper8(words[0])
     if kind == "pair" and len(words) in (2, 3):
         return pair(words[0], words[1], base="-".join(["emoji8", *words[2:]]))

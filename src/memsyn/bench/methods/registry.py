@@ -43,6 +43,7 @@ class Rival:
         make: strength -> the method before its first task.
         strength: what its own loss is multiplied by unless told; None for methods that have none.
         stores_data: whether it keeps images of earlier tasks, and so is no rival to those that keep none.
+        sees_test: whether it looks at the test images, though not at their labels; so is no rival either.
         classifies: whether it takes what the network puts out for logits of classes.
     """
 
@@ -50,12 +51,16 @@ class Rival:
     make: Callable[[float], Method]
     strength: float | None = None
     stores_data: bool = False
+    sees_test: bool = False
     classifies: bool = False
 
 
 def _on(remember: Callable[..., Memory], images: Callable[[Task], Tensor], summary: str) -> Rival:
     """One more way to be told by importance: of other images of the task."""
-    return Rival(summary, lambda strength: Remembering(strength, partial(remember, images=images)), 1.0)
+    sees_test = images in (test_images, all_images)
+    return Rival(
+        summary, lambda strength: Remembering(strength, partial(remember, images=images)), 1.0, sees_test=sees_test
+    )
 
 
 METHODS: dict[str, Rival] = {

@@ -54,6 +54,11 @@ def test_the_headline_says_what_mas_and_fine_tuning_come_to(folder):
     )
 
 
+def test_the_headline_of_references_alone_counts_the_seeds(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"alone": MATRICES["alone"]})
+    assert page(path).headline == "tiny, 8x8, 3 seeds"
+
+
 def test_the_table_of_methods_is_the_markdown_pages(folder):
     (found,) = tables(page(folder))["Methods"]
     (rows,) = blocks(accuracy_table(read_findings(folder / FILE)))

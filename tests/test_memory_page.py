@@ -71,6 +71,41 @@ def test_what_moved_since_the_anchor():
         memory_page(make(), "m", {"other": torch.ones(1)})
 
 
+def test_weights_of_another_shape_are_left_out_and_named():
+    page = memory_page(make(), "m", {"0.weight": torch.ones(1, 3), "1.weight": torch.full((2, 1), 3.0)})
+    assert "Of another shape, and left out: 0.weight." in page.sections[3].parts
+    assert cells(chart(page, "moved").table) == [["1", f"{8**0.5:.3g}", "200"]]
+
+
+def test_a_layer_is_compared_by_those_of_its_parameters_that_are_there():
+    model = nn.Linear(2, 1)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+        model.bias.fill_(5.0)
+    sums = {"0.weight": torch.ones(1, 2), "0.bias": torch.ones(1)}
+    memory = Memory.empty().consolidate(nn.Sequential(model), Importance(sums, 1))
+    page = memory_page(memory, "m", {"0.weight": torch.full((1, 2), 3.0)})
+    assert cells(chart(page, "moved").table) == [["0", f"{8**0.5:.3g}", "200"]]
+    assert "Not among the weights, and left out: 0.bias." in page.sections[3].parts
+
+
+def test_nothing_is_compared_with_an_empty_memory():
+    page = memory_page(Memory.empty(), "m", {"0.weight": torch.ones(1)})
+    assert page.sections[3].parts == ["There is nothing to compare."]
+
+
+def test_a_layer_without_weights_is_empty_in_every_chart():
+    page = memory_page(Importance({"a.weight": torch.ones(2, 2), "b.weight": torch.ones(0, 5)}, 1), "m")
+    assert chart(page, "histogram").figure["data"][0]["z"][-1] == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("values", "span"), [((2.0, 2e-3, 0, 0), "3"), ((2.0, 2.0, 2e-3, 2e-4), "1"), ((2.0, 5.0, 2.0, 2.0), "0.5")]
+)
+def test_the_histogram_says_how_far_apart_the_classes_are(values, span):
+    assert f"lie up to {span} powers of ten apart" in chart(memory_page(make(values), "m"), "histogram").title
+
+
 def test_two_memories_side_by_side():
     page = difference_page(make(), make((1.0, 1.0, 4.0, 4.0), anchor=2.0), ("a", "b"))
     assert page.headline == "From A to B the importance shifts most in 1: +30.0 points of its share."
@@ -118,6 +153,13 @@ def test_a_cell_is_sorted_by_the_number_it_starts_with():
     assert found == {
         "+7.5 ± 1.2": 7.5, "-0.3": -0.3, "1,234": 1234.0, "1.5e+03": 1500.0, "0.1: 97.0": 0.1, "–": None, "mas": None,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("12 B", 12.0), ("850.0 kB", 850e3), ("1.2 MB", 1.2e6), ("2.0 GB", 2e9), ("3 Bs", 3.0)]
+)
+def test_a_cell_of_bytes_is_sorted_by_their_number(text, value):
+    assert number_cell(text).value == pytest.approx(value)
 
 
 @pytest.fixture

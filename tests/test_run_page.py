@@ -54,6 +54,11 @@ def test_the_headline_says_what_mas_and_fine_tuning_come_to(folder):
     )
 
 
+def test_the_headline_of_references_alone_counts_the_seeds(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"alone": MATRICES["alone"]})
+    assert page(path).headline == "tiny, 8x8, 3 seeds"
+
+
 def test_the_table_of_methods_is_the_markdown_pages(folder):
     (found,) = tables(page(folder))["Methods"]
     (rows,) = blocks(accuracy_table(read_findings(folder / FILE)))
@@ -104,6 +109,8 @@ def test_it_says_how_to_repeat_the_run(folder):
 def test_unfinished_runs_have_a_page_too(tmp_path):
     path = write(tmp_path / "a.jsonl", {"mas": {0: [[50.0]]}}, num_tasks=2)
     assert page(path).headline == "a: no seed has learned every task yet."
+    assert [section.heading for section in page(path).sections][:2] == ["Methods", "To repeat it"]
+    assert page(path).sections[0].parts
     append_run(tmp_path / "b.jsonl", SETTINGS, 2)
     assert page(tmp_path / "b.jsonl").charts() == []
 
@@ -124,8 +131,14 @@ def test_adaptation_and_facts_have_charts_of_their_own(tmp_path):
     path = tmp_path / "a.jsonl"
     write(path, {"mas": {0: MATRICES["mas"][0]}}, replace(SETTINGS, sequence="adaptation-x"), scores=scores)
     found = chart(page(path), "adaptation a")
-    assert [trace["x"] for trace in found.figure["data"]] == [[50.0], [20.0]]
-    assert found.title == "mas keeps most of the classes in use: 50.0%, of the others 20.0%"
+    assert [trace["x"][0] for trace in found.figure["data"]] == pytest.approx([100 * 50 / 60, 100 * 20 / 30])
+    assert found.title == "mas keeps most on the classes in use: 83.3%, on the others 66.7%"
+    path = tmp_path / "b.jsonl"
+    lone = {"in-use": scores["in-use"]}
+    write(path, {"mas": {0: MATRICES["mas"][0]}}, replace(SETTINGS, sequence="adaptation-x"), scores=lone)
+    found = chart(page(path), "adaptation b")
+    assert found.title == "mas keeps most on the classes in use: 83.3%"
+    assert len(found.figure["data"]) == 1
     path = write(tmp_path / "f.jsonl", MATRICES, replace(SETTINGS, sequence="facts"))
     found = page(path)
     assert chart(found, "facts f").figure["data"][0]["x"] == [89.0, 84.0, 67.0]
@@ -161,6 +174,32 @@ def test_other_examples_are_refused(folder, scenes):
 def test_a_run_named_twice_is_refused(folder):
     with pytest.raises(MemsynError, match="is named more than once: name every run once"):
         page(folder, folder / FILE)
+
+
+def test_two_runs_of_one_name_are_refused(tmp_path):
+    for parent in ("a", "b"):
+        write(tmp_path / parent / "run" / FILE, MATRICES)
+    with pytest.raises(MemsynError, match=r"are both of a run called run, .*: rename one of the folders"):
+        page(tmp_path / "a" / "run", tmp_path / "b" / "run")
+
+
+def test_the_strengths_tried_are_words_with_the_chosen_one_marked(folder):
+    (row,) = tables(page(folder))["Strengths"][0].rows
+    assert [cell.text for cell in row] == ["mas", "1", "0.1: 70.0, 1: 72.0 (chosen), 10: 71.0"]
+    assert row[2].value is None
+    assert not row[2].best
+
+
+def test_accuracy_over_time_is_all_in_the_panel(tmp_path):
+    write(tmp_path / "a.jsonl", {"mas": {0: [[11.0], [80.0, 90.0]]}})
+    assert chart(page(tmp_path / "a.jsonl"), "task 1").figure["layout"]["yaxis"]["range"][0] <= 11.0
+
+
+def test_runs_of_facts_keep_their_sections(tmp_path):
+    for name in ("f", "g"):
+        write(tmp_path / f"{name}.jsonl", MATRICES, replace(SETTINGS, sequence="facts"))
+    found = page(tmp_path / "f.jsonl", tmp_path / "g.jsonl")
+    assert {"f: Learning and forgetting", "g: Task by task"} <= {section.heading for section in found.sections}
 
 
 def test_every_method_has_a_look_of_its_own_and_always_the_same():

@@ -85,7 +85,8 @@ def over_time(found: Findings) -> Panels | None:
     if not methods:
         return None
     last = found.run.num_tasks
-    lowest = min(min(records[-1].accuracies) for m in methods for records in found.results[m].values())
+    records = [record for m in methods for seed in found.results[m].values() for record in seed]
+    lowest = min((one for record in records for one in record.accuracies if math.isfinite(one)), default=0.0)
     y = axis(f"{quantity(found.run.settings)} (%)", range=[max(0, 10 * math.floor(lowest / 10) - 5), 102])
     x = axis("tasks learned", range=[0.6, last + 0.4], dtick=1 if last <= 10 else 2)
     charts = []
@@ -208,24 +209,20 @@ def _sensitivity(group: Group) -> list[Chart]:
 def _adaptation(group: Group) -> list[Chart]:
     charts = []
     for found in group:
-        methods = [method for method in found.rivals if kept(found, method, "in-use")[0]]
+        methods = [method for method in found.rivals if kept(found, method, "in-use")[1]]
         if not methods:
             continue
         series = []
         for words, scoring, style in (("classes in use", "in-use", FIRST), ("other classes", "other-classes", SECOND)):
-            numbers = [kept(found, method, scoring)[0] for method in methods]
-            series.append(Series(words, style, list(map(mean, numbers)), [], list(map(half, numbers))))
-        best = max(range(len(methods)), key=lambda place: series[0].x[place])
-        charts.append(
-            bars(
-                f"{methods[best]} keeps most of the classes in use: {series[0].x[best]:.1f}%, of the others "
-                f"{series[1].x[best]:.1f}%",
-                methods,
-                series,
-                axis("accuracy on earlier tasks at the end (%)"),
-                name=f"adaptation {found.name}",
-            )
-        )
+            numbers = [kept(found, method, scoring)[1] for method in methods]
+            if any(numbers):
+                series.append(Series(words, style, list(map(mean, numbers)), [], list(map(half, numbers))))
+        best = max(methods, key=lambda method: mean(kept(found, method, "in-use")[1]))
+        use, others = (kept(found, best, scoring)[1] for scoring in ("in-use", "other-classes"))
+        title = f"{best} keeps most on the classes in use: {mean(use):.1f}%"
+        title += f", on the others {mean(others):.1f}%" if others else ""
+        unit = axis("kept of the accuracy on earlier tasks when they were learned (%)")
+        charts.append(bars(title, methods, series, unit, name=f"adaptation {found.name}"))
     return charts
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from memsyn.bench.findings import FINETUNE, MAS, Findings, estimate, read_findings
-from memsyn.bench.groups import Group, in_groups
+from memsyn.bench.groups import Group, in_groups, pairs, sensitivity
 from memsyn.bench.markdown import blocks, plain
 from memsyn.bench.metrics import forgetting
 from memsyn.bench.record import FILE
@@ -41,13 +41,24 @@ def read_runs(paths: Sequence[Path]) -> list[tuple[Findings, Sequence[Scene]]]:
     """The findings and examples of run folders, or of result files by themselves.
 
     Raises:
-        MemsynError: a file cannot be read or is damaged, or a run is named twice.
+        MemsynError: a file cannot be read or is damaged, or a run is named twice, or two have one name.
     """
     files = [path / FILE if path.is_dir() else path for path in paths]
     twice = [str(file) for file in files if [other.resolve() for other in files].count(file.resolve()) > 1]
     if twice:
         raise MemsynError(f"{twice[0]} is named more than once: name every run once.")
-    return [(read_findings(file), read_scenes(file.with_name(EXAMPLES))) for file in files]
+    runs: list[tuple[Findings, Sequence[Scene]]] = [
+        (read_findings(file), read_scenes(file.with_name(EXAMPLES))) for file in files
+    ]
+    named: dict[str, Path] = {}
+    for file, (found, _) in zip(files, runs, strict=True):
+        if found.name in named:
+            raise MemsynError(
+                f"{named[found.name]} and {file} are both of a run called {found.name}, and would be mixed up: rename "
+                "one of the folders, or copy its file to another name."
+            )
+        named[found.name] = file
+    return runs
 
 
 def run_page(runs: Sequence[tuple[Findings, Sequence[Scene]]]) -> Page:
@@ -61,7 +72,7 @@ def run_page(runs: Sequence[tuple[Findings, Sequence[Scene]]]) -> Page:
         sections.append(
             Section(plain(kind.heading(group[0])), [*_parts(kind.describe(group)), *group_charts(group, kind.describe)])
         )
-        together += group if len(group) > 1 else []
+        together += group if len(group) > 1 and kind.describe in (pairs, sensitivity) else []
     for found, scenes in runs:
         own = _sections(found, scenes) if found not in together else [_methods(found), _settings(found)]
         sections += [Section(f"{found.name}: {one.heading}", one.parts) for one in own] if several else own
@@ -78,7 +89,8 @@ def headline(found: Findings) -> str:
     if not found.methods:
         return f"{found.name}: no seed has learned every task yet."
     if not known:
-        return plain(sentences(found)[0]) if sentences(found) else title(settings, 1)
+        num_seeds = max(map(len, found.results.values()))
+        return plain(sentences(found)[0]) if sentences(found) else title(settings, num_seeds)
     words = [
         f"{method} ends at {estimate(found.averages(method))}% and forgets "
         f"{estimate(found.by_seed(method, forgetting))} points"
@@ -119,7 +131,7 @@ def _scene(image: str, before: list[str], after: list[str]) -> Scene:
 def _sections(found: Findings, scenes: Sequence[Scene]) -> list[Section]:
     """All about one run."""
     if not found.methods:
-        return [_settings(found)]
+        return [*([_methods(found)] if found.unfinished else []), _settings(found)]
     sections = [_methods(found)]
     for heading, parts in (
         ("Example scenes", [Scenes(scenes)] if scenes else []),
@@ -169,13 +181,17 @@ def _parts(text: str) -> list[Part]:
 
 
 def _table(rows: list[list[str]], marked: set[str] | frozenset[str] = frozenset()) -> Table:
+    """Cells that hold a list are words, those with one number are sorted by it."""
     header, *others = rows
     return Table(
         [plain(cell) for cell in header],
         [
             [
                 Cell(plain(row[0]) + (" †" if plain(row[0]) in marked else ""), best=row[0].startswith("**")),
-                *(number_cell(plain(cell), cell.startswith("**")) for cell in row[1:]),
+                *(
+                    Cell(plain(cell)) if ", " in cell else number_cell(plain(cell), cell.startswith("**"))
+                    for cell in row[1:]
+                ),
             ]
             for row in others
         ],

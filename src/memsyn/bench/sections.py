@@ -261,7 +261,7 @@ def strength_table(found: Findings) -> str:
     rows = []
     for choice in found.run.choices:
         tried = [
-            f"**{strength:g}: {score:.1f}**" if strength == choice.strength else f"{strength:g}: {score:.1f}"
+            f"{strength:g}: {score:.1f}{' (chosen)' * (strength == choice.strength)}"
             for strength, score in zip(choice.candidates, choice.scores, strict=True)
         ]
         rows.append([escape(choice.method), f"{choice.strength:g}", ", ".join(tried)])

@@ -196,14 +196,15 @@ def _histogram(held: Held) -> Chart:
     layers = held.summary()
     names = [layer.layer for layer in _largest(layers, [layer.share for layer in layers])]
     ends = ("less", *(f"{10**exponent:.3g}" for exponent in found.exponents))
-    empty = min(next(place for place, share in enumerate(found.shares[name]) if share) for name in names)
+    last = len(ends) - 1
+    empty = min(next((place for place, share in enumerate(found.shares[name]) if share), last) for name in names)
     classes = ["less" if not place else f"from {end}" for place, end in enumerate(ends)][empty:]
     ticks = ["" if place and found.exponents[place - 1] % 1 else end for place, end in enumerate(ends)][empty:]
     values = [[100 * share for share in found.shares[name]][empty:] for name in names]
-    widest = max(names, key=lambda name: sum(share > 0.01 for share in found.shares[name][1:]))
-    span = sum(share > 0.01 for share in found.shares[widest][1:]) / 2
+    spans = {name: _span(found.shares[name]) for name in names}
+    widest = max(names, key=lambda name: spans[name])
     return heat(
-        f"Importances within one layer differ by up to {span:g} powers of ten ({widest})",
+        f"The classes with over 1% of a layer's weights lie up to {spans[widest]:g} powers of ten apart ({widest})",
         names,
         classes,
         values,
@@ -213,6 +214,12 @@ def _histogram(held: Held) -> Chart:
         hover="%{z:.1f}% of the layer's weights",
         ticks=ticks,
     )
+
+
+def _span(shares: Sequence[float]) -> float:
+    """Powers of ten from the first class with over 1% of the weights to the last; the lowest has no lower end."""
+    places = [place for place, share in enumerate(shares) if place and share > 0.01]
+    return (places[-1] - places[0]) / 2 if places else 0.0
 
 
 def _units(held: Held) -> list[Part]:
@@ -248,10 +255,10 @@ def _history(history: Sequence[Consolidation]) -> list[Part]:
 
 
 def _moved_since(memory: Memory, weights: Mapping[str, Tensor]) -> list[Part]:
-    """The weights take the place of another memory's anchor."""
-    present = {name: weights[name] for name in memory.anchor if name in weights}
-    found = diff(memory, replace(memory, anchor={**memory.anchor, **present}))
-    reshaped = [name for name, value in present.items() if value.shape != memory.anchor[name].shape]
+    """The weights take the place of another memory's anchor, that of the parameters which are among them."""
+    present = {n: weights[n] for n in memory.anchor if n in weights and weights[n].shape == memory.anchor[n].shape}
+    found = diff(memory, replace(memory, anchor=present, importance={n: memory.importance[n] for n in present}))
+    reshaped = [name for name in memory.anchor if name in weights and name not in present]
     missing = [name for name in memory.anchor if name not in weights]
     said = [
         f"{what}: {', '.join(names)}."
@@ -261,13 +268,12 @@ def _moved_since(memory: Memory, weights: Mapping[str, Tensor]) -> list[Part]:
         )
         if names
     ]
-    if len(missing) == len(memory.anchor):
+    if memory.anchor and len(missing) == len(memory.anchor):
         raise MismatchError(
             f"none of the memory's parameters is among the weights: {missing[0]} is not, for one. Give the state_dict "
             "of the same model."
         )
-    left_out = {name.rpartition(".")[0] or name for name in (*missing, *reshaped)}
-    return [*said, *_moved([layer for layer in found.layers if layer.layer not in left_out], "the model", "the anchor")]
+    return [*said, *_moved(found.layers, "the model", "the anchor")]
 
 
 def _moved(layers: Sequence[LayerChange], what: str, whose: str) -> list[Part]:

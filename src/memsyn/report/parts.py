@@ -12,6 +12,9 @@ from typing import Any, ClassVar
 
 from memsyn.report.styles import Style
 
+BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9}
+"""In one of each unit."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -125,6 +128,6 @@ class Page:
 
 
 def number_cell(text: str, best: bool = False) -> Cell:
-    """A cell that is sorted by the number it starts with, if it does."""
-    found = re.match(r"[+-]?\d[\d,]*\.?\d*(?:e[+-]?\d+)?", text)
-    return Cell(text, float(found[0].replace(",", "")) if found else None, best)
+    """A cell that is sorted by the number it starts with, if it does, in bytes if a unit of them follows."""
+    found = re.match(r"([+-]?\d[\d,]*\.?\d*(?:e[+-]?\d+)?)(?: ([kMG]?B)\b)?", text)
+    return Cell(text, float(found[1].replace(",", "")) * BYTES.get(found[2], 1.0) if found else None, best)

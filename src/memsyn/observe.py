@@ -196,8 +196,11 @@ class Observer:
     def attach(self) -> None:
         """Observe every forward pass of the model, from now on: its inputs as they come, before any hook of others.
 
-        A single tensor is taken as such, anything else as keyword arguments by the names of the model's `forward`.
+        A single tensor is taken as such, anything else as keyword arguments by the names of the model's `forward`: a
+        pass that cannot be called so is left out, as an error. Attached already, this does nothing.
         """
+        if self._hooks:
+            return
         self._hooks.append(
             self._model.register_forward_pre_hook(_Hook(self._offer_pass), with_kwargs=True, prepend=True)
         )
@@ -298,10 +301,22 @@ class Observer:
             if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
                 inputs = args[0]
             elif args:
-                inputs = inspect.signature(unwrap(self._model).forward).bind(*args, **kwargs).arguments
+                inputs = _by_name(unwrap(self._model).forward, args, kwargs)
             self.observe(inputs)
         except Exception as error:
             self._worker.note(error)
+
+
+def _by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call as keyword arguments."""
+    bound = inspect.signature(forward).bind(*args, **kwargs)
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL):
+            raise BatchError(f"forward takes {name!r} by its place only: call observe, with forward= to say how to run.")
+        named |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return named
 
 
 @final

@@ -105,6 +105,97 @@ def test_weights_that_change_while_they_are_copied(store: Path) -> None:
         assert_same(observer.importance(), measured(model, [batch]))
 
 
+def test_the_copy_must_be_of_the_fingerprint(store: Path) -> None:
+    """What torch does not count may change after the fingerprint was taken, and before the weights are copied."""
+    model, batch, changed = a_model(), requests(1)[0], []
+
+    def forward(clone: nn.Module, inputs: Tensor) -> Tensor:
+        if not changed:
+            changed.append(1)
+            for parameter in model.parameters():
+                parameter.data.mul_(2)
+        return clone(inputs)
+
+    with begin(model, store, forward=forward) as observer:
+        observer.observe(batch)
+        assert observer.flush()
+        assert (observer.stats().stale, observer.stats().measured) == (1, 0)
+        observer.observe(batch)
+        assert observer.flush()
+        assert (observer.stats().stale, observer.stats().measured) == (1, 1)
+        assert_same(observer.importance(), measured(model, [batch]))
+
+
+def test_a_failing_look_leaves_the_served_model_alone(store: Path) -> None:
+    """Buffers that are loaded while the first samples are looked at stay, though these cannot be measured."""
+    model, looked = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval(), threading.Event()
+
+    def forward(clone: nn.Module, inputs: Tensor) -> Tensor:
+        if not looked.is_set():
+            model.load_state_dict({**model.state_dict(), "1.running_mean": torch.ones(2)})
+            looked.set()
+        values = clone(inputs)
+        return values - values.mean(0)
+
+    with begin(model, store, forward=forward) as observer:
+        observer.observe(torch.randn(4, 2))
+        assert observer.flush()
+        assert looked.is_set()
+        assert "SamplesInteractError" in str(observer.stats().last_error)
+    assert model[1].running_mean.tolist() == [1.0, 1.0]
+
+
+def test_after_a_reload_nothing_is_lost(store: Path) -> None:
+    """Though there is something to store, and the first requests to the new weights wait already."""
+    model, batches = a_model(), requests(6)
+    with begin(model, store) as observer:
+        observer.observe(batches[0])
+        while observer.stats().waiting:
+            time.sleep(0.001)
+        model.load_state_dict(a_model(1).state_dict())
+        for batch in batches[1:]:
+            observer.observe(batch)
+        assert observer.flush()
+        stats = observer.stats()
+        assert (stats.versions, stats.stale, stats.dropped) == (2, 0, 0)
+        assert_same(observer.importance(), measured(model, batches[1:]))
+    assert_same(memsyn.Importance.load(store), measured(a_model(), batches[:1]))
+
+
+def test_a_reload_that_cannot_be_followed_ends_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing to train, or sums that cannot be written: samples are dropped, and never added to those of others."""
+    model, batch = a_model(), requests(1)[0]
+    with begin(model, store) as observer:
+        observer.observe(batch)
+        assert observer.flush()
+        model.load_state_dict(a_model(1).state_dict())
+        model.requires_grad_(False)
+        for _ in range(10):
+            observer.observe(batch)
+            assert observer.flush()
+        stats = observer.stats()
+        assert (stats.measured, stats.dropped, stats.versions) == (1, 10, 1)
+        assert "no parameter that requires a gradient any more" in str(stats.last_error)
+        model.requires_grad_(True)
+        observer.observe(batch)
+        while observer.stats().waiting:
+            time.sleep(0.001)
+        assert_same(observer.importance(), measured(model, [batch]))
+
+        def failing(*args: object) -> None:
+            raise RuntimeError("no such thing")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(memsyn.ledger, "write", failing)
+            model.load_state_dict(a_model(2).state_dict())
+            observer.observe(batch)
+            while observer.stats().waiting:
+                time.sleep(0.001)
+        assert "no such thing" in str(observer.stats().last_error)
+        assert observer.stats().versions == 3
+        assert_same(observer.importance(), measured(model, [batch]))
+
+
 def test_a_change_that_torch_does_not_count_is_found_when_sums_are_stored(store: Path) -> None:
     model, batch = a_model(), requests(1)[0]
     with begin(model, store) as observer:

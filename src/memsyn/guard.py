@@ -72,7 +72,9 @@ def choices(batch: Any) -> Iterator[Any]:
         yield take(batch, start, start + NUM_SAMPLES)
 
 
-def check(model: nn.Module, measured: Iterable[str], run: Run, batch: Any, *, local: bool = False) -> Verdict:
+def check(
+    model: nn.Module, measured: Iterable[str], run: Run, batch: Any, *, local: bool = False, restores: bool = True
+) -> Verdict:
     """Find the best route for every parameter, and see that it holds for a few samples.
 
     With sample weights w, the signed sum_k w_k g_k of each route must equal autograd's gradient of sum_k w_k s_k. Since
@@ -90,13 +92,14 @@ def check(model: nn.Module, measured: Iterable[str], run: Run, batch: Any, *, lo
         batch: a few samples.
         local: the objectives are sums over layers, of which the first row holds those of all samples. What the routes
             give must equal what autograd gives for the samples alone.
+        restores: whether the user's buffers are put back after a failure. Not if somebody else may write to them.
 
     Raises:
         ModelError: the forward pass uses the user's model in place of the one it is given.
         OutputError: the objective does not depend on the parameters.
         SamplesInteractError: the samples interact, or the forward pass draws random numbers.
     """
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()] if restores else []
     measured = list(measured)
     try:
         try:

@@ -64,6 +64,8 @@ class Ledger:
         fingerprint: str,
     ) -> None:
         trainable = trainable_parameters(model)
+        if not trainable:
+            raise ModelError("the model has no parameter that requires a gradient any more: nothing can be measured.")
         device = next(iter(trainable.values())).device
         self.fingerprint = fingerprint
         self.windows: dict[str | None, Window] = {}
@@ -86,6 +88,11 @@ class Ledger:
     def is_begun(self) -> bool:
         """Whether the weights are copied."""
         return self.run.shadow is not None
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the weights that were copied are those of the fingerprint."""
+        return self.run.fingerprint in (None, self.fingerprint)
 
     @property
     def has_news(self) -> bool:

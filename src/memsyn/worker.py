@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from memsyn.batches import joined, tensors
-from memsyn.errors import MemoryFileError, ModelError
+from memsyn.errors import ModelError
 from memsyn.ledger import Ledger
 from memsyn.parameters import fingerprint, trainable_parameters, weights
 from memsyn.products import workspace
@@ -197,29 +197,32 @@ class Worker:
         if self._failures >= FAILURES:  # it was said what is wrong
             return 0
         is_new = not ledger.is_begun
-        ledger.add(joined([taken.inputs for taken in waiting]), count, first.segment, first.when)
+        try:
+            ledger.add(joined([taken.inputs for taken in waiting]), count, first.segment, first.when)
+        finally:
+            if is_new and not (self._watch.refresh() == present and ledger.is_sound):  # changed while they were copied
+                self.ledger = None
+        if self.ledger is None:
+            return count
         self._failures = 0
         if ledger.problem is not None:
             self.note(ledger.problem)
             ledger.problem = None
-        if is_new and self._watch.refresh() != present:  # they changed while they were copied
-            self.ledger = None
-            return count
         return 0
 
     def _turn(self, tag: Hashable) -> None:
         """Go on with the weights that the model has now, if they are others."""
         mark, ledger = fingerprint(weights(self._model)), self.ledger
-        self._tag = tag
         if ledger is not None and ledger.fingerprint == mark:
+            self._tag, self._failures = tag, 0
             return
         try:
             self._store()
-        except MemoryFileError as error:  # what was new is lost
+        except Exception as error:  # what was new is lost
             self.note(error)
-        if ledger is not None:
-            self._past = [a + b for a, b in zip(self._past, _counts(ledger), strict=True)]
-        self.ledger, self._failures = self._begin(mark), 0
+        begun = self._begin(mark)
+        self._past, self.ledger = [a + b for a, b in zip(self._past, _counts(ledger), strict=True)], begun
+        self._tag, self._failures = tag, 0
         self.versions += 1
 
     def _store(self) -> None:

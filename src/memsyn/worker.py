@@ -198,7 +198,8 @@ class Worker:
             return 0
         is_new = not ledger.is_begun
         try:
-            ledger.add(joined([taken.inputs for taken in waiting]), count, first.segment, first.when)
+            when = min(first.when, time.time())  # the clock may have been set back
+            ledger.add(joined([taken.inputs for taken in waiting]), count, first.segment, when)
         finally:
             if is_new and not (self._watch.refresh() == present and ledger.is_sound):  # changed while they were copied
                 self.ledger = None

@@ -257,6 +257,28 @@ def test_a_restart_keeps_what_is_of_others(store: Path) -> None:
         assert (observer.stats().measured, observer.stats().dropped) == (0, 1)
 
 
+def test_a_store_that_cannot_be_read_for_a_while(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = a_model(), requests(3)
+    with begin(model, store) as observer:
+        observer.observe(batches[0])
+        assert observer.flush()
+
+    def failing(*args: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with begin(model, store) as observer:
+        with monkeypatch.context() as patch:
+            patch.setattr(memsyn.storage, "_read_header", failing)
+            observer.observe(batches[1])
+            assert observer.flush()
+        assert "Too many open files" in str(observer.stats().last_error)
+        assert (observer.stats().measured, observer.stats().dropped) == (0, len(batches[1]))
+        observer.observe(batches[2])
+        assert observer.flush()
+    assert list(store.parent.iterdir()) == [store]
+    assert_same(memsyn.Importance.load(store), measured(model, [batches[0], batches[2]]))
+
+
 def test_a_store_that_fails_for_a_while(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = a_model(), requests(4)
 
@@ -397,3 +419,51 @@ def test_a_fork_of_the_process_does_nothing(store: Path) -> None:
         observer.observe(batch)
         assert observer.flush()
         assert observer.importance().num_samples == 2
+
+
+# The thread
+
+
+def test_nothing_ends_the_thread(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not an endless interval, nor an error where none is expected."""
+    model, batch, failures = a_model(), requests(1)[0], [1, 1, 1]
+    take = memsyn.traffic.Traffic.take
+
+    def failing(self: memsyn.traffic.Traffic, most: int) -> Any:
+        if failures:
+            failures.pop()
+            raise RuntimeError("unforeseen")
+        return take(self, most)
+
+    monkeypatch.setattr(memsyn.traffic.Traffic, "take", failing)
+    with begin(model, store, interval=float("inf"), budget=1e-300) as observer:
+        for count in (1, 2):
+            observer.observe(batch)
+            assert observer.flush()
+            assert observer.stats().measured == count
+            time.sleep(0.05)
+        assert (observer.stats().errors, observer.stats().last_error) == (3, "RuntimeError: unforeseen")
+
+
+def test_who_waits_is_told_of_the_end(store: Path) -> None:
+    model, batch = a_model(), requests(1)[0]
+    busy, free, answers = threading.Event(), threading.Event(), []
+
+    def forward(clone: nn.Module, inputs: Tensor) -> Tensor:
+        busy.set()
+        free.wait()
+        return clone(inputs)
+
+    observer = begin(model, store, forward=forward)
+    observer.observe(batch)
+    assert busy.wait(10)
+    waiting = threading.Thread(target=lambda: answers.append(observer.flush(60)))
+    waiting.start()
+    while not observer._worker._asked:
+        time.sleep(0.001)
+    observer.close(0.0)
+    began = time.monotonic()
+    free.set()
+    waiting.join(30)
+    assert answers == [False]
+    assert time.monotonic() - began < 20

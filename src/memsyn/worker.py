@@ -29,6 +29,9 @@ FAILURES: Final = 8
 BUSY: Final = 0.02
 """Seconds between two looks whether a service is busy."""
 
+LONGEST: Final = 3600.0
+"""Seconds to wait at most: Python refuses more than some years."""
+
 LOGGER: Final = logging.getLogger("memsyn")
 
 
@@ -73,7 +76,7 @@ class Worker:
         self._wake, self._urgent, self._answer = threading.Event(), threading.Event(), threading.Condition()
         self._asked = self._answered = 0
         """Calls of `flush`, and how many of them are done."""
-        self._closed = False
+        self._closed = self._ended = False
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._work, name="memsyn-observer", daemon=True)
         self._thread.start()
@@ -102,7 +105,8 @@ class Worker:
             asked = self._asked
             self._urgent.set()
             self._wake.set()
-            return self._answer.wait_for(lambda: self._answered >= asked, timeout)
+            self._answer.wait_for(lambda: self._answered >= asked or self._ended, timeout)
+            return self._answered >= asked
 
     def close(self, timeout: float) -> None:
         """Store the sums and end, in so many seconds at most."""
@@ -125,16 +129,23 @@ class Worker:
         with _one_core(), workspace(), _own_stream(self._device) as stream:
             while not self._closed:
                 self._urgent.clear()
+                self._wake.clear()
                 asked = self._asked
                 rest = self._budget.ready - time.monotonic()
                 if rest > 0 and asked == self._answered and not self._closed:
-                    self._urgent.wait(rest)
-                else:
+                    self._urgent.wait(min(rest, LONGEST))
+                    continue
+                try:
                     self._step(asked, stream)
+                except Exception as error:
+                    self.note(error)
+                    self._urgent.wait(BUSY)
             self._spend(self._store)
+        with self._answer:
+            self._ended = True
+            self._answer.notify_all()
 
     def _step(self, asked: int, stream: torch.cuda.Stream | None) -> None:
-        self._wake.clear()
         flushing = asked > self._answered
         if not flushing and self._is_busy():
             self._urgent.wait(BUSY)
@@ -149,7 +160,7 @@ class Worker:
                 self._answered = asked
                 self._answer.notify_all()
         elif not waiting and not self._closed:
-            self._wake.wait(max(0.0, self._due - time.monotonic()))
+            self._wake.wait(min(max(0.0, self._due - time.monotonic()), LONGEST))
 
     def _is_busy(self) -> bool:
         try:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import memsyn
 from memsyn.shadow import Onlooker, shadow
@@ -71,10 +72,16 @@ def test_inputs_may_be_changed_at_once(store: Path) -> None:
         assert_same(observer.importance(), expected)
 
 
+class Doubling(nn.Identity):
+    def doubled(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (2 * args[0],)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_attached_it_sees_every_pass_and_leaves_nothing(mode: Any, store: Path) -> None:
     model, batches = a_model(), requests(20)
-    model.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    doubling = Doubling()
+    model.append(doubling).register_forward_pre_hook(doubling.doubled)
     expected, snapshot = measured(model, batches), Snapshot(model)
     generators = random.getstate(), np.random.get_state()[1].tolist()
     observer = begin(model, store)
@@ -197,6 +204,32 @@ def test_a_hook_that_only_looks_is_not_in_clones(store: Path) -> None:
         for other in (copy.deepcopy(model), torch.load(saved, weights_only=False)):
             assert torch.equal(other(batch), model(batch))
         assert observer.stats().seen == 2 * len(batch)
+
+
+def test_hooks_of_others_see_no_samples_again(store: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """But those that compute weights do compute them: the older weight norm, and pruning."""
+    torch.manual_seed(0)
+    model, batch, seen = a_model(), requests(1)[0], []
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        torch.nn.utils.weight_norm(model[2])
+    expected = measured(model, [batch, batch])
+
+    def look(*given: Any) -> None:
+        seen.append(threading.current_thread().name)
+
+    model[0].register_forward_hook(look)
+    model.register_forward_pre_hook(look)
+    with begin(model, store) as observer:
+        for _ in range(2):
+            model(batch)
+            observer.observe(batch)
+            assert observer.flush()
+        assert observer.stats().last_error is None
+        assert_same(observer.importance(), expected)
+    assert seen == [threading.current_thread().name] * 4
+    (said,) = [record.getMessage() for record in caplog.records if "leaves out" in record.getMessage()]
+    assert said.count("look on the model") == said.count("look on 0") == 1
 
 
 # The caller

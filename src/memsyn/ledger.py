@@ -111,9 +111,7 @@ class Ledger:
         self._measure(inputs, num_samples, segment, when)
         self._num_batches += 1
 
-    def _measure(
-        self, inputs: Any, size: int, segment: str | None, when: float, most: float | None = None
-    ) -> None:
+    def _measure(self, inputs: Any, size: int, segment: str | None, when: float, most: float | None = None) -> None:
         """Add all samples at once if that is right, else in halves; none counts more than `most`, if that is known."""
         problem = self._stage(inputs)
         if problem is None:

@@ -80,7 +80,9 @@ class Observer:
     copy of the weights: sums are always of one set of weights, and other weights begin another file.
 
     Args:
-        model: any module that `measure` takes; it stays bit for bit as it was.
+        model: any module that `measure` takes; it stays bit for bit as it was. Of its forward hooks, methods of modules
+            count as what it computes, and those of torch.nn.utils (weight norm, pruning); others are left out, and
+            named in the log: a recorder of requests must not see samples again. So let what computes be a method.
         store: the file to keep the sums in, or its URL: an importance file, for `Importance.load` and `memsyn merge`.
             If it is there, and of the same weights and settings, sums go on from it; if it is of others, it is kept,
             and another is begun beside it: `name.1a2b3c4d.end`, with eight digits for what they are. Segments have
@@ -314,7 +316,9 @@ def _by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     for name, value in bound.arguments.items():
         kind = bound.signature.parameters[name].kind
         if kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL):
-            raise BatchError(f"forward takes {name!r} by its place only: call observe, with forward= to say how to run.")
+            raise BatchError(
+                f"forward takes {name!r} by its place only: call observe, with forward= to say how to run."
+            )
         named |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
     return named
 

@@ -155,9 +155,7 @@ class Run:
             return values
 
         for few in guard.choices(inputs):
-            verdict = guard.check(
-                self.original, self.routes, run, few, local=self.estimator.local, restores=not self.private
-            )
+            verdict = guard.check(self.original, self.routes, run, few, local=self.estimator.local, served=self.private)
             size = num_samples(few)
             if self.num_guarded < 2:
                 self.routes, self.splits, self.unproven = dict(verdict.routes), verdict.splits, verdict.unproven
@@ -186,11 +184,11 @@ class Run:
 
     def _clone(self, written: set[str]) -> None:
         self.written = written
-        self.shadow = shadow(self.original, private=named_parameters(self.original) if self.private else written)
+        own = named_parameters(self.original) if self.private else written
+        self.shadow = shadow(self.original, private=own, served=self.private)
         if self.private:
             self.original, self.fingerprint = self.shadow, fingerprint(weights(self.shadow))
-        own = named_parameters(self.shadow)
-        self.parameters = {name: parameter for name, parameter in own.items() if name in self.routes}
+        self.parameters = {name: p for name, p in named_parameters(self.shadow).items() if name in self.routes}
         for parameter in self.parameters.values():
             parameter.requires_grad_()
         self.sums = RunningSums(_zeros(self.parameters))

@@ -21,6 +21,7 @@ from memsyn.errors import ModelError
 from memsyn.ledger import Ledger
 from memsyn.parameters import fingerprint, trainable_parameters, weights
 from memsyn.products import workspace
+from memsyn.shadow import foreign_hooks
 from memsyn.traffic import Budget, Taken, Traffic, Watch
 
 FAILURES: Final = 8
@@ -68,6 +69,8 @@ class Worker:
         self._max_batch, self._interval, self._busy = max_batch, interval, busy
         self._device = next(iter(trainable_parameters(model).values())).device
         self._past = [0, 0, 0]
+        self._foreign = ""
+        """The hooks of which was said that they are left out."""
         self._failures = 0
         self._tag: Hashable = None
         """Of the weights that the ledger is of."""
@@ -236,6 +239,10 @@ class Worker:
         self._past, self.ledger = [a + b for a, b in zip(self._past, _counts(ledger), strict=True)], begun
         self._tag, self._failures = tag, 0
         self.versions += 1
+        foreign = ", ".join(foreign_hooks(self._model))
+        if foreign not in ("", self._foreign):
+            LOGGER.warning("hooks that an observer leaves out, since they may only look on: %s.", foreign)
+            self._foreign = foreign
 
     def _store(self) -> None:
         """Write what is new; and look whether the weights were changed in a way that nobody sees."""

@@ -9,12 +9,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Final, final
+from typing import Any, Final, final
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memsyn.batches import joined, tensors
 from memsyn.errors import ModelError
@@ -34,6 +35,34 @@ LONGEST: Final = 3600.0
 """Seconds to wait at most: Python refuses more than some years."""
 
 LOGGER: Final = logging.getLogger("memsyn")
+
+
+@final
+class _OwnDraws(TorchDispatchMode):
+    """While open, this thread draws from torch's generators as if they were its own, and leaves them to others."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num_draws = 0
+        cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+        self._generators: list[torch.Generator] = [torch.default_generator, *cuda]
+        self._states = [generator.get_state() for generator in self._generators]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **(kwargs or {}))
+        self.num_draws += 1
+        before = [generator.get_state() for generator in self._generators]
+        for generator, state in zip(self._generators, self._states, strict=True):
+            generator.set_state(state)
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._states = [generator.get_state() for generator in self._generators]
+            for generator, state in zip(self._generators, before, strict=True):
+                generator.set_state(state)
 
 
 @final
@@ -69,6 +98,8 @@ class Worker:
         self._max_batch, self._interval, self._busy = max_batch, interval, busy
         self._device = next(iter(trainable_parameters(model).values())).device
         self._past = [0, 0, 0]
+        self._draws = False
+        """Whether the forward pass draws random numbers."""
         self._foreign = ""
         """The hooks of which was said that they are left out."""
         self._failures = 0
@@ -213,7 +244,10 @@ class Worker:
         is_new = not ledger.is_begun
         try:
             when = min(first.when, time.time())  # the clock may have been set back
-            ledger.add(joined([taken.inputs for taken in waiting]), count, first.segment, when)
+            inputs = joined([taken.inputs for taken in waiting])
+            with _OwnDraws() if is_new or self._draws else nullcontext() as own:
+                ledger.add(inputs, count, first.segment, when)
+            self._draws = own is not None and own.num_draws > 0
         finally:
             if is_new and not (self._watch.refresh() == present and ledger.is_sound):  # changed while they were copied
                 self.ledger = None

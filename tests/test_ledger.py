@@ -82,6 +82,51 @@ def test_one_odd_request_cannot_own_the_memory(cap: float | None, max_batch: int
         assert 0.8 * cap <= 1 - 302 * one / whole <= cap
 
 
+def test_samples_without_a_gradient_limit_nothing(store: Path) -> None:
+    model, ones = nn.Linear(2, 1, bias=False).double(), torch.ones(4, 2, dtype=torch.float64)
+    with begin(model, store, cap=0.1) as observer:
+        observer.observe(0 * ones)
+        assert observer.flush()
+        for _ in range(3):
+            observer.observe(ones)
+            assert observer.flush()
+        assert (observer.stats().measured, observer.stats().capped) == (16, 0)
+        assert_same(observer.importance(), measured(model, [0 * ones, *[ones] * 3]))
+
+
+@pytest.mark.parametrize("odd", [[0], [5], [0, 5, 31]])
+def test_the_first_samples_are_limited_by_each_other(odd: list[int], store: Path) -> None:
+    model, given = nn.Linear(1, 1, bias=False).double(), torch.ones(32, 1, dtype=torch.float64)
+    given[odd] = 1000.0
+    with begin(model, store, cap=0.1) as observer:
+        observer.observe(given)
+        assert observer.flush()
+        one = 2 * abs(model.weight.item())
+        assert observer.stats().capped == len(odd)
+        assert float(observer.importance().sums["weight"]) <= one * (32 - len(odd) + 10 * len(odd)) * (1 + 1e-9)
+        assert observer.importance().num_samples == 32
+
+
+def test_a_segment_that_cannot_be_written_keeps_no_other(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, write = a_model(), requests(1)[0], memsyn.ledger.write
+
+    def failing(path: Any, *args: Any) -> None:
+        if "+a." in str(path):
+            raise memsyn.MemoryFileError("no room for a")
+        write(path, *args)
+
+    monkeypatch.setattr(memsyn.ledger, "write", failing)
+    with begin(model, store) as observer:
+        for segment in ("a", "b", None):
+            observer.observe(batch, segment=segment)
+        assert observer.flush()
+        assert "no room for a" in str(observer.stats().last_error)
+        assert {path.name for path in store.parent.iterdir()} == {"traffic+b.safetensors", store.name}
+        monkeypatch.undo()
+        assert observer.flush()
+        assert_same(memsyn.Importance.load(store.with_name("traffic+a.safetensors")), measured(model, [batch]))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e200])
 def test_what_is_not_finite_is_left_out_alone(bad: float, store: Path) -> None:
     model, batches = a_model(), requests(30)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import memsyn
 from memsyn.shadow import Onlooker, shadow
@@ -71,10 +72,16 @@ def test_inputs_may_be_changed_at_once(store: Path) -> None:
         assert_same(observer.importance(), expected)
 
 
+class Doubling(nn.Identity):
+    def doubled(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (2 * args[0],)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_attached_it_sees_every_pass_and_leaves_nothing(mode: Any, store: Path) -> None:
     model, batches = a_model(), requests(20)
-    model.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    doubling = Doubling()
+    model.append(doubling).register_forward_pre_hook(doubling.doubled)
     expected, snapshot = measured(model, batches), Snapshot(model)
     generators = random.getstate(), np.random.get_state()[1].tolist()
     observer = begin(model, store)
@@ -105,6 +112,83 @@ def test_attached_it_knows_arguments_by_name(store: Path) -> None:
         assert_same(observer.importance(), measured(model, [{"ids": ids, "attention_mask": mask}] * 3))
 
 
+class Scaled(nn.Module):
+    """Takes arguments in all ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1, bias=False, dtype=torch.float64)
+        nn.init.ones_(self.layer.weight)
+
+    def forward(self, given: Tensor, *others: Tensor, **named: Any) -> Tensor:
+        return self.layer(given) * named.get("scale", 1.0) + sum(others)
+
+
+class ByPlace(Scaled):
+    def forward(self, given: Tensor, scale: float, /) -> Tensor:
+        return self.layer(given) * scale
+
+
+def test_attached_it_knows_further_keyword_arguments_by_name(store: Path) -> None:
+    model, ones = Scaled(), torch.ones(1, 2, dtype=torch.float64)
+    with begin(model, store) as observer:
+        observer.attach()
+        observer.attach()
+        model(ones, scale=3.0)
+        assert observer.flush()
+        assert observer.stats().seen == 1
+        assert observer.importance().mean()["layer.weight"].tolist() == [[36.0, 36.0]]  # y = 3 (w x): 2 y 3 x
+        observer.detach()
+        model(ones)
+        assert observer.stats().seen == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "others"), [(Scaled(), (torch.ones(1, 1),)), (ByPlace(), (3.0,))], ids=["many", "by place"]
+)
+def test_arguments_that_have_no_name_are_an_error(model: nn.Module, others: tuple[Any, ...], store: Path) -> None:
+    with begin(model, store) as observer:
+        observer.attach()
+        model(torch.ones(1, 2, dtype=torch.float64), *others)
+        stats = observer.stats()
+        assert (stats.seen, stats.errors) == (0, 1)
+        assert "by its place only" in str(stats.last_error)
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.entries: list[Tensor] = []
+
+
+def test_what_cannot_be_copied_is_refused(store: Path) -> None:
+    class Model(Scaled):
+        def forward(self, given: Tensor, cache: Cache) -> Tensor:
+            cache.entries.append(given)
+            return self.layer(given)
+
+    model, cache = Model(), Cache()
+    with begin(model, store) as observer:
+        observer.attach()
+        model(torch.ones(2, 2, dtype=torch.float64), cache=cache)
+        assert observer.flush()
+        assert len(cache.entries) == 1
+        stats = observer.stats()
+        assert (stats.sampled, stats.dropped, stats.waiting, stats.errors) == (2, 2, 0, 1)
+        assert "a batch holds a Cache, of which no copy can be kept" in str(stats.last_error)
+
+
+def test_arrays_are_copied(store: Path) -> None:
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        return model(batch["given"], scale=float(batch["scale"][0]))
+
+    scale = np.array([3.0])
+    with begin(Scaled(), store, forward=forward) as observer:
+        observer.observe({"given": torch.ones(1, 2, dtype=torch.float64), "scale": scale})
+        scale[0] = 0.0
+        assert observer.flush()
+        assert observer.importance().mean()["layer.weight"].tolist() == [[36.0, 36.0]]
+
+
 def test_a_hook_that_only_looks_is_not_in_clones(store: Path) -> None:
     model, batch = a_model(), requests(1)[0]
     with begin(model, store) as observer:
@@ -120,6 +204,32 @@ def test_a_hook_that_only_looks_is_not_in_clones(store: Path) -> None:
         for other in (copy.deepcopy(model), torch.load(saved, weights_only=False)):
             assert torch.equal(other(batch), model(batch))
         assert observer.stats().seen == 2 * len(batch)
+
+
+def test_hooks_of_others_see_no_samples_again(store: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """But those that compute weights do compute them: the older weight norm, and pruning."""
+    torch.manual_seed(0)
+    model, batch, seen = a_model(), requests(1)[0], []
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        torch.nn.utils.weight_norm(model[2])
+    expected = measured(model, [batch, batch])
+
+    def look(*given: Any) -> None:
+        seen.append(threading.current_thread().name)
+
+    model[0].register_forward_hook(look)
+    model.register_forward_pre_hook(look)
+    with begin(model, store) as observer:
+        for _ in range(2):
+            model(batch)
+            observer.observe(batch)
+            assert observer.flush()
+        assert observer.stats().last_error is None
+        assert_same(observer.importance(), expected)
+    assert seen == [threading.current_thread().name] * 4
+    (said,) = [record.getMessage() for record in caplog.records if "leaves out" in record.getMessage()]
+    assert said.count("look on the model") == said.count("look on 0") == 1
 
 
 # The caller

@@ -109,3 +109,40 @@ def test_durations_are_checked() -> None:
             Window(half_life=given)
     with pytest.raises(memsyn.OptionError, match=r"give last= or half_life=, not both"):
         Window(timedelta(days=1), timedelta(days=1))
+
+
+def test_a_clock_that_is_set_back_and_long_idle_times_decay() -> None:
+    window = Window(half_life=timedelta(seconds=60))
+    add(window, 1.0, START)
+    for now in (START - DAY, START - 10_000 * DAY):
+        assert window.value(now)[0]["w"][0, 0] / window.value(now)[1] == 1.0
+        assert math.isfinite(window.total(now)[0])
+    add(window, 3.0, START - DAY)
+    assert held(window, START - DAY) == (4.0, 2)
+    later = START - DAY
+    for seconds in (60 * 63, 60 * 65, 10_000 * DAY):
+        assert window.is_empty(later + seconds) == (seconds > 60 * 64)
+    add(window, 5.0, later + 10_000 * DAY)
+    assert held(window, later + 10_000 * DAY) == (5.0, 1)
+    other = Window(half_life=timedelta(seconds=60))
+    add(other, 1.0, START)
+    header, groups, _ = other.saved(START + 63 * 60)
+    again = Window(half_life=timedelta(seconds=60))
+    again.restore(header, groups, {name: torch.zeros_like(own).float() for name, own in sums(1.0).items()})
+    found, count = again.value(START + 63 * 60)
+    assert (float(found["b"][0]), count) == (2.0, 1)
+
+
+def test_a_sliding_window_with_a_clock_that_is_set_back() -> None:
+    """What is dated later than now would never expire; late samples are of the days on which they were served."""
+    window = Window(last=timedelta(days=7))
+    add(window, 100.0, START + 3650 * DAY)
+    for day in range(60):
+        add(window, 1.0, START + day * DAY)
+    assert held(window, START + 59 * DAY) == (7.0, 7)
+    window = Window(last=timedelta(days=7))
+    for day in (0, 3, 1, 1, 2):
+        add(window, 10.0**day, START + day * DAY)
+    assert [bucket.entry.place for bucket in window.buckets] == [20_000, 20_001, 20_002, 20_003]
+    assert held(window, START + 3 * DAY) == (1121.0, 5)
+    assert held(window, START + 8 * DAY) == (1100.0, 2)

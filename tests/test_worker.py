@@ -1,4 +1,4 @@
-"""Weights that change, stores that are there already, that fail, and whose writer is killed."""
+"""Stores that are there already, that fail, and whose writer is killed."""
 
 import os
 import random
@@ -28,99 +28,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     return tmp_path / "traffic.safetensors"
-
-
-def test_other_weights_begin_another_file(store: Path) -> None:
-    model, batches = a_model(), requests(10)
-    expected = []
-    with begin(model, store) as observer:
-        for seed in (1, 2, 1):
-            model.load_state_dict(a_model(seed).state_dict())
-            expected.append(measured(model, batches))
-            for batch in batches:
-                observer.observe(batch)
-            assert observer.flush()
-            if seed == 2:
-                assert_same(observer.importance(), expected[1])
-        assert observer.stats().versions == 3
-        assert observer.stats().measured == 3 * expected[0].num_samples
-    (other,) = set(store.parent.iterdir()) - {store}
-    assert other.name.startswith("traffic.")
-    assert_same(memsyn.Importance.load(store), expected[0] + expected[2])
-    assert_same(memsyn.Importance.load(other), expected[1])
-
-
-def test_touched_weights_are_the_same(store: Path) -> None:
-    model, batches = a_model(), requests(10)
-    with begin(model, store) as observer:
-        for assign in (False, True, False):
-            state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            model.load_state_dict(state, assign=assign)
-            for batch in batches:
-                observer.observe(batch)
-            assert observer.flush()
-        assert observer.stats().versions == 1
-        assert_same(observer.importance(), measured(model, batches * 3))
-
-
-def test_samples_whose_weights_are_gone_are_left_out(store: Path) -> None:
-    """Those that wait when weights change are measured with the old ones, if the observer has them; else dropped."""
-    model, (one, two, three, *_), busy = a_model(), requests(3), threading.Event()
-    busy.set()
-    with begin(model, store, busy=busy.is_set) as observer:
-        observer.observe(one)
-        model.load_state_dict(a_model(1).state_dict())
-        observer.observe(two)
-        expected = measured(model, [two])
-        assert observer.flush()
-        assert (observer.stats().stale, observer.stats().measured) == (len(one), len(two))
-        assert_same(observer.importance(), expected)
-        observer.observe(three)
-        expected += measured(model, [three])
-        model.load_state_dict(a_model(2).state_dict())
-        assert observer.flush()
-        assert_same(observer.importance(), expected)
-        assert_same(memsyn.Importance.load(store), expected)
-        assert observer.stats().stale == len(one)
-
-
-def test_weights_that_change_while_they_are_copied(store: Path) -> None:
-    model, batch = a_model(), requests(1)[0]
-    changed: list[int] = []
-
-    def forward(clone: nn.Module, inputs: Tensor) -> Tensor:
-        if not changed:
-            changed.append(1)
-            model.load_state_dict(a_model(1).state_dict())
-        return clone(inputs)
-
-    with begin(model, store, forward=forward) as observer:
-        observer.observe(batch)
-        assert observer.flush()
-        assert (observer.stats().stale, observer.stats().measured) == (1, 0)
-        with pytest.raises(memsyn.BatchError, match="nothing has been measured yet"):
-            observer.importance()
-        observer.observe(batch)
-        assert observer.flush()
-        assert_same(observer.importance(), measured(model, [batch]))
-
-
-def test_a_change_that_torch_does_not_count_is_found_when_sums_are_stored(store: Path) -> None:
-    model, batch = a_model(), requests(1)[0]
-    with begin(model, store) as observer:
-        observer.observe(batch)
-        assert observer.flush()
-        expected = measured(model, [batch, batch])
-        for parameter in model.parameters():
-            parameter.data.mul_(2)
-        observer.observe(batch)
-        assert observer.flush()
-        assert_same(memsyn.Importance.load(store), expected)
-        observer.observe(batch)
-        assert observer.flush()
-        assert observer.stats().versions == 2
-        assert_same(observer.importance(), measured(model, [batch]))
-        assert_same(memsyn.Importance.load(store), expected)
 
 
 # The store
@@ -164,6 +71,28 @@ def test_a_restart_keeps_what_is_of_others(store: Path) -> None:
         assert observer.flush()
         assert "are damaged, or of something else" in str(observer.stats().last_error)
         assert (observer.stats().measured, observer.stats().dropped) == (0, 1)
+
+
+def test_a_store_that_cannot_be_read_for_a_while(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = a_model(), requests(3)
+    with begin(model, store) as observer:
+        observer.observe(batches[0])
+        assert observer.flush()
+
+    def failing(*args: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with begin(model, store) as observer:
+        with monkeypatch.context() as patch:
+            patch.setattr(memsyn.storage, "_read_header", failing)
+            observer.observe(batches[1])
+            assert observer.flush()
+        assert "Too many open files" in str(observer.stats().last_error)
+        assert (observer.stats().measured, observer.stats().dropped) == (0, len(batches[1]))
+        observer.observe(batches[2])
+        assert observer.flush()
+    assert list(store.parent.iterdir()) == [store]
+    assert_same(memsyn.Importance.load(store), measured(model, [batches[0], batches[2]]))
 
 
 def test_a_store_that_fails_for_a_while(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,3 +235,51 @@ def test_a_fork_of_the_process_does_nothing(store: Path) -> None:
         observer.observe(batch)
         assert observer.flush()
         assert observer.importance().num_samples == 2
+
+
+# The thread
+
+
+def test_nothing_ends_the_thread(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not an endless interval, nor an error where none is expected."""
+    model, batch, failures = a_model(), requests(1)[0], [1, 1, 1]
+    take = memsyn.traffic.Traffic.take
+
+    def failing(self: memsyn.traffic.Traffic, most: int) -> Any:
+        if failures:
+            failures.pop()
+            raise RuntimeError("unforeseen")
+        return take(self, most)
+
+    monkeypatch.setattr(memsyn.traffic.Traffic, "take", failing)
+    with begin(model, store, interval=float("inf"), budget=1e-300) as observer:
+        for count in (1, 2):
+            observer.observe(batch)
+            assert observer.flush()
+            assert observer.stats().measured == count
+            time.sleep(0.05)
+        assert (observer.stats().errors, observer.stats().last_error) == (3, "RuntimeError: unforeseen")
+
+
+def test_who_waits_is_told_of_the_end(store: Path) -> None:
+    model, batch = a_model(), requests(1)[0]
+    busy, free, answers = threading.Event(), threading.Event(), []
+
+    def forward(clone: nn.Module, inputs: Tensor) -> Tensor:
+        busy.set()
+        free.wait()
+        return clone(inputs)
+
+    observer = begin(model, store, forward=forward)
+    observer.observe(batch)
+    assert busy.wait(10)
+    waiting = threading.Thread(target=lambda: answers.append(observer.flush(60)))
+    waiting.start()
+    while not observer._worker._asked:
+        time.sleep(0.001)
+    observer.close(0.0)
+    began = time.monotonic()
+    free.set()
+    waiting.join(30)
+    assert answers == [False]
+    assert time.monotonic() - began < 20

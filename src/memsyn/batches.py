@@ -6,6 +6,7 @@ Owns everything that looks inside a batch.
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -71,19 +72,21 @@ def call(model: nn.Module, inputs: object) -> object:
     return model(**inputs) if isinstance(inputs, dict) else model(inputs)
 
 
-def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same structure with every tensor changed; what holds no tensor is passed through."""
+def map_tensors(
+    batch: Any, change: Callable[[Tensor], Tensor], change_other: Callable[[Any], Any] = lambda part: part
+) -> Any:
+    """The same structure with every tensor changed; all else is passed through, unless that is to be changed too."""
     if isinstance(batch, Tensor):
         return change(batch)
     if isinstance(batch, Mapping):
-        changed = {key: map_tensors(value, change) for key, value in batch.items()}
+        changed = {key: map_tensors(value, change, change_other) for key, value in batch.items()}
         return changed if isinstance(batch, dict) else type(batch)(changed)  # type: ignore[call-arg]
     if isinstance(batch, (tuple, list)):
-        parts = [map_tensors(value, change) for value in batch]
+        parts = [map_tensors(value, change, change_other) for value in batch]
         if isinstance(batch, list):
             return parts
         return tuple(parts) if type(batch) is tuple else type(batch)(*parts)  # else a named tuple
-    return batch
+    return change_other(batch)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -126,14 +129,28 @@ def take(batch: Any, start: int, stop: int) -> Any:
 
 
 def picked(batch: Any, rows: Sequence[int]) -> Any:
-    """Some samples of a batch, in tensors of their own, free of any graph."""
+    """Some samples of a batch, in tensors of their own, free of any graph; arrays are copied whole.
+
+    Raises:
+        BatchError: it holds what cannot be copied: the caller, or the model, may change it.
+    """
     total = num_samples(batch)
 
     def pick(tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
         return tensor[list(rows)] if tensor.ndim and len(tensor) == total and len(rows) != total else tensor.clone()
 
-    return map_tensors(batch, pick)
+    def own(part: Any) -> Any:
+        if isinstance(part, np.ndarray) and not part.dtype.hasobject:
+            return part.copy()
+        if not isinstance(part, (str, int, float, complex, np.generic, type(None))):
+            raise BatchError(
+                f"a batch holds a {type(part).__name__}, of which no copy can be kept: expected tensors, arrays, "
+                "numbers and text, in tuples, lists and mappings."
+            )
+        return part
+
+    return map_tensors(batch, pick, own)
 
 
 def kind(batch: Any) -> Hashable:

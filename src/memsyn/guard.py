@@ -72,7 +72,9 @@ def choices(batch: Any) -> Iterator[Any]:
         yield take(batch, start, start + NUM_SAMPLES)
 
 
-def check(model: nn.Module, measured: Iterable[str], run: Run, batch: Any, *, local: bool = False) -> Verdict:
+def check(
+    model: nn.Module, measured: Iterable[str], run: Run, batch: Any, *, local: bool = False, served: bool = False
+) -> Verdict:
     """Find the best route for every parameter, and see that it holds for a few samples.
 
     With sample weights w, the signed sum_k w_k g_k of each route must equal autograd's gradient of sum_k w_k s_k. Since
@@ -90,23 +92,25 @@ def check(model: nn.Module, measured: Iterable[str], run: Run, batch: Any, *, lo
         batch: a few samples.
         local: the objectives are sums over layers, of which the first row holds those of all samples. What the routes
             give must equal what autograd gives for the samples alone.
+        served: others use the model meanwhile, and may write to it: its buffers are not put back after a failure, and
+            hooks of which nobody knows what they do are not called.
 
     Raises:
         ModelError: the forward pass uses the user's model in place of the one it is given.
         OutputError: the objective does not depend on the parameters.
         SamplesInteractError: the samples interact, or the forward pass draws random numbers.
     """
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    before = [(buffer, buffer.clone()) for buffer in model.buffers() if not served]
     measured = list(measured)
     try:
         try:
-            return _Check(model, _private(model, torch.float64), measured, run, local).verdict(
+            return _Check(model, _private(model, torch.float64, served), measured, run, local).verdict(
                 map_tensors(batch, _double)
             )
         except ConstantError:
             raise
         except (BatchError, OutputError):  # a forward pass with a precision of its own
-            return _Check(model, _private(model, None), measured, run, local).verdict(batch)
+            return _Check(model, _private(model, None, served), measured, run, local).verdict(batch)
     except ModelError:
         with torch.no_grad():
             for buffer, value in before:  # it may have been the user's own model that ran
@@ -323,9 +327,9 @@ def _with_minor(uses: list[tuple[Call, str]], num_samples: int) -> list[tuple[Ca
     return [(calls[id(call)], place) for call, place in uses] if folded else None
 
 
-def _private(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+def _private(model: nn.Module, dtype: torch.dtype | None, served: bool) -> nn.Module:
     """A clone that shares nothing with the model, in another precision if one is given."""
-    clone = shadow(model, private=named_parameters(model), dtype=dtype)
+    clone = shadow(model, private=named_parameters(model), dtype=dtype, served=served)
     for buffer in clone.buffers():
         if buffer.is_floating_point():
             buffer.data = buffer.data.to(dtype or buffer.dtype)

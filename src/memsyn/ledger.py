@@ -11,7 +11,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from statistics import median
 from typing import Any, Final, final
 from urllib.parse import quote
 
@@ -64,6 +64,8 @@ class Ledger:
         fingerprint: str,
     ) -> None:
         trainable = trainable_parameters(model)
+        if not trainable:
+            raise ModelError("the model has no parameter that requires a gradient any more: nothing can be measured.")
         device = next(iter(trainable.values())).device
         self.fingerprint = fingerprint
         self.windows: dict[str | None, Window] = {}
@@ -88,6 +90,11 @@ class Ledger:
         return self.run.shadow is not None
 
     @property
+    def is_sound(self) -> bool:
+        """Whether the weights that were copied are those of the fingerprint."""
+        return self.run.fingerprint in (None, self.fingerprint)
+
+    @property
     def has_news(self) -> bool:
         """Whether there is something to save."""
         return bool(self._unsaved)
@@ -104,8 +111,8 @@ class Ledger:
         self._measure(inputs, num_samples, segment, when)
         self._num_batches += 1
 
-    def _measure(self, inputs: Any, size: int, segment: str | None, when: float) -> None:
-        """Add all samples at once if that is right, else in halves."""
+    def _measure(self, inputs: Any, size: int, segment: str | None, when: float, most: float | None = None) -> None:
+        """Add all samples at once if that is right, else in halves; none counts more than `most`, if that is known."""
         problem = self._stage(inputs)
         if problem is None:
             assert self.run.sums is not None
@@ -113,6 +120,10 @@ class Ledger:
             total = _total(staged)
             window = self._open(segment)
             limit = self._limit(window, when)
+            if self._cap is not None and size > 1 and most is None and limit == math.inf:
+                self._measure(inputs, size, segment, when, self._head(inputs, size))
+                return
+            limit = min(limit, math.inf if most is None else most)
             if not math.isfinite(total):
                 problem = MemsynError("a gradient is NaN or infinite, though the output is finite.")
             elif total <= limit or size == 1:
@@ -131,7 +142,17 @@ class Ledger:
             self.invalid, self.problem = self.invalid + 1, problem
             return
         for start, stop in ((0, size // 2), (size // 2, size)):
-            self._measure(take(inputs, start, stop), stop - start, segment, when)
+            self._measure(take(inputs, start, stop), stop - start, segment, when, most)
+
+    def _head(self, inputs: Any, size: int) -> float:
+        """What one of the first samples may add: there are no sums yet to compare it with."""
+        totals = []
+        for k in range(size):
+            if self._stage(take(inputs, k, k + 1)) is None:
+                assert self.run.sums is not None
+                totals.append(_total(self.run.sums.recent))
+        totals = [total for total in totals if 0 < total < math.inf]
+        return HEAD * median(totals) if totals else math.inf
 
     def _stage(self, inputs: Any) -> Exception | None:
         """Measure a batch into `run.sums`, alone; returns what was wrong with it."""
@@ -150,10 +171,10 @@ class Ledger:
         return None
 
     def _limit(self, window: Window, now: float) -> float:
-        """What one sample may add."""
+        """What one sample may add; anything, while there is nothing to compare it with."""
         with self.lock:
             total, weight = window.total(now)
-        if self._cap is None or weight == 0:
+        if self._cap is None or total == 0:
             return math.inf
         return total * max(self._cap, HEAD / weight)
 
@@ -178,14 +199,16 @@ class Ledger:
         """Where to keep a segment's sums, and what is there of the same weights: nobody else's file is written to."""
         places = [_place(self._store, segment), _place(self._store, segment, self.key[:8])]
         for place in places:
-            with suppress(MemoryFileError):
-                try:
-                    header, groups = read(place, IMPORTANCE)
-                except MissingFileError:
-                    return place, None
+            try:
+                header, groups = read(place, IMPORTANCE)
                 with well_formed(place):
                     if header["observed"]["of"] == self.key:
                         return place, (header, groups)
+            except MissingFileError:
+                return place, None
+            except MemoryFileError as error:
+                if isinstance(error.__cause__, OSError):  # of the disk or the network: the sums may well be there
+                    raise
         raise MemoryFileError(
             f"the sums cannot be stored: {places[0]} and {places[1]} are damaged, or of something else. Move them away."
         )
@@ -196,18 +219,29 @@ class Ledger:
         Raises:
             MemoryFileError: one cannot be written; what was there stays, and what is new is written the next time.
         """
+        problem: Exception | None = None
         for segment in sorted(self._unsaved, key=str):
-            with self.lock:
-                window = self.windows[segment]
-                saved = None if window.is_empty(now) else window.saved(now)
-            if saved is not None:
-                header, groups, count = saved
-                whole = self.run.held(groups.pop("importance"), count)
-                groups = {g: {n: t * self.run.factor for n, t in own.items()} for g, own in groups.items()}
-                observed = {**header, "of": self.key, "fingerprint": self.fingerprint, "segment": segment}
-                header = {**whole.header(), "observed": observed}
-                write(self._places[segment], IMPORTANCE, header, {"importance": whole.sums, **groups})
-            self._unsaved.discard(segment)
+            try:
+                self._save(segment, now)
+                self._unsaved.discard(segment)
+            except Exception as error:  # others can be written perhaps
+                problem = problem or error
+        if problem is not None:
+            raise problem
+
+    def _save(self, segment: str | None, now: float) -> None:
+        """Write a segment's file."""
+        with self.lock:
+            window = self.windows[segment]
+            saved = None if window.is_empty(now) else window.saved(now)
+        if saved is None:
+            return
+        header, groups, count = saved
+        whole = self.run.held(groups.pop("importance"), count)
+        groups = {g: {n: t * self.run.factor for n, t in own.items()} for g, own in groups.items()}
+        observed = {**header, "of": self.key, "fingerprint": self.fingerprint, "segment": segment}
+        header = {**whole.header(), "observed": observed}
+        write(self._places[segment], IMPORTANCE, header, {"importance": whole.sums, **groups})
 
     def importance(self, segments: str | Mapping[str, float] | None, now: float) -> Importance:
         """Of all segments, of one, or of some by weights: Omega = sum_s w_s Omega_s / sum_s w_s."""

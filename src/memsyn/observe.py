@@ -80,7 +80,9 @@ class Observer:
     copy of the weights: sums are always of one set of weights, and other weights begin another file.
 
     Args:
-        model: any module that `measure` takes; it stays bit for bit as it was.
+        model: any module that `measure` takes; it stays bit for bit as it was. Of its forward hooks, methods of modules
+            count as what it computes, and those of torch.nn.utils (weight norm, pruning); others are left out, and
+            named in the log: a recorder of requests must not see samples again. So let what computes be a method.
         store: the file to keep the sums in, or its URL: an importance file, for `Importance.load` and `memsyn merge`.
             If it is there, and of the same weights and settings, sums go on from it; if it is of others, it is kept,
             and another is begun beside it: `name.1a2b3c4d.end`, with eight digits for what they are. Segments have
@@ -196,8 +198,11 @@ class Observer:
     def attach(self) -> None:
         """Observe every forward pass of the model, from now on: its inputs as they come, before any hook of others.
 
-        A single tensor is taken as such, anything else as keyword arguments by the names of the model's `forward`.
+        A single tensor is taken as such, anything else as keyword arguments by the names of the model's `forward`: a
+        pass that cannot be called so is left out, as an error. Attached already, this does nothing.
         """
+        if self._hooks:
+            return
         self._hooks.append(
             self._model.register_forward_pre_hook(_Hook(self._offer_pass), with_kwargs=True, prepend=True)
         )
@@ -298,10 +303,24 @@ class Observer:
             if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
                 inputs = args[0]
             elif args:
-                inputs = inspect.signature(unwrap(self._model).forward).bind(*args, **kwargs).arguments
+                inputs = _by_name(unwrap(self._model).forward, args, kwargs)
             self.observe(inputs)
         except Exception as error:
             self._worker.note(error)
+
+
+def _by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call as keyword arguments."""
+    bound = inspect.signature(forward).bind(*args, **kwargs)
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL):
+            raise BatchError(
+                f"forward takes {name!r} by its place only: call observe, with forward= to say how to run."
+            )
+        named |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return named
 
 
 @final

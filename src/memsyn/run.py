@@ -28,7 +28,7 @@ from memsyn.errors import BatchError, MemsynError
 from memsyn.hebbian import Locally, check_seen
 from memsyn.importance import Importance, check_same_shapes
 from memsyn.objectives import ESTIMATORS, Estimator, Place, output_tensor, scores, token_mask
-from memsyn.parameters import canonical_name, fingerprint, named_parameters, trainable_parameters, unwrap
+from memsyn.parameters import canonical_name, fingerprint, named_parameters, trainable_parameters, unwrap, weights
 from memsyn.passes import Passed, Scores, add_batched, add_by_samples, add_by_uses, check_finite
 from memsyn.recorder import Plans, Recorder
 from memsyn.routes import BY_SAMPLE, UNUSED, wide_dtype
@@ -59,6 +59,8 @@ class Run:
         self.original, self.device = model, device
         self.private = private
         """Whether to measure on a copy of the weights as they are at the first batch, whatever becomes of the model."""
+        self.fingerprint: str | None = None
+        """Of that copy."""
         self.forward: Forward = forward or call
         self.masked = forward is None
         self.estimator, self.batched = estimator, batched
@@ -153,7 +155,7 @@ class Run:
             return values
 
         for few in guard.choices(inputs):
-            verdict = guard.check(self.original, self.routes, run, few, local=self.estimator.local)
+            verdict = guard.check(self.original, self.routes, run, few, local=self.estimator.local, served=self.private)
             size = num_samples(few)
             if self.num_guarded < 2:
                 self.routes, self.splits, self.unproven = dict(verdict.routes), verdict.splits, verdict.unproven
@@ -182,11 +184,11 @@ class Run:
 
     def _clone(self, written: set[str]) -> None:
         self.written = written
-        self.shadow = shadow(self.original, private=named_parameters(self.original) if self.private else written)
+        own = named_parameters(self.original) if self.private else written
+        self.shadow = shadow(self.original, private=own, served=self.private)
         if self.private:
-            self.original = self.shadow
-        own = named_parameters(self.shadow)
-        self.parameters = {name: parameter for name, parameter in own.items() if name in self.routes}
+            self.original, self.fingerprint = self.shadow, fingerprint(weights(self.shadow))
+        self.parameters = {name: p for name, p in named_parameters(self.shadow).items() if name in self.routes}
         for parameter in self.parameters.values():
             parameter.requires_grad_()
         self.sums = RunningSums(_zeros(self.parameters))

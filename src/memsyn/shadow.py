@@ -44,7 +44,9 @@ def check_measurable(model: nn.Module) -> None:
             raise ModelError(f"{name} is complex, and importance is of real weights. Freeze it, or hold it as two.")
 
 
-def shadow(model: nn.Module, *, private: Container[str] = (), dtype: torch.dtype | None = None) -> nn.Module:
+def shadow(
+    model: nn.Module, *, private: Container[str] = (), dtype: torch.dtype | None = None, served: bool = False
+) -> nn.Module:
     """A structural clone of `model`, its modules in eval mode, whose frozen parameters alias the model's own storage.
 
     Measuring hooks, freezes and runs the clone, so the user's model stays bit for bit as it is, and may go on
@@ -53,7 +55,8 @@ def shadow(model: nn.Module, *, private: Container[str] = (), dtype: torch.dtype
     called: it may rewrite weights (merging an adapter). A parameter is copied only where an alias would not do: named
     in `private`, made in inference mode (autograd refuses it), or rewritten by its layer's forward
     (`Embedding(max_norm=...)`); to `dtype`
-    if one is given.
+    if one is given. Of a model that is `served` meanwhile, `foreign_hooks` are left out too: they must not see samples
+    of other requests, in another thread.
 
     Raises:
         ModelError: the model cannot be cloned.
@@ -72,13 +75,34 @@ def shadow(model: nn.Module, *, private: Container[str] = (), dtype: torch.dtype
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, Onlooker)]:
+            for key in [
+                key for key, hook in hooks.items() if isinstance(hook, Onlooker) or (served and _is_foreign(hook))
+            ]:
                 del hooks[key]
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):  # the derivative itself, not a scaled or sparse update
             module.scale_grad_by_freq = module.sparse = False
         if isinstance(module, nn.TransformerEncoder):  # frozen, it would take nested tensors, which have no backward
             module.use_nested_tensor = False
     return clone
+
+
+def foreign_hooks(model: nn.Module) -> list[str]:
+    """The forward hooks of whom nobody knows whether they compute or only look on, by layer and name.
+
+    Methods of modules compute, and what torch.nn.utils registers: the older `weight_norm` and `spectral_norm`, pruning.
+    """
+    return [
+        f"{getattr(hook, '__qualname__', type(hook).__qualname__)} on {name or 'the model'}"
+        for name, module in unwrap(model).named_modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        if _is_foreign(hook) and not isinstance(hook, Onlooker)
+    ]
+
+
+def _is_foreign(hook: object) -> bool:
+    if isinstance(hook, MethodType) and isinstance(hook.__self__, nn.Module):
+        return False
+    return not any(kind.__module__.startswith("torch.nn.utils.") for kind in type(hook).__mro__)
 
 
 def _aliases(model: nn.Module, private: Container[str], dtype: torch.dtype | None) -> dict[int, object]:

@@ -23,6 +23,9 @@ BUCKETS: Final = 7
 FAR: Final = 16
 """Half-lives after which decaying sums are scaled down, so that new weights do not overflow."""
 
+GONE: Final = 64
+"""Half-lives after which nothing is left: float32 could not hold much less."""
+
 Sums = dict[str, Tensor]
 
 
@@ -97,15 +100,9 @@ class Window:
     def add(self, sums: Mapping[str, Tensor], num_samples: int, total: float, when: float) -> None:
         """Add the sums of samples that were served then; `total` is that of all of them."""
         self._expire(when)
-        place = 0 if self.width is None else math.floor(when / self.width)
-        if not self.buckets or place > self.buckets[-1].entry.place:
-            if self.buckets:
-                self.buckets[-1].sums = RunningSums(self.buckets[-1].sums.totals())
-            zeros = {name: torch.zeros_like(own) for name, own in sums.items()}
-            self.buckets.append(_Bucket(Entry(place, when, when, 0, 0.0, 0.0), RunningSums(zeros)))
-            self.origin = self.origin or when
         self._scale(when)
-        weight, bucket = 1 / self._factor(when), self.buckets[-1]
+        bucket = self._bucket(sums, when)
+        weight = 1 / self._factor(when)
         for name, own in sums.items():
             bucket.sums.recent[name].add_(own, alpha=weight)
         old = bucket.entry
@@ -120,12 +117,27 @@ class Window:
             total=old.total + weight * total,
         )
 
+    def _bucket(self, sums: Mapping[str, Tensor], when: float) -> _Bucket:
+        """That of a moment; late samples may be of one that is not the last."""
+        place = 0 if self.width is None else math.floor(when / self.width)
+        for bucket in self.buckets:
+            if bucket.entry.place == place:
+                return bucket
+        if self.buckets:
+            self.buckets[-1].sums = RunningSums(self.buckets[-1].sums.totals())
+        else:
+            self.origin = when
+        zeros = {name: torch.zeros_like(own) for name, own in sums.items()}
+        begun = _Bucket(Entry(place, when, when, 0, 0.0, 0.0), RunningSums(zeros))
+        self.buckets = sorted([*self.buckets, begun], key=lambda bucket: bucket.entry.place)
+        return begun
+
     def value(self, now: float) -> tuple[Sums, int]:
         """What counts now, as sums and a number of samples: that of decayed samples is rounded, and the sums with it.
 
         Their ratio, the mean Omega = sum_k w_k |g_k| / sum_k w_k, is exact. Needs at least one sample.
         """
-        self._expire(now)
+        self._drop_later(now)
         if self.half_life is None:
             return self._sums(), self.num_samples
         weight = self.buckets[0].entry.weight
@@ -134,8 +146,8 @@ class Window:
 
     def is_empty(self, now: float) -> bool:
         """Whether nothing counts."""
-        self._expire(now)
-        return not self.buckets
+        self._drop_later(now)
+        return self.total(now)[1] == 0
 
     def saved(self, now: float) -> tuple[dict[str, Any], Groups, int]:
         """What a file says of it, its tensors, and the number of samples for which they stand."""
@@ -175,24 +187,39 @@ class Window:
         return first
 
     def _factor(self, now: float) -> float:
-        return 1.0 if self.half_life is None else 2.0 ** ((self.origin - now) / self.half_life)
+        if self.half_life is None:
+            return 1.0
+        halvings = (now - self.origin) / self.half_life
+        return 0.0 if halvings > GONE else 2.0 ** min(-halvings, FAR)
 
     def _expire(self, now: float) -> None:
         if self.width is not None:
             oldest = math.floor(now / self.width) - BUCKETS
             self.buckets = [bucket for bucket in self.buckets if bucket.entry.place > oldest]
 
+    def _drop_later(self, now: float) -> None:
+        """Samples that are served after now were dated by a clock that has been set back: they would never expire."""
+        self._expire(now)
+        if self.width is not None:
+            place = math.floor(now / self.width)
+            self.buckets = [bucket for bucket in self.buckets if bucket.entry.place <= place]
+
     def _scale(self, now: float) -> None:
-        """Count from now on, by a power of two: it rounds nothing."""
-        if self.half_life is None or now < self.origin + FAR * self.half_life:
+        """Count from now on, by a power of two: it rounds nothing. A clock that is set back lets no time pass."""
+        if self.half_life is None:
             return
         halvings = math.floor((now - self.origin) / self.half_life)
-        self.origin += halvings * self.half_life
-        factor, (bucket,) = 2.0**-halvings, self.buckets
-        for part in bucket.sums.parts():
-            for total in part.values():
-                total *= factor
-        bucket.entry = bucket.entry.scaled(factor)
+        if halvings > GONE:
+            self.buckets = []
+        elif halvings < -FAR:
+            self.origin = now
+        elif halvings >= FAR:
+            self.origin += halvings * self.half_life
+            for bucket in self.buckets:
+                for part in bucket.sums.parts():
+                    for total in part.values():
+                        total *= 2.0**-halvings
+                bucket.entry = bucket.entry.scaled(2.0**-halvings)
 
 
 def _whole(sums: RunningSums) -> Sums:

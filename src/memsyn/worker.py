@@ -9,18 +9,20 @@ import os
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Final, final
+from typing import Any, Final, final
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memsyn.batches import joined, tensors
-from memsyn.errors import MemoryFileError, ModelError
+from memsyn.errors import ModelError
 from memsyn.ledger import Ledger
 from memsyn.parameters import fingerprint, trainable_parameters, weights
 from memsyn.products import workspace
+from memsyn.shadow import foreign_hooks
 from memsyn.traffic import Budget, Taken, Traffic, Watch
 
 FAILURES: Final = 8
@@ -29,7 +31,38 @@ FAILURES: Final = 8
 BUSY: Final = 0.02
 """Seconds between two looks whether a service is busy."""
 
+LONGEST: Final = 3600.0
+"""Seconds to wait at most: Python refuses more than some years."""
+
 LOGGER: Final = logging.getLogger("memsyn")
+
+
+@final
+class _OwnDraws(TorchDispatchMode):
+    """While open, this thread draws from torch's generators as if they were its own, and leaves them to others."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num_draws = 0
+        cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+        self._generators: list[torch.Generator] = [torch.default_generator, *cuda]
+        self._states = [generator.get_state() for generator in self._generators]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **(kwargs or {}))
+        self.num_draws += 1
+        before = [generator.get_state() for generator in self._generators]
+        for generator, state in zip(self._generators, self._states, strict=True):
+            generator.set_state(state)
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._states = [generator.get_state() for generator in self._generators]
+            for generator, state in zip(self._generators, before, strict=True):
+                generator.set_state(state)
 
 
 @final
@@ -65,6 +98,10 @@ class Worker:
         self._max_batch, self._interval, self._busy = max_batch, interval, busy
         self._device = next(iter(trainable_parameters(model).values())).device
         self._past = [0, 0, 0]
+        self._draws = False
+        """Whether the forward pass draws random numbers."""
+        self._foreign = ""
+        """The hooks of which was said that they are left out."""
         self._failures = 0
         self._tag: Hashable = None
         """Of the weights that the ledger is of."""
@@ -73,7 +110,7 @@ class Worker:
         self._wake, self._urgent, self._answer = threading.Event(), threading.Event(), threading.Condition()
         self._asked = self._answered = 0
         """Calls of `flush`, and how many of them are done."""
-        self._closed = False
+        self._closed = self._ended = False
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._work, name="memsyn-observer", daemon=True)
         self._thread.start()
@@ -102,7 +139,8 @@ class Worker:
             asked = self._asked
             self._urgent.set()
             self._wake.set()
-            return self._answer.wait_for(lambda: self._answered >= asked, timeout)
+            self._answer.wait_for(lambda: self._answered >= asked or self._ended, timeout)
+            return self._answered >= asked
 
     def close(self, timeout: float) -> None:
         """Store the sums and end, in so many seconds at most."""
@@ -125,16 +163,23 @@ class Worker:
         with _one_core(), workspace(), _own_stream(self._device) as stream:
             while not self._closed:
                 self._urgent.clear()
+                self._wake.clear()
                 asked = self._asked
                 rest = self._budget.ready - time.monotonic()
                 if rest > 0 and asked == self._answered and not self._closed:
-                    self._urgent.wait(rest)
-                else:
+                    self._urgent.wait(min(rest, LONGEST))
+                    continue
+                try:
                     self._step(asked, stream)
+                except Exception as error:
+                    self.note(error)
+                    self._urgent.wait(BUSY)
             self._spend(self._store)
+        with self._answer:
+            self._ended = True
+            self._answer.notify_all()
 
     def _step(self, asked: int, stream: torch.cuda.Stream | None) -> None:
-        self._wake.clear()
         flushing = asked > self._answered
         if not flushing and self._is_busy():
             self._urgent.wait(BUSY)
@@ -149,7 +194,7 @@ class Worker:
                 self._answered = asked
                 self._answer.notify_all()
         elif not waiting and not self._closed:
-            self._wake.wait(max(0.0, self._due - time.monotonic()))
+            self._wake.wait(min(max(0.0, self._due - time.monotonic()), LONGEST))
 
     def _is_busy(self) -> bool:
         try:
@@ -197,30 +242,41 @@ class Worker:
         if self._failures >= FAILURES:  # it was said what is wrong
             return 0
         is_new = not ledger.is_begun
-        ledger.add(joined([taken.inputs for taken in waiting]), count, first.segment, first.when)
+        try:
+            when = min(first.when, time.time())  # the clock may have been set back
+            inputs = joined([taken.inputs for taken in waiting])
+            with _OwnDraws() if is_new or self._draws else nullcontext() as own:
+                ledger.add(inputs, count, first.segment, when)
+            self._draws = own is not None and own.num_draws > 0
+        finally:
+            if is_new and not (self._watch.refresh() == present and ledger.is_sound):  # changed while they were copied
+                self.ledger = None
+        if self.ledger is None:
+            return count
         self._failures = 0
         if ledger.problem is not None:
             self.note(ledger.problem)
             ledger.problem = None
-        if is_new and self._watch.refresh() != present:  # they changed while they were copied
-            self.ledger = None
-            return count
         return 0
 
     def _turn(self, tag: Hashable) -> None:
         """Go on with the weights that the model has now, if they are others."""
         mark, ledger = fingerprint(weights(self._model)), self.ledger
-        self._tag = tag
         if ledger is not None and ledger.fingerprint == mark:
+            self._tag, self._failures = tag, 0
             return
         try:
             self._store()
-        except MemoryFileError as error:  # what was new is lost
+        except Exception as error:  # what was new is lost
             self.note(error)
-        if ledger is not None:
-            self._past = [a + b for a, b in zip(self._past, _counts(ledger), strict=True)]
-        self.ledger, self._failures = self._begin(mark), 0
+        begun = self._begin(mark)
+        self._past, self.ledger = [a + b for a, b in zip(self._past, _counts(ledger), strict=True)], begun
+        self._tag, self._failures = tag, 0
         self.versions += 1
+        foreign = ", ".join(foreign_hooks(self._model))
+        if foreign not in ("", self._foreign):
+            LOGGER.warning("hooks that an observer leaves out, since they may only look on: %s.", foreign)
+            self._foreign = foreign
 
     def _store(self) -> None:
         """Write what is new; and look whether the weights were changed in a way that nobody sees."""

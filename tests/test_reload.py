@@ -1,0 +1,228 @@
+"""Weights that change under an observer: sums of different weights are never mixed, and the service is left alone."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import memsyn
+from tests.serving import a_model, assert_same, begin, measured, requests
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "traffic.safetensors"
+
+
+def test_other_weights_begin_another_file(store: Path) -> None:
+    model, batches = a_model(), requests(10)
+    expected = []
+    with begin(model, store) as observer:
+        for seed in (1, 2, 1):
+            model.load_state_dict(a_model(seed).state_dict())
+            expected.append(measured(model, batches))
+            for batch in batches:
+                observer.observe(batch)
+            assert observer.flush()
+            if seed == 2:
+                assert_same(observer.importance(), expected[1])
+        assert observer.stats().versions == 3
+        assert observer.stats().measured == 3 * expected[0].num_samples
+    (other,) = set(store.parent.iterdir()) - {store}
+    assert other.name.startswith("traffic.")
+    assert_same(memsyn.Importance.load(store), expected[0] + expected[2])
+    assert_same(memsyn.Importance.load(other), expected[1])
+
+
+def test_touched_weights_are_the_same(store: Path) -> None:
+    model, batches = a_model(), requests(10)
+    with begin(model, store) as observer:
+        for assign in (False, True, False):
+            state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            model.load_state_dict(state, assign=assign)
+            for batch in batches:
+                observer.observe(batch)
+            assert observer.flush()
+        assert observer.stats().versions == 1
+        assert_same(observer.importance(), measured(model, batches * 3))
+
+
+def test_samples_whose_weights_are_gone_are_left_out(store: Path) -> None:
+    """Those that wait when weights change are measured with the old ones, if the observer has them; else dropped."""
+    model, (one, two, three, *_), busy = a_model(), requests(3), threading.Event()
+    busy.set()
+    with begin(model, store, busy=busy.is_set) as observer:
+        observer.observe(one)
+        model.load_state_dict(a_model(1).state_dict())
+        observer.observe(two)
+        expected = measured(model, [two])
+        assert observer.flush()
+        assert (observer.stats().stale, observer.stats().measured) == (len(one), len(two))
+        assert_same(observer.importance(), expected)
+        observer.observe(three)
+        expected += measured(model, [three])
+        model.load_state_dict(a_model(2).state_dict())
+        assert observer.flush()
+        assert_same(observer.importance(), expected)
+        assert_same(memsyn.Importance.load(store), expected)
+        assert observer.stats().stale == len(one)
+
+
+def test_weights_that_change_while_they_are_copied(store: Path) -> None:
+    model, batch = a_model(), requests(1)[0]
+    changed: list[int] = []
+
+    def forward(clone: nn.Module, inputs: Tensor) -> Tensor:
+        if not changed:
+            changed.append(1)
+            model.load_state_dict(a_model(1).state_dict())
+        return clone(inputs)
+
+    with begin(model, store, forward=forward) as observer:
+        observer.observe(batch)
+        assert observer.flush()
+        assert (observer.stats().stale, observer.stats().measured) == (1, 0)
+        with pytest.raises(memsyn.BatchError, match="nothing has been measured yet"):
+            observer.importance()
+        observer.observe(batch)
+        assert observer.flush()
+        assert_same(observer.importance(), measured(model, [batch]))
+
+
+def test_the_copy_must_be_of_the_fingerprint(store: Path) -> None:
+    """What torch does not count may change after the fingerprint was taken, and before the weights are copied."""
+    model, batch, changed = a_model(), requests(1)[0], []
+
+    def forward(clone: nn.Module, inputs: Tensor) -> Tensor:
+        if not changed:
+            changed.append(1)
+            for parameter in model.parameters():
+                parameter.data.mul_(2)
+        return clone(inputs)
+
+    with begin(model, store, forward=forward) as observer:
+        observer.observe(batch)
+        assert observer.flush()
+        assert (observer.stats().stale, observer.stats().measured) == (1, 0)
+        observer.observe(batch)
+        assert observer.flush()
+        assert (observer.stats().stale, observer.stats().measured) == (1, 1)
+        assert_same(observer.importance(), measured(model, [batch]))
+
+
+def test_a_failing_look_leaves_the_served_model_alone(store: Path) -> None:
+    """Buffers that are loaded while the first samples are looked at stay, though these cannot be measured."""
+    model, looked = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval(), threading.Event()
+
+    def forward(clone: nn.Module, inputs: Tensor) -> Tensor:
+        if not looked.is_set():
+            model.load_state_dict({**model.state_dict(), "1.running_mean": torch.ones(2)})
+            looked.set()
+        values = clone(inputs)
+        return values - values.mean(0)
+
+    with begin(model, store, forward=forward) as observer:
+        observer.observe(torch.randn(4, 2))
+        assert observer.flush()
+        assert looked.is_set()
+        assert "SamplesInteractError" in str(observer.stats().last_error)
+    assert model[1].running_mean.tolist() == [1.0, 1.0]
+
+
+def test_after_a_reload_nothing_is_lost(store: Path) -> None:
+    """Though there is something to store, and the first requests to the new weights wait already."""
+    model, batches = a_model(), requests(6)
+    with begin(model, store) as observer:
+        observer.observe(batches[0])
+        while observer.stats().waiting:
+            time.sleep(0.001)
+        model.load_state_dict(a_model(1).state_dict())
+        for batch in batches[1:]:
+            observer.observe(batch)
+        assert observer.flush()
+        stats = observer.stats()
+        assert (stats.versions, stats.stale, stats.dropped) == (2, 0, 0)
+        assert_same(observer.importance(), measured(model, batches[1:]))
+    assert_same(memsyn.Importance.load(store), measured(a_model(), batches[:1]))
+
+
+def test_a_reload_that_cannot_be_followed_ends_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing to train, or sums that cannot be written: samples are dropped, and never added to those of others."""
+    model, batch = a_model(), requests(1)[0]
+    with begin(model, store) as observer:
+        observer.observe(batch)
+        assert observer.flush()
+        model.load_state_dict(a_model(1).state_dict())
+        model.requires_grad_(False)
+        for _ in range(10):
+            observer.observe(batch)
+            assert observer.flush()
+        stats = observer.stats()
+        assert (stats.measured, stats.dropped, stats.versions) == (1, 10, 1)
+        assert "no parameter that requires a gradient any more" in str(stats.last_error)
+        model.requires_grad_(True)
+        observer.observe(batch)
+        while observer.stats().waiting:
+            time.sleep(0.001)
+        assert_same(observer.importance(), measured(model, [batch]))
+
+        def failing(*args: object) -> None:
+            raise RuntimeError("no such thing")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(memsyn.ledger, "write", failing)
+            model.load_state_dict(a_model(2).state_dict())
+            observer.observe(batch)
+            while observer.stats().waiting:
+                time.sleep(0.001)
+        assert "no such thing" in str(observer.stats().last_error)
+        assert observer.stats().versions == 3
+        assert_same(observer.importance(), measured(model, [batch]))
+
+
+def test_a_change_that_torch_does_not_count_is_found_when_sums_are_stored(store: Path) -> None:
+    model, batch = a_model(), requests(1)[0]
+    with begin(model, store) as observer:
+        observer.observe(batch)
+        assert observer.flush()
+        expected = measured(model, [batch, batch])
+        for parameter in model.parameters():
+            parameter.data.mul_(2)
+        observer.observe(batch)
+        assert observer.flush()
+        assert_same(memsyn.Importance.load(store), expected)
+        observer.observe(batch)
+        assert observer.flush()
+        assert observer.stats().versions == 2
+        assert_same(observer.importance(), measured(model, [batch]))
+        assert_same(memsyn.Importance.load(store), expected)
+
+
+class Drawing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2, dtype=torch.float64)
+
+    def forward(self, given: Tensor) -> Tensor:
+        torch.rand(3)
+        return self.layer(given)
+
+
+def test_what_it_draws_is_not_taken_from_others(store: Path) -> None:
+    model, batches, before = Drawing(), requests(4), torch.get_rng_state()
+    with begin(model, store) as observer:
+        for batch in batches:
+            observer.observe(batch)
+            assert observer.flush()
+        assert (observer.stats().errors, observer.stats().measured) == (0, sum(map(len, batches)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_outputs_that_are_drawn_are_still_refused(store: Path) -> None:
+    with begin(a_model(), store, forward=lambda model, batch: model(batch) * torch.rand(1)) as observer:
+        observer.observe(requests(2)[1])
+        assert observer.flush()
+        assert "SamplesInteractError" in str(observer.stats().last_error)

@@ -210,7 +210,6 @@ def test_the_order_of_the_files_is_no_matter(tmp_path):
     assert page(*paths) == page(*reversed(paths))
 
 
-@pytest.mark.skipif(not (DOCS / "results").exists(), reason="no results are committed")
 def test_the_committed_page_is_what_the_command_makes_of_the_committed_files(tmp_path, monkeypatch):
     monkeypatch.undo()  # the sequences as they are
     out = tmp_path / "results.md"

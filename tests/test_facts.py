@@ -1,19 +1,25 @@
 """Facts: the pack, its tasks, the losses and scores of an embedding, and running methods through it."""
 
+import base64
 import hashlib
 import importlib.util
+import io
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from memsyn import Memory, MemsynError, OptionError
 from memsyn.bench import runner
 from memsyn.bench.drawings import PACK as EMOJI8
+from memsyn.bench.drawings import normalise
+from memsyn.bench.examples import nearest, read_examples
 from memsyn.bench.learners import lesson_of, train
 from memsyn.bench.losses import TEMPERATURE, cross_entropy, similarity_loss
 from memsyn.bench.methods.registry import METHODS
@@ -310,6 +316,39 @@ def test_every_method_that_makes_sense_of_it_learns_facts(tmp_path, tiny_facts):
         assert all(0 < record.scores["retrieval-over-all"][0] <= 100 for record in results[method][0])
     memory = Memory.load(tmp_path / "mas-seed0.memsyn.safetensors")
     assert all(omega.max() > 0 for omega in memory.importance.values())  # the embedding's length is free to change
+
+
+def test_a_run_of_facts_keeps_examples_of_what_is_found(tmp_path, tiny_facts):
+    runner.run(SETTINGS, methods=("finetune",), num_seeds=1, out=tmp_path)
+    runner.run(SETTINGS, methods=("finetune", "mas"), num_seeds=2, out=tmp_path)
+    task = tiny_facts.load(32)[0]
+    examples = read_examples(tmp_path / "examples.json")
+    assert len({example.text for example in examples}) == 6
+    for example in examples:
+        assert set(example.first) == set(example.last) == {"finetune", "mas"}
+        assert example.first["finetune"] == example.first["mas"]  # the first task is learned alike
+        pixels = torch.tensor(np.array(Image.open(io.BytesIO(base64.b64decode(example.image)))))
+        shown = normalise(pixels.permute(2, 0, 1))
+        own = task.test_images[task.test_labels == task.class_names.index(example.text)]
+        assert any((shown - image).abs().max() < 0.02 for image in own)
+    assert any(example.first["finetune"] != example.last["finetune"] for example in examples)
+
+
+def test_the_nearest_texts_are_those_of_the_largest_cosine(tiny_facts):
+    task = tiny_facts.load(32)[0]
+    vectors = F.normalize(torch.randn(12, 384, generator=seeded()))
+    turned = 3 * vectors.roll(-1, 0) + vectors  # nearest to the next text, then to its own
+    task = replace(task, class_vectors=vectors, test_images=torch.arange(12.0), test_labels=torch.arange(12))
+
+    class Given(torch.nn.Module):
+        def forward(self, places):
+            return turned[places.long()]
+
+    found = nearest(Given(), task, [2, 11])
+    assert [texts[:2] for texts in found] == [
+        (task.class_names[3], task.class_names[2]),
+        (task.class_names[0], task.class_names[11]),
+    ]
 
 
 @pytest.mark.parametrize("method", ["lwf", "ebll", "imm-mode", "ewc"])

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from plotly import graph_objects
 
 from memsyn import MemsynError
+from memsyn.bench.examples import FILE as FILE_OF_EXAMPLES
 from memsyn.bench.findings import read_findings
 from memsyn.bench.markdown import blocks, escape, plain, table
 from memsyn.bench.methods.registry import METHODS
 from memsyn.bench.record import FILE, StrengthRecord, append_run
-from memsyn.bench.run_page import EXAMPLES, read_runs, run_page
+from memsyn.bench.run_page import read_runs, run_page
 from memsyn.bench.sections import accuracy_table
 from memsyn.bench.sequences import SEQUENCES
 from memsyn.report.names import json_in_html
@@ -145,29 +146,33 @@ def test_adaptation_and_facts_have_charts_of_their_own(tmp_path):
     assert "mean average precision" in chart(found, "averages").figure["layout"]["xaxis"]["title"]["text"]
 
 
-def test_example_scenes_are_shown_if_the_folder_holds_them(folder):
-    scenes = [{"image": PIXEL, "before": ["a <b>cat</b>"], "after": ["a dog", "a car"]}]
-    (folder / EXAMPLES).write_text(json.dumps(scenes))
+EXAMPLE = {"image": PIXEL, "text": "a <b>cat</b>", "first": {"mas": ["a <b>cat</b>"]}, "last": {"mas": ["dog", "car"]}}
+
+
+def test_examples_are_shown_if_the_folder_holds_them(folder):
+    (folder / FILE_OF_EXAMPLES).write_text(json.dumps([EXAMPLE]))
     text = html_of(page(folder))
-    assert f'<img src="data:image/png;base64,{PIXEL}"' in text
-    assert "Before: a &lt;b&gt;cat&lt;/b&gt;" in text
-    assert "After: a dog, a car" in text
+    assert f'<img src="data:image/png;base64,{PIXEL}" alt="a &lt;b&gt;cat&lt;/b&gt;">' in text
+    assert "<dt>mas, then</dt>\n<dd><strong>a &lt;b&gt;cat&lt;/b&gt;</strong></dd>" in text
+    assert "<dt>mas, at the end</dt>\n<dd>dog, car</dd>" in text
 
 
 @pytest.mark.parametrize(
-    "scenes",
+    "examples",
     [
         "no json",
-        [{"image": PIXEL, "before": []}],
-        [{"image": PIXEL, "before": [1], "after": []}],
-        [{"image": '"><script>', "before": [], "after": []}],
-        [{"image": base64.b64encode(b"GIF89a..").decode(), "before": [], "after": []}],
-        {"image": PIXEL},
+        [{"image": PIXEL, "text": "cat"}],
+        [EXAMPLE | {"first": {"mas": [1]}}],
+        [EXAMPLE | {"last": {"mas": "dog"}}],
+        [EXAMPLE | {"last": ["dog"]}],
+        [EXAMPLE | {"image": '"><script>'}],
+        [EXAMPLE | {"image": base64.b64encode(b"GIF89a..").decode()}],
+        EXAMPLE,
     ],
 )
-def test_other_examples_are_refused(folder, scenes):
-    (folder / EXAMPLES).write_text(scenes if isinstance(scenes, str) else json.dumps(scenes))
-    with pytest.raises(MemsynError, match=r"examples\.json is no list of examples, .* Remove it, or write it again"):
+def test_other_examples_are_refused(folder, examples):
+    (folder / FILE_OF_EXAMPLES).write_text(examples if isinstance(examples, str) else json.dumps(examples))
+    with pytest.raises(MemsynError, match=r"examples\.json holds no examples of memsyn bench: .* Remove it, or make"):
         page(folder)
 
 

@@ -5,13 +5,12 @@ Owns the page's order. Its tables and sentences are those of `sections` and `gro
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from memsyn.bench.examples import FILE as EXAMPLES
+from memsyn.bench.examples import Example, read_examples
 from memsyn.bench.findings import FINETUNE, MAS, Findings, estimate, read_findings
 from memsyn.bench.groups import Group, in_groups, pairs, sensitivity
 from memsyn.bench.markdown import blocks, plain
@@ -32,9 +31,10 @@ from memsyn.bench.sections import (
 from memsyn.errors import MemsynError
 from memsyn.report.parts import Cell, Lines, Page, Part, Scene, Scenes, Section, Table, number_cell
 
-EXAMPLES = "examples.json"
-"""In a run's folder, if it has examples to show: a list of `{"image": PNG as base64, "before": [...], "after": [...]}`,
-where `before` and `after` are the names of what is retrieved for the image."""
+EXAMPLES_SAY = (
+    "Test images of the first task (seed 0), and the texts of that task whose vectors are nearest: then, right after "
+    "it was learned, and at the end, after all tasks."
+)
 
 
 def read_runs(paths: Sequence[Path]) -> list[tuple[Findings, Sequence[Scene]]]:
@@ -48,7 +48,7 @@ def read_runs(paths: Sequence[Path]) -> list[tuple[Findings, Sequence[Scene]]]:
     if twice:
         raise MemsynError(f"{twice[0]} is named more than once: name every run once.")
     runs: list[tuple[Findings, Sequence[Scene]]] = [
-        (read_findings(file), read_scenes(file.with_name(EXAMPLES))) for file in files
+        (read_findings(file), _scenes(read_examples(file.with_name(EXAMPLES)))) for file in files
     ]
     named: dict[str, Path] = {}
     for file, (found, _) in zip(files, runs, strict=True):
@@ -99,33 +99,21 @@ def headline(found: Findings) -> str:
     return f"On {settings.sequence} {'; '.join(words)}."
 
 
-def read_scenes(path: Path) -> list[Scene]:
-    """The examples of a run; none if there is no file.
-
-    Raises:
-        MemsynError: the file is not as `EXAMPLES` says.
-    """
-    if not path.exists():
-        return []
-    try:
-        return [_scene(entry["image"], entry["before"], entry["after"]) for entry in json.loads(path.read_bytes())]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise MemsynError(
-            f"{path} is no list of examples, each with image (a PNG in base64), before and after (lists of names): "
-            f"{error!r:.80}. Remove it, or write it again."
-        ) from None
-
-
-def _scene(image: str, before: list[str], after: list[str]) -> Scene:
-    try:
-        start = base64.b64decode(image, validate=True)[:8]
-    except binascii.Error as error:
-        raise ValueError(error) from None
-    if start != b"\x89PNG\r\n\x1a\n":
-        raise ValueError("an image is no PNG")
-    if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in (before, after)):
-        raise ValueError("before or after is no list of names")
-    return Scene(image, before, after)
+def _scenes(examples: Sequence[Example]) -> list[Scene]:
+    """Each image with what each method finds, first and last."""
+    return [
+        Scene(
+            example.image,
+            example.text,
+            [
+                (f"{method}, {when}", found[method])
+                for method in example.last
+                for when, found in (("then", example.first), ("at the end", example.last))
+                if method in found
+            ],
+        )
+        for example in examples
+    ]
 
 
 def _sections(found: Findings, scenes: Sequence[Scene]) -> list[Section]:
@@ -134,7 +122,7 @@ def _sections(found: Findings, scenes: Sequence[Scene]) -> list[Section]:
         return [*([_methods(found)] if found.unfinished else []), _settings(found)]
     sections = [_methods(found)]
     for heading, parts in (
-        ("Example scenes", [Scenes(scenes)] if scenes else []),
+        ("Examples", [EXAMPLES_SAY, Scenes(scenes)] if scenes else []),
         ("Learning and forgetting", [averages(found), tradeoff(found)]),
         ("Task by task", [over_time(found), matrices(found)]),
         ("Strengths", _strengths(found)),

@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from memsyn import MemsynError, OptionError
 from memsyn.bench.checkpoint import load_checkpoint, save_checkpoint
+from memsyn.bench.examples import FILE as EXAMPLES
+from memsyn.bench.examples import add_examples
 from memsyn.bench.learners import generator, lesson_of, train
 from memsyn.bench.losses import cross_entropy
 from memsyn.bench.methods.method import Method
@@ -36,6 +38,8 @@ def run(settings: Settings, *, methods: Sequence[str], num_seeds: int, out: Path
 
     A seed changes the heads, the batches and the augmentation, the same way for every method; the order of tasks is
     the sequence's own. Prints a row of the accuracy matrix after each task.
+
+    Of an embedding, what seed 0 finds for some images is kept beside the results (`memsyn.bench.examples`).
 
     Raises:
         OptionError: an unknown sequence, size or method, or no seed.
@@ -182,6 +186,8 @@ class _Runner:
             working_bytes=training.num_bytes,
             scores=dict(others),
         )
+        if task.class_vectors is not None and seed == 0 and index in (0, len(self.tasks) - 1):
+            add_examples(self.out / EXAMPLES, model, self.tasks[0], method, last=index > 0)
         if record.key not in self.records:
             append_task(self.out / FILE, record)
             self.records[record.key] = record

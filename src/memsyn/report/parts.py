@@ -82,12 +82,13 @@ class Lines:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, and names of what was retrieved for it before and after."""
+    """A picture, what it shows, and what was retrieved for it."""
 
     image: str
     """PNG, base64."""
-    before: Sequence[str]
-    after: Sequence[str]
+    text: str
+    found: Sequence[tuple[str, Sequence[str]]]
+    """By whom or when, and the names that were found, the nearest first. The right one is set apart."""
 
 
 @dataclass(frozen=True)

@@ -120,9 +120,9 @@ def _sections(found: Findings, scenes: Sequence[Scene]) -> list[Section]:
     """All about one run."""
     if not found.methods:
         return [*([_methods(found)] if found.unfinished else []), _settings(found)]
-    sections = [_methods(found)]
+    sections, examples = [_methods(found)], list[Part]([EXAMPLES_SAY, Scenes(scenes)] if scenes else [])
     for heading, parts in (
-        ("Examples", [EXAMPLES_SAY, Scenes(scenes)] if scenes else []),
+        ("Examples", examples),
         ("Learning and forgetting", [averages(found), tradeoff(found)]),
         ("Task by task", [over_time(found), matrices(found)]),
         ("Strengths", _strengths(found)),

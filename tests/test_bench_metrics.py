@@ -110,6 +110,12 @@ def test_intervals_need_two_seeds_and_the_same_ones():
         paired([1.0, 2.0], [1.0, 2.0, 3.0])
 
 
+def test_nothing_is_minus_nought():
+    assert str(spread([-0.04])) == str(spread([-0.0])) == "0.0"
+    assert str(interval([-0.05, -0.01])) == "0.0 ± 0.3"
+    assert str(spread([-0.06])) == "-0.1"
+
+
 @pytest.mark.parametrize(
     ("values", "text"),
     [

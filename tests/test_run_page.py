@@ -55,6 +55,22 @@ def test_the_headline_says_what_mas_and_fine_tuning_come_to(folder):
     )
 
 
+def test_the_headline_of_several_runs_compares_mas_and_fine_tuning(tmp_path):
+    lower = {0: [[10.0], [10.0, 10.0]]}
+    paths = [
+        write(tmp_path / "a.jsonl", {"mas": MATRICES["mas"], "finetune": MATRICES["finetune"]}),
+        write(tmp_path / "b.jsonl", {"mas": MATRICES["mas"], "finetune": lower}),
+        write(tmp_path / "c.jsonl", {"finetune": lower}),
+    ]
+    assert page(*paths[:2]).headline == (
+        "In all 2 runs mas ends above finetune: by 45.5 points on average, 17.0 to 74.0."
+    )
+    write(tmp_path / "c.jsonl", {"mas": lower, "finetune": MATRICES["finetune"]})
+    found = page(*paths)
+    assert found.headline == "In 2 of 3 runs mas ends above finetune: by 11.3 points on average, -57.0 to 74.0."
+    assert found.title == "memsyn bench report: 3 runs"
+
+
 def test_the_headline_of_references_alone_counts_the_seeds(tmp_path):
     path = write(tmp_path / "a.jsonl", {"alone": MATRICES["alone"]})
     assert page(path).headline == "tiny, 8x8, 3 seeds"
@@ -120,7 +136,7 @@ def test_several_runs_come_on_one_page_with_what_they_say_together(tmp_path):
     for strength in (0.1, 1.0):
         write(tmp_path / f"s{strength}.jsonl", {"mas": MATRICES["mas"]}, replace(SETTINGS, strength=strength))
     found = page(tmp_path / "s0.1.jsonl", tmp_path / "s1.0.jsonl")
-    assert found.headline == "2 runs"
+    assert found.headline == "2 runs of tiny."
     assert chart(found, "strength average accuracy").figure["data"][0]["x"] == [0.1, 1.0]
     assert chart(found, "strength forgetting").figure["data"][0]["y"] == [1.0, 1.0]
     assert "s0.1: Methods" in tables(found)

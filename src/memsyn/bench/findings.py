@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import final
 
 from memsyn.bench.methods.registry import METHODS
-from memsyn.bench.metrics import Interval, Matrix, average_accuracy, diagonal, interval, paired
+from memsyn.bench.metrics import Interval, Matrix, average_accuracy, diagonal, interval, paired, rounded
 from memsyn.bench.record import Results, Run, TaskRecord, read_run
 
 ALONE, JOINT, FROZEN, FINETUNE, MAS = "alone", "joint", "frozen", "finetune", "mas"
@@ -135,7 +135,7 @@ def mean(numbers: Numbers) -> float:
 def estimate(numbers: Numbers) -> str:
     """`mean ± half of the 95% interval` over the seeds, `mean` for one, a dash for none."""
     if len(numbers) < 2:
-        return f"{mean(numbers):.1f}" if numbers else NONE
+        return rounded(mean(numbers)) if numbers else NONE
     return str(interval(list(numbers.values())))
 
 
@@ -159,7 +159,7 @@ def signed(found: Interval | None) -> str:
     """A difference as a cell: `+mean ± half`."""
     if found is None:
         return NONE
-    return f"{found.mean:+.1f}" + ("" if math.isinf(found.half) else f" ± {found.half:.1f}")
+    return f"{round(found.mean, 1) + 0.0:+.1f}" + ("" if math.isinf(found.half) else f" ± {found.half:.1f}")
 
 
 def compared(found: Interval, above: str, below: str) -> str:

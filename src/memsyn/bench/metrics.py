@@ -79,6 +79,11 @@ def intransigence(matrix: Matrix, reference: Sequence[float]) -> float:
     return fmean(best - own for own, best in zip(diagonal(matrix), reference, strict=True))
 
 
+def rounded(value: float) -> str:
+    """One digit after the point, and no minus before 0."""
+    return f"{round(value, 1) + 0.0:.1f}"
+
+
 @dataclass(frozen=True)
 class Spread:
     """One number over the seeds."""
@@ -93,8 +98,9 @@ class Spread:
     def __str__(self) -> str:
         """`mean ± standard deviation` from three seeds on, `mean (min to max)` for two, `mean` for one."""
         if self.deviation is not None:
-            return f"{self.mean:.1f} ± {self.deviation:.1f}"
-        return f"{self.mean:.1f}" + (f" ({self.low:.1f} to {self.high:.1f})" if self.num_seeds > 1 else "")
+            return f"{rounded(self.mean)} ± {rounded(self.deviation)}"
+        words = f" ({rounded(self.low)} to {rounded(self.high)})" if self.num_seeds > 1 else ""
+        return rounded(self.mean) + words
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -114,7 +120,7 @@ class Interval:
 
     def __str__(self) -> str:
         """`mean ± half`."""
-        return f"{self.mean:.1f} ± {self.half:.1f}"
+        return f"{rounded(self.mean)} ± {rounded(self.half)}"
 
 
 def interval(values: Sequence[float]) -> Interval:

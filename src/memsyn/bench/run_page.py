@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
 from memsyn.bench.examples import FILE as EXAMPLES
 from memsyn.bench.examples import Example, read_examples
@@ -78,9 +79,22 @@ def run_page(runs: Sequence[tuple[Findings, Sequence[Scene]]]) -> Page:
         sections += [Section(f"{found.name}: {one.heading}", one.parts) for one in own] if several else own
     sections.append(Section("How to read the numbers", _parts(READING.replace("\n- ", "\n\n- "))))
     if several:
-        return Page("memsyn bench report", f"{len(files)} runs", " ".join(map(headline, files)), sections)
+        return Page(f"memsyn bench report: {len(files)} runs", overview(files), "", sections)
     said = [plain(sentence) for sentence in sentences(files[0])]
     return Page(files[0].name, headline(files[0]), " ".join(said), sections)
+
+
+def overview(files: Sequence[Findings]) -> str:
+    """Several runs in one sentence."""
+    both = [(found.averages(MAS), found.averages(FINETUNE)) for found in files]
+    gains = [fmean(mas.values()) - fmean(finetune.values()) for mas, finetune in both if mas and finetune]
+    if not gains:
+        return f"{len(files)} runs of {', '.join(dict.fromkeys(found.run.settings.sequence for found in files))}."
+    above = "all" if min(gains) > 0 else f"{sum(gain > 0 for gain in gains)} of"
+    return (
+        f"In {above} {len(gains)} runs mas ends above finetune: by {fmean(gains):.1f} points on average, "
+        f"{min(gains):.1f} to {max(gains):.1f}."
+    )
 
 
 def headline(found: Findings) -> str:

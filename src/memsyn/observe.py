@@ -29,7 +29,7 @@ from memsyn.ledger import Ledger
 from memsyn.objectives import ESTIMATORS, Estimator, find_estimator
 from memsyn.parameters import trainable_parameters, unwrap
 from memsyn.run import Forward
-from memsyn.shadow import Onlooker, check_measurable
+from memsyn.shadow import Onlooker, check_measurable, refuse_foreign_hooks
 from memsyn.traffic import Budget, Taken, Traffic, Watch
 from memsyn.windows import Window
 from memsyn.worker import Worker
@@ -81,8 +81,7 @@ class Observer:
 
     Args:
         model: any module that `measure` takes; it stays bit for bit as it was. Of its forward hooks, methods of modules
-            count as what it computes, and those of torch.nn.utils (weight norm, pruning); others are left out, and
-            named in the log: a recorder of requests must not see samples again. So let what computes be a method.
+            count as what it computes, and those of torch.nn.utils (weight norm, pruning); see `onlookers`.
         store: the file to keep the sums in, or its URL: an importance file, for `Importance.load` and `memsyn merge`.
             If it is there, and of the same weights and settings, sums go on from it; if it is of others, it is kept,
             and another is begun beside it: `name.1a2b3c4d.end`, with eight digits for what they are. Segments have
@@ -99,11 +98,13 @@ class Observer:
         max_batch: samples measured at once. Large ones cost less each, and disturb longer.
         interval: seconds between writes of the store: what a crash may lose.
         busy: called before each batch; while it says True, nothing is measured.
+        onlookers: other forward hooks only look on, as a recorder of requests does, and are left out: it must not see
+            samples again. Unless this is said they are an error, since they may be part of what the model computes.
         seed: of the choice of samples.
 
     Raises:
         OptionError: an argument is out of place.
-        ModelError: the model cannot be measured.
+        ModelError: the model cannot be measured, or has hooks that may compute.
         MemoryFileError: the store's folder does not exist.
 
     Example:
@@ -133,6 +134,7 @@ class Observer:
         max_batch: int = 32,
         interval: float = 60.0,
         busy: Callable[[], bool] | None = None,
+        onlookers: bool = False,
         seed: int | None = None,
     ) -> None:
         for name, value, low, high in (
@@ -150,6 +152,8 @@ class Observer:
         if chosen == ESTIMATORS["fisher-empirical"]:
             raise OptionError("estimator='fisher-empirical' needs labels, which requests do not have.")
         check_measurable(model)
+        if not onlookers:
+            refuse_foreign_hooks(model)
         if not trainable_parameters(model):
             raise ModelError("the model has no parameter that requires a gradient: there is nothing to measure.")
         Window(last, half_life)
@@ -179,6 +183,7 @@ class Observer:
             max_batch=max_batch,
             interval=interval,
             busy=busy,
+            onlookers=onlookers,
         )
         atexit.register(self.close)
 

@@ -55,8 +55,8 @@ def shadow(
     called: it may rewrite weights (merging an adapter). A parameter is copied only where an alias would not do: named
     in `private`, made in inference mode (autograd refuses it), or rewritten by its layer's forward
     (`Embedding(max_norm=...)`); to `dtype`
-    if one is given. Of a model that is `served` meanwhile, `foreign_hooks` are left out too: they must not see samples
-    of other requests, in another thread.
+    if one is given. Of a model that is `served` meanwhile, the hooks of `refuse_foreign_hooks` are left out too: they
+    must not see samples of other requests, in another thread.
 
     Raises:
         ModelError: the model cannot be cloned.
@@ -86,17 +86,25 @@ def shadow(
     return clone
 
 
-def foreign_hooks(model: nn.Module) -> list[str]:
-    """The forward hooks of whom nobody knows whether they compute or only look on, by layer and name.
+def refuse_foreign_hooks(model: nn.Module) -> None:
+    """Refuse forward hooks of whom nobody knows whether they compute or only look on.
 
     Methods of modules compute, and what torch.nn.utils registers: the older `weight_norm` and `spectral_norm`, pruning.
+
+    Raises:
+        ModelError: names the hooks and their layers.
     """
-    return [
+    foreign = [
         f"{getattr(hook, '__qualname__', type(hook).__qualname__)} on {name or 'the model'}"
         for name, module in unwrap(model).named_modules()
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         if _is_foreign(hook) and not isinstance(hook, Onlooker)
     ]
+    if foreign:
+        raise ModelError(
+            f"forward hooks may be part of what the model computes: {', '.join(foreign)}. If they only look on, say "
+            "onlookers=True, and they are left out; make one that computes a method of a module."
+        )
 
 
 def _is_foreign(hook: object) -> bool:

@@ -22,7 +22,7 @@ from memsyn.errors import ModelError
 from memsyn.ledger import Ledger
 from memsyn.parameters import fingerprint, trainable_parameters, weights
 from memsyn.products import workspace
-from memsyn.shadow import foreign_hooks
+from memsyn.shadow import refuse_foreign_hooks
 from memsyn.traffic import Budget, Taken, Traffic, Watch
 
 FAILURES: Final = 8
@@ -73,7 +73,7 @@ class Worker:
         model: the user's; it is only read.
         traffic, watch, budget: what to measure, whose weights, and for how much time.
         begin: gives an empty ledger for weights of a fingerprint.
-        max_batch, interval, busy: as an observer has them.
+        max_batch, interval, busy, onlookers: as an observer has them.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class Worker:
         max_batch: int,
         interval: float,
         busy: Callable[[], bool] | None,
+        onlookers: bool,
     ) -> None:
         self.ledger: Ledger | None = None
         """Of the present weights."""
@@ -95,13 +96,11 @@ class Worker:
         self.stored: float | None = None
         """When the sums were last written."""
         self._model, self._traffic, self._watch, self._budget, self._begin = model, traffic, watch, budget, begin
-        self._max_batch, self._interval, self._busy = max_batch, interval, busy
+        self._max_batch, self._interval, self._busy, self._onlookers = max_batch, interval, busy, onlookers
         self._device = next(iter(trainable_parameters(model).values())).device
         self._past = [0, 0, 0]
         self._draws = False
         """Whether the forward pass draws random numbers."""
-        self._foreign = ""
-        """The hooks of which was said that they are left out."""
         self._failures = 0
         self._tag: Hashable = None
         """Of the weights that the ledger is of."""
@@ -232,6 +231,8 @@ class Worker:
 
     def _add(self, waiting: Sequence[Taken], count: int) -> int:
         """Add what was taken to the sums of its weights; returns how many samples are of weights that are gone."""
+        if not self._onlookers:
+            refuse_foreign_hooks(self._model)
         first, present = waiting[0], self._watch.refresh()
         if self.ledger is None or first.tag != self._tag:
             if first.tag != present:
@@ -273,10 +274,6 @@ class Worker:
         self._past, self.ledger = [a + b for a, b in zip(self._past, _counts(ledger), strict=True)], begun
         self._tag, self._failures = tag, 0
         self.versions += 1
-        foreign = ", ".join(foreign_hooks(self._model))
-        if foreign not in ("", self._foreign):
-            LOGGER.warning("hooks that an observer leaves out, since they may only look on: %s.", foreign)
-            self._foreign = foreign
 
     def _store(self) -> None:
         """Write what is new; and look whether the weights were changed in a way that nobody sees."""

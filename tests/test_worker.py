@@ -48,12 +48,17 @@ def test_a_restart_goes_on(given: dict[str, Any], store: Path) -> None:
     assert header["observed"]["first"][:3] == header["observed"]["last"][:3] == "202"
 
 
+def plain(model: nn.Module, batch: Tensor) -> Any:
+    return model(batch)
+
+
 def test_a_restart_keeps_what_is_of_others(store: Path) -> None:
-    """Other weights, other estimators, other windows, damaged files, files of somebody else: none is written to."""
+    """Other weights, estimators, ways to call the model, windows; damaged files, files of somebody else."""
     batches = requests(5)
     store.write_bytes(b"not ours")
     names = {store.name}
-    for seed, given in ((1, {}), (2, {}), (1, {"estimator": "fisher"}), (1, {"last": timedelta(days=1)})):
+    others = ({"estimator": "fisher"}, {"forward": plain}, {"last": timedelta(days=1)})
+    for seed, given in ((1, {}), (2, {}), *((1, other) for other in others)):
         before = {path: path.read_bytes() for path in store.parent.iterdir()}
         with begin(a_model(seed), store, **given) as observer:
             for batch in batches:
@@ -64,7 +69,7 @@ def test_a_restart_keeps_what_is_of_others(store: Path) -> None:
         names.add(new.name)
         estimator = given.get("estimator", "mas")
         assert_same(memsyn.Importance.load(new), measured(a_model(seed), batches, estimator=estimator))
-    assert len(names) == 5
+    assert len(names) == 6
     new.write_bytes(b"damaged")
     with begin(a_model(1), store, last=timedelta(days=1)) as observer:
         observer.observe(batches[0])

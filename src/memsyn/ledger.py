@@ -76,7 +76,8 @@ class Ledger:
         """Held while sums are changed or copied."""
         self.run = Run(model, trainable, device, forward, estimator, batched=False, private=True)
         self._window, self._cap, self._store = window, cap, store
-        of = [self.fingerprint, sorted(trainable), estimator.name, estimator.magnitude, window().rule]
+        named = getattr(forward, "__qualname__", type(forward).__qualname__)
+        of = [self.fingerprint, sorted(trainable), named, estimator.name, estimator.magnitude, window().rule]
         self.key = hashlib.sha256(json.dumps(of).encode()).hexdigest()
         """Of all that must be the same for sums to be added."""
         self._places: dict[str | None, Path] = {}

@@ -87,7 +87,8 @@ class Observer:
             and another is begun beside it: `name.1a2b3c4d.end`, with eight digits for what they are. Segments have
             files of their own: `name+segment.end`. Each replica needs a store of its own.
         rate: the share of samples that are taken, 0 to 1, each on its own.
-        forward: (model, inputs) -> output, as `measure` takes it; inputs is what `observe` was given.
+        forward: (model, inputs) -> output, as `measure` takes it; inputs is what `observe` was given. By its name the
+            store knows it again.
         estimator: one of `ESTIMATORS` by name, or an `Estimator`; "mas-local" needs forward passes only.
         last: a timedelta: older samples are dropped, a seventh of it at a time.
         half_life: a timedelta: samples count 2^(-age / half_life). Neither: all samples count.

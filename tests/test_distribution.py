@@ -69,10 +69,12 @@ def test_a_unit_is_a_row_of_weights_and_its_bias():
         "scale": torch.tensor(2.5),
     }
     found = top_units(omega, 3)
-    assert [(unit.layer, unit.row, unit.total) for unit in found] == [("a", 0, 4.0), ("b", 0, 3.0), ("scale", 0, 2.5)]
+    assert [(unit.name, unit.row, unit.total) for unit in found] == [("a", 0, 4.0), ("b", 0, 3.0), ("scale", 0, 2.5)]
     assert [unit.share for unit in found] == pytest.approx([0.4, 0.3, 0.25])
 
 
 def test_parameters_with_other_rows_make_units_of_their_own():
     found = top_units({"a.up": torch.ones(3, 1), "a.down": torch.full((2, 1), 5.0)}, 9)
-    assert [(unit.row, unit.total) for unit in found] == [(0, 5.0), (1, 5.0), (0, 1.0), (1, 1.0), (2, 1.0)]
+    assert [(unit.name, unit.row, unit.total) for unit in found] == [
+        ("a.down", 0, 5.0), ("a.down", 1, 5.0), ("a.up", 0, 1.0), ("a.up", 1, 1.0), ("a.up", 2, 1.0)
+    ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import pytest
 
+from memsyn.bench.export import _metric_name
 from memsyn.bench.record import FILE
 from tests.test_cli import call
 from tests.test_results import MATRICES, SETTINGS, write
@@ -66,8 +67,18 @@ def test_mlflow_reads_every_number_back(folder, tmp_path):
 
     assert metric("accuracy/one") == [(1, 82.0), (2, 83.0)]
     assert metric("accuracy/two _b_____x") == [(2, 85.0)]
+    assert client.get_metric_history(run.info.run_id, "loss")[0].timestamp > 1e12  # milliseconds since 1970
     assert metric("average accuracy") == [(1, 82.0), (2, 84.0)]
     assert metric("class-incremental/mean") == [(1, 50.0), (2, 35.0)]
+    said = call("bench", "report", folder, "--mlflow", uri, code=1).stderr
+    assert "has runs of 'memsyn first' already, and would hold everything twice." in " ".join(said.split())
+    assert len(client.search_runs([experiment.experiment_id])) == 4
+
+
+def test_names_that_mlflow_cannot_tell_apart_stay_apart():
+    taken = {}
+    names = [_metric_name(text, taken) for text in ("accuracy/a+b", "accuracy/a?b", "accuracy/a+b", "accuracy/a_b")]
+    assert names == ["accuracy/a_b", "accuracy/a_b_", "accuracy/a_b", "accuracy/a_b__"]
 
 
 def test_mlflows_refusal_is_an_error_of_ours(folder):

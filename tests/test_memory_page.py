@@ -193,6 +193,18 @@ def test_what_cannot_be_written_or_read_says_so(folder):
     assert "c.safetensors could not be read" in said
 
 
+def test_a_page_replaces_no_file_but_a_page(folder):
+    before = (folder / "a").read_bytes()
+    said = call("inspect", "a", "--html", "a", code=1).stderr
+    assert "a is there already and is no HTML page: it stays. Name another file." in " ".join(said.split())
+    assert (folder / "a").read_bytes() == before
+    call("inspect", "a", "--html", "a.html")
+    call("inspect", "b", "--html", "a.html")
+    (folder / "empty").touch()
+    call("inspect", "b", "--html", "empty")
+    assert (folder / "empty").read_bytes() == (folder / "a.html").read_bytes()
+
+
 @pytest.mark.parametrize(("option", "package"), [("--html", "plotly"), ("--html", "jinja2"), ("--png", "matplotlib")])
 def test_a_missing_package_is_named_with_its_extra(folder, monkeypatch, option, package):
     for module in [name for name in sys.modules if name.partition(".")[0] == package]:

@@ -13,7 +13,7 @@ from memsyn import MemsynError
 from memsyn.bench.findings import read_findings
 from memsyn.bench.methods.registry import METHODS
 from memsyn.bench.record import FILE, StrengthRecord, TaskRecord, append_run, append_strength, append_task
-from memsyn.bench.results import results_page
+from memsyn.bench.results import results_page, write_results
 from memsyn.bench.sections import commands, readable
 from memsyn.bench.sequences import SEQUENCES
 from memsyn.bench.settings import Settings, strength_of
@@ -284,6 +284,13 @@ def test_it_says_how_the_file_was_made_and_the_page_is_made_again(path):
 
 def test_a_run_in_its_folder_goes_by_the_folders_name(tmp_path):
     assert read_findings(write(tmp_path / "my run" / FILE, MATRICES)).name == "my run"
+
+
+def test_a_page_does_not_take_the_place_of_a_file_it_is_made_from(path):
+    before = path.read_bytes()
+    with pytest.raises(MemsynError, match=r"is one of the files to read: it stays\. Use another -o\."):
+        write_results([path], path)
+    assert path.read_bytes() == before
 
 
 def test_what_is_no_result_file_is_named(tmp_path):

@@ -140,6 +140,19 @@ def test_several_runs_come_on_one_page_with_what_they_say_together(tmp_path):
     assert chart(found, "strength average accuracy").figure["data"][0]["x"] == [0.1, 1.0]
     assert chart(found, "strength forgetting").figure["data"][0]["y"] == [1.0, 1.0]
     assert "s0.1: Methods" in tables(found)
+    headings = [section.heading for section in found.sections]
+    assert "s0.1: Task by task" not in headings
+    write(tmp_path / "s1.0.jsonl", MATRICES, replace(SETTINGS, strength=1.0))
+    headings = [section.heading for section in page(tmp_path / "s0.1.jsonl", tmp_path / "s1.0.jsonl").sections]
+    assert {f"s1.0: {which}" for which in ("Task by task", "Learning and forgetting", "Time and memory")} <= {*headings}
+
+
+def test_a_name_that_is_no_unicode_is_harmless_everywhere(tmp_path):
+    name = "\ud800" + 300 * "x"
+    path = write(tmp_path / "a.jsonl", {"mas": MATRICES["mas"], name: MATRICES["mas"]})
+    call("bench", "report", path, "-o", tmp_path / "a.html", "--png", tmp_path / "png", "--tensorboard", tmp_path / "t")
+    assert "\\ud800xxx" in (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert len(list((tmp_path / "png").glob("matrix*%ED%A0%80*.png"))) == 1
 
 
 def test_adaptation_and_facts_have_charts_of_their_own(tmp_path):
@@ -171,6 +184,14 @@ def test_examples_are_shown_if_the_folder_holds_them(folder):
     assert f'<img src="data:image/png;base64,{PIXEL}" alt="a &lt;b&gt;cat&lt;/b&gt;">' in text
     assert "<dt>mas, then</dt>\n<dd><strong>a &lt;b&gt;cat&lt;/b&gt;</strong></dd>" in text
     assert "<dt>mas, at the end</dt>\n<dd>dog, car</dd>" in text
+
+
+def test_examples_are_of_the_run_that_they_lie_beside(folder):
+    (folder / FILE_OF_EXAMPLES).write_text(json.dumps([EXAMPLE]))
+    copies = [write(folder / f"{name}.jsonl", MATRICES) for name in "ab"]
+    (folder / f"a.{FILE_OF_EXAMPLES}").write_text(json.dumps([EXAMPLE | {"text": "of a"}]))
+    found = [[scene.text for scene in scenes] for _, scenes in read_runs([folder, *copies])]
+    assert found == [[EXAMPLE["text"]], ["of a"], []]
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,16 @@ Owns all use of the two. The numbers are those of the result files, seed by seed
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from urllib.parse import quote
 
 from memsyn.bench.findings import Findings
 from memsyn.bench.metrics import average_accuracy, forgetting
 from memsyn.bench.record import TaskRecord
 from memsyn.errors import MemsynError
+from memsyn.report.names import file_name
 
 Seed = tuple[str, int, list[TaskRecord]]
 
@@ -29,7 +30,7 @@ def write_tensorboard(runs: Sequence[Findings], folder: Path) -> int:
     except ModuleNotFoundError:
         raise MemsynError("--tensorboard needs tensorboard: pip install 'memsyn[tensorboard]'.") from None
     todo = [
-        (folder / _file_name(found.name) / _file_name(f"{method}-seed{seed}"), records)
+        (folder / file_name(found.name) / file_name(f"{method}-seed{seed}"), records)
         for found in runs
         for method, seed, records in _seeds(found)
     ]
@@ -67,12 +68,25 @@ def write_mlflow(runs: Sequence[Findings], uri: str) -> int:
             name = f"memsyn {found.name}"
             known = client.get_experiment_by_name(name)
             experiment = known.experiment_id if known else client.create_experiment(name)
+            if client.search_runs([experiment], max_results=1):
+                raise MemsynError(
+                    f"MLflow at {uri} has runs of {name!r} already, and would hold everything twice. Delete that "
+                    "experiment, or name another store."
+                )
             for method, seed, records in _seeds(found):
-                run = client.create_run(experiment, run_name=f"{method} seed {seed}").info.run_id
                 parameters = {**asdict(found.run.settings), "method": method, "seed": seed}
                 parameters |= {"applied_strength": records[-1].strength, "made_with": "; ".join(found.run.machines)}
-                metrics = [Metric(_metric_name(name), v, 0, record.task + 1) for record, name, v in _scalars(records)]
-                client.log_batch(run, metrics, [Param(key, str(value)) for key, value in parameters.items()])
+                now, names = int(time.time() * 1000), dict[str, str]()
+                metrics = [
+                    Metric(_metric_name(name, names), value, now, record.task + 1)
+                    for record, name, value in _scalars(records)
+                ]
+                run = client.create_run(experiment, run_name=f"{method} seed {seed}").info.run_id
+                try:
+                    client.log_batch(run, metrics, [Param(key, str(value)) for key, value in parameters.items()])
+                except MlflowException:
+                    client.set_terminated(run, "FAILED")
+                    raise
                 client.set_terminated(run)
                 logged += 1
     except MlflowException as error:
@@ -104,12 +118,13 @@ def _scalars(records: Sequence[TaskRecord]) -> Iterator[tuple[TaskRecord, str, f
             yield record, name, float(getattr(record, name))
 
 
-def _file_name(text: str) -> str:
-    """Text as one part of a path, whatever is in it."""
-    return quote(text, safe=" ").replace(".", "%2E") if text.startswith(".") else quote(text, safe=" ")
+def _metric_name(text: str, taken: dict[str, str]) -> str:
+    """Text as MLflow takes it for a metric: letters, digits and _ - . / and space; a path that leads nowhere else.
 
-
-def _metric_name(text: str) -> str:
-    """Text as MLflow takes it for a metric: letters, digits and _ - . / and space; a path that leads nowhere else."""
+    Texts that differ have different names: `taken` is what they were given so far.
+    """
     head, _, tail = text.partition("/")
-    return "/".join("".join(c if c.isalnum() or c in "_- " else "_" for c in part) for part in (head, tail) if part)
+    own = "/".join("".join(c if c.isalnum() or c in "_- " else "_" for c in part) for part in (head, tail) if part)
+    while taken.setdefault(own, text) != text:
+        own += "_"
+    return own

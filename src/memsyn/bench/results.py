@@ -52,6 +52,8 @@ def write_results(paths: Sequence[Path], out: Path | None = None) -> str:
         MemsynError: a file cannot be read, or the page or a picture not written.
     """
     files = [read_findings(path) for path in paths]
+    if out is not None and out.resolve() in [path.resolve() for path in paths]:
+        raise MemsynError(f"{out} is one of the files to read: it stays. Use another -o.")
     if out is None:
         return results_page(files)
     pictures = _pictures(files, out.stem)

@@ -49,7 +49,7 @@ def read_runs(paths: Sequence[Path]) -> list[tuple[Findings, Sequence[Scene]]]:
     if twice:
         raise MemsynError(f"{twice[0]} is named more than once: name every run once.")
     runs: list[tuple[Findings, Sequence[Scene]]] = [
-        (read_findings(file), _scenes(read_examples(file.with_name(EXAMPLES)))) for file in files
+        (read_findings(file), _scenes(read_examples(_examples_of(file)))) for file in files
     ]
     named: dict[str, Path] = {}
     for file, (found, _) in zip(files, runs, strict=True):
@@ -75,7 +75,8 @@ def run_page(runs: Sequence[tuple[Findings, Sequence[Scene]]]) -> Page:
         )
         together += group if len(group) > 1 and kind.describe in (pairs, sensitivity) else []
     for found, scenes in runs:
-        own = _sections(found, scenes) if found not in together else [_methods(found), _settings(found)]
+        short = found in together and len(found.methods) == 1
+        own = [_methods(found), _settings(found)] if short else _sections(found, scenes)
         sections += [Section(f"{found.name}: {one.heading}", one.parts) for one in own] if several else own
     sections.append(Section("How to read the numbers", _parts(READING.replace("\n- ", "\n\n- "))))
     if several:
@@ -111,6 +112,11 @@ def headline(found: Findings) -> str:
         for method in known
     ]
     return f"On {settings.sequence} {'; '.join(words)}."
+
+
+def _examples_of(file: Path) -> Path:
+    """Beside a run's `results.jsonl`; a copy `NAME.jsonl` of that has `NAME.examples.json`."""
+    return file.with_name(EXAMPLES if file.name == FILE else f"{file.stem}.{EXAMPLES}")
 
 
 def _scenes(examples: Sequence[Example]) -> list[Scene]:

@@ -48,9 +48,10 @@ class Lorenz:
 
 @dataclass(frozen=True)
 class Unit:
-    """One row of a layer's parameters, such as a neuron with its incoming weights and bias, or a filter."""
+    """One row of parameters, such as a neuron with its incoming weights and bias, or a filter."""
 
-    layer: str
+    name: str
+    """The layer's; if its parameters have different numbers of rows, the parameter's."""
     row: int
     total: float
     """The sum of Omega over its weights."""
@@ -78,14 +79,14 @@ def histograms(omega: Mapping[str, Tensor]) -> Histograms:
 
 def lorenz(omega: Mapping[str, Tensor], num_points: int = 201) -> Lorenz | None:
     """The curve over all weights, and its Gini coefficient, exactly: by sorting. None if nothing is important."""
-    values = torch.cat([torch.zeros(0), *(part.detach().flatten().float() for part in omega.values())])
-    values = values.sort().values
-    held = torch.cat([torch.zeros(1, dtype=torch.float64), values.cumsum(0, dtype=torch.float64)])
-    total, num = float(held[-1]), len(values)
+    values = torch.cat([torch.zeros(1), *(part.detach().flatten().float().cpu() for part in omega.values())])
+    values.numpy().sort()  # in place: the nought stays first, and no place is kept of where a value was
+    held = values.cumsum(0, dtype=torch.float64)
+    total, num = float(held[-1]), len(values) - 1
     if not total:
         return None
     held /= total
-    area = float((held[1:] + held[:-1]).sum()) / (2 * num)
+    area = (float(held.sum()) - (float(held[0]) + float(held[-1])) / 2) / num
     shares = torch.linspace(0, 1, num_points, dtype=torch.float64)
     places = (shares * num).floor().long().clamp(max=num - 1)
     points = held[places].lerp(held[places + 1], shares * num - places)
@@ -96,15 +97,19 @@ def lorenz(omega: Mapping[str, Tensor], num_points: int = 201) -> Lorenz | None:
 def top_units(omega: Mapping[str, Tensor], num: int) -> Sequence[Unit]:
     """The `num` rows with the most importance. Parameters of one layer with as many rows make its rows together."""
     sums: dict[tuple[str, int], Tensor] = {}
+    members: dict[tuple[str, int], list[str]] = {}
     for name, values in omega.items():
         if values.numel():
             rows = values.detach().double().reshape(len(values) if values.ndim else 1, -1).sum(1)
             key = layer_of(name), len(rows)
             sums[key] = sums[key] + rows if key in sums else rows
+            members.setdefault(key, []).append(name)
+    layers = [layer for layer, _ in sums]
+    names = {key: key[0] if layers.count(key[0]) == 1 else " + ".join(own) for key, own in members.items()}
     total = sum(float(rows.sum()) for rows in sums.values())
     found = []
-    for (layer, _), rows in sums.items():
+    for key, rows in sums.items():
         best = rows.topk(min(num, len(rows)))
         for value, row in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            found.append(Unit(layer, row, value, value / total if total else 0.0))
+            found.append(Unit(names[key], row, value, value / total if total else 0.0))
     return sorted(found, key=lambda unit: -unit.total)[:num]

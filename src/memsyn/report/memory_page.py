@@ -17,7 +17,7 @@ from memsyn.history import Consolidation
 from memsyn.importance import Importance, LayerSummary
 from memsyn.memory import Memory
 from memsyn.report.charts import Series, axis, bars, heat, lines, logarithmic
-from memsyn.report.distribution import histograms, lorenz, top_units
+from memsyn.report.distribution import Lorenz, histograms, lorenz, top_units
 from memsyn.report.parts import Cell, Chart, Page, Part, Section, Table, number_cell
 from memsyn.report.styles import BLUE, GREY, VERMILLION, Style
 
@@ -32,10 +32,10 @@ Held = Memory | Importance
 
 def memory_page(held: Held, name: str, weights: Mapping[str, Tensor] | None = None) -> Page:
     """All about one file; with a model's `weights`, also how far they are from the anchor."""
-    layers = held.summary()
+    layers, curve = held.summary(), lorenz(_omega(held))
     sections = [
         Section("Layers", _layers(layers)),
-        Section("How the importance is spread", _spread(held)),
+        Section("How the importance is spread", _spread(held, curve)),
         Section("The most important units", _units(held)),
     ]
     if isinstance(held, Memory):
@@ -44,7 +44,7 @@ def memory_page(held: Held, name: str, weights: Mapping[str, Tensor] | None = No
         sections.append(Section("Consolidations", _history(held.history)))
     num_weights = sum(layer.num_weights for layer in layers)
     lead = f"{kind(held)} of {num_weights:,} weights in {len(layers)} layers, measured on {held.num_samples:,} samples"
-    return Page(name, _headline(held, layers), f"{lead}{_quantity(held)}.", sections)
+    return Page(name, _headline(curve, layers), f"{lead}{_quantity(held)}.", sections)
 
 
 def difference_page(a: Held, b: Held, names: tuple[str, str]) -> Page:
@@ -81,8 +81,7 @@ def _omega(held: Held) -> dict[str, Tensor]:
     return held.importance if isinstance(held, Memory) else held.mean()
 
 
-def _headline(held: Held, layers: Sequence[LayerSummary]) -> str:
-    curve = lorenz(_omega(held))
+def _headline(curve: Lorenz | None, layers: Sequence[LayerSummary]) -> str:
     if curve is None:
         return "Nothing in it is important yet."
     top = max(layers, key=lambda layer: layer.share)
@@ -147,29 +146,27 @@ def _largest(layers: Sequence[LayerSummary], numbers: Sequence[float]) -> list[L
     return [layers[place] for place in kept]
 
 
-def _spread(held: Held) -> list[Part]:
-    omega = _omega(held)
-    curve = lorenz(omega)
+def _spread(held: Held, curve: Lorenz | None) -> list[Part]:
     if curve is None:
         return ["There is no importance to be spread."]
     return [
         _lorenz_chart(
-            [("all weights", PLAIN, held)], f"Half of the importance lies in {100 * curve.half:.1f}% of the weights"
+            [("all weights", PLAIN, curve)], f"Half of the importance lies in {100 * curve.half:.1f}% of the weights"
         ),
         _histogram(held),
     ]
 
 
 def _both_spread(a: Held, b: Held) -> list[Part]:
-    ginis = [curve.gini if (curve := lorenz(_omega(held))) else 0.0 for held in (a, b)]
+    one, other = (lorenz(_omega(held)) for held in (a, b))
+    ginis = [curve.gini if curve else 0.0 for curve in (one, other)]
     title = f"Gini coefficient {ginis[0]:.2f} in A and {ginis[1]:.2f} in B"
-    return [_lorenz_chart([("A", PLAIN, a), ("B", OTHER, b)], title)]
+    return [_lorenz_chart([("A", PLAIN, one), ("B", OTHER, other)], title)]
 
 
-def _lorenz_chart(curves: Sequence[tuple[str, Style, Held]], title: str) -> Chart:
+def _lorenz_chart(curves: Sequence[tuple[str, Style, Lorenz | None]], title: str) -> Chart:
     series, rows = [], []
-    for name, style, held in curves:
-        curve = lorenz(_omega(held))
+    for name, style, curve in curves:
         if curve is None:
             continue
         x, y = ([100 * value for value in values] for values in (curve.weights, curve.held))
@@ -226,8 +223,11 @@ def _units(held: Held) -> list[Part]:
     units = [unit for unit in top_units(_omega(held), NUM_UNITS) if unit.total]
     if not units:
         return ["No unit is important yet."]
-    note = "A unit is a row of a layer's parameters, with its bias: a neuron, a filter, a token of an embedding."
-    labels = [f"{unit.layer} [{unit.row}]" for unit in units]
+    note = (
+        "A unit is a row of a layer's parameters: a neuron or a filter with its bias, a token of an embedding; where "
+        "weights are stored (inputs, outputs), an input."
+    )
+    labels = [f"{unit.name} [{unit.row}]" for unit in units]
     together = 100 * sum(unit.share for unit in units)
     title = f"The {len(units)} most important units hold {together:.1f}% of all importance"
     lengths = Series("share", PLAIN, [100 * unit.share for unit in units], [])

@@ -1,19 +1,24 @@
 """Names from files, which strangers may have written, made harmless where they are shown.
 
-Owns the escapes of a terminal, of Plotly's text and of JSON inside HTML; what stands in HTML itself jinja2 escapes.
+Owns the escapes of a terminal, of Plotly's text, of file names and of JSON inside HTML; what stands in HTML itself
+jinja2 escapes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 from importlib import import_module
 from typing import Any, Final
+from urllib.parse import quote
 
 from memsyn.errors import MemsynError
 
 LONGEST: Final = 24
 """Characters of a name on an axis."""
+LONGEST_FILE: Final = 100
+"""Characters of a file's name; most file systems take 255 bytes."""
 
 
 def printable(text: str) -> str:
@@ -24,6 +29,15 @@ def printable(text: str) -> str:
 def inert(text: str) -> str:
     """A name for Plotly, which takes `<b>` and `<a href>` in any text for markup."""
     return html.escape(printable(text), quote=False)
+
+
+def file_name(text: str) -> str:
+    """Text as one part of a path, whatever is in it and however long it is."""
+    own = quote(text, safe=" ", errors="surrogatepass")
+    own = own.replace(".", "%2E") if own.startswith(".") else own
+    if len(own) <= LONGEST_FILE:
+        return own
+    return f"{own[: LONGEST_FILE - 9]}-{hashlib.sha256(own.encode()).hexdigest()[:8]}"
 
 
 def shortened(text: str) -> str:

@@ -11,10 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from memsyn.errors import MemsynError
+from memsyn.files import replaced
 from memsyn.report.names import json_in_html, needed, printable
 from memsyn.report.parts import Page
 from memsyn.report.pictures import write_pictures
 
+START = b"<!DOCTYPE html>"
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -31,14 +33,17 @@ def write_report(page: Page, html: Path | None, png: Path | None) -> None:
 
 
 def write_page(page: Page, path: Path) -> None:
-    """Write it.
+    """Write it, whole or not at all. A file that is there is replaced only if it is a page.
 
     Raises:
-        MemsynError: the file cannot be written, or plotly or jinja2 is missing.
+        MemsynError: the file cannot be written, is there and no page, or plotly or jinja2 is missing.
     """
     text = html_of(page)
     try:
-        path.write_text(text, encoding="utf-8")
+        if path.is_file() and path.stat().st_size and not path.read_bytes().startswith(START):
+            raise MemsynError(f"{path} is there already and is no HTML page: it stays. Name another file.")
+        with replaced(path) as file:
+            file.write(text.encode())
     except OSError as error:
         raise MemsynError(f"{path} cannot be written: {error.strerror}. Name another file.") from error
 

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from memsyn.errors import MemsynError
-from memsyn.report.names import needed
+from memsyn.report.names import file_name, needed, printable
 from memsyn.report.parts import Chart
 
 MARKERS = {
@@ -36,7 +35,7 @@ def write_pictures(charts: Sequence[Chart], folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for chart in charts:
-            names = (f"{quote(chart.name, safe=' ')}{f'-{n}' if n > 1 else ''}.png" for n in count(1))
+            names = (f"{file_name(chart.name)}{f'-{n}' if n > 1 else ''}.png" for n in count(1))
             path = next(folder / name for name in names if folder / name not in written)
             figure = figures.Figure(figsize=(6.4, chart.figure["layout"]["height"] / 90), dpi=150, layout="constrained")
             _draw(figure, chart)
@@ -112,5 +111,5 @@ def _heat(axes: Any, trace: dict[str, Any], _: int) -> None:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib takes for no formula."""
-    return text.replace("$", r"\$")
+    """Text that matplotlib can draw, and takes for no formula."""
+    return printable(text).replace("$", r"\$")

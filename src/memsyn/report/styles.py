@@ -79,7 +79,7 @@ def style_of(name: str) -> Style:
     """The same for a name always: from the table, or from the name's hash."""
     if name in METHOD_STYLES:
         return METHOD_STYLES[name]
-    digest = hashlib.sha256(name.encode()).digest()
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
     return Style(
         COLOURS[digest[0] % len(COLOURS)],
         list(MARKERS)[digest[1] % len(MARKERS)],

@@ -114,6 +114,10 @@ def test_two_memories_side_by_side():
         ["1", "50.0", "80.0", "+30.0", "5", "8"],
     ]
     assert [row[2] for row in cells(chart(page, "moved").table)] == ["100", "100"]
+    assert chart(page, "units B").title.startswith("B: The 3 most important units hold 100.0%")
+    assert {one.name for one in page.charts()} >= {"histogram A", "histogram B", "units A", "units B", "lorenz"}
+    empty = difference_page(Memory.empty(), make(), ("a", "b"))
+    assert {one.name for one in empty.charts()} >= {"histogram B", "units B"}
     same = difference_page(make(), make(), ("a", "b"))
     assert same.headline == "A and B hold the same, bit for bit."
 

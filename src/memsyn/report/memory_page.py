@@ -26,6 +26,10 @@ MOST_ROWS = 40
 NUM_UNITS = 20
 PLAIN, OTHER, EVEN = Style(BLUE, "circle", "solid"), Style(VERMILLION, "square", "dash"), Style(GREY, "x", "dot")
 SHARE = "share of all importance (%)"
+UNITS_SAY = (
+    "A unit is a row of a layer's parameters: a neuron or a filter with its bias, a token of an embedding; where "
+    "weights are stored (inputs, outputs), an input."
+)
 
 Held = Memory | Importance
 
@@ -36,7 +40,7 @@ def memory_page(held: Held, name: str, weights: Mapping[str, Tensor] | None = No
     sections = [
         Section("Layers", _layers(layers)),
         Section("How the importance is spread", _spread(held, curve)),
-        Section("The most important units", _units(held)),
+        Section("The most important units", [UNITS_SAY, _units(held)] if curve else ["No unit is important yet."]),
     ]
     if isinstance(held, Memory):
         if weights is not None:
@@ -55,10 +59,18 @@ def difference_page(a: Held, b: Held, names: tuple[str, str]) -> Page:
     if most and not found.same:
         change = 100 * (most.share_b - most.share_a)
         headline = f"From A to B the importance shifts most in {most.layer}: {change:+.1f} points of its share."
-    sections = [Section("Layers", _changes(found)), Section("How the importance is spread", _both_spread(a, b))]
+    both = [("A", a), ("B", b)]
+    important = [(which, held) for which, held in both if any(layer.max for layer in held.summary())]
+    sections = [
+        Section("Layers", _changes(found)),
+        Section(
+            "How the importance is spread", [_both_lorenz(a, b), *(_of(w, _histogram(held)) for w, held in important)]
+        ),
+        Section("The most important units", [UNITS_SAY, *(_of(w, _units(held)) for w, held in important)]),
+    ]
     if any(layer.moved is not None for layer in found.layers):
         sections.append(Section("Where the anchors moved", _moved(found.layers, "the anchor of B", "A's anchor")))
-    for which, held in (("A", a), ("B", b)):
+    for which, held in both:
         if isinstance(held, Memory):
             sections.append(Section(f"Consolidations of {which}", _history(held.history)))
     lead = " ".join(
@@ -157,11 +169,16 @@ def _spread(held: Held, curve: Lorenz | None) -> list[Part]:
     ]
 
 
-def _both_spread(a: Held, b: Held) -> list[Part]:
+def _both_lorenz(a: Held, b: Held) -> Chart:
     one, other = (lorenz(_omega(held)) for held in (a, b))
     ginis = [curve.gini if curve else 0.0 for curve in (one, other)]
     title = f"Gini coefficient {ginis[0]:.2f} in A and {ginis[1]:.2f} in B"
-    return [_lorenz_chart([("A", PLAIN, one), ("B", OTHER, other)], title)]
+    return _lorenz_chart([("A", PLAIN, one), ("B", OTHER, other)], title)
+
+
+def _of(which: str, chart: Chart) -> Chart:
+    """A chart of one of two files."""
+    return replace(chart, title=f"{which}: {chart.title}", name=f"{chart.name} {which}")
 
 
 def _lorenz_chart(curves: Sequence[tuple[str, Style, Lorenz | None]], title: str) -> Chart:
@@ -219,19 +236,14 @@ def _span(shares: Sequence[float]) -> float:
     return (places[-1] - places[0]) / 2 if places else 0.0
 
 
-def _units(held: Held) -> list[Part]:
+def _units(held: Held) -> Chart:
     units = [unit for unit in top_units(_omega(held), NUM_UNITS) if unit.total]
-    if not units:
-        return ["No unit is important yet."]
-    note = (
-        "A unit is a row of a layer's parameters: a neuron or a filter with its bias, a token of an embedding; where "
-        "weights are stored (inputs, outputs), an input."
-    )
     labels = [f"{unit.name} [{unit.row}]" for unit in units]
     together = 100 * sum(unit.share for unit in units)
     title = f"The {len(units)} most important units hold {together:.1f}% of all importance"
-    lengths = Series("share", PLAIN, [100 * unit.share for unit in units], [])
-    return [note, bars(title, labels, [lengths], axis(SHARE), name="units")]
+    return bars(
+        title, labels, [Series("share", PLAIN, [100 * unit.share for unit in units], [])], axis(SHARE), name="units"
+    )
 
 
 def _history(history: Sequence[Consolidation]) -> list[Part]:

@@ -4,6 +4,8 @@ import pytest
 
 from memsyn.bench.export import _metric_name
 from memsyn.bench.record import FILE
+from memsyn.bench.sequences import SEQUENCES
+from tests import tiny
 from tests.test_cli import call
 from tests.test_results import MATRICES, SETTINGS, write
 
@@ -11,7 +13,8 @@ NAMES = ["one", "two <b>/../x"]
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(SEQUENCES, "tiny", tiny.SEQUENCE)
     found = {"mas": MATRICES["mas"], "../up": {0: [[70.0]]}}
     write(tmp_path / "first" / FILE, found, num_tasks=2, names=NAMES, scores={"class-incremental": {
         "mas": {seed: [(50.0,), (30.0, 40.0)] for seed in range(3)}, "../up": {0: [(10.0,)]},

@@ -293,6 +293,14 @@ def test_a_page_does_not_take_the_place_of_a_file_it_is_made_from(path):
     assert path.read_bytes() == before
 
 
+def test_a_file_of_another_versions_sequence_is_named(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"mas": MATRICES["mas"]}, replace(SETTINGS, sequence="gone"))
+    with pytest.raises(
+        MemsynError, match=r"a\.jsonl is of a sequence that this version does not know: .* Leave it out"
+    ):
+        page(path)
+
+
 def test_what_is_no_result_file_is_named(tmp_path):
     path = tmp_path / "x.jsonl"
     with pytest.raises(MemsynError, match=r"x\.jsonl cannot be read: No such file.* Leave the file out, or make it"):

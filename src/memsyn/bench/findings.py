@@ -15,6 +15,8 @@ from typing import final
 from memsyn.bench.methods.registry import METHODS
 from memsyn.bench.metrics import Interval, Matrix, average_accuracy, diagonal, interval, paired, rounded
 from memsyn.bench.record import Results, Run, TaskRecord, read_run
+from memsyn.bench.sequences import find_sequence
+from memsyn.errors import MemsynError, OptionError
 
 ALONE, JOINT, FROZEN, FINETUNE, MAS = "alone", "joint", "frozen", "finetune", "mas"
 """Methods that the others are compared with."""
@@ -103,9 +105,13 @@ def read_findings(path: Path) -> Findings:
     """The findings of a file, `NAME.jsonl`, or `NAME/results.jsonl` as a run leaves it.
 
     Raises:
-        MemsynError: see `memsyn.bench.record.read_run`.
+        MemsynError: see `memsyn.bench.record.read_run`; or the file is of a sequence that there is not.
     """
     run = read_run(path)
+    try:
+        find_sequence(run.settings.sequence)
+    except OptionError as error:
+        raise MemsynError(f"{path} is of a sequence that this version does not know: {error} Leave it out.") from None
     found: dict[str, dict[int, dict[int, TaskRecord]]] = {}
     for record in run.records:
         found.setdefault(record.method, {}).setdefault(record.seed, {})[record.task] = record

@@ -42,7 +42,7 @@ class Series:
 
 def axis(title: str, **more: Any) -> Axis:
     """An axis with its title, which names the unit."""
-    return {"title": {"text": inert(title)}, "automargin": True, **more}
+    return {"title": {"text": inert(title), "standoff": 8}, "automargin": True, **more}
 
 
 def logarithmic(title: str) -> Axis:
@@ -86,6 +86,7 @@ def lines(
     data, legend = [], []
     shifts = _shifts([one.shown for one in series]) if dodge else [0.0] * len(series)
     for place, (one, shift) in enumerate(zip(series, shifts, strict=True)):
+        before = f"{'%{text}, ' if one.words else ''}%{{x:{'.0f' if dodge else '.4~g'}}}, "
         trace: dict[str, Any] = {
             "type": "scatter",
             "mode": mode,
@@ -96,10 +97,10 @@ def lines(
             "y": finite(one.y),
             "line": {"color": one.style.colour, "dash": one.style.dash, "width": 2},
             "marker": {"color": one.style.colour, "symbol": one.style.marker, "size": 7},
-            "text": [inert(word) for word in one.words] or [f"{value:.4g}" for value in one.x],
-            "hovertemplate": ("%{text}, %{x:.4~g}" if one.words else "%{text}")
-            + ", %{y:.4~g}<extra>%{fullData.name}</extra>",
+            "hovertemplate": f"{before}%{{y:.4~g}}<extra>%{{fullData.name}}</extra>",
         }
+        if one.words:
+            trace["text"] = [inert(word) for word in one.words]
         if any(map(math.isfinite, one.halves)):
             bars = finite([half if math.isfinite(half) else 0 for half in one.halves])
             trace["error_y"] = {"type": "data", "array": bars, "thickness": 0.8, "width": 2, "color": one.style.colour}
@@ -210,6 +211,7 @@ def heat(
     written: bool = False,
 ) -> Chart:
     """A heat map, first row on top; NaN stays empty. Hovering says row, column and `hover`: the number and its unit.
+    The page's script writes the names beside every number.
 
     `ticks` are the columns' names on the axis, where those are too long; `written` puts the numbers into the map.
     """
@@ -219,13 +221,7 @@ def heat(
         "x": list(range(len(columns))),
         "y": list(range(len(rows))),
         "z": [finite(row) for row in values],
-        "customdata": [
-            [
-                None if math.isnan(value) else [inert(row), inert(column)]
-                for value, column in zip(line, columns, strict=True)
-            ]
-            for row, line in zip(rows, values, strict=True)
-        ],
+        "meta": {"rows": [inert(row) for row in rows], "columns": [inert(column) for column in columns]},
         "hovertemplate": f"{title_of_rows} %{{customdata[0]}}, %{{customdata[1]}}: {hover}<extra></extra>",
         "hoverongaps": False,
         "colorscale": "Cividis",

@@ -27,6 +27,10 @@
       if (colours.has(key) && Array.isArray(value)) return value.map((one) => (one === "black" ? ink : one));
       return value;
     });
+    data.filter((trace) => trace.type === "heatmap").forEach((trace) => {
+      const { rows, columns } = trace.meta;
+      trace.customdata = rows.map((row) => columns.map((column) => [row, column]));
+    });
     const left = hidden(plot);
     data.forEach((trace) => { trace.visible = !left.has(trace.legendgroup); });
     for (const axis of [layout.xaxis, layout.yaxis]) {
@@ -35,6 +39,8 @@
     const letters = Math.max(16, Math.floor((plot.clientWidth - 170) / 6.2));
     layout.xaxis.title.text = wrapped(layout.xaxis.title.text, letters);
     layout.yaxis.title.text = wrapped(layout.yaxis.title.text, Math.floor((layout.height - 70) / 6.5));
+    layout.height += 16 * (layout.xaxis.title.text.split("<br>").length - 1);
+    plot.style.height = layout.height + "px";
     layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: night ? "#8b919b" : "#7b828c", activecolor: ink };
     const font = { color: ink, family: 'system-ui, "Segoe UI", "DejaVu Sans", sans-serif', size: 12 };
     Object.assign(layout, { font, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", width: plot.clientWidth });

@@ -1,5 +1,8 @@
 """The pages in a real browser, from disk, without a network: drawn, quiet, sortable, with a keyboard too, harmless."""
 
+import re
+import zlib
+
 import pytest
 import torch
 
@@ -8,7 +11,7 @@ from memsyn.bench.record import FILE
 from memsyn.bench.run_page import read_runs, run_page
 from memsyn.bench.sequences import SEQUENCES
 from memsyn.report.memory_page import memory_page
-from memsyn.report.names import shortened
+from memsyn.report.names import printable, shortened
 from memsyn.report.page import write_page
 from tests import tiny
 from tests.browser import CHROMIUM, MISSING, Browser
@@ -132,10 +135,50 @@ def test_a_column_is_sorted_by_click_and_by_keyboard(browser, report):
     assert browser.run(SORTED) is None
 
 
+def test_a_third_click_brings_the_first_order_back(browser, report):
+    browser.open(report[0])
+    names, order = COLUMN.replace("cells[1]", "cells[0]"), SORTED.replace("cells[1]", "cells[0]")
+    before, orders = browser.run(names), []
+    for _ in range(3):
+        browser.run("document.querySelectorAll('thead button')[0].click()")
+        orders.append((browser.run(order), browser.run(names) == before))
+    assert orders == [("ascending", False), ("descending", False), (None, True)]
+
+
+def test_names_with_numbers_are_sorted_by_these(browser, report):
+    browser.open(report[0])
+    body, name = "document.querySelector('table').tBodies[0]", "row.cells[0].textContent"
+    browser.run(f"[...{body}.rows].forEach((row, place) => {{ {name} = 'layer ' + (20 - 3 * place); }})")
+    browser.run("document.querySelectorAll('thead button')[0].click()")
+    names = browser.run(f"[...{body}.rows].map((row) => {name})")
+    assert names == [f"layer {number}" for number in (2, 5, 8, 11, 14, 17, 20)]
+
+
+def test_tables_of_sections_show_every_row_and_those_of_charts_scroll(browser, report):
+    browser.open(report[0])
+    browser.run(
+        "document.querySelectorAll('details').forEach((one) => { one.open = true; });"
+        "document.querySelectorAll('tbody').forEach((body) => { for (let n = 0; n < 60; n++) "
+        "body.append(body.rows[0].cloneNode(true)); })"
+    )
+    hidden = "[...document.querySelectorAll('.scroll')].map((s) => [!!s.closest('details'), s.scrollHeight - {}])"
+    found = browser.run(hidden.format("s.clientHeight"))
+    assert len([least for inside, least in found if not inside]) > 1
+    assert all((least > 100) if inside else (least <= 1) for inside, least in found)
+
+
 def test_the_legend_hides_a_method_in_all_its_panels(browser, report):
     browser.open(report[0])
     shown = "document.querySelectorAll('.group')[0].querySelectorAll('.scatterlayer .trace').length"
     before = browser.run(shown)
+    pressed = "document.querySelectorAll('.group .legend')[0].querySelectorAll('[aria-pressed={}]').length"
+    on, off = browser.run(pressed.format("true")), browser.run(pressed.format("false"))
+    assert (on, on + off) == (3, len(HOSTILE) + 2)  # mas, finetune and the best of seven
+    assert before == 2 * on
+    browser.run("document.querySelector('.group .legend [aria-pressed=false]').click()")
+    assert browser.run(shown) == before + 2
+    assert browser.run(pressed.format("true")) == on + 1
+    browser.open(report[0])
     browser.run("document.querySelector('.group .legend button').click()")
     assert browser.run(shown) == before - 2  # one in each task's panel
     assert browser.run("document.querySelector('.group .legend button').getAttribute('aria-pressed')") == "false"
@@ -155,6 +198,47 @@ def test_charts_follow_the_light_and_print_dark_on_white(browser, memory):
     browser.run("dispatchEvent(new Event('afterprint'))")
     assert browser.run(ink) == "rgb(232, 234, 237)"
     assert browser.problems == []
+
+
+SHEET = 741
+"""Pixels of a sheet between its margins, the widest in use."""
+
+
+@pytest.mark.parametrize("width", [1600, 950])
+def test_charts_are_printed_at_the_width_of_a_sheet(browser, written, width, tmp_path):
+    browser.open(written[0], width=width)
+    widths = (
+        "[...document.querySelectorAll('.main-svg:first-child')].map((s) => [!!s.closest('.panels'), s.clientWidth])"
+    )
+    before = browser.run(widths)
+    browser.run(f"addEventListener('beforeprint', () => {{ window.printed = {widths}; }})")
+    browser.pdf(tmp_path / "page.pdf")
+    printed = browser.run("window.printed")
+    assert len(printed) == len(written[1].charts())
+    assert all((300 <= wide <= SHEET / 2) if panel else (600 <= wide <= SHEET) for panel, wide in printed)
+    assert browser.run(widths) == before
+    streams = re.findall(rb"stream\r?\n(.*?)\r?\nendstream", (tmp_path / "page.pdf").read_bytes(), re.DOTALL)
+    drawn = b"".join(zlib.decompress(one) for one in streams if one.startswith(b"x"))
+    scales = {float(one) for one, _ in re.findall(rb"([\d.]+) 0 0 ([\d.]+) [-\d.]+ [-\d.]+ cm", drawn)}
+    assert scales - {1.0} == {300 / 96}  # dots of a pixel: less where a page is shrunk to the sheet
+    browser.run("dispatchEvent(new Event('beforeprint'))")
+    browser.send("Emulation.setEmulatedMedia", media="print")
+    browser.send("Emulation.setDeviceMetricsOverride", width=SHEET, height=9000, deviceScaleFactor=1, mobile=False)
+    assert browser.run("document.documentElement.scrollWidth") <= SHEET
+    right = "Math.max(...[...document.querySelectorAll('main *')].map((one) => one.getBoundingClientRect().right))"
+    assert browser.run(right) <= SHEET
+    browser.send("Emulation.setEmulatedMedia", media="")
+
+
+def test_what_is_read_aloud_has_words_of_its_own(browser, written):
+    browser.open(written[0])
+    spoken = browser.run("[...document.querySelectorAll('[role=img]')].map((one) => one.ariaLabel)")
+    assert spoken == [
+        f"{printable(one.title)}. Its numbers are in the table that follows." for one in written[1].charts()
+    ]
+    regions = browser.run("[...document.querySelectorAll('.scroll')].map((one) => one.ariaLabel)")
+    assert "Table" not in regions
+    assert written[1].sections[0].heading in regions or "importance" in regions[0]
 
 
 def test_every_chart_has_a_title_and_a_text_alternative(browser, written):

@@ -2,7 +2,10 @@
 
 import base64
 import json
+import math
 from dataclasses import replace
+from itertools import combinations, pairwise
+from random import Random
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,17 +14,17 @@ from plotly import graph_objects
 
 from memsyn import MemsynError
 from memsyn.bench.examples import FILE as FILE_OF_EXAMPLES
-from memsyn.bench.findings import read_findings
+from memsyn.bench.findings import Findings, read_findings
 from memsyn.bench.markdown import blocks, escape, plain, table
 from memsyn.bench.methods.registry import METHODS
-from memsyn.bench.record import FILE, StrengthRecord, append_run
+from memsyn.bench.record import FILE, Run, StrengthRecord, TaskRecord, append_run
 from memsyn.bench.run_page import read_runs, run_page
 from memsyn.bench.sections import accuracy_table
 from memsyn.bench.sequences import SEQUENCES
 from memsyn.report.names import json_in_html
 from memsyn.report.page import html_of
-from memsyn.report.parts import Panels, Table
-from memsyn.report.styles import METHOD_STYLES, Style, style_of
+from memsyn.report.parts import Panels, Table, brief
+from memsyn.report.styles import COLOURS, INK, METHOD_STYLES, Style, style_of
 from tests import tiny
 from tests.test_cli import call
 from tests.test_memory_page import cells, chart, tables
@@ -96,7 +99,9 @@ def test_the_charts_hold_the_seeds_numbers(folder):
     assert "alone" not in traces
     assert tradeoff.title == "mas forgets least (1.0 points), finetune learns best (86.0%)"
     first = {trace["name"]: trace for trace in chart(found, "task 1").figure["data"]}
-    assert first["mas"]["x"] == [1, 2]
+    assert first["mas"]["x"] == pytest.approx([1.1, 2.1])  # the last of three, a tenth beside the middle one
+    assert first["joint"]["x"] == pytest.approx([1.0, 2.0])
+    assert first["mas"]["hovertemplate"].startswith("%{x:.0f}, ")
     assert first["mas"]["y"] == pytest.approx([82.0, 81.0])
     half = float(interval(78.0, 83.0, 82.0).split(" ± ")[1])
     assert first["mas"]["error_y"]["array"][1] == pytest.approx(half, abs=0.05)
@@ -111,7 +116,7 @@ def test_every_chart_is_one_of_plotlys_with_axes_and_numbers(folder):
     for one in page(folder).charts():
         graph_objects.Figure(one.figure)  # raises for what Plotly does not know
         assert one.title
-        assert one.figure["layout"]["xaxis"]["title"]["text"]
+        assert all(one.figure["layout"][which]["title"]["text"] for which in ("xaxis", "yaxis"))
         assert one.table.rows
         assert json.loads(json_in_html(one.figure)) == one.figure
 
@@ -161,14 +166,19 @@ def test_adaptation_and_facts_have_charts_of_their_own(tmp_path):
     path = tmp_path / "a.jsonl"
     write(path, {"mas": {0: MATRICES["mas"][0]}}, replace(SETTINGS, sequence="adaptation-x"), scores=scores)
     found = chart(page(path), "adaptation a")
-    assert [trace["x"][0] for trace in found.figure["data"]] == pytest.approx([100 * 50 / 60, 100 * 20 / 30])
+    assert [trace["x"][0] for trace in found.figure["data"]] == [83.333, 66.667]  # 50 of 60, 20 of 30
     assert found.title == "mas keeps most on the classes in use: 83.3%, on the others 66.7%"
+    own = [METHOD_STYLES["mas"].colour]
+    filled, unfilled = (trace["marker"] for trace in found.figure["data"])
+    assert (filled["color"], unfilled["color"], unfilled["line"]["color"]) == (own, "rgba(0,0,0,0)", own)
+    assert [entry.style for entry in found.series] == [Style(INK, "square", ""), Style(INK, "square-open", "")]
     path = tmp_path / "b.jsonl"
     lone = {"in-use": scores["in-use"]}
     write(path, {"mas": {0: MATRICES["mas"][0]}}, replace(SETTINGS, sequence="adaptation-x"), scores=lone)
     found = chart(page(path), "adaptation b")
     assert found.title == "mas keeps most on the classes in use: 83.3%"
     assert len(found.figure["data"]) == 1
+    assert found.figure["data"][0]["marker"]["color"] == [METHOD_STYLES["mas"].colour]
     path = write(tmp_path / "f.jsonl", MATRICES, replace(SETTINGS, sequence="facts"))
     found = page(path)
     assert chart(found, "facts f").figure["data"][0]["x"] == [89.0, 84.0, 67.0]
@@ -246,9 +256,107 @@ def test_runs_of_facts_keep_their_sections(tmp_path):
 
 def test_every_method_has_a_look_of_its_own_and_always_the_same():
     assert set(METHOD_STYLES) >= set(METHODS)
-    assert len(set(METHOD_STYLES.values())) == len(METHOD_STYLES)
+    for colour in COLOURS:
+        looks = [style for style in METHOD_STYLES.values() if style.colour == colour]
+        assert len(looks) <= 2
+        assert len({style.marker for style in looks}) == len({style.dash for style in looks}) == len(looks)
     assert style_of("mas") == Style("#0072B2", "circle", "solid")
-    assert style_of("another") == Style("#8A8A8A", "triangle-down", "dashdot")
+
+
+def test_another_methods_look_is_no_known_ones():
+    known = {(style.colour, style.marker) for style in METHOD_STYLES.values()}
+    others = [style_of(f"another {number}") for number in range(500)]
+    assert not {(style.colour, style.marker) for style in others} & known
+    assert len(set(others)) > 200
+    assert style_of("another") == style_of("another")
+
+
+SEEN = {
+    "all colours": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "no red": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+    "no green": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.01182, 0.04294, 0.968881)),
+    "no blue": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.3039)),
+}
+"""What becomes of linear red, green and blue in eyes of the kind: Machado et al. (2009), severity 1."""
+
+
+def lab(colour, eyes):
+    """CIE 1976 L*a*b* of a colour as such eyes see it."""
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    r, g, b = (min(1, max(0, sum(m * c for m, c in zip(row, linear, strict=True)))) for row in SEEN[eyes])
+    xyz = (
+        (0.4124 * r + 0.3576 * g + 0.1805 * b) / 0.95047,
+        0.2126 * r + 0.7152 * g + 0.0722 * b,
+        (0.0193 * r + 0.1192 * g + 0.9505 * b) / 1.08883,
+    )
+    x, y, z = (c ** (1 / 3) if c > 0.008856 else 7.787 * c + 16 / 116 for c in xyz)
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
+@pytest.mark.parametrize("eyes", SEEN)
+@pytest.mark.parametrize("ink", ["#1a1c20", "#e8eaed"])
+def test_colours_are_told_apart_by_all_eyes(eyes, ink):
+    seen = [lab(ink if colour == INK else colour, eyes) for colour in COLOURS]
+    assert min(math.dist(one, other) for one, other in combinations(seen, 2)) > 12  # 2.3 is just seen
+
+
+def many(num_tasks, num_seeds):
+    """A run of all methods, as values."""
+    rng = Random(0)
+    results = {
+        method: {
+            seed: [
+                TaskRecord(
+                    method, seed, task, f"Task {task} of things", tuple(rng.uniform(30, 95) for _ in range(task + 1)),
+                    0.1, 0.0, 1.5, "f", 1.0, 100, 3_000,
+                )
+                for task in range(num_tasks)
+            ]
+            for seed in range(num_seeds)
+        }
+        for method in METHODS
+    }  # fmt: skip
+    records = [record for seeds in results.values() for of_seed in seeds.values() for record in of_seed]
+    run = Run(replace(SETTINGS, sequence="tiny"), num_tasks, ("here",), tuple(records), ())
+    return Findings("many", run, results, ())
+
+
+def test_a_page_of_all_methods_and_twenty_tasks_is_below_its_bound():
+    assert len(html_of(run_page([(many(20, 10), [])])).encode()) < 6_000_000
+
+
+def test_of_many_methods_few_are_shown_first_and_the_caption_names_them():
+    found = many(3, 2)
+    page = run_page([(found, [])])
+    panels = next(part for one in page.sections for part in one.parts if isinstance(part, Panels) and part.series)
+    best = found.best()
+    named = [m for m in METHODS if m in {"mas", "finetune", "frozen", "joint", best}]
+    assert [entry.name for entry in panels.series if entry.shown] == named
+    assert f"Of 21 methods {', '.join(named[:-1])} and {named[-1]} are shown first" in panels.note
+    for one in [*panels.charts, chart(page, "tradeoff")]:
+        visible = [trace["name"] for trace in one.figure["data"] if trace["visible"]]
+        assert visible == [entry.name for entry in one.series if entry.shown]
+        assert set(named) <= set(visible) < set(METHODS)
+    assert "are shown first" in chart(page, "tradeoff").note
+    shifts = [trace["x"][0] - 1 for trace in panels.charts[0].figure["data"]]
+    assert max(map(abs, shifts)) == pytest.approx(0.3)
+    assert min(b - a for a, b in pairwise(sorted(shifts))) > 0.02
+    first = sorted(s for s, t in zip(shifts, panels.charts[0].figure["data"], strict=True) if t["visible"])
+    assert min(b - a for a, b in pairwise(first)) > 0.1
+
+
+def test_few_methods_are_all_shown(folder):
+    assert all(entry.shown for one in page(folder).charts() for entry in one.series)
+
+
+@settings(deadline=None)
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_short_numbers_are_written_as_the_whole_ones(value):
+    for form in (".4g", ".1f", ".0f"):
+        assert f"{brief(value):{form}}" == f"{value:{form}}"
+    assert brief(value) == pytest.approx(value, rel=1e-4)
+    assert len(repr(brief(83.45678))) == 6
 
 
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])

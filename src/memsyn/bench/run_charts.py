@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from memsyn.bench.findings import ALONE, FINETUNE, MAS, Findings, Numbers, estimate, half, mean
+from memsyn.bench.findings import ALONE, FINETUNE, FROZEN, JOINT, MAS, Findings, Numbers, estimate, half, mean
 from memsyn.bench.groups import (
     PAIR_ROWS,
     Group,
@@ -26,10 +26,15 @@ from memsyn.bench.record import StrengthRecord
 from memsyn.bench.sections import kept_bytes, quantity, readable, seconds
 from memsyn.report.charts import Series, axis, bars, heat, lines, logarithmic
 from memsyn.report.parts import Chart, Panels
-from memsyn.report.styles import BLUE, VERMILLION, Style, style_of
+from memsyn.report.styles import INK, OPEN, Style, style_of
 
-HALVES = "A mark with a bar is the mean over the seeds with its 95% interval; of one seed, the mark alone."
-FIRST, SECOND = Style(BLUE, "circle", "solid"), Style(VERMILLION, "square", "dash")
+HALVES = (
+    "A mark with a bar is the mean over the seeds with its 95% interval; of one seed, the mark alone. Marks "
+    "after as many tasks stand side by side."
+)
+FILLED_BARS, OPEN_BARS = Style(INK, "square", ""), Style(INK, OPEN, "")
+FEW = 6
+"""So many methods are told apart in one chart; of more only some are shown from the start."""
 
 
 def averages(found: Findings) -> Chart:
@@ -47,9 +52,18 @@ def averages(found: Findings) -> Chart:
 def _by_method(title: str, numbers: dict[str, Numbers], unit: str, name: str, *, marks: bool = False) -> Chart:
     """A row for each method in its own style."""
     methods = list(numbers)
-    series = Series("", FIRST, list(map(mean, numbers.values())), [], list(map(half, numbers.values())))
+    series = Series("", FILLED_BARS, list(map(mean, numbers.values())), [], list(map(half, numbers.values())))
     styles = [style_of(method) for method in methods]
-    return bars(title, methods, [series], axis(unit), name=name, styles=styles, marks=marks)
+    return bars(title, methods, [series], axis(unit), name=name, rows="method", styles=styles, marks=marks)
+
+
+def _first(methods: Sequence[str], *best: str | None) -> tuple[list[str], str]:
+    """The methods that are shown from the start, and what the reader is told of the others."""
+    wanted = [method for method in methods if method in (MAS, FINETUNE, FROZEN, JOINT, *best)]
+    if len(methods) <= FEW or not wanted:
+        return list(methods), ""
+    names = f"{', '.join(wanted[:-1])} and {wanted[-1]}" if len(wanted) > 1 else wanted[0]
+    return wanted, f"Of {len(methods)} methods {names} are shown first; click a name to show or hide it."
 
 
 def tradeoff(found: Findings) -> Chart | None:
@@ -59,24 +73,27 @@ def tradeoff(found: Findings) -> Chart | None:
         return None
     forgotten = {method: found.by_seed(method, forgetting) for method in methods}
     learned = {method: found.by_seed(method, learning_accuracy) for method in methods}
+    rivals = found.rivals or methods
+    least = min(rivals, key=lambda method: mean(forgotten[method]))
+    fastest = max(rivals, key=lambda method: mean(learned[method]))
+    shown, note = _first(methods, found.best(), least, fastest)
     series = [
         Series(
             method,
             style_of(method),
             list(forgotten[method].values()),
             list(learned[method].values()),
-            words=[f"seed {seed}:" for seed in learned[method]],
+            words=[f"seed {seed}" for seed in learned[method]],
+            shown=method in shown,
         )
         for method in methods
     ]
-    rivals = found.rivals or methods
-    least = min(rivals, key=lambda method: mean(forgotten[method]))
-    fastest = max(rivals, key=lambda method: mean(learned[method]))
     what = quantity(found.run.settings)
     drop, best = round(mean(forgotten[least]), 1) + 0.0, mean(learned[fastest])
     title = f"{least} forgets least ({drop:.1f} points), {fastest} learns best ({best:.1f}%)"
     x = axis("forgetting (points; left is better)")
-    return lines(title, series, x, axis(f"{what} when learned (%)"), name="tradeoff", mode="markers", height=420)
+    y = axis(f"{what} when learned (%)")
+    return lines(title, series, x, y, name="tradeoff", mode="markers", height=420, note=note)
 
 
 def over_time(found: Findings) -> Panels | None:
@@ -85,20 +102,22 @@ def over_time(found: Findings) -> Panels | None:
     if not methods:
         return None
     last = found.run.num_tasks
+    shown, note = _first(methods, found.best())
     records = [record for m in methods for seed in found.results[m].values() for record in seed]
     lowest = min((one for record in records for one in record.accuracies if math.isfinite(one)), default=0.0)
     y = axis(f"{quantity(found.run.settings)} (%)", range=[max(0, 10 * math.floor(lowest / 10) - 5), 102])
-    x = axis("tasks learned", range=[0.6, last + 0.4], dtick=1 if last <= 10 else 2)
+    x = axis("tasks learned", range=[0.5, last + 0.5], dtick=1 if last <= 10 else 2)
     charts = []
     for task, name in enumerate(found.tasks):
         series = []
         for method in methods:
             numbers = [found.by_seed(method, _entry(after, task)) for after in range(task, last)]
             times = list(range(task + 1, last + 1))
-            series.append(Series(method, style_of(method), times, list(map(mean, numbers)), list(map(half, numbers))))
-        charts.append(lines(_ends(name, series), series, x, y, name=f"task {task + 1}", height=240))
+            means, halves = list(map(mean, numbers)), list(map(half, numbers))
+            series.append(Series(method, style_of(method), times, means, halves, shown=method in shown))
+        charts.append(lines(_ends(name, series), series, x, y, name=f"task {task + 1}", height=240, dodge=True))
     title = "Every task while the next ones are learned"
-    return Panels(title, charts, HALVES, charts[0].series)
+    return Panels(title, charts, f"{HALVES} {note}".strip(), charts[0].series)
 
 
 def _entry(after: int, task: int) -> Callable[[Sequence[Sequence[float]]], float]:
@@ -133,11 +152,11 @@ def matrices(found: Findings) -> Panels | None:
         charts.append(
             heat(
                 f"{method} ends at {ends:.1f}%, forgets {drops:.1f}",
-                [f"after {number}" for number in numbers],
+                numbers,
                 found.tasks,
                 values,
                 axis(f"{word} on task (%)"),
-                axis(""),
+                axis("after task"),
                 name=f"matrix {method}",
                 hover=f"{word} %{{z:.1f}}%",
                 highest=100,
@@ -173,11 +192,14 @@ def chosen(choices: Sequence[StrengthRecord], word: str) -> Chart | None:
     choices = [choice for choice in choices if choice.candidates]
     if not choices:
         return None
-    series = [Series(c.method, style_of(c.method), c.candidates, c.scores) for c in choices]
     widest = max(choices, key=lambda choice: max(choice.scores) - min(choice.scores))
     apart = max(widest.scores) - min(widest.scores)
     title = f"The strength matters most to {widest.method}: {apart:.1f} points between the candidates"
-    return lines(title, series, logarithmic("strength"), axis(f"validation {word} (%)"), name="strengths-chosen")
+    methods = [choice.method for choice in choices]
+    shown, note = _first(methods, widest.method)
+    series = [Series(c.method, style_of(c.method), c.candidates, c.scores, shown=c.method in shown) for c in choices]
+    y = axis(f"validation {word} (%)")
+    return lines(title, series, logarithmic("strength"), y, name="strengths-chosen", note=note)
 
 
 def group_charts(group: Group, describe: Callable[[Group], str]) -> list[Chart]:
@@ -213,16 +235,21 @@ def _adaptation(group: Group) -> list[Chart]:
         if not methods:
             continue
         series = []
-        for words, scoring, style in (("classes in use", "in-use", FIRST), ("other classes", "other-classes", SECOND)):
+        for words, scoring, look in (
+            ("classes in use", "in-use", FILLED_BARS),
+            ("other classes", "other-classes", OPEN_BARS),
+        ):
             numbers = [kept(found, method, scoring)[1] for method in methods]
             if any(numbers):
-                series.append(Series(words, style, list(map(mean, numbers)), [], list(map(half, numbers))))
+                series.append(Series(words, look, list(map(mean, numbers)), [], list(map(half, numbers))))
         best = max(methods, key=lambda method: mean(kept(found, method, "in-use")[1]))
         use, others = (kept(found, best, scoring)[1] for scoring in ("in-use", "other-classes"))
         title = f"{best} keeps most on the classes in use: {mean(use):.1f}%"
         title += f", on the others {mean(others):.1f}%" if others else ""
         unit = axis("kept of the accuracy on earlier tasks when they were learned (%)")
-        charts.append(bars(title, methods, series, unit, name=f"adaptation {found.name}"))
+        styles = [style_of(method) for method in methods]
+        name = f"adaptation {found.name}"
+        charts.append(bars(title, methods, series, unit, name=name, rows="method", styles=styles))
     return charts
 
 

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from memsyn.report.names import inert, shortened
-from memsyn.report.parts import Cell, Chart, Table
-from memsyn.report.styles import INK, Style
+from memsyn.report.parts import Cell, Chart, Entry, Table, brief
+from memsyn.report.styles import INK, OPEN, Style
 
 Axis = dict[str, Any]
+
+APART, REACH = 0.1, 0.3
+"""Of marks at one place, how far neighbours stand apart, and how far from the place any stands at most."""
+CLEAR = "rgba(0,0,0,0)"
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Series:
     Attributes:
         halves: of the points' intervals, infinite or NaN for none.
         words: of each point, what hovering says first; its x unless given.
+        shown: from the start; else once its name in the legend is clicked.
     """
 
     name: str
@@ -32,11 +37,12 @@ class Series:
     y: Sequence[float]
     halves: Sequence[float] = ()
     words: Sequence[str] = ()
+    shown: bool = True
 
 
 def axis(title: str, **more: Any) -> Axis:
     """An axis with its title, which names the unit."""
-    return {"title": {"text": inert(title)}, "automargin": True, **more}
+    return {"title": {"text": inert(title), "standoff": 8}, "automargin": True, **more}
 
 
 def logarithmic(title: str) -> Axis:
@@ -45,8 +51,9 @@ def logarithmic(title: str) -> Axis:
 
 
 def finite(values: Sequence[float]) -> list[float | None]:
-    """As JSON has them: what is no finite number is none."""
-    return [value if math.isfinite(value) else None for value in values]
+    """As JSON has them, in few digits: what is no finite number is none."""
+    short = [brief(value) if math.isfinite(value) else None for value in values]
+    return [int(value) if value is not None and value.is_integer() else value for value in short]
 
 
 def figure(data: list[dict[str, Any]], x: Axis, y: Axis, height: int) -> dict[str, Any]:
@@ -64,34 +71,60 @@ def figure(data: list[dict[str, Any]], x: Axis, y: Axis, height: int) -> dict[st
 
 
 def lines(
-    title: str, series: Sequence[Series], x: Axis, y: Axis, *, name: str, mode: str = "lines+markers", height: int = 340
+    title: str,
+    series: Sequence[Series],
+    x: Axis,
+    y: Axis,
+    *,
+    name: str,
+    mode: str = "lines+markers",
+    height: int = 340,
+    dodge: bool = False,
+    note: str = "",
 ) -> Chart:
-    """A line, or marks, for each series."""
-    data = []
-    for place, one in enumerate(series):
+    """A line, or marks, for each series. With `dodge` points at the same x, a whole number, stand side by side."""
+    data, legend = [], []
+    shifts = _shifts([one.shown for one in series]) if dodge else [0.0] * len(series)
+    for place, (one, shift) in enumerate(zip(series, shifts, strict=True)):
+        before = f"{'%{text}, ' if one.words else ''}%{{x:{'.0f' if dodge else '.4~g'}}}, "
         trace: dict[str, Any] = {
             "type": "scatter",
             "mode": mode,
             "name": inert(one.name),
             "legendgroup": str(place),
-            "x": finite(one.x),
+            "visible": one.shown,
+            "x": finite([value + shift for value in one.x]),
             "y": finite(one.y),
             "line": {"color": one.style.colour, "dash": one.style.dash, "width": 2},
-            "marker": {"color": one.style.colour, "symbol": one.style.marker, "size": 8},
-            "text": [inert(word) for word in one.words] or [""] * len(one.x),
-            "hovertemplate": "%{text} %{x}, %{y:.4~g}<extra>%{fullData.name}</extra>",
+            "marker": {"color": one.style.colour, "symbol": one.style.marker, "size": 7},
+            "hovertemplate": f"{before}%{{y:.4~g}}<extra>%{{fullData.name}}</extra>",
         }
+        if one.words:
+            trace["text"] = [inert(word) for word in one.words]
         if any(map(math.isfinite, one.halves)):
-            bars = [half if math.isfinite(half) else 0 for half in one.halves]
-            trace["error_y"] = {"type": "data", "array": bars, "thickness": 1, "width": 3, "color": one.style.colour}
+            bars = finite([half if math.isfinite(half) else 0 for half in one.halves])
+            trace["error_y"] = {"type": "data", "array": bars, "thickness": 0.8, "width": 2, "color": one.style.colour}
         data.append(trace)
-    return Chart(
-        title,
-        figure(data, x, y, height),
-        points_table(series, x, y),
-        name,
-        [(one.name, one.style) for one in series] if len(series) > 1 else (),
-    )
+        legend.append(_entry(one, marks="markers" in mode, line="lines" in mode))
+    shown = legend if len(series) > 1 else ()
+    return Chart(title, figure(data, x, y, height), points_table(series, x, y), name, shown, note)
+
+
+def _entry(one: Series, *, marks: bool, line: bool) -> Entry:
+    """Of a legend, with what is drawn alone."""
+    style = one.style._replace(marker=one.style.marker if marks else "", dash=one.style.dash if line else "")
+    return Entry(one.name, style, one.shown)
+
+
+def _shifts(shown: Sequence[bool]) -> list[float]:
+    """Of each series, evenly; those that are shown from the start have the whole reach, the others come between."""
+    last, first = max(1, len(shown) - 1), [place for place, one in enumerate(shown) if one]
+    reach = min(REACH, APART * (len(shown) - 1) / 2)
+    own = [round(rank * last / max(1, len(first) - 1)) for rank in range(len(first))]
+    left = [slot for slot in range(len(shown)) if slot not in own]
+    others = [place for place, one in enumerate(shown) if not one]
+    slots = dict(zip([*first, *others], [*own, *left], strict=True))
+    return [2 * reach * slots[place] / last - reach for place in range(len(shown))]
 
 
 def points_table(series: Sequence[Series], x: Axis, y: Axis) -> Table:
@@ -118,16 +151,16 @@ def bars(
     unit: Axis,
     *,
     name: str,
+    rows: str = "layer",
     styles: Sequence[Style] = (),
     marks: bool = False,
 ) -> Chart:
     """Horizontal bars, a row for each label, first on top; the series' x are the lengths and y is not read.
 
     With `marks` points with their intervals take the bars' place, as on an axis that does not start at zero. `styles`
-    are the rows' own, for a single series.
+    are the rows' own. A series whose marker is `OPEN` has bars that are not filled. `rows` says what a row is.
     """
-    data = []
-    places = list(range(len(labels)))
+    data, legend = [], []
     for place, one in enumerate(series):
         colours: Any = [style.colour for style in styles] or one.style.colour
         symbols: Any = [style.marker for style in styles] or one.style.marker
@@ -136,28 +169,31 @@ def bars(
             "name": inert(one.name),
             "legendgroup": str(place),
             "x": finite(one.x),
-            "y": places,
+            "y": list(range(len(labels))),
             "customdata": [inert(label) for label in labels],
             "hovertemplate": "%{customdata}: %{x:.4~g}<extra>%{fullData.name}</extra>",
             "marker": {"color": colours, **({"symbol": symbols, "size": 10} if marks else {})},
         }
         trace |= {"mode": "markers"} if marks else {"orientation": "h"}
+        if one.style.marker == OPEN:
+            trace["marker"] = {"color": CLEAR, "line": {"color": colours, "width": 1.5}}
         if any(map(math.isfinite, one.halves)):
-            halves = [half if math.isfinite(half) else 0 for half in one.halves]
-            trace["error_x"] = {"type": "data", "array": halves, "thickness": 1.5, "width": 4, "color": INK}
+            halves = finite([half if math.isfinite(half) else 0 for half in one.halves])
+            trace["error_x"] = {"type": "data", "array": halves, "thickness": 1, "width": 3, "color": INK}
         data.append(trace)
-    rows_axis = axis("", **_names(labels), autorange="reversed", zeroline=False)
+        box = one if marks or one.style.marker == OPEN else replace(one, style=one.style._replace(marker="square"))
+        legend.append(_entry(box, marks=True, line=False))
+    rows_axis = axis(rows, **_names(labels), autorange="reversed", zeroline=False)
     height = 76 + max(60, len(labels) * (14 + 12 * len(series)))
     table = Table(
-        ["Name", *(one.name or _words(unit) for one in series)],
+        [rows.capitalize(), *(one.name or _words(unit) for one in series)],
         [
             [Cell(label), *(_cell(one.x[row], one.halves[row] if one.halves else math.nan) for one in series)]
             for row, label in enumerate(labels)
         ],
         _words(unit) if len(series) > 1 else "",
     )
-    legend = [(one.name, one.style) for one in series] if len(series) > 1 else ()
-    return Chart(title, figure(data, unit, rows_axis, height), table, name, legend)
+    return Chart(title, figure(data, unit, rows_axis, height), table, name, legend if len(series) > 1 else ())
 
 
 def heat(
@@ -174,17 +210,19 @@ def heat(
     ticks: Sequence[str] = (),
     written: bool = False,
 ) -> Chart:
-    """A heat map, first row on top; NaN stays empty. Hovering says row, column and `hover` with the number.
+    """A heat map, first row on top; NaN stays empty. Hovering says row, column and `hover`: the number and its unit.
+    The page's script writes the names beside every number.
 
     `ticks` are the columns' names on the axis, where those are too long; `written` puts the numbers into the map.
     """
+    title_of_rows = _words(y)
     data = {
         "type": "heatmap",
         "x": list(range(len(columns))),
         "y": list(range(len(rows))),
         "z": [finite(row) for row in values],
-        "customdata": [[[inert(row), inert(column)] for column in columns] for row in rows],
-        "hovertemplate": f"%{{customdata[0]}}, %{{customdata[1]}}: {hover}<extra></extra>",
+        "meta": {"rows": [inert(row) for row in rows], "columns": [inert(column) for column in columns]},
+        "hovertemplate": f"{title_of_rows} %{{customdata[0]}}, %{{customdata[1]}}: {hover}<extra></extra>",
         "hoverongaps": False,
         "colorscale": "Cividis",
         "zmin": 0,
@@ -197,11 +235,17 @@ def heat(
     if written:
         data["texttemplate"] = "%{z:.0f}"
     else:
-        data["colorbar"] = {"thickness": 10, "len": 0.9, "title": {"text": ""}}
+        unit = hover.partition("}")[2]
+        data["colorbar"] = {"thickness": 10, "len": 0.9, "title": {"text": unit, "side": "right"}}
     x = {**x, **_names(ticks or columns), "showgrid": False, "zeroline": False}
     y = {**y, **_names(rows), "autorange": "reversed", "showgrid": False, "zeroline": False}
     cells = [[Cell(row), *map(_cell, line)] for row, line in zip(rows, values, strict=True)]
-    return Chart(title, figure([data], x, y, 84 + 24 * max(4, len(rows))), Table(["Name", *columns], cells), name)
+    return Chart(
+        title,
+        figure([data], x, y, 84 + 24 * max(4, len(rows))),
+        Table([title_of_rows.capitalize(), *columns], cells),
+        name,
+    )
 
 
 def _names(names: Sequence[str]) -> Axis:

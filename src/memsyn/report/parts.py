@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 from memsyn.report.styles import Style
 
+SHOWN = (".4g", ".1f", ".0f")
+"""The ways in which charts write a number."""
 BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 """In one of each unit."""
 
@@ -24,6 +26,11 @@ class Cell:
     value: float | None = None
     """What its column is sorted by; None goes last, or for words by the text."""
     best: bool = False
+
+    @property
+    def hidden_value(self) -> float | None:
+        """The value, if the text does not say it."""
+        return None if self.value is None or self.text == f"{self.value:.4g}" else brief(self.value)
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,16 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """One of a legend."""
+
+    name: str
+    style: Style
+    shown: bool = True
+    """From the start; else once it is clicked."""
+
+
+@dataclass(frozen=True)
 class Chart:
     """One picture.
 
@@ -49,8 +66,9 @@ class Chart:
         title: what it shows, a finding.
         figure: `data` and `layout` as Plotly has them; the names in them are inert.
         table: its numbers.
-        series: name and style of what its legend toggles: traces whose `legendgroup` is the name's place in it.
+        series: what its legend toggles: traces whose `legendgroup` is the entry's place in it.
         name: what the picture's file is called.
+        note: how to read it.
     """
 
     kind: ClassVar[str] = "chart"
@@ -58,7 +76,8 @@ class Chart:
     figure: dict[str, Any]
     table: Table
     name: str
-    series: Sequence[tuple[str, Style]] = ()
+    series: Sequence[Entry] = ()
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,7 @@ class Panels:
     title: str
     charts: Sequence[Chart]
     note: str = ""
-    series: Sequence[tuple[str, Style]] = ()
+    series: Sequence[Entry] = ()
 
 
 @dataclass(frozen=True)
@@ -126,6 +145,15 @@ class Page:
             for part in section.parts:
                 found += part.charts if isinstance(part, Panels) else [part] if isinstance(part, Chart) else []
         return found
+
+
+def brief(value: float) -> float:
+    """The number with five digits, or as many more as it takes for charts to write it as they would write it whole."""
+    return next(
+        short
+        for digits in range(5, 18)
+        if all(f"{(short := float(f'{value:.{digits}g}')):{form}}" == f"{value:{form}}" for form in SHOWN)
+    )
 
 
 def number_cell(text: str, best: bool = False) -> Cell:

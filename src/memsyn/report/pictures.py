@@ -13,14 +13,15 @@ from typing import Any
 
 from memsyn.errors import MemsynError
 from memsyn.report.names import file_name, needed, printable
-from memsyn.report.parts import Chart
+from memsyn.report.parts import Chart, Entry
+from memsyn.report.styles import OPEN
 
 MARKERS = {
     "circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v", "cross": "P", "x": "X",
-    "star": "*",
+    "star": "*", "square-open": "s", "": "",
 }  # fmt: skip
 DASHES: dict[str, Any] = {
-    "solid": "-", "dash": (0, (6, 3)), "dot": ":", "dashdot": "-.", "longdash": (0, (10, 3)),
+    "solid": "-", "dash": (0, (6, 3)), "dot": ":", "dashdot": "-.", "longdash": (0, (10, 3)), "": "",
 }  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def write_pictures(charts: Sequence[Chart], folder: Path) -> list[Path]:
 def _draw(figure: Any, chart: Chart) -> None:
     axes = figure.add_subplot()
     figure.suptitle(_plain(chart.title), fontsize="medium", wrap=True)
-    for trace in chart.figure["data"]:
+    for trace in (trace for trace in chart.figure["data"] if trace.get("visible", True)):
         {"scatter": _points, "bar": _bars, "heatmap": _heat}[trace["type"]](axes, trace, len(chart.figure["data"]))
     layout = chart.figure["layout"]
     for which, axis in (("x", layout["xaxis"]), ("y", layout["yaxis"])):
@@ -66,8 +67,17 @@ def _draw(figure: Any, chart: Chart) -> None:
         axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     if chart.series:
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+        handles = [_handle(entry) for entry in chart.series if entry.shown]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+
+
+def _handle(entry: Entry) -> Any:
+    """Of a legend."""
+    style = entry.style
+    return needed("matplotlib.lines").Line2D(
+        [], [], color=style.colour, marker=MARKERS[style.marker], linestyle=DASHES[style.dash],
+        label=_plain(entry.name), fillstyle="none" if style.marker == OPEN else "full",
+    )  # fmt: skip
 
 
 def _points(axes: Any, trace: dict[str, Any], _: int) -> None:
@@ -75,14 +85,13 @@ def _points(axes: Any, trace: dict[str, Any], _: int) -> None:
     nan = float("nan")
     x, y = ([nan if value is None else value for value in trace[key]] for key in "xy")
     marker, error = trace["marker"], {key: trace.get(f"error_{key}", {}).get("array") for key in "xy"}
-    label = _plain(html.unescape(trace["name"]))
     if isinstance(marker["color"], list):
         for place, (colour, symbol) in enumerate(zip(marker["color"], marker["symbol"], strict=True)):
             half = [error["x"][place]] if error["x"] else None
             axes.errorbar(x[place], y[place], xerr=half, color=colour, marker=MARKERS[symbol], capsize=3)
         return
     axes.errorbar(
-        x, y, xerr=error["x"], yerr=error["y"], color=marker["color"], label=label, capsize=2, elinewidth=1,
+        x, y, xerr=error["x"], yerr=error["y"], color=marker["color"], capsize=2, elinewidth=0.8,
         marker=MARKERS[marker["symbol"]] if "markers" in trace["mode"] else "",
         linestyle=DASHES[trace["line"]["dash"]] if "lines" in trace["mode"] else "",
     )  # fmt: skip
@@ -92,8 +101,9 @@ def _bars(axes: Any, trace: dict[str, Any], num_traces: int) -> None:
     thick = 0.8 / num_traces
     shift = (int(trace["legendgroup"]) - (num_traces - 1) / 2) * thick
     places, lengths = [place + shift for place in trace["y"]], [value or 0 for value in trace["x"]]
-    label, halves = _plain(html.unescape(trace["name"])), trace.get("error_x", {}).get("array")
-    axes.barh(places, lengths, thick, color=trace["marker"]["color"], xerr=halves, capsize=3, label=label)
+    marker, halves = trace["marker"], trace.get("error_x", {}).get("array")
+    look = {"color": "none", "edgecolor": marker["line"]["color"]} if "line" in marker else {"color": marker["color"]}
+    axes.barh(places, lengths, thick, xerr=halves, capsize=3, **look)
 
 
 def _heat(axes: Any, trace: dict[str, Any], _: int) -> None:
@@ -101,7 +111,7 @@ def _heat(axes: Any, trace: dict[str, Any], _: int) -> None:
     values = [[nan if value is None else value for value in row] for row in trace["z"]]
     shown = axes.imshow(values, cmap="cividis", vmin=0, vmax=trace.get("zmax"), aspect="auto", interpolation="nearest")
     if "texttemplate" not in trace:
-        axes.figure.colorbar(shown, ax=axes)
+        axes.figure.colorbar(shown, ax=axes, label=_plain(trace["colorbar"]["title"]["text"]))
         return
     for row, line in enumerate(trace["z"]):
         for column, value in enumerate(line):

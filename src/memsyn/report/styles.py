@@ -1,19 +1,21 @@
 """How a method looks in every picture: its colour, marker and dash, so that colour never stands alone.
 
-Owns the table by name. The colours are those of Okabe and Ito (2008), told apart with every kind of colour vision, less
-yellow, which is lost on white; `INK` becomes the text's own colour, which on dark is light.
+Owns the table by name. Most colours are those of Okabe and Ito (2008), less yellow, which is lost on white; the others
+were searched for: all are told apart with every kind of colour vision, and seen on white and on dark. `INK` becomes the
+text's own colour, which on dark is light.
 """
 
 from __future__ import annotations
 
 import hashlib
+from itertools import product
 from typing import Final, NamedTuple
 
 INK: Final = "black"
-BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A",
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY, VIOLET, BROWN, LEAF = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6E6E6E", "#9900FF", "#774422", "#88BB66",
 )  # fmt: skip
-COLOURS: Final = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY, INK)
+COLOURS: Final = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY, VIOLET, BROWN, LEAF, INK)
 
 MARKERS: Final = {
     "circle": "M14 2a4 4 0 1 0 .01 0z",
@@ -26,12 +28,15 @@ MARKERS: Final = {
     "star": "M14 0l1.6 4.2h4.4l-3.5 2.7 1.3 4.3-3.8-2.6-3.8 2.6 1.3-4.3-3.5-2.7h4.4z",
 }
 """By Plotly's name, the outline in a legend of 28 by 12."""
+OPEN: Final = "square-open"
+"""The marker of bars that are not filled."""
+OUTLINES: Final = {**MARKERS, OPEN: "M9 1h10v10h-10zM11 3v6h6v-6z"}
 DASHES: Final = {"solid": "", "dash": "6 3", "dot": "2 2", "dashdot": "6 2 2 2", "longdash": "10 3"}
 """By Plotly's name, SVG's stroke-dasharray."""
 
 
 class Style(NamedTuple):
-    """How one method, or other series, is drawn."""
+    """How one method, or other series, is drawn; without marks or without a line where that is the empty string."""
 
     colour: str
     marker: str
@@ -40,7 +45,7 @@ class Style(NamedTuple):
     @property
     def outline(self) -> str:
         """Of the marker, for SVG."""
-        return MARKERS[self.marker]
+        return OUTLINES[self.marker]
 
     @property
     def dashes(self) -> str:
@@ -51,17 +56,17 @@ class Style(NamedTuple):
 METHOD_STYLES: Final = {
     "mas": Style(BLUE, "circle", "solid"),
     "mas-local": Style(SKY, "circle", "dash"),
-    "mas-test": Style(BLUE, "square", "dash"),
-    "mas-both": Style(BLUE, "diamond", "dot"),
+    "mas-test": Style(VIOLET, "square", "dash"),
+    "mas-both": Style(VIOLET, "diamond", "dot"),
     "mas-local-test": Style(SKY, "square", "dot"),
-    "mas-local-both": Style(SKY, "diamond", "dashdot"),
-    "mas-in-use": Style(BLUE, "star", "dashdot"),
-    "mas-batched": Style(BLUE, "x", "longdash"),
-    "mas-rehearsal": Style(BLUE, "cross", "solid"),
+    "mas-local-both": Style(LEAF, "diamond", "dashdot"),
+    "mas-in-use": Style(LEAF, "star", "longdash"),
+    "mas-batched": Style(BROWN, "x", "dash"),
+    "mas-rehearsal": Style(BLUE, "cross", "dash"),
     "finetune": Style(VERMILLION, "square", "solid"),
     "joint": Style(INK, "diamond", "dot"),
     "alone": Style(INK, "x", "dashdot"),
-    "rehearsal": Style(INK, "cross", "dash"),
+    "rehearsal": Style(VERMILLION, "cross", "longdash"),
     "frozen": Style(GREY, "x", "dot"),
     "l2": Style(GREY, "triangle-down", "solid"),
     "lwf": Style(ORANGE, "triangle-up", "solid"),
@@ -69,19 +74,17 @@ METHOD_STYLES: Final = {
     "imm-mean": Style(PURPLE, "cross", "dash"),
     "imm-mode": Style(PURPLE, "star", "solid"),
     "ewc": Style(GREEN, "diamond", "solid"),
-    "si": Style(PURPLE, "triangle-up", "longdash"),
+    "si": Style(BROWN, "triangle-up", "longdash"),
     "rwalk": Style(GREEN, "triangle-down", "dash"),
 }
-"""Of every method of the benchmark; no two look the same."""
+"""Of every method of the benchmark: at most two share a colour, and these neither marker nor dash."""
+
+TAKEN: Final = {(style.colour, style.marker) for style in METHOD_STYLES.values()}
+FREE: Final = [Style(*look) for look in product(COLOURS, MARKERS, DASHES) if look[:2] not in TAKEN]
+"""Of other methods."""
 
 
 def style_of(name: str) -> Style:
-    """The same for a name always: from the table, or from the name's hash."""
-    if name in METHOD_STYLES:
-        return METHOD_STYLES[name]
+    """The same for a name always: from the table, or by the name's hash one that no method of the table has."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
-    return Style(
-        COLOURS[digest[0] % len(COLOURS)],
-        list(MARKERS)[digest[1] % len(MARKERS)],
-        list(DASHES)[digest[2] % len(DASHES)],
-    )
+    return METHOD_STYLES.get(name) or FREE[int.from_bytes(digest[:4], "big") % len(FREE)]

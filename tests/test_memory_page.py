@@ -137,7 +137,7 @@ def test_every_chart_is_one_of_plotlys_with_units_and_numbers():
     for one in charts:
         graph_objects.Figure(one.figure)  # raises for what Plotly does not know
         assert one.title
-        assert one.figure["layout"]["xaxis"]["title"]["text"]
+        assert all(one.figure["layout"][which]["title"]["text"] for which in ("xaxis", "yaxis"))
         assert one.table.rows
         assert json.loads(json_in_html(one.figure)) == one.figure
 

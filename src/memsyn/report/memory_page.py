@@ -223,7 +223,7 @@ def _histogram(held: Held) -> Chart:
         classes,
         values,
         axis("importance of a weight; colour: share of the layer's weights (%)"),
-        axis(""),
+        axis("layer"),
         name="histogram",
         hover="%{z:.1f}% of the layer's weights",
         ticks=ticks,
@@ -242,7 +242,12 @@ def _units(held: Held) -> Chart:
     together = 100 * sum(unit.share for unit in units)
     title = f"The {len(units)} most important units hold {together:.1f}% of all importance"
     return bars(
-        title, labels, [Series("share", PLAIN, [100 * unit.share for unit in units], [])], axis(SHARE), name="units"
+        title,
+        labels,
+        [Series("share", PLAIN, [100 * unit.share for unit in units], [])],
+        axis(SHARE),
+        name="units",
+        rows="unit",
     )
 
 

@@ -147,6 +147,11 @@ def test_several_runs_come_on_one_page_with_what_they_say_together(tmp_path):
     assert "s0.1: Methods" in tables(found)
     headings = [section.heading for section in found.sections]
     assert "s0.1: Task by task" not in headings
+    assert [section.link for section in found.sections if section.link][1:] == [
+        "s0.1",
+        "s1.0",
+        "How to read the numbers",
+    ]
     write(tmp_path / "s1.0.jsonl", MATRICES, replace(SETTINGS, strength=1.0))
     headings = [section.heading for section in page(tmp_path / "s0.1.jsonl", tmp_path / "s1.0.jsonl").sections]
     assert {f"s1.0: {which}" for which in ("Task by task", "Learning and forgetting", "Time and memory")} <= {*headings}

@@ -77,7 +77,11 @@ def run_page(runs: Sequence[tuple[Findings, Sequence[Scene]]]) -> Page:
     for found, scenes in runs:
         short = found in together and len(found.methods) == 1
         own = [_methods(found), _settings(found)] if short else _sections(found, scenes)
-        sections += [Section(f"{found.name}: {one.heading}", one.parts) for one in own] if several else own
+        sections += (
+            [Section(f"{found.name}: {one.heading}", one.parts, "" if n else found.name) for n, one in enumerate(own)]
+            if several
+            else own
+        )
     sections.append(Section("How to read the numbers", _parts(READING.replace("\n- ", "\n\n- "))))
     if several:
         return Page(f"memsyn bench report: {len(files)} runs", overview(files), "", sections)

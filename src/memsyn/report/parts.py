@@ -127,6 +127,13 @@ class Section:
 
     heading: str
     parts: Sequence[Part]
+    label: str | None = None
+    """In the list of contents; None: the heading; empty: it is not listed."""
+
+    @property
+    def link(self) -> str:
+        """What the list of contents says."""
+        return self.heading if self.label is None else self.label
 
 
 @dataclass(frozen=True)

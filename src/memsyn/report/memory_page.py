@@ -213,7 +213,9 @@ def _histogram(held: Held) -> Chart:
     last = len(ends) - 1
     empty = min(next((place for place, share in enumerate(found.shares[name]) if share), last) for name in names)
     classes = ["less" if not place else f"from {end}" for place, end in enumerate(ends)][empty:]
-    ticks = ["" if place and found.exponents[place - 1] % 1 else end for place, end in enumerate(ends)][empty:]
+    ticks = ["" if place == 1 or (place and found.exponents[place - 1] % 1) else end for place, end in enumerate(ends)][
+        empty:
+    ]
     values = [[100 * share for share in found.shares[name]][empty:] for name in names]
     spans = {name: _span(found.shares[name]) for name in names}
     widest = max(names, key=lambda name: spans[name])

@@ -1,0 +1,70 @@
+"""The first version of the service, and the plain training loop by which it and all later ones learn."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from model import BODIES, FILE, begin, drawings, save
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+from tqdm import tqdm
+
+from memsyn.bench.drawings import augment
+
+Lessons = Mapping[int, tuple[Tensor, Tensor]]
+"""Head -> images (N, 3, S, S) and labels (N,)."""
+
+
+def learn(network: nn.Module, lessons: Lessons, optimizer: Optimizer, *, epochs: int, seed: int) -> None:
+    """Train each head, and the body under all of them, on its own drawings."""
+    generator = torch.Generator().manual_seed(seed)
+    network.train()
+    for epoch in range(epochs):
+        batches = [
+            (head, chosen)
+            for head, (_, labels) in lessons.items()
+            for chosen in torch.randperm(len(labels), generator=generator).split(16)
+        ]
+        order = torch.randperm(len(batches), generator=generator).tolist()
+        for head, chosen in tqdm([batches[k] for k in order], f"epoch {epoch + 1} of {epochs}", leave=False):
+            images, labels = lessons[head]
+            optimizer.zero_grad()
+            F.cross_entropy(network(augment(images[chosen], generator), head), labels[chosen]).backward()
+            optimizer.step()
+    network.eval()
+
+
+def num_right(network: nn.Module, head: int, images: Tensor, labels: Tensor) -> int:
+    """How many images a head names rightly."""
+    with torch.inference_mode():
+        answers = torch.cat([network(part, head).argmax(1) for part in images.split(32)])
+    return int((answers == labels).sum())
+
+
+def main() -> None:
+    """Train version 1."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("runs/serve"))
+    parser.add_argument("--sections", nargs="+", default=["animals", "food", "travel"])
+    parser.add_argument("--body", choices=BODIES, default="efficientnet-lite0")
+    parser.add_argument("--side", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    tasks = drawings(given.side)
+    served = begin(given.body, given.side, {section: tasks[section].class_names for section in given.sections})
+    lessons = {served.head(s): (tasks[s].train_images, tasks[s].train_labels) for s in given.sections}
+    learn(served.network, lessons, Adam(served.network.parameters(), lr=given.lr), epochs=given.epochs, seed=0)
+    for section, head in ((section, served.head(section)) for section in given.sections):
+        images, labels = tasks[section].test_images, tasks[section].test_labels
+        print(f"{section}: {num_right(served.network, head, images, labels) / len(labels):.1%} of unseen drawings")
+    given.folder.mkdir(parents=True, exist_ok=True)
+    save(served, given.folder / FILE)
+    print(f"version 1 is in {given.folder / FILE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ import copy
 import json
 import os
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -50,6 +51,7 @@ class Served:
         return list(self.sections).index(section)
 
 
+@cache
 def drawings(side: int) -> dict[str, Task]:
     """The labelled drawings of each section: 40 objects, to learn from and, by another studio, to test on."""
     tasks = {task.name: task for task in load_emoji8(side)}
@@ -90,7 +92,7 @@ def load(path: Path) -> Served:
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads(file.metadata()["served"])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: it is no dict
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         sections = {section: tuple(names) for section, names in facts["sections"].items()}
         network = _network(facts["body"], sections)
         network.load_state_dict(state)

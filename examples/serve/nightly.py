@@ -1,8 +1,8 @@
 """The nightly job: learn a new section without forgetting what users relied on today; refuse it, or serve it.
 
-Adds up what the replicas observed, folds that into the memory, trains under its protection, and asks the new version what
-was asked yesterday. If it answers worse by more than the budget, nothing changes and the exit code is 1. Else it takes
-the place of the old version, which stays beside it, and the replicas are told to reload.
+Adds up what the replicas observed, folds that into the memory, trains under its protection, and asks the new version
+what was asked yesterday. If it answers worse by more than the budget, nothing changes and the exit code is 1. Else it
+takes the place of the old version, which stays beside it, and the replicas are told to reload.
 """
 
 import argparse

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from torch.optim import Adam
 
 import memsyn
 from tests import tiny
@@ -63,7 +62,7 @@ def folder(own, tmp_path):
     torch.manual_seed(0)
     served = own.model.begin("tiny", SIDE, names)
     lessons = {k: (own.tasks[s].train_images, own.tasks[s].train_labels) for k, s in enumerate(names)}
-    own.train.learn(served.network, lessons, Adam(served.network.parameters(), lr=0.01), epochs=15, seed=0)
+    own.train.learn(served.network, lessons, own.train.optimizer_of(served.network, 0.01), epochs=15, seed=0)
     own.model.save(served, tmp_path / own.model.FILE)
     return tmp_path
 
@@ -126,7 +125,9 @@ def test_a_drawing_is_named_and_observed(own, folder, replica):
     assert stored.num_samples == 20
     for name, total in expected.sums.items():
         assert torch.allclose(stored.sums[name], total, rtol=1e-4, atol=1e-6), name
-    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "traffic-1.safetensors"}, "no input is kept"
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "traffic-1.safetensors"}, (
+        "no input is kept"
+    )
 
 
 def test_what_is_no_drawing_is_refused(own, folder, replica):

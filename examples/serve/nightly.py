@@ -16,16 +16,15 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
-from model import FILE, Served, drawings, grown, load, save
 from safetensors import safe_open
-from torch.optim import Adam
-from train import learn, num_right
-from users import YESTERDAY
 
 import memsyn
 from memsyn.bench.drawings import normalise
 from memsyn.parameters import fingerprint, weights
 from memsyn.storage import IMPORTANCE, read
+from model import FILE, Served, drawings, grown, load, save
+from train import learn, num_right, optimizer_of
+from users import YESTERDAY
 
 
 def observed(folder: Path, served: Served) -> memsyn.Importance:
@@ -96,8 +95,8 @@ def main() -> int:
     parser.add_argument("--reload", nargs="*", default=[], metavar="URL", help="of the replicas")
     parser.add_argument("--budget", type=float, default=3.0, help="points of accuracy that may be forgotten")
     parser.add_argument("--strength", type=float, default=0.01, help="of the protection, as memsyn.Relative takes it")
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=1e-4, help="of the body")
     given = parser.parse_args()
     torch.set_num_threads(1)
     old = load(given.folder / FILE)
@@ -106,7 +105,7 @@ def main() -> int:
     task = drawings(old.side)[given.learn]
     new = grown(old, given.learn, task.class_names, seed=old.version)
     memory = remembered(given.folder, old)
-    optimizer = Adam(new.network.parameters(), lr=given.lr)
+    optimizer = optimizer_of(new.network, given.lr)
     with warnings.catch_warnings():  # the new head is free, as it should be
         warnings.simplefilter("ignore", memsyn.NewParametersWarning)
         memsyn.protect(optimizer, new.network, memory, strength=memsyn.Relative(given.strength))

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
-from model import FILE, Served, adopt, load
 from PIL import Image, UnidentifiedImageError
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch import Tensor
 import memsyn
 from memsyn.bench.drawings import normalise, resize
 from memsyn.integrations.prometheus import export
+from model import FILE, Served, adopt, load
 
 LARGEST = 2**20
 """Bytes of a request."""

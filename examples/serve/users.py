@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model import drawings
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from memsyn.bench.drawings import augment
+from model import drawings
 
 YESTERDAY = "yesterday.safetensors"
 

@@ -1,10 +1,10 @@
-"""Traffic that drifts: does a memory with a half-life follow it, and does it keep what is in use better than an old one?
+"""Traffic that drifts: does a memory with a half-life follow it, and keep what is in use better than an old one?
 
-A network learns all eight tasks of emoji8 together, and serves: for a week its users ask about tasks 1 to 4, for another
-about 5 to 8. An observer with a half-life sees every request; the clock runs fast. Prints how the ranking of the body's
-weights agrees (Spearman) with what is measured on the tasks of each week directly; then, after learning the letters of an
-alphabet under the memory of the first week, under the decayed one of the last day, and under none, the accuracy on
-either week's tasks. Traffic and direct measures are of training drawings, accuracy is of unseen ones.
+A network learns all eight tasks of emoji8 together, and serves: for a week its users ask about tasks 1 to 4, for
+another about 5 to 8. An observer with a half-life sees every request; the clock runs fast. Prints how the ranking of
+the body's weights agrees (Spearman) with what is measured on the tasks of each week directly; then, after learning the
+letters of an alphabet under the memory of the first week, under the decayed one of the last day, and under none, the
+accuracy on either week's tasks. Traffic and direct measures are of training drawings, accuracy is of unseen ones.
 """
 
 import argparse

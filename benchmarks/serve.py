@@ -1,10 +1,11 @@
 """What an observer costs a service that speaks HTTP: requests a second, and the 99th percentile of their times.
 
 The service of examples/serve runs in a process of its own, on loopback; users, each in a thread with a connection that
-stays open, send one drawing after the other. Blocks without and with the observer follow each other in the same process,
-in changing order, and each pair is compared. Prints a Markdown table: what the service does without; the median of the
-ratios, and the interval that holds the true median with 95%; the processor time of the service for a request, likewise;
-the observer's share of its time, what it measured and dropped; resident memory after the first pair and at the end.
+stays open, send one drawing after the other. Blocks without and with the observer follow each other in the same
+process, in changing order, and each pair is compared. Prints a Markdown table: what the service does without; the
+median of the ratios, and the interval that holds the true median with 95%; the processor time of the service for a
+request, likewise; the observer's share of its time, what it measured and dropped; resident memory after the first pair
+and at the end.
 """
 
 import argparse

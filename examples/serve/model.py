@@ -6,6 +6,7 @@ Owns the file and what grows in it. Knows nothing of training, requests or night
 import copy
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -32,7 +33,9 @@ def small() -> SmallConvNet:
     return body
 
 
-BODIES = {"efficientnet-lite0": efficientnet_lite0, "small": small}
+Body = PretrainedBody | SmallConvNet
+
+BODIES: dict[str, Callable[[], Body]] = {"efficientnet-lite0": efficientnet_lite0, "small": small}
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ def begin(body: str, side: int, sections: dict[str, tuple[str, ...]], seed: int 
 def grown(served: Served, section: str, names: tuple[str, ...], seed: int) -> Served:
     """The next version, with weights of its own and a head for one section more, before it has learned that."""
     network = copy.deepcopy(served.network)
-    network.heads.append(nn.Linear(network.heads[0].in_features, len(names)))
+    num_features = network.get_parameter("heads.0.weight").shape[1]
+    network.heads.append(nn.Linear(num_features, len(names)))
     draw_weights(network.heads[-1], torch.Generator().manual_seed(seed))
     sections = {**served.sections, section: names}
     return replace(served, network=network, sections=sections, version=served.version + 1)
@@ -108,5 +112,5 @@ def adopt(network: MultiHead, fresh: MultiHead) -> None:
 
 
 def _network(name: str, sections: dict[str, tuple[str, ...]]) -> MultiHead:
-    body: PretrainedBody | SmallConvNet = BODIES[name]()
+    body = BODIES[name]()
     return MultiHead(body, body.num_features, head_sizes=[len(names) for names in sections.values()]).eval()

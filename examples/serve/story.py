@@ -52,7 +52,7 @@ def run(*arguments: object) -> int:
 @contextmanager
 def replicas(folder: Path, ports: Sequence[int]) -> Iterator[None]:
     """A process for each port, until the block ends. They measure more than a real service would: a day is a minute."""
-    options = ["--folder", folder, "--rate", "0.5", "--budget", "50", "--interval", "2"]
+    options = ["--folder", str(folder), "--rate", "0.5", "--budget", "50", "--interval", "2"]
     services = [
         subprocess.Popen([sys.executable, HERE / "service.py", "--port", str(port), "--replica", str(k + 1), *options])
         for k, port in enumerate(ports)

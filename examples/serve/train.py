@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,11 @@ HEAD_LR = 3e-3
 
 def optimizer_of(network: MultiHead, lr: float) -> Adam:
     """Of all weights, those of the body at `lr`."""
-    heads = {"params": network.heads.parameters(), "lr": HEAD_LR}
-    return Adam([{"params": network.body.parameters()}, heads], lr=lr)
+    groups: list[dict[str, Any]] = [
+        {"params": network.body.parameters(), "lr": lr},
+        {"params": network.heads.parameters(), "lr": HEAD_LR},
+    ]
+    return Adam(groups)
 
 
 def learn(network: nn.Module, lessons: Lessons, optimizer: Optimizer, *, epochs: int, seed: int) -> None:

@@ -78,4 +78,5 @@ def day(folder: Path, ports: Sequence[int], sections: Sequence[str], count: int,
     truth = [names[place][label] for place, label in zip(places.tolist(), labels.tolist(), strict=True)]
     tensors = {"pixels": pixels, "places": places, "labels": labels}
     save_file(tensors, folder / YESTERDAY, {"sections": json.dumps(list(sections))})
-    return sum(found["names"][0] == name for found, name in zip(answers, truth, strict=True)) / count
+    right = [found["names"][0] == name for found, name in zip(answers, truth, strict=True)]
+    return right.count(True) / count

@@ -11,6 +11,7 @@ and at the end.
 import argparse
 import json
 import multiprocessing
+import resource
 import sys
 import tempfile
 import threading
@@ -51,7 +52,7 @@ def serve(folder: Path, rate: float, port: Any) -> None:
         else:
             paused.set()
             observer.detach()
-        memory = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+        memory = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
         return {"cpu": time.process_time(), "memory": memory, "stats": vars(observer.stats())}
 
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))

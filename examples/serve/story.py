@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/serve"))
     parser.add_argument("--body", choices=BODIES, default="efficientnet-lite0")
     parser.add_argument("--side", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--lr", type=float, default=1e-4, help="of the body")
     parser.add_argument("--requests", type=int, default=400, help="in a day")
     given = parser.parse_args()

@@ -2,16 +2,18 @@
 
 import argparse
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Adam, Optimizer
 from tqdm import tqdm
 
 from memsyn.bench.drawings import augment
+from memsyn.bench.methods.method import frozen
 from memsyn.bench.networks import MultiHead
 from model import BODIES, FILE, begin, drawings, save
 
@@ -32,8 +34,12 @@ def optimizer_of(network: MultiHead, lr: float) -> Adam:
     return Adam(groups)
 
 
-def learn(network: nn.Module, lessons: Lessons, optimizer: Optimizer, *, epochs: int, seed: int) -> None:
-    """Train each head, and the body under all of them, on its own drawings."""
+WARMUP = 2
+"""Epochs in which heads learn alone: what a head of random weights asks of the body is noise."""
+
+
+def learn(network: MultiHead, lessons: Lessons, optimizer: Optimizer, *, epochs: int, seed: int) -> None:
+    """Train each head on its own drawings, first alone, then with the body under all of them."""
     generator = torch.Generator().manual_seed(seed)
     network.train()
     for epoch in range(epochs):
@@ -43,15 +49,16 @@ def learn(network: nn.Module, lessons: Lessons, optimizer: Optimizer, *, epochs:
             for chosen in torch.randperm(len(labels), generator=generator).split(16)
         ]
         order = torch.randperm(len(batches), generator=generator).tolist()
-        for head, chosen in tqdm([batches[k] for k in order], f"epoch {epoch + 1} of {epochs}", leave=False):
-            images, labels = lessons[head]
-            optimizer.zero_grad()
-            F.cross_entropy(network(augment(images[chosen], generator), head), labels[chosen]).backward()
-            optimizer.step()
+        with frozen(network.body) if epoch < WARMUP else nullcontext():
+            for head, chosen in tqdm([batches[k] for k in order], f"epoch {epoch + 1} of {epochs}", leave=False):
+                images, labels = lessons[head]
+                optimizer.zero_grad()
+                F.cross_entropy(network(augment(images[chosen], generator), head), labels[chosen]).backward()
+                optimizer.step()
     network.eval()
 
 
-def num_right(network: nn.Module, head: int, images: Tensor, labels: Tensor) -> int:
+def num_right(network: MultiHead, head: int, images: Tensor, labels: Tensor) -> int:
     """How many images a head names rightly."""
     with torch.inference_mode():
         answers = torch.cat([network(part, head).argmax(1) for part in images.split(32)])
@@ -65,7 +72,7 @@ def main() -> None:
     parser.add_argument("--sections", nargs="+", default=["animals", "food", "travel"])
     parser.add_argument("--body", choices=BODIES, default="efficientnet-lite0")
     parser.add_argument("--side", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--lr", type=float, default=1e-4, help="of the body")
     given = parser.parse_args()
     torch.set_num_threads(1)

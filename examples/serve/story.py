@@ -104,18 +104,20 @@ def main() -> None:
     given = parser.parse_args()
     if any(given.folder.glob("*.safetensors")):
         raise SystemExit(f"{given.folder} holds another story: remove it, or name another --folder.")
-    training = ["--folder", given.folder, "--epochs", given.epochs, "--lr", given.lr]
-    if run("train.py", *training, "--body", given.body, "--side", given.side):
+    training = ["--folder", given.folder, "--epochs", given.epochs]
+    if run("train.py", *training, "--lr", given.lr, "--body", given.body, "--side", given.side):
         raise SystemExit("the first version could not be trained.")
     ports = [free_port(), free_port()]
     with replicas(given.folder, ports):
-        for number, (learned, strength) in enumerate((("objects", 0.01), ("people", 0.0)), start=1):
+        nights = (("objects", given.lr, 0.01), ("people", 3 * given.lr, 0.0))  # the second one is careless
+        for number, (learned, lr, strength) in enumerate(nights, start=1):
             sections = list(json.loads(get(ports[0], "/healthz"))["sections"])
             right = day(given.folder, ports, sections, given.requests, given.side, seed=number)
             print(f"\nDay {number}: {given.requests} drawings, {right:.1%} named rightly")
             show(ports)
             urls = [f"http://127.0.0.1:{port}" for port in ports]
-            code = run("nightly.py", *training, "--learn", learned, "--strength", strength, "--reload", *urls)
+            night = [*training, "--lr", f"{lr:g}", "--learn", learned, "--strength", strength]
+            code = run("nightly.py", *night, "--reload", *urls)
             print(f"exit code {code}; version {load(given.folder / FILE).version} is served", flush=True)
 
 

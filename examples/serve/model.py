@@ -1,0 +1,116 @@
+"""What is served: a body, a head for each section of the drawings, and the names in it; all in one file.
+
+Owns the file and what grows in it. Knows nothing of training, requests or nights.
+"""
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from memsyn.bench.drawings import load_emoji8, load_pretrained
+from memsyn.bench.networks import MultiHead, SmallConvNet, draw_weights
+from memsyn.bench.pretrained import PretrainedBody, efficientnet_lite0
+from memsyn.bench.sequences import SHORT_NAMES
+from memsyn.bench.tasks import Task
+
+FILE = "model.safetensors"
+"""In the service's folder: the version that is served."""
+
+
+def small() -> SmallConvNet:
+    """A network of 0.65M weights, for machines and tests without time."""
+    body = SmallConvNet()
+    body.load_state_dict(load_pretrained())
+    return body
+
+
+Body = PretrainedBody | SmallConvNet
+
+BODIES: dict[str, Callable[[], Body]] = {"efficientnet-lite0": efficientnet_lite0, "small": small}
+
+
+@dataclass(frozen=True)
+class Served:
+    """A version: `network(images, head)` are logits, in the order of the section's names."""
+
+    network: MultiHead
+    body: str
+    side: int
+    sections: dict[str, tuple[str, ...]]
+    """Section -> the names of its drawings, in the order of the heads."""
+    version: int
+
+    def head(self, section: str) -> int:
+        """Which head answers for a section."""
+        return list(self.sections).index(section)
+
+
+@cache
+def drawings(side: int) -> dict[str, Task]:
+    """The labelled drawings of each section: 40 objects, to learn from and, by another studio, to test on."""
+    tasks = {task.name: task for task in load_emoji8(side)}
+    return {short: tasks[name] for short, name in SHORT_NAMES.items()}
+
+
+def begin(body: str, side: int, sections: dict[str, tuple[str, ...]], seed: int = 0) -> Served:
+    """The first version, before it has learned anything."""
+    network = _network(body, sections)
+    draw_weights(network.heads, torch.Generator().manual_seed(seed))
+    return Served(network, body, side, sections, version=1)
+
+
+def grown(served: Served, section: str, names: tuple[str, ...], seed: int) -> Served:
+    """The next version, with weights of its own and a head for one section more, before it has learned that."""
+    network = copy.deepcopy(served.network)
+    num_features = network.get_parameter("heads.0.weight").shape[1]
+    network.heads.append(nn.Linear(num_features, len(names)))
+    draw_weights(network.heads[-1], torch.Generator().manual_seed(seed))
+    sections = {**served.sections, section: names}
+    return replace(served, network=network, sections=sections, version=served.version + 1)
+
+
+def save(served: Served, path: Path) -> None:
+    """Write a version, whole or not at all."""
+    facts = {"body": served.body, "side": served.side, "sections": served.sections, "version": served.version}
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(served.network.state_dict(), partial, {"served": json.dumps(facts)})
+    os.replace(partial, path)
+
+
+def load(path: Path) -> Served:
+    """Read a version.
+
+    Raises:
+        ValueError: the file is not one that `save` wrote.
+        OSError: it cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads(file.metadata()["served"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        sections = {section: tuple(names) for section, names in facts["sections"].items()}
+        network = _network(facts["body"], sections)
+        network.load_state_dict(state)
+    except (SafetensorError, TypeError, KeyError, json.JSONDecodeError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a model of this service ({error}): make one by train.py.") from error
+    return Served(network, facts["body"], facts["side"], sections, facts["version"])
+
+
+def adopt(network: MultiHead, fresh: MultiHead) -> None:
+    """Give a network the weights and heads of another with the same body: in place, so that hooks stay."""
+    network.body.load_state_dict(fresh.body.state_dict())
+    network.heads = fresh.heads
+
+
+def _network(name: str, sections: dict[str, tuple[str, ...]]) -> MultiHead:
+    body = BODIES[name]()
+    return MultiHead(body, body.num_features, head_sizes=[len(names) for names in sections.values()]).eval()

@@ -1,0 +1,132 @@
+"""The nightly job: learn a new section without forgetting what users relied on today; refuse it, or serve it.
+
+Adds up what the replicas observed, folds that into the memory, trains under its protection, and asks the new version
+what was asked yesterday. If it answers worse by more than the budget, nothing changes and the exit code is 1. Else it
+takes the place of the old version, which stays beside it, and the replicas are told to reload.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from functools import reduce
+from http.client import HTTPConnection
+from operator import add
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+from safetensors import safe_open
+
+import memsyn
+from memsyn.bench.drawings import normalise
+from memsyn.parameters import fingerprint, weights
+from memsyn.storage import IMPORTANCE, read
+from model import FILE, Served, drawings, grown, load, save
+from train import learn, num_right, optimizer_of
+from users import YESTERDAY
+
+
+def observed(folder: Path, served: Served) -> memsyn.Importance:
+    """What all replicas observed of this version: their stores hold files of other versions, too."""
+    mark = fingerprint(weights(served.network))
+    stores = [
+        path
+        for path in sorted(folder.glob("traffic-*.safetensors"))
+        if read(path, IMPORTANCE)[0]["observed"]["fingerprint"] == mark
+    ]
+    if not stores:
+        raise SystemExit(f"no replica has observed version {served.version} in {folder}: serve it first.")
+    found = reduce(add, map(memsyn.Importance.load, stores))
+    print(f"traffic of version {served.version}: {found.num_samples} samples from {len(stores)} replicas")
+    return found
+
+
+def remembered(folder: Path, served: Served) -> memsyn.Memory:
+    """The memory of this version: half of what was relied on before, half of what was today. Can be done again."""
+    before = folder / f"memory-{served.version - 1}.safetensors"
+    memory = memsyn.Memory.empty()
+    if before.exists():
+        with warnings.catch_warnings():  # it is of the version before: other weights, and one head less
+            warnings.simplefilter("ignore", memsyn.MovedWeightsWarning)
+            warnings.simplefilter("ignore", memsyn.NewParametersWarning)
+            memory = memsyn.Memory.load(before, like=served.network)
+    label = f"traffic of version {served.version}"
+    memory = memory.consolidate(served.network, observed(folder, served), rule="ema", label=label)
+    memory.save(folder / f"memory-{served.version}.safetensors")
+    return memory
+
+
+def forgotten(folder: Path, old: Served, new: Served) -> float:
+    """By how many points of accuracy the new version answers yesterday's requests worse."""
+    with safe_open(folder / YESTERDAY, framework="pt") as file:
+        sections = json.loads(file.metadata()["sections"])
+        images, places, labels = (file.get_tensor(name) for name in ("pixels", "places", "labels"))
+    right = {id(old): 0, id(new): 0}
+    for place, section in enumerate(sections):
+        own = places == place
+        counts = []
+        for version in (old, new):
+            head = version.head(section)
+            counts.append(num_right(version.network, head, normalise(images[own]), labels[own]))
+            right[id(version)] += counts[-1]
+        print(f"  {section}: {counts[0]} of {int(own.sum())} right before, {counts[1]} now")
+    return 100 * (right[id(old)] - right[id(new)]) / len(labels)
+
+
+def tell(url: str) -> None:
+    """Have a replica reload."""
+    where = urlsplit(url)
+    connection = HTTPConnection(str(where.hostname), where.port, timeout=60)
+    try:
+        connection.request("POST", "/reload")
+        print(f"{url}: {connection.getresponse().read().decode()}")
+    except OSError as error:
+        print(f"{url} does not answer ({error}): start it again, and it serves the new version.")
+    finally:
+        connection.close()
+
+
+def main() -> int:
+    """One night; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("runs/serve"))
+    parser.add_argument("--learn", required=True, help="the section to learn")
+    parser.add_argument("--reload", nargs="*", default=[], metavar="URL", help="of the replicas")
+    parser.add_argument("--budget", type=float, default=3.0, help="points of accuracy that may be forgotten")
+    parser.add_argument("--strength", type=float, default=0.01, help="of the protection, as memsyn.Relative takes it")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--lr", type=float, default=1e-4, help="of the body")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    old = load(given.folder / FILE)
+    if given.learn in old.sections:
+        raise SystemExit(f"version {old.version} knows {given.learn} already: learn another section.")
+    task = drawings(old.side)[given.learn]
+    new = grown(old, given.learn, task.class_names, seed=old.version)
+    memory = remembered(given.folder, old)
+    optimizer = optimizer_of(new.network, given.lr)
+    with warnings.catch_warnings():  # the new head is free, as it should be
+        warnings.simplefilter("ignore", memsyn.NewParametersWarning)
+        memsyn.protect(optimizer, new.network, memory, strength=memsyn.Relative(given.strength))
+    head = new.head(given.learn)
+    learn(new.network, {head: (task.train_images, task.train_labels)}, optimizer, epochs=given.epochs, seed=old.version)
+    right = num_right(new.network, head, task.test_images, task.test_labels)
+    print(f"version {new.version} has learned {given.learn}: {right} of {len(task.test_labels)} unseen drawings right")
+    lost = forgotten(given.folder, old, new)
+    if lost > given.budget:
+        print(
+            f"REFUSED: {lost:.1f} points forgotten, and the budget is {given.budget:g}. Version {old.version} goes on. "
+            "Try a larger --strength, fewer --epochs or a smaller --lr; or allow more by --budget."
+        )
+        return 1
+    save(old, given.folder / f"model-{old.version}.safetensors")
+    save(new, given.folder / FILE)
+    print(f"accepted: {lost:.1f} points forgotten of {given.budget:g} allowed.")
+    for url in given.reload:
+        tell(url)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

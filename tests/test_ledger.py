@@ -222,7 +222,7 @@ def test_a_week_in_fast_forward(store: Path, soak: bool) -> None:
     model, generator = nn.Linear(width, 3, bias=False), np.random.default_rng(0)
     weight, sums = model.weight.detach().double().numpy(), np.zeros((3, width))
     resident: list[int] = []
-    with begin(model, store, room=512, max_batch=256, budget=100.0, interval=0.5) as observer:
+    with begin(model, store, room=512, max_batch=250, budget=100.0, interval=0.5) as observer:
         for start in tqdm(range(0, count, 250), "requests"):
             inputs = generator.normal(size=(250, width)).astype(np.float32)
             for row in torch.from_numpy(inputs).split(1):

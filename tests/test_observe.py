@@ -267,7 +267,7 @@ def test_it_never_blocks(store: Path) -> None:
         return model(batch)
 
     model, batch, times = a_model(), requests(1)[0], []
-    with begin(model, store, forward=forward, room=20) as observer:
+    with begin(model, store, forward=forward, room=20, max_batch=1) as observer:
         observer.observe(batch)
         assert stuck.wait(60)
         for _ in range(500):
@@ -347,7 +347,7 @@ def test_it_rests_while_the_service_is_busy(store: Path) -> None:
         asked.set()
         return busy.is_set()
 
-    with begin(a_model(), store, busy=is_busy) as observer:
+    with begin(a_model(), store, busy=is_busy, max_batch=1) as observer:
         observer.observe(requests(1)[0])
         asked.clear()
         assert asked.wait(60)

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import memsyn
+from memsyn.cli import app
 from tests.serving import a_model, assert_same, begin, measured, requests
 
 
@@ -35,6 +37,28 @@ def test_other_weights_begin_another_file(store: Path) -> None:
     assert other.name.startswith("traffic.")
     assert_same(memsyn.Importance.load(store), expected[0] + expected[2])
     assert_same(memsyn.Importance.load(other), expected[1])
+
+
+def test_a_module_that_takes_the_place_of_another_is_other_weights(store: Path) -> None:
+    """From the first request on; and what was observed of one is not added to what was of the other."""
+    model, batches = a_model(), requests(4)
+    with begin(model, store) as observer:
+        observer.attach()
+        model(batches[0])
+        assert observer.flush()
+        before = observer.importance()
+        model[0] = a_model(1)[0]
+        for batch in batches[1:]:
+            model(batch)
+            assert observer.flush()
+        assert (observer.stats().versions, observer.stats().stale) == (2, 0)
+        assert_same(observer.importance(), measured(model, batches[1:]))
+        with pytest.raises(memsyn.MismatchError, match="were measured at different weights"):
+            before + observer.importance()
+    one, other = sorted(store.parent.iterdir())
+    result = CliRunner().invoke(app, ["merge", str(one), str(other), "-o", str(store.with_name("all"))])
+    assert result.exit_code == 1
+    assert "different weights" in " ".join(result.stderr.split())
 
 
 def test_touched_weights_are_the_same(store: Path) -> None:
@@ -135,7 +159,7 @@ def test_a_failing_look_leaves_the_served_model_alone(store: Path) -> None:
 def test_after_a_reload_nothing_is_lost(store: Path) -> None:
     """Though there is something to store, and the first requests to the new weights wait already."""
     model, batches = a_model(), requests(6)
-    with begin(model, store) as observer:
+    with begin(model, store, max_batch=1) as observer:
         observer.observe(batches[0])
         while observer.stats().waiting:
             time.sleep(0.001)
@@ -152,7 +176,7 @@ def test_after_a_reload_nothing_is_lost(store: Path) -> None:
 def test_a_reload_that_cannot_be_followed_ends_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing to train, or sums that cannot be written: samples are dropped, and never added to those of others."""
     model, batch = a_model(), requests(1)[0]
-    with begin(model, store) as observer:
+    with begin(model, store, max_batch=1) as observer:
         observer.observe(batch)
         assert observer.flush()
         model.load_state_dict(a_model(1).state_dict())

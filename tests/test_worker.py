@@ -44,7 +44,7 @@ def test_a_restart_goes_on(given: dict[str, Any], store: Path) -> None:
     assert_same(memsyn.Importance.load(store), measured(model, batches), 1e-5 if "half_life" in given else 1e-12)
     assert list(store.parent.iterdir()) == [store]
     header, _ = memsyn.storage.read(store)
-    assert header["observed"]["fingerprint"] == fingerprint(weights(model))
+    assert memsyn.Importance.load(store).fingerprint == fingerprint(weights(model))
     assert header["observed"]["first"][:3] == header["observed"]["last"][:3] == "202"
 
 
@@ -212,7 +212,7 @@ def test_killed_at_any_moment_it_loses_an_interval_at_most(store: Path, soak: bo
 def test_what_is_new_is_stored_at_exit(store: Path) -> None:
     code = (
         "import sys, time, torch, memsyn\n"
-        "observer = memsyn.Observer(torch.nn.Linear(4, 2), sys.argv[1], rate=1.0, interval=1e6)\n"
+        "observer = memsyn.Observer(torch.nn.Linear(4, 2), sys.argv[1], rate=1.0, interval=1e6, max_batch=1)\n"
         "observer.observe(torch.ones(1, 4))\n"
         "while not observer.stats().measured: time.sleep(0.01)\n"
         "print(observer.stats().stored)"
@@ -275,7 +275,7 @@ def test_who_waits_is_told_of_the_end(store: Path) -> None:
         free.wait()
         return clone(inputs)
 
-    observer = begin(model, store, forward=forward)
+    observer = begin(model, store, forward=forward, max_batch=1)
     observer.observe(batch)
     assert busy.wait(10)
     waiting = threading.Thread(target=lambda: answers.append(observer.flush(60)))

@@ -21,7 +21,6 @@ from safetensors import safe_open
 import memsyn
 from memsyn.bench.drawings import normalise
 from memsyn.parameters import fingerprint, weights
-from memsyn.storage import IMPORTANCE, read
 from model import FILE, Served, drawings, grown, load, save
 from train import learn, num_right, optimizer_of
 from users import YESTERDAY
@@ -30,14 +29,11 @@ from users import YESTERDAY
 def observed(folder: Path, served: Served) -> memsyn.Importance:
     """What all replicas observed of this version: their stores hold files of other versions, too."""
     mark = fingerprint(weights(served.network))
-    stores = [
-        path
-        for path in sorted(folder.glob("traffic-*.safetensors"))
-        if read(path, IMPORTANCE)[0]["observed"]["fingerprint"] == mark
-    ]
+    stores = [memsyn.Importance.load(path) for path in sorted(folder.glob("traffic-*.safetensors"))]
+    stores = [store for store in stores if store.fingerprint == mark]
     if not stores:
         raise SystemExit(f"no replica has observed version {served.version} in {folder}: serve it first.")
-    found = reduce(add, map(memsyn.Importance.load, stores))
+    found = reduce(add, stores)
     print(f"traffic of version {served.version}: {found.num_samples} samples from {len(stores)} replicas")
     return found
 

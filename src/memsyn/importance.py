@@ -44,6 +44,7 @@ class Importance:
         sums: parameter name -> sum over samples of |d s_k / d theta|, of the parameter's shape.
         num_samples: how many samples were summed.
         routes: parameter name -> how it was computed.
+        fingerprint: of the weights it was measured at, if that is known: an `Observer` says so.
     """
 
     sums: dict[str, Tensor]
@@ -51,6 +52,7 @@ class Importance:
     routes: dict[str, str] = field(default_factory=dict)
     objective: str = OBJECTIVE
     magnitude: str = MAGNITUDE
+    fingerprint: str | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -73,17 +75,25 @@ class Importance:
         """The importance over the samples of both: exactly what measuring them together gives.
 
         Raises:
-            MismatchError: the two are of different parameters or of different quantities.
+            MismatchError: the two are of different parameters or of different quantities, or are known to be of
+                different weights.
         """
         if self.quantity != other.quantity:
             raise MismatchError(
                 f"cannot add importances of different quantities: {self.magnitude} of {self.objective} and "
                 f"{other.magnitude} of {other.objective}."
             )
+        if None not in (self.fingerprint, other.fingerprint) and self.fingerprint != other.fingerprint:
+            raise MismatchError(
+                "cannot add importances that were measured at different weights, as before and after a reload: add up "
+                "those of one version."
+            )
         check_same_shapes(self.sums, other.sums, "the first importance", "the second importance")
         sums = {name: total + other.sums[name].to(total.device) for name, total in self.sums.items()}
         routes = {**other.routes, **self.routes}
-        return Importance(sums, self.num_samples + other.num_samples, routes, self.objective, self.magnitude)
+        count = self.num_samples + other.num_samples
+        of = self.fingerprint if self.fingerprint == other.fingerprint else None
+        return Importance(sums, count, routes, self.objective, self.magnitude, of)
 
     def summary(self) -> list[LayerSummary]:
         """Per layer its share of the total, mean, maximum and concentration, in the model's order."""
@@ -104,11 +114,13 @@ class Importance:
 
     def header(self) -> dict[str, Any]:
         """What a file says of it beside the sums."""
+        known = {} if self.fingerprint is None else {"fingerprint": self.fingerprint}
         return {
             "objective": self.objective,
             "magnitude": self.magnitude,
             "num_samples": self.num_samples,
             "routes": self.routes,
+            **known,
         }
 
     @classmethod
@@ -130,7 +142,10 @@ class Importance:
         with well_formed(path):
             routes = {str(name): str(route) for name, route in header["routes"].items()}
             quantity = str(header["objective"]), str(header["magnitude"])
-            return cls(groups["importance"], checked_count(header["num_samples"]), routes, *quantity)
+            of = header.get("fingerprint")
+            if not isinstance(of, str | None):
+                raise TypeError(f"fingerprint is {of!r:.40}")
+            return cls(groups["importance"], checked_count(header["num_samples"]), routes, *quantity, of)
 
 
 def layer_of(name: str) -> str:

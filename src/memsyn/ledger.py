@@ -240,7 +240,7 @@ class Ledger:
         header, groups, count = saved
         whole = self.run.held(groups.pop("importance"), count)
         groups = {g: {n: t * self.run.factor for n, t in own.items()} for g, own in groups.items()}
-        observed = {**header, "of": self.key, "fingerprint": self.fingerprint, "segment": segment}
+        observed = {**header, "of": self.key, "segment": segment}
         header = {**whole.header(), "observed": observed}
         write(self._places[segment], IMPORTANCE, header, {"importance": whole.sums, **groups})
 

@@ -96,8 +96,9 @@ class Observer:
             10 / cap samples are measured, the limit is ten times their mean.
         budget: percent of its time in which the thread may work, so at most as much of one core.
         room: samples that may wait; others are dropped.
-        max_batch: samples measured at once. Large ones cost less each, and disturb longer.
-        interval: seconds between writes of the store: what a crash may lose.
+        max_batch: samples measured at once, when so many wait, or the first has waited for ten seconds. Large ones cost
+            less each, and disturb longer.
+        interval: seconds between writes of the store: what a crash may lose, beside the samples that wait.
         busy: called before each batch; while it says True, nothing is measured.
         onlookers: other forward hooks only look on, as a recorder of requests does, and are left out: it must not see
             samples again. Unless this is said they are an error, since they may be part of what the model computes.
@@ -223,7 +224,10 @@ class Observer:
         return self._worker.flush(timeout)
 
     def close(self, timeout: float = 10.0) -> None:
-        """Store the sums and end: what is still queued is dropped. Waits so many seconds at most. Also done at exit."""
+        """Measure a last batch, store the sums and end: what waits beyond that is dropped. Also done at exit.
+
+        Waits so many seconds at most.
+        """
         atexit.unregister(self.close)
         self.detach()
         self._worker.close(timeout)

@@ -282,9 +282,8 @@ class Run:
         if self.estimator.local:
             sums = {name: total * self.factor for name, total in sums.items()}
         magnitude = f"{self.estimator.magnitude} of the batch mean" if self.batched else self.estimator.magnitude
-        return Importance(
-            sums, num_samples, {} if self.batched else dict(routes or self.routes), self.estimator.name, magnitude
-        )
+        own = {} if self.batched else dict(routes or self.routes)
+        return Importance(sums, num_samples, own, self.estimator.name, magnitude, self.fingerprint)
 
     def settings(self) -> dict[str, Any]:
         """What must be the same for a pass to go on."""

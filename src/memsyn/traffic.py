@@ -114,8 +114,9 @@ class Traffic:
 class Watch:
     """Whether a model's weights are still those they were, without reading them.
 
-    Sees what torch counts (optimizers, `load_state_dict`, anything in place) and tensors that lie elsewhere; not moving
-    statistics, nor what is written through `.data`. The fingerprint shows those, and then `renew` gives another tag.
+    Sees what torch counts (optimizers, `load_state_dict`, anything in place), and tensors and modules that others took
+    the place of; not moving statistics, nor what is written through `.data`. The fingerprint shows those, and then
+    `renew` gives another tag.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -125,6 +126,12 @@ class Watch:
 
     def refresh(self) -> Hashable:
         """Look which tensors the model has now; returns their tag."""
+        self._places = [
+            (owner, name, value)
+            for module in self._model.modules()
+            for owner in (module._modules, module._parameters, module._buffers)
+            for name, value in owner.items()
+        ]
         self._tensors: list[tuple[Tensor, bool]] = [(t, t.is_inference()) for t in weights(self._model).values()]
         return self.tag()
 
@@ -133,7 +140,9 @@ class Watch:
         self._epoch += 1
 
     def tag(self) -> Hashable:
-        """What stays the same while they do; cheap: of the tensors that were there at the last `refresh`."""
+        """What stays the same while they do; cheap: nothing is looked for that was not there at the last `refresh`."""
+        if any(owner.get(name) is not value for owner, name, value in self._places):  # type: ignore[attr-defined]
+            return self.refresh()  # a module or a tensor took the place of another
         return self._epoch, tuple((t.data_ptr(), 0 if uncounted else t._version) for t, uncounted in self._tensors)
 
 

@@ -28,6 +28,9 @@ from memsyn.traffic import Budget, Taken, Traffic, Watch
 FAILURES: Final = 8
 """Batches that fail one after the other until nothing more is tried with these weights."""
 
+PATIENCE: Final = 10.0
+"""Seconds that samples wait for a full batch, in which each costs a fraction of what it costs alone."""
+
 BUSY: Final = 0.02
 """Seconds between two looks whether a service is busy."""
 
@@ -124,9 +127,13 @@ class Worker:
         """Samples measured, invalid and capped, at all weights."""
         return [a + b for a, b in zip(self._past, _counts(self.ledger), strict=True)]
 
+    @property
+    def _is_full(self) -> bool:
+        return self._traffic.held >= min(self._max_batch, self._traffic.room)
+
     def wake(self) -> None:
-        """There is something to do."""
-        if not self._wake.is_set():
+        """More waits than before."""
+        if self._is_full and not self._wake.is_set():
             self._wake.set()
 
     def flush(self, timeout: float) -> bool:
@@ -173,6 +180,8 @@ class Worker:
                 except Exception as error:
                     self.note(error)
                     self._urgent.wait(BUSY)
+            if waiting := self._traffic.take(self._max_batch):
+                self._spend(partial(self._measure, waiting, stream))
             self._spend(self._store)
         with self._answer:
             self._ended = True
@@ -183,7 +192,8 @@ class Worker:
         if not flushing and self._is_busy():
             self._urgent.wait(BUSY)
             return
-        waiting = self._traffic.take(self._max_batch)
+        patience = PATIENCE - self._traffic.lag
+        waiting = self._traffic.take(self._max_batch) if self._is_full or flushing or patience <= 0 else []
         if waiting:
             self._spend(partial(self._measure, waiting, stream))
         if time.monotonic() >= self._due or (flushing and not waiting):
@@ -193,7 +203,7 @@ class Worker:
                 self._answered = asked
                 self._answer.notify_all()
         elif not waiting and not self._closed:
-            self._wake.wait(min(max(0.0, self._due - time.monotonic()), LONGEST))
+            self._wake.wait(min(max(0.0, self._due - time.monotonic()), max(0.0, patience), LONGEST))
 
     def _is_busy(self) -> bool:
         try:

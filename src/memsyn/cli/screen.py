@@ -65,7 +65,8 @@ def print_importance(importance: Importance) -> None:
     """Its layers, and how they were measured."""
     console = Console(highlight=False)
     console.print(_layers(f"Importance over {samples(importance.num_samples)}", importance.summary()))
-    say(f"Measured: {_quantity(importance)}, a mean over samples.")
+    known = f", at the weights {importance.fingerprint[:15]}" if importance.fingerprint else ""
+    say(f"Measured: {_quantity(importance)}, a mean over samples{known}.")
     routes = sorted(by_route(importance).items(), key=lambda item: -len(item[1]))
     for place, (route, names) in enumerate(routes):
         listed = f": {', '.join(names)}" if place else ""  # the many need no list

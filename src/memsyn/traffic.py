@@ -141,7 +141,7 @@ class Watch:
 
     def tag(self) -> Hashable:
         """What stays the same while they do; cheap: nothing is looked for that was not there at the last `refresh`."""
-        if any(owner.get(name) is not value for owner, name, value in self._places):  # type: ignore[attr-defined]
+        if any(owner.get(name) is not value for owner, name, value in self._places):
             return self.refresh()  # a module or a tensor took the place of another
         return self._epoch, tuple((t.data_ptr(), 0 if uncounted else t._version) for t, uncounted in self._tensors)
 

@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
@@ -111,17 +112,17 @@ def load(port: int, pictures: list[bytes], *, num_users: int, seconds: float, mo
             own.append(time.perf_counter() - start)
         connection.close()
 
-    users = [threading.Thread(target=user, args=(own,)) for own in taken]
-    for one in users:
-        one.start()
-    for one in users:
-        one.join()
+    with ThreadPoolExecutor(num_users) as pool:
+        list(pool.map(user, taken))
     times = [value for own in taken for value in own]
     return len(times) / (time.perf_counter() - begun), float(np.quantile(times, 0.99)), len(times)
 
 
 def block(port: int, state: str, pictures: list[bytes], limits: dict[str, Any]) -> tuple[list[float], dict[str, Any]]:
     """Throughput, p99 and processor time per request, and what the service says afterwards."""
+    turned(port, state)
+    if state == "off":
+        time.sleep(3.0)  # until the batch is done that was begun before
     before = turned(port, state)
     throughput, p99, count = load(port, pictures, **limits)
     after = turned(port, state)

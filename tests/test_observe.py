@@ -224,6 +224,9 @@ def test_a_hook_that_may_compute_is_an_error(store: Path) -> None:
         stats = observer.stats()
         assert (stats.measured, stats.dropped) == (len(batch), len(batch))
         assert "<lambda> on the model" in stats.last_error
+        for _ in range(10):  # however often
+            observer.observe(batch)
+            assert observer.flush()
         handle.remove()
         observer.observe(batch)
         assert observer.flush()

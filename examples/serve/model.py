@@ -100,7 +100,7 @@ def load(path: Path) -> Served:
         sections = {section: tuple(names) for section, names in facts["sections"].items()}
         network = _network(facts["body"], sections)
         network.load_state_dict(state)
-    except (SafetensorError, TypeError, KeyError, json.JSONDecodeError, RuntimeError) as error:
+    except (SafetensorError, TypeError, KeyError, AttributeError, json.JSONDecodeError, RuntimeError) as error:
         raise ValueError(f"{path} is not a model of this service ({error}): make one by train.py.") from error
     return Served(network, facts["body"], facts["side"], sections, facts["version"])
 

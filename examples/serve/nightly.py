@@ -1,8 +1,9 @@
 """The nightly job: learn a new section without forgetting what users relied on today; refuse it, or serve it.
 
 Adds up what the replicas observed, folds that into the memory, trains under its protection, and asks the new version
-what was asked yesterday. If it answers worse by more than the budget, nothing changes and the exit code is 1. Else it
-takes the place of the old version, which stays beside it, and the replicas are told to reload.
+what was asked yesterday. If it answers worse by more than the budget, the old version goes on and the exit code is 1.
+Else it takes the place of the old version, which stays beside it, and the replicas are told to reload; the code is 2 if
+one did not.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import json
 import sys
 import warnings
 from functools import reduce
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException
 from operator import add
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -70,15 +71,18 @@ def forgotten(folder: Path, old: Served, new: Served) -> float:
     return 100 * (right[id(old)] - right[id(new)]) / len(labels)
 
 
-def tell(url: str) -> None:
-    """Have a replica reload."""
+def tell(url: str) -> bool:
+    """Have a replica reload; returns whether it did."""
     where = urlsplit(url)
     connection = HTTPConnection(str(where.hostname), where.port, timeout=60)
     try:
         connection.request("POST", "/reload")
-        print(f"{url}: {connection.getresponse().read().decode()}")
-    except OSError as error:
+        response = connection.getresponse()
+        print(f"{url}: {response.read().decode()}")
+        return response.status == 200
+    except (OSError, HTTPException) as error:
         print(f"{url} does not answer ({error}): start it again, and it serves the new version.")
+        return False
     finally:
         connection.close()
 
@@ -119,9 +123,8 @@ def main() -> int:
     save(old, given.folder / f"model-{old.version}.safetensors")
     save(new, given.folder / FILE)
     print(f"accepted: {lost:.1f} points forgotten of {given.budget:g} allowed.")
-    for url in given.reload:
-        tell(url)
-    return 0
+    failed = [url for url in given.reload if not tell(url)]
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":

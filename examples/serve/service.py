@@ -39,6 +39,16 @@ def drawing(png: bytes, side: int) -> Tensor:
     return normalise(resize(torch.from_numpy(pixels).permute(2, 0, 1)[None], side))
 
 
+async def body(request: Request) -> bytes:
+    """What is sent, whatever it says of its length."""
+    found = bytearray()
+    async for part in request.stream():
+        found += part
+        if len(found) > LARGEST:
+            raise HTTPException(413, f"send one PNG of at most {LARGEST} bytes.")
+    return bytes(found)
+
+
 def answer(served: Served, section: str, image: Tensor, num_names: int = 3) -> dict[str, Any]:
     """The likeliest names of a drawing."""
     with torch.inference_mode():
@@ -76,13 +86,12 @@ def create_app(folder: Path, replica: str, **options: Any) -> FastAPI:
 
     @app.post("/predict/{section}")
     async def predict(section: str, request: Request) -> dict[str, Any]:
+        png = await body(request)
         if section not in served.sections:
             raise HTTPException(404, f"there is no section {section!r}: take one of {', '.join(served.sections)}.")
-        if int(request.headers.get("content-length", LARGEST + 1)) > LARGEST:
-            raise HTTPException(413, f"send one PNG of at most {LARGEST} bytes, and its length.")
         try:
-            image = drawing(await request.body(), served.side)
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            image = drawing(png, served.side)
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
             raise HTTPException(422, f"that is no PNG this service takes: {error}.") from error
         found = answer(served, section, image)
         requests.labels(section).inc()

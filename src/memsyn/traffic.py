@@ -8,7 +8,7 @@ import math
 import random
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, final
@@ -44,7 +44,10 @@ class Traffic:
         self.seen = self.taken = self.dropped = 0
         self._random = random.Random(seed)  # not a torch.Generator: the caller's default device or mode would reach it
         self._lock = threading.Lock()
-        self._queue: deque[tuple[Hashable, Taken]] = deque()
+        self._queue: deque[tuple[Hashable, Taken, float]] = deque()
+        """With what can be measured together, and since when it waits, by `time.monotonic`."""
+        self._sizes: Counter[Hashable] = Counter()
+        """How many samples wait that can be measured together."""
         self._held = 0
         """Samples that are in the queue, on their way into it, or being measured."""
         self._next = self._gap()
@@ -67,14 +70,22 @@ class Traffic:
 
     def put(self, taken: Taken) -> None:
         """Queue what was chosen."""
-        self._queue.append(((kind(taken.inputs), taken.segment, taken.tag), taken))
+        key = kind(taken.inputs), taken.segment, taken.tag
+        with self._lock:
+            self._sizes[key] += taken.num_samples
+            self._queue.append((key, taken, time.monotonic()))
+
+    def is_full(self, most: int) -> bool:
+        """Whether so many wait that can be measured with the one that waits longest, or there is no room for more."""
+        with self._lock:
+            return self._held >= self.room or (bool(self._queue) and self._sizes[self._queue[0][0]] >= most)
 
     def take(self, most: int) -> list[Taken]:
         """The request that waits longest, and others that can be measured with it, up to so many samples."""
         queue = self._queue
         if not queue:
             return []
-        key, first = queue.popleft()
+        key, first, _ = queue.popleft()
         found, others, size = [first], [], first.num_samples
         for _ in range(len(queue)):
             entry = queue.popleft()
@@ -84,6 +95,9 @@ class Traffic:
             else:
                 others.append(entry)
         queue.extendleft(reversed(others))
+        with self._lock:
+            self._sizes[key] -= size
+            self._sizes += Counter()  # without those of which none is left
         return found
 
     def done(self, num_samples: int, *, dropped: int = 0) -> None:
@@ -101,7 +115,7 @@ class Traffic:
     def lag(self) -> float:
         """How long the oldest in the queue has been waiting, in seconds."""
         try:
-            return max(0.0, time.time() - self._queue[0][1].when)
+            return time.monotonic() - self._queue[0][2]
         except IndexError:
             return 0.0
 

@@ -127,13 +127,9 @@ class Worker:
         """Samples measured, invalid and capped, at all weights."""
         return [a + b for a, b in zip(self._past, _counts(self.ledger), strict=True)]
 
-    @property
-    def _is_full(self) -> bool:
-        return self._traffic.held >= min(self._max_batch, self._traffic.room)
-
     def wake(self) -> None:
         """More waits than before."""
-        if self._is_full and not self._wake.is_set():
+        if self._traffic.is_full(self._max_batch) and not self._wake.is_set():
             self._wake.set()
 
     def flush(self, timeout: float) -> bool:
@@ -180,6 +176,7 @@ class Worker:
                 except Exception as error:
                     self.note(error)
                     self._urgent.wait(BUSY)
+            self._spend(self._store)  # before a last batch, for which there may be no time
             if waiting := self._traffic.take(self._max_batch):
                 self._spend(partial(self._measure, waiting, stream))
             self._spend(self._store)
@@ -193,7 +190,8 @@ class Worker:
             self._urgent.wait(BUSY)
             return
         patience = PATIENCE - self._traffic.lag
-        waiting = self._traffic.take(self._max_batch) if self._is_full or flushing or patience <= 0 else []
+        ready = flushing or patience <= 0 or self._traffic.is_full(self._max_batch)
+        waiting = self._traffic.take(self._max_batch) if ready else []
         if waiting:
             self._spend(partial(self._measure, waiting, stream))
         if time.monotonic() >= self._due or (flushing and not waiting):
@@ -224,14 +222,17 @@ class Worker:
     def _measure(self, waiting: Sequence[Taken], stream: torch.cuda.Stream | None) -> None:
         count, before = sum(taken.num_samples for taken in waiting), self.ledger
         counted = 0 if before is None else before.measured + before.invalid
-        stale = 0
+        stale, looked = 0, False
         try:
+            if not self._onlookers:
+                refuse_foreign_hooks(self._model)  # no failure of these weights: a hook may go again
+            looked = True
             if stream is not None:
                 for taken in waiting:
                     _arrive(taken, stream)
             stale = self._add(waiting, count)
         except ModelError:
-            self._failures += 1
+            self._failures += looked
             raise
         finally:
             now = self.ledger
@@ -241,8 +242,6 @@ class Worker:
 
     def _add(self, waiting: Sequence[Taken], count: int) -> int:
         """Add what was taken to the sums of its weights; returns how many samples are of weights that are gone."""
-        if not self._onlookers:
-            refuse_foreign_hooks(self._model)
         first, present = waiting[0], self._watch.refresh()
         if self.ledger is None or first.tag != self._tag:
             if first.tag != present:

@@ -67,11 +67,13 @@ def write_mlflow(runs: Sequence[Findings], uri: str) -> int:
         for found in runs:
             name = f"memsyn {found.name}"
             known = client.get_experiment_by_name(name)
+            if known and known.lifecycle_stage == "deleted":
+                raise MemsynError(f"MLflow at {uri} has deleted {name!r}: restore it there, or name another store.")
             experiment = known.experiment_id if known else client.create_experiment(name)
             if client.search_runs([experiment], max_results=1):
                 raise MemsynError(
-                    f"MLflow at {uri} has runs of {name!r} already, and would hold everything twice. Delete that "
-                    "experiment, or name another store."
+                    f"MLflow at {uri} has runs of {name!r} already, and would hold everything twice. Delete its "
+                    "runs, or name another store."
                 )
             for method, seed, records in _seeds(found):
                 parameters = {**asdict(found.run.settings), "method": method, "seed": seed}

@@ -82,23 +82,23 @@ class Traffic:
 
     def take(self, most: int) -> list[Taken]:
         """The request that waits longest, and others that can be measured with it, up to so many samples."""
-        queue = self._queue
-        if not queue:
-            return []
-        key, first, _ = queue.popleft()
-        found, others, size = [first], [], first.num_samples
-        for _ in range(len(queue)):
-            entry = queue.popleft()
-            if entry[0] == key and size + entry[1].num_samples <= most:
-                found.append(entry[1])
-                size += entry[1].num_samples
-            else:
-                others.append(entry)
-        queue.extendleft(reversed(others))
         with self._lock:
+            queue = self._queue
+            if not queue:
+                return []
+            key, first, _ = queue.popleft()
+            found, others, size = [first], [], first.num_samples
+            for _ in range(len(queue)):
+                entry = queue.popleft()
+                if entry[0] == key and size + entry[1].num_samples <= most:
+                    found.append(entry[1])
+                    size += entry[1].num_samples
+                else:
+                    others.append(entry)
+            queue.extendleft(reversed(others))
             self._sizes[key] -= size
             self._sizes += Counter()  # without those of which none is left
-        return found
+            return found
 
     def done(self, num_samples: int, *, dropped: int = 0) -> None:
         """There is room for as many again, and so many of them were dropped after all."""

@@ -4,8 +4,8 @@ The service of examples/serve runs in a process of its own, on loopback; users, 
 stays open, send one drawing after the other. Blocks without and with the observer follow each other in the same
 process, in changing order, and each pair is compared. Prints a Markdown table: what the service does without; the
 median of the ratios, and the interval that holds the true median with 95%; the processor time of the service for a
-request, likewise; the observer's share of its time, what it measured and dropped; resident memory after the first pair
-and at the end.
+request, likewise, without what another process takes; the observer's share of its time, what it measured and dropped;
+resident memory of the service and of what it started, after the first pair and at the end.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import torch
 import uvicorn
 from tqdm import tqdm
 
-from observe import RATES, SHARE, interval
+from observe import RATES, SHARE, WAYS, interval
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "serve"))
 from model import BODIES, FILE, begin, drawings, save
@@ -38,11 +38,12 @@ from users import drawn, png
 SECTION = "animals"
 
 
-def serve(folder: Path, rate: float, port: Any) -> None:
+def serve(folder: Path, rate: float, way: str, port: Any) -> None:
     """The example's service, whose observer can be let in and shut out."""
     torch.set_num_threads(1)
     paused = threading.Event()
-    app = create_app(folder, "1", rate=rate, budget=100 * SHARE, interval=5.0, busy=paused.is_set)
+    options = {"rate": rate, "budget": 100 * SHARE, "busy": paused.is_set, "process": WAYS[way]}
+    app = create_app(folder, "1", **options)
     observer = app.state.observer
 
     @app.post("/observer/{state}")
@@ -53,12 +54,18 @@ def serve(folder: Path, rate: float, port: Any) -> None:
         else:
             paused.set()
             observer.detach()
-        memory = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-        return {"cpu": time.process_time(), "memory": memory, "stats": vars(observer.stats())}
+        return {"cpu": time.process_time(), "memory": resident(), "stats": vars(observer.stats())}
 
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
     threading.Thread(target=lambda: port.send(_port(server)), daemon=True).start()
     server.run()
+
+
+def resident() -> float:
+    """MiB of this process and of those it started."""
+    started = [pid for tasks in Path("/proc/self/task").glob("*/children") for pid in tasks.read_text().split()]
+    pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in ("self", *started)]
+    return sum(pages) * resource.getpagesize() / 2**20
 
 
 def _port(server: uvicorn.Server) -> int:
@@ -68,10 +75,10 @@ def _port(server: uvicorn.Server) -> int:
 
 
 @contextmanager
-def service(folder: Path, rate: float) -> Iterator[int]:
+def service(folder: Path, rate: float, way: str) -> Iterator[int]:
     """Its port, while it runs."""
     mine, other = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(folder, rate, other), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(folder, rate, way, other), daemon=True)
     process.start()
     try:
         if not mine.poll(300):
@@ -130,16 +137,16 @@ def block(port: int, state: str, pictures: list[bytes], limits: dict[str, Any]) 
     return [throughput, p99, (after["cpu"] - before["cpu"]) / count], after
 
 
-def compare(name: str, rate: float, rounds: int, limits: dict[str, Any]) -> None:
+def compare(name: str, rate: float, way: str, rounds: int, limits: dict[str, Any]) -> None:
     folder = Path(tempfile.mkdtemp())
     side = 64 if name == "efficientnet-lite0" else 32
     save(begin(name, side, {SECTION: drawings(side)[SECTION].class_names}), folder / FILE)
     pictures = [png(pixels) for pixels in drawn([SECTION], 64, side, seed=0)[0]]
     ratios, without, worked = [], [], 0.0
-    with service(folder, rate) as port:
+    with service(folder, rate, way) as port:
         warm_up(port, pictures, rate)
         first: dict[str, Any] | None = None
-        for number in tqdm(range(rounds), f"{name}, {rate:.0%}"):
+        for number in tqdm(range(rounds), f"{name}, {rate:.0%}, {way}"):
             found = {}
             for state in ("off", "on") if number % 2 else ("on", "off"):
                 found[state], last = block(port, state, pictures, limits)
@@ -153,7 +160,7 @@ def compare(name: str, rate: float, rounds: int, limits: dict[str, Any]) -> None
     cells = [interval(column) for column in zip(*ratios, strict=True)]
     assert first is not None
     print(
-        f"| {name} | {rate:.0%} | {own[0]:.0f} | {1000 * own[1]:.1f} | {' | '.join(cells)} "
+        f"| {name} | {rate:.0%} | {way} | {own[0]:.0f} | {1000 * own[1]:.1f} | {' | '.join(cells)} "
         f"| {worked / (rounds * limits['seconds']):.1%} | {last['stats']['measured']} | {last['stats']['dropped']} "
         f"| {first['memory']:.0f} | {last['memory']:.0f} |",
         flush=True,
@@ -174,6 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bodies", nargs="+", choices=BODIES, default=list(BODIES))
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="where the observer measures")
     parser.add_argument("--rounds", type=int, default=10, help="pairs of blocks")
     parser.add_argument("--seconds", type=float, default=15.0, help="of a block: more than the observer rests")
     parser.add_argument("--requests", type=int, default=20_000, help="in a block, at most")
@@ -181,13 +189,14 @@ def main() -> None:
     given = parser.parse_args()
     limits = {"num_users": given.users, "seconds": given.seconds, "most": given.requests}
     print(
-        "| body | rate | requests/s without | p99 without, ms | throughput | p99 | processor time per request ", end=""
+        "| body | rate | measured in a | requests/s without | p99 without, ms | throughput | p99 "
+        "| processor time per request | at work | measured | dropped | MiB after a pair | MiB at the end |"
     )
-    print("| at work | measured | dropped | MiB after a pair | MiB at the end |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for name in given.bodies:
         for rate in given.rates:
-            compare(name, rate, given.rounds, limits)
+            for way in given.ways:
+                compare(name, rate, way, given.rounds, limits)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ FLOORS = [
     "distributed",
     "checkpoint",
     "run",
+    "process",
     "measure",
     "windows",
     "traffic",

@@ -24,9 +24,9 @@ from memsyn.errors import BatchError, MemoryFileError, MemsynError, MissingFileE
 from memsyn.importance import Importance, check_same_shapes
 from memsyn.objectives import Estimator
 from memsyn.parameters import trainable_parameters
+from memsyn.process import Process, ProcessRun
 from memsyn.run import Forward, Run
 from memsyn.storage import IMPORTANCE, Groups, read, well_formed, write
-from memsyn.sums import RunningSums
 from memsyn.windows import Window
 
 LOGGER: Final = logging.getLogger("memsyn")
@@ -49,7 +49,8 @@ class Ledger:
 
     The first batch copies the weights, and all are measured on that copy: nothing that becomes of the model reaches the
     sums. Memory, in numbers per weight: the copy, a batch's sums, two halves, and two for each segment, or nine if its
-    window slides. While the first batch is looked at, a copy in float64 and its gradients too.
+    window slides. While the first batch is looked at, a copy in float64 and its gradients too. A process that measures
+    has the copies, and a batch's sums once more.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Ledger:
         cap: float | None,
         store: Path,
         fingerprint: str,
+        process: Process | None = None,
     ) -> None:
         trainable = trainable_parameters(model)
         if not trainable:
@@ -74,7 +76,11 @@ class Ledger:
         """What the last sample that was left out failed with."""
         self.lock = threading.Lock()
         """Held while sums are changed or copied."""
-        self.run = Run(model, trainable, device, forward, estimator, batched=False, private=True)
+        self.run = (
+            Run(model, trainable, device, forward, estimator, batched=False, private=True)
+            if process is None
+            else ProcessRun(process, model, trainable, forward, estimator)
+        )
         self._window, self._cap, self._store = window, cap, store
         named = getattr(forward, "__qualname__", type(forward).__qualname__)
         of = [self.fingerprint, sorted(trainable), named, estimator.name, estimator.magnitude, window().rule]
@@ -88,7 +94,7 @@ class Ledger:
     @property
     def is_begun(self) -> bool:
         """Whether the weights are copied."""
-        return self.run.shadow is not None
+        return self.run.sums is not None
 
     @property
     def is_sound(self) -> bool:
@@ -157,12 +163,8 @@ class Ledger:
 
     def _stage(self, inputs: Any) -> Exception | None:
         """Measure a batch into `run.sums`, alone; returns what was wrong with it."""
-        if self.run.sums is not None:
-            recent = self.run.sums.recent
-            torch._foreach_zero_(list(recent.values()))
-            self.run.sums = RunningSums(recent)
         try:
-            slow = self.run.add(Given(inputs), self._num_batches)
+            slow = self.run.alone(Given(inputs), self._num_batches)
         except ModelError:
             raise
         except MemsynError as error:

@@ -1,7 +1,7 @@
 """Observer: importance from the traffic that a model serves.
 
-Owns the thread that measures, when it works, and that nothing of it reaches the caller. What is taken and where it
-waits is in `traffic`, the sums are in `ledger`.
+Owns what may be asked for, and that nothing of the work reaches the caller. What is taken and where it waits is in
+`traffic`, when it is measured in `worker`, the sums are in `ledger`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from memsyn.importance import Importance
 from memsyn.ledger import Ledger
 from memsyn.objectives import ESTIMATORS, Estimator, find_estimator
 from memsyn.parameters import trainable_parameters, unwrap
+from memsyn.process import Process
 from memsyn.run import Forward
 from memsyn.shadow import Onlooker, check_measurable, refuse_foreign_hooks
 from memsyn.traffic import Budget, Taken, Traffic, Watch
@@ -76,8 +77,8 @@ class Observer:
     """Measures importance on samples of the traffic that a model serves, off the path of its requests.
 
     The sums are those that `memsyn.measure` gives for the samples that were measured: Omega = 1/N sum_k |d s(F(x_k);
-    theta) / d theta|. Inputs are never stored; in memory they wait to be measured. A thread does the work, on a private
-    copy of the weights: sums are always of one set of weights, and other weights begin another file.
+    theta) / d theta|. Inputs are never stored; in memory they wait to be measured. That is done on a private copy of
+    the weights: sums are always of one set of weights, and other weights begin another file.
 
     Args:
         model: any module that `measure` takes; it stays bit for bit as it was. Of its forward hooks, methods of modules
@@ -102,6 +103,10 @@ class Observer:
         busy: called before each batch; while it says True, nothing is measured.
         onlookers: other forward hooks only look on, as a recorder of requests does, and are left out: it must not see
             samples again. Unless this is said they are an error, since they may be part of what the model computes.
+        process: whether passes run in a process of its own, at the lowest priority, or in a thread, which disturbs the
+            requests of its interpreter. A process needs a model on the CPU and a `forward` that can be pickled (so
+            defined in a module), and memory for a second interpreter. None: if the model can be sent there, and gives
+            the same outputs; else a thread, after a warning.
         seed: of the choice of samples.
 
     Raises:
@@ -137,6 +142,7 @@ class Observer:
         interval: float = 60.0,
         busy: Callable[[], bool] | None = None,
         onlookers: bool = False,
+        process: bool | None = None,
         seed: int | None = None,
     ) -> None:
         for name, value, low, high in (
@@ -153,14 +159,12 @@ class Observer:
         chosen = find_estimator(estimator)
         if chosen == ESTIMATORS["fisher-empirical"]:
             raise OptionError("estimator='fisher-empirical' needs labels, which requests do not have.")
-        check_measurable(model)
-        if not onlookers:
-            refuse_foreign_hooks(model)
-        if not trainable_parameters(model):
-            raise ModelError("the model has no parameter that requires a gradient: there is nothing to measure.")
+        _check(model, onlookers)
         Window(last, half_life)
         if "://" not in str(store) and not Path(store).absolute().parent.is_dir():
             raise MemoryFileError(f"the store {store} cannot be written: its folder does not exist.")
+
+        self._process = _process(model, process)
 
         def begin(fingerprint: str) -> Ledger:
             return Ledger(
@@ -171,6 +175,7 @@ class Observer:
                 cap=cap,
                 store=store,
                 fingerprint=fingerprint,
+                process=self._process,
             )
 
         self._model, self._forward = model, forward
@@ -231,6 +236,8 @@ class Observer:
         atexit.unregister(self.close)
         self.detach()
         self._worker.close(timeout)
+        if self._process is not None:
+            self._process.close()
 
     def __enter__(self) -> Observer:
         return self
@@ -317,6 +324,23 @@ class Observer:
             self.observe(inputs)
         except Exception as error:
             self._worker.note(error)
+
+
+def _check(model: nn.Module, onlookers: bool) -> None:
+    """Refuse a model that cannot be measured."""
+    check_measurable(model)
+    if not onlookers:
+        refuse_foreign_hooks(model)
+    if not trainable_parameters(model):
+        raise ModelError("the model has no parameter that requires a gradient: there is nothing to measure.")
+
+
+def _process(model: nn.Module, wanted: bool | None) -> Process | None:
+    """Where the passes run, if it may be another process."""
+    on_cpu = all(parameter.device.type == "cpu" for parameter in trainable_parameters(model).values())
+    if wanted and not on_cpu:
+        raise OptionError("process=True is for a model on the CPU; on a device, a stream of low priority does it.")
+    return Process(required=wanted is True) if on_cpu and wanted is not False else None
 
 
 def _by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Must not know about loaders, progress or files.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,6 @@ from memsyn.tracer import merge
 Forward = Callable[[nn.Module, Any], Any]
 
 
-@final
 class Run:
     """What is known while the batches pass: the sums, and which parameter takes which route."""
 
@@ -105,6 +104,14 @@ class Run:
         self.num_samples += self._add(inputs, index, self.sums.recent)
         self.sums.end_batch(self.num_samples)
         return self.slow - known if self.num_guarded > 1 and not self.batched else set()
+
+    def alone(self, inputs: Given, index: int) -> set[str]:
+        """The same, and `sums` hold this batch alone."""
+        if self.sums is not None:
+            recent = self.sums.recent
+            torch._foreach_zero_(list(recent.values()))
+            self.sums = RunningSums(recent)
+        return self.add(inputs, index)
 
     def _add(self, inputs: Given, index: int, sums: dict[str, Tensor]) -> int:
         """Add one batch to `sums`; returns its number of samples."""
@@ -191,7 +198,7 @@ class Run:
         self.parameters = {name: p for name, p in named_parameters(self.shadow).items() if name in self.routes}
         for parameter in self.parameters.values():
             parameter.requires_grad_()
-        self.sums = RunningSums(_zeros(self.parameters))
+        self.sums = RunningSums(zeros_of(self.parameters))
 
     def _scores_of_shadow(
         self, batch_index: int, given: Given, first_sample: int = 0, recorder: Recorder | None = None
@@ -267,7 +274,7 @@ class Run:
         routes, sums = self.routes, {} if self.sums is None else self.sums.totals()
         if group is not None:
             if not sums:  # no sample came to this process
-                sums = _zeros(trainable_parameters(self.original))
+                sums = zeros_of(trainable_parameters(self.original))
                 routes = dict.fromkeys(sums, UNUSED)
             self.num_samples, routes = add_up(sums, self.num_samples, routes, group)
         if self.num_samples == 0:
@@ -335,7 +342,8 @@ class Run:
         self.sums.restore((importance, groups["remainder"]), checked_count(known["num_added"]), num_folded)
 
 
-def _zeros(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def zeros_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sums of nothing, in the shapes of the parameters."""
     return {name: torch.zeros_like(p, dtype=wide_dtype(p), requires_grad=False) for name, p in parameters.items()}
 
 

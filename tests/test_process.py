@@ -1,0 +1,199 @@
+"""A pass in another process gives what the same pass gives here, or says why it cannot."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+import memsyn
+from memsyn.process import Process
+from tests.apart import Elsewhere, Fatal, Gated, first_half
+from tests.serving import a_model, assert_same, begin, measured, requests
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "traffic.safetensors"
+
+
+def child_of(observer: memsyn.Observer) -> subprocess.Popen[bytes]:
+    process = observer._process
+    assert process is not None
+    assert process._child is not None
+    return process._child
+
+
+def normalised() -> nn.Module:
+    conv = nn.Conv2d(1, 3, 3).to(memory_format=torch.channels_last)
+    linear = prune.l1_unstructured(nn.Linear(48, 2), "weight", 10)
+    return nn.Sequential(conv, nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), linear).double().eval()
+
+
+@pytest.mark.parametrize("estimator", ["mas", "mas-local"])
+def test_the_sums_are_those_of_measure(estimator: str, store: Path) -> None:
+    images = [torch.randn(1 + k % 3, 1, 6, 6, dtype=torch.float64) for k in range(12)]
+    cases: list[tuple[nn.Module, list[Any], Any]] = [
+        (a_model(), requests(30), None),
+        (Gated(), [{"x": batch, "gate": 0.5} for batch in requests(9)], None),
+        (a_model(), requests(9), first_half),
+        (normalised(), images, None),
+    ]
+    for index, (model, batches, forward) in enumerate(cases[: 4 if estimator == "mas" else 1]):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        place = store.with_name(f"{index}.safetensors")
+        with begin(model, place, estimator=estimator, forward=forward, process=True) as observer:
+            for batch in batches:
+                observer.observe(batch)
+            assert observer.flush()
+            assert observer.stats().last_error is None
+            assert child_of(observer).poll() is None
+            assert_same(memsyn.Importance.load(place), measured(model, batches, estimator=estimator, forward=forward))
+            child = child_of(observer)
+        assert child.returncode is not None
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_what_fails_there_is_said_here(store: Path) -> None:
+    model, batches = a_model(), requests(12)
+    with begin(model, store, process=True, cap=0.5) as observer:
+        for batch in batches:
+            observer.observe(batch)
+        observer.observe(torch.full((2, 4), torch.nan, dtype=torch.float64))
+        observer.observe(torch.zeros(1, 3, dtype=torch.float64))
+        assert observer.flush()
+        stats = observer.stats()
+        assert (stats.invalid, stats.dropped) == (3, 0)
+        assert stats.last_error is not None
+        assert_same(observer.importance(), measured(model, batches))
+
+
+def test_other_weights_go_to_the_same_process(store: Path) -> None:
+    model = a_model()
+    with begin(model, store, process=True) as observer:
+        children = set()
+        for seed in (0, 1, 2):
+            model.load_state_dict(a_model(seed).state_dict())
+            batches = requests(6, seed)
+            for batch in batches:
+                observer.observe(batch)
+            assert observer.flush()
+            assert_same(observer.importance(), measured(model, batches))
+            children.add(child_of(observer))
+        assert len(children) == 1
+        assert observer.stats().versions == 3
+
+
+def test_a_process_that_dies_loses_its_batch_and_is_replaced(store: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = Fatal(4, 2).double()
+    good, bad = requests(4), torch.full((1, 4), 13.0, dtype=torch.float64)
+    with begin(model, store, process=True, max_batch=1) as observer:
+        for batch in (good[0], bad, good[3]):
+            observer.observe(batch)
+        assert observer.flush()
+        stats = observer.stats()
+        assert (stats.measured, stats.dropped, stats.errors) == (2, 1, 1)
+        assert "ended (exit status 7)" in str(stats.last_error)
+        assert_same(observer.importance(), measured(model, [good[0], good[3]]))
+    assert "a model may print" in capfd.readouterr().err
+
+
+def local_class() -> nn.Module:
+    class Local(nn.Linear):
+        pass
+
+    return Local(4, 2).double()
+
+
+def elsewhere() -> nn.Module:
+    Elsewhere.home = os.getpid()
+    return Elsewhere(4, 2).double()
+
+
+def parametrized() -> nn.Module:
+    return parametrizations.weight_norm(nn.Linear(4, 2).double())
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [(local_class, "Local"), (parametrized, "parametrized"), (elsewhere, "the model's outputs are others there")],
+)
+def test_what_cannot_be_sent_is_measured_in_a_thread_or_refused(
+    make: Any, told: str, store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, batches = make(), requests(8)
+    with caplog.at_level(logging.WARNING, "memsyn"), begin(model, store, process=None) as observer:
+        for batch in batches:
+            observer.observe(batch)
+        assert observer.flush()
+        assert observer.stats().last_error is None
+        assert_same(observer.importance(), measured(model, batches))
+    assert [told in record.getMessage() for record in caplog.records] == [True]
+    with begin(model, store, process=True) as observer:
+        observer.observe(batches[0])
+        assert observer.flush()
+        assert told in str(observer.stats().last_error)
+        assert observer.stats().measured == 0
+
+
+def test_a_forward_without_a_name_is_measured_in_a_thread(store: Path) -> None:
+    model, batches = a_model(), requests(5)
+
+    def forward(model: nn.Module, batch: Tensor) -> Any:
+        return model(batch)
+
+    with begin(model, store, process=None, forward=forward) as observer:
+        for batch in batches:
+            observer.observe(batch)
+        assert observer.flush()
+        assert_same(observer.importance(), measured(model, batches))
+
+
+def test_no_process_outlives_a_service_that_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch, memsyn\n"
+        "from memsyn.process import Process\n"
+        "observer = memsyn.Observer(torch.nn.Linear(4, 2), sys.argv[1], rate=1.0, process=True)\n"
+        "observer.observe(torch.ones(1, 4))\n"
+        "observer.flush()\n"
+        "print(observer._process._child.pid, flush=True)\n"
+        "import time; time.sleep(600)\n"
+    )
+    service = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "it.safetensors")], stdout=subprocess.PIPE, text=True
+    )
+    assert service.stdout is not None
+    child = int(service.stdout.readline())
+    os.kill(child, 0)
+    service.send_signal(signal.SIGKILL)
+    service.communicate()
+    end = time.monotonic() + 30
+    while Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_fork_leaves_the_process_to_its_owner(store: Path) -> None:
+    with begin(a_model(), store, process=True) as observer:
+        observer.observe(requests(1)[0])
+        assert observer.flush()
+        pid = os.fork()
+        if pid == 0:
+            observer.close()
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert child_of(observer).poll() is None
+
+
+def test_it_needs_an_interpreter(monkeypatch: pytest.MonkeyPatch, store: Path) -> None:
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    with pytest.raises(memsyn.errors.ModelError, match=r"no Python interpreter|ended"):
+        Process(required=True).ask({})

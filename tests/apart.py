@@ -5,6 +5,9 @@ import os
 import torch
 from torch import Tensor, nn
 
+from memsyn import Observer
+from memsyn.process import is_child
+
 
 class Gated(nn.Module):
     """Two outputs by name, a parameter of use to none, a buffer, and tied weights."""
@@ -37,10 +40,50 @@ class Elsewhere(nn.Linear):
 
 
 class Fatal(nn.Linear):
-    """Ends its process on the second batch that holds a 13, and prints."""
+    """Prints, and ends its process when it sees a 13, unless that is at home."""
+
+    home = 0
 
     def forward(self, x: Tensor) -> Tensor:
         print("a model may print")
-        if torch.is_grad_enabled() and bool((x == 13).any()):
+        if bool((x == 13).any()) and os.getpid() != Fatal.home:
             os._exit(7)
         return super().forward(x)
+
+
+class Cached(nn.Module):
+    """Computes a weight of another one once, with a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 2, bias=False).double()
+        self.b = nn.Linear(2, 2).double()
+        self.twice = self.a.weight * 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.b(x @ self.twice.T)
+        return output
+
+
+class Stray(nn.Module):
+    """Computes with weights of a module that everybody has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = SHARED
+        self.b = nn.Linear(2, 2).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.b(SHARED(x))
+        return output
+
+
+SHARED = nn.Linear(4, 2).double()
+with torch.no_grad():
+    for values in SHARED.parameters():
+        values.copy_(torch.linspace(-1, 1, values.numel()).view_as(values))
+
+if is_child():  # as a service does that is imported again
+    OBSERVER = Observer(SHARED, os.environ["MEMSYN_TEST_STORE"], rate=1.0, process=False)
+    OBSERVER.observe(torch.ones(1, 4, dtype=torch.float64))
+    OBSERVER.flush()

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import memsyn
+from memsyn.errors import ModelError
 from memsyn.process import Process
-from tests.apart import Elsewhere, Fatal, Gated, first_half
+from tests.apart import Cached, Elsewhere, Fatal, Gated, Stray, first_half
 from tests.serving import a_model, assert_same, begin, measured, requests
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Path:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MEMSYN_TEST_STORE", str(tmp_path / "other.safetensors"))
     return tmp_path / "traffic.safetensors"
 
 
@@ -59,6 +61,7 @@ def test_the_sums_are_those_of_measure(estimator: str, store: Path) -> None:
             assert_same(memsyn.Importance.load(place), measured(model, batches, estimator=estimator, forward=forward))
             child = child_of(observer)
         assert child.returncode is not None
+        assert not (store.parent / "other.safetensors").exists(), "an observer in the process that measures"
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
@@ -92,18 +95,27 @@ def test_other_weights_go_to_the_same_process(store: Path) -> None:
         assert observer.stats().versions == 3
 
 
-def test_a_process_that_dies_loses_its_batch_and_is_replaced(store: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_process_that_dies_loses_its_batch_and_is_replaced_twice(
+    store: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     model = Fatal(4, 2).double()
-    good, bad = requests(4), torch.full((1, 4), 13.0, dtype=torch.float64)
-    with begin(model, store, process=True, max_batch=1) as observer:
-        for batch in (good[0], bad, good[3]):
+    Fatal.home = os.getpid()
+    good = [batch for batch in requests(12) if len(batch) == 1]
+    bad = torch.full((1, 4), 13.0, dtype=torch.float64)
+    with begin(model, store, process=None, max_batch=1) as observer:
+        for k, (batch, lost) in enumerate([(good[0], 1), (good[1], 2), (good[2], 3)]):
+            observer.observe(batch)
+            observer.observe(bad)
+            assert observer.flush()
+            stats = observer.stats()
+            assert (stats.dropped, stats.errors) == (lost, lost), k
+        assert "ended (exit status 7)" in str(stats.last_error)
+        for batch in (good[3], bad):
             observer.observe(batch)
         assert observer.flush()
-        stats = observer.stats()
-        assert (stats.measured, stats.dropped, stats.errors) == (2, 1, 1)
-        assert "ended (exit status 7)" in str(stats.last_error)
-        assert_same(observer.importance(), measured(model, [good[0], good[3]]))
+        assert_same(observer.importance(), measured(model, [*good[:4], bad]))
     assert "a model may print" in capfd.readouterr().err
+    assert ["ended 3 times" in record.getMessage() for record in caplog.records] == [False, True]
 
 
 def local_class() -> nn.Module:
@@ -124,7 +136,7 @@ def parametrized() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("make", "told"),
-    [(local_class, "Local"), (parametrized, "parametrized"), (elsewhere, "the model's outputs are others there")],
+    [(local_class, "Local"), (parametrized, "parametrized"), (elsewhere, "other importances")],
 )
 def test_what_cannot_be_sent_is_measured_in_a_thread_or_refused(
     make: Any, told: str, store: Path, caplog: pytest.LogCaptureFixture
@@ -155,6 +167,41 @@ def test_a_forward_without_a_name_is_measured_in_a_thread(store: Path) -> None:
             observer.observe(batch)
         assert observer.flush()
         assert_same(observer.importance(), measured(model, batches))
+
+
+@pytest.mark.parametrize("process", [None, True])
+@pytest.mark.parametrize(("make", "told"), [(Cached, "twice"), (Stray, "itself")])
+def test_what_cannot_be_measured_here_is_not_measured_there(make: Any, told: str, process: Any, store: Path) -> None:
+    with begin(make(), store, process=process) as observer:
+        observer.observe(requests(1)[0])
+        assert observer.flush()
+        assert told in str(observer.stats().last_error)
+        assert observer.stats().measured == 0
+
+
+def test_a_batch_that_shows_nothing_proves_nothing(store: Path) -> None:
+    Elsewhere.home = os.getpid()
+    model, batches = Elsewhere(4, 2, bias=False).double(), requests(6)
+    with begin(model, store, process=None, max_batch=1) as observer:
+        observer.observe(torch.zeros(1, 4, dtype=torch.float64))
+        for batch in batches:
+            observer.observe(batch)
+        assert observer.flush()
+        assert_same(observer.importance(), measured(model, [torch.zeros(1, 4, dtype=torch.float64), *batches]))
+
+
+def test_it_ends_with_the_observer_though_it_is_at_work(store: Path) -> None:
+    observer = begin(a_model(), store, process=True, max_batch=1)
+    for batch in requests(50):
+        observer.observe(batch)
+    while observer.stats().measured == 0:
+        time.sleep(0.01)
+    child = child_of(observer)
+    observer.close(timeout=0.0)
+    assert child.poll() is not None
+    assert observer._process is not None
+    with pytest.raises(ModelError, match="closed"):
+        observer._process.ask({}, [])
 
 
 def test_no_process_outlives_a_service_that_is_killed(tmp_path: Path) -> None:
@@ -195,5 +242,11 @@ def test_a_fork_leaves_the_process_to_its_owner(store: Path) -> None:
 
 def test_it_needs_an_interpreter(monkeypatch: pytest.MonkeyPatch, store: Path) -> None:
     monkeypatch.setattr(sys, "frozen", True, raising=False)
-    with pytest.raises(memsyn.errors.ModelError, match=r"no Python interpreter|ended"):
-        Process(required=True).ask({})
+    with pytest.raises(ModelError, match="no Python interpreter"):
+        Process(required=True).ask({}, [])
+    model, batches = a_model(), requests(5)
+    with begin(model, store, process=None) as observer:
+        for batch in batches:
+            observer.observe(batch)
+        assert observer.flush()
+        assert_same(observer.importance(), measured(model, batches))

@@ -50,7 +50,7 @@ class Ledger:
     The first batch copies the weights, and all are measured on that copy: nothing that becomes of the model reaches the
     sums. Memory, in numbers per weight: the copy, a batch's sums, two halves, and two for each segment, or nine if its
     window slides. While the first batch is looked at, a copy in float64 and its gradients too. A process that measures
-    has the copies, and a batch's sums once more.
+    has its own copies, and a batch's sums once more.
     """
 
     def __init__(

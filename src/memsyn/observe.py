@@ -27,7 +27,7 @@ from memsyn.errors import BatchError, MemoryFileError, ModelError, OptionError
 from memsyn.importance import Importance
 from memsyn.ledger import Ledger
 from memsyn.objectives import ESTIMATORS, Estimator, find_estimator
-from memsyn.parameters import trainable_parameters, unwrap
+from memsyn.parameters import trainable_parameters, unwrap, weights
 from memsyn.process import Process
 from memsyn.run import Forward
 from memsyn.shadow import Onlooker, check_measurable, refuse_foreign_hooks
@@ -97,16 +97,16 @@ class Observer:
             10 / cap samples are measured, the limit is ten times their mean.
         budget: percent of its time in which the thread may work, so at most as much of one core.
         room: samples that may wait; others are dropped.
-        max_batch: samples measured at once, when so many wait, or the first has waited for ten seconds. Large ones cost
-            less each, and disturb longer.
+        max_batch: samples measured at once, when so many wait, or the first has waited for half a minute. Large ones
+            cost less each, and disturb longer.
         interval: seconds between writes of the store: what a crash may lose, beside the samples that wait.
         busy: called before each batch; while it says True, nothing is measured.
         onlookers: other forward hooks only look on, as a recorder of requests does, and are left out: it must not see
             samples again. Unless this is said they are an error, since they may be part of what the model computes.
         process: whether passes run in a process of its own, at the lowest priority, or in a thread, which disturbs the
-            requests of its interpreter. A process needs a model on the CPU and a `forward` that can be pickled (so
-            defined in a module), and memory for a second interpreter. None: if the model can be sent there, and gives
-            the same outputs; else a thread, after a warning.
+            requests of its interpreter. A process needs a model on the CPU that can be pickled with `forward` (so
+            their modules are imported there), and memory for a second interpreter. The first batch is measured in both.
+            None: a process if that gives the same; else a thread, after a warning.
         seed: of the choice of samples.
 
     Raises:
@@ -337,7 +337,7 @@ def _check(model: nn.Module, onlookers: bool) -> None:
 
 def _process(model: nn.Module, wanted: bool | None) -> Process | None:
     """Where the passes run, if it may be another process."""
-    on_cpu = all(parameter.device.type == "cpu" for parameter in trainable_parameters(model).values())
+    on_cpu = all(tensor.device.type == "cpu" for tensor in weights(model).values())
     if wanted and not on_cpu:
         raise OptionError("process=True is for a model on the CPU; on a device, a stream of low priority does it.")
     return Process(required=wanted is True) if on_cpu and wanted is not False else None

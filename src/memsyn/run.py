@@ -198,7 +198,7 @@ class Run:
         self.parameters = {name: p for name, p in named_parameters(self.shadow).items() if name in self.routes}
         for parameter in self.parameters.values():
             parameter.requires_grad_()
-        self.sums = RunningSums(zeros_of(self.parameters))
+        self.sums = RunningSums(_zeros(self.parameters))
 
     def _scores_of_shadow(
         self, batch_index: int, given: Given, first_sample: int = 0, recorder: Recorder | None = None
@@ -274,7 +274,7 @@ class Run:
         routes, sums = self.routes, {} if self.sums is None else self.sums.totals()
         if group is not None:
             if not sums:  # no sample came to this process
-                sums = zeros_of(trainable_parameters(self.original))
+                sums = _zeros(trainable_parameters(self.original))
                 routes = dict.fromkeys(sums, UNUSED)
             self.num_samples, routes = add_up(sums, self.num_samples, routes, group)
         if self.num_samples == 0:
@@ -342,8 +342,7 @@ class Run:
         self.sums.restore((importance, groups["remainder"]), checked_count(known["num_added"]), num_folded)
 
 
-def zeros_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sums of nothing, in the shapes of the parameters."""
+def _zeros(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.zeros_like(p, dtype=wide_dtype(p), requires_grad=False) for name, p in parameters.items()}
 
 

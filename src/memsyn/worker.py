@@ -21,6 +21,7 @@ from memsyn.batches import joined, tensors
 from memsyn.errors import ModelError
 from memsyn.ledger import Ledger
 from memsyn.parameters import fingerprint, trainable_parameters, weights
+from memsyn.process import is_child
 from memsyn.products import workspace
 from memsyn.shadow import refuse_foreign_hooks
 from memsyn.traffic import Budget, Taken, Traffic, Watch
@@ -28,7 +29,7 @@ from memsyn.traffic import Budget, Taken, Traffic, Watch
 FAILURES: Final = 8
 """Batches that fail one after the other until nothing more is tried with these weights."""
 
-PATIENCE: Final = 10.0
+PATIENCE: Final = 30.0
 """Seconds that samples wait for a full batch, in which each costs a fraction of what it costs alone."""
 
 BUSY: Final = 0.02
@@ -112,14 +113,15 @@ class Worker:
         self._wake, self._urgent, self._answer = threading.Event(), threading.Event(), threading.Condition()
         self._asked = self._answered = 0
         """Calls of `flush`, and how many of them are done."""
-        self._closed = self._ended = False
+        self._closed = self._ended = is_child()
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._work, name="memsyn-observer", daemon=True)
-        self._thread.start()
+        if not self._closed:
+            self._thread.start()
 
     @property
     def is_open(self) -> bool:
-        """Whether it may be given work: it is not closed, nor is this a fork of its process, which has no thread."""
+        """Whether it may be given work: it is not closed, nor in a fork of its process or one that measures."""
         return not self._closed and self._process == os.getpid()
 
     @property

@@ -29,9 +29,16 @@ from memsyn.sums import RunningSums
 
 LOGGER: Final = logging.getLogger("memsyn")
 
-COMMAND: Final = (
-    "import os, sys; sys.path[:] = {path!r}; getattr(os, 'nice', int)(19); from memsyn.process import main; main()"
-)
+COMMAND: Final = """
+import os, sys
+sys.path[:] = {path!r}
+if hasattr(os, "SCHED_IDLE"):
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+elif hasattr(os, "nice"):
+    os.nice(19)
+from memsyn.process import main
+main()
+"""
 """The lowest priority comes first: most of what a start costs is the import of torch."""
 
 CPU: Final = torch.device("cpu")
@@ -39,8 +46,8 @@ CPU: Final = torch.device("cpu")
 PREFIX: Final = 8
 """Bytes that say how long a message is."""
 
-LIMIT: Final = 600.0
-"""Seconds for an answer, the start of the process included."""
+LIMIT: Final = 3600.0
+"""Seconds for an answer, the start of the process included: it may get little of a busy machine."""
 
 DEATHS: Final = 3
 """After so many the process is not tried again."""

@@ -113,6 +113,20 @@ def test_other_weights_than_the_anchor_are_warned_of(path, model) -> None:
     assert list(found.anchor) == ["0.weight", "0.bias", "2.weight", "2.bias"]
 
 
+def test_other_weights_than_the_observed_are_warned_of(tmp_path, model) -> None:
+    with memsyn.Observer(model, tmp_path / "traffic.safetensors", rate=1.0, process=False) as observer:
+        observer.observe(torch.randn(5, 3))
+        assert observer.flush()
+        observed = observer.importance()
+    memsyn.Memory.empty().consolidate(model, observed)
+    with torch.no_grad():
+        model[2].bias[0] += 1
+    memsyn.Memory.empty().consolidate(model, measured(model, 5))
+    with pytest.warns(memsyn.MovedWeightsWarning, match="measured at other weights") as caught:
+        memsyn.Memory.empty().consolidate(model, observed)
+    assert caught[0].filename == __file__
+
+
 def test_a_head_that_has_grown_is_compared_by_its_old_rows(path, model) -> None:
     grown = nn.Sequential(model[0], model[1], nn.Linear(4, 3))
     with torch.no_grad():

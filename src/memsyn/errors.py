@@ -62,7 +62,7 @@ class LostParametersWarning(UserWarning):
 
 
 class MovedWeightsWarning(UserWarning):
-    """The model's weights are not those the memory was consolidated at."""
+    """The model's weights are not those the memory was consolidated at, or the importance measured at."""
 
 
 class StrengthWarning(UserWarning):

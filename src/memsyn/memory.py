@@ -24,7 +24,7 @@ from memsyn.errors import (
 )
 from memsyn.history import MERGED, Consolidation
 from memsyn.importance import Importance, LayerSummary, check_same_shapes, summarize
-from memsyn.parameters import named_parameters, trainable_parameters
+from memsyn.parameters import fingerprint, named_parameters, trainable_parameters, weights
 from memsyn.storage import IMPORTANCE, MEMORY, Groups, checked_count, read, record, well_formed, write
 
 Fold = Callable[[Tensor, Tensor, int, int, float], Tensor]
@@ -91,7 +91,7 @@ class Memory:
 
         Args:
             model: the model the importance was measured on, with the same weights.
-            importance: from `measure`.
+            importance: from `measure`, or of an `Observer`, which knows its weights.
             rule: one of `sum`, `mean`, `ema`, `max`.
             decay: for `ema`, from 0 (only the new) to 1 (only the old); 0.5 unless given.
             label: a name for what was learned, to find it again in the history.
@@ -100,6 +100,9 @@ class Memory:
             OptionError: an unknown rule, a decay out of place, or a label that is no text.
             MismatchError: the model lacks a parameter of the importance or all of the memory's, or has one in another
                 shape (a memory's may have more rows now).
+
+        Warns:
+            MovedWeightsWarning: the importance is of other weights, or the model has others beside those.
         """
         if rule not in RULES:
             raise OptionError(f"rule must be one of {', '.join(RULES)}; got {rule!r}.")
@@ -115,6 +118,13 @@ class Memory:
         check_fit(importance.sums, parameters, "the importance")
         check_fit(self.importance, parameters, "the memory", may_change=True)
         _check_same_quantity(self.quantity or importance.quantity, importance.quantity, "the importance", "folded")
+        if importance.fingerprint is not None and importance.fingerprint != fingerprint(weights(model)):
+            warnings.warn(
+                "the importance was measured at other weights than the model has now, or at fewer: the anchor would "
+                "be where it was not measured. Consolidate with the model that was observed, before it is trained.",
+                MovedWeightsWarning,
+                stacklevel=2,
+            )
         new, old, count = importance.mean(), self.importance, importance.num_samples
         fold = RULES[rule]
 

@@ -12,22 +12,21 @@ import argparse
 import copy
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import memsyn
-from memsyn.bench.drawings import resize
 from memsyn.bench.learners import generator, lesson_of, train
 from memsyn.bench.methods.method import Method
 from memsyn.bench.methods.rehearsal import Rehearsing
 from memsyn.bench.metrics import interval
+from memsyn.bench.mixed import among_drawings
 from memsyn.bench.networks import Network
 from memsyn.bench.scoring import score
 from memsyn.bench.sequences import find_sequence
@@ -75,13 +74,8 @@ def eight(then: str) -> list[Task]:
 
 
 def letters(alphabet: int) -> Task:
-    """An alphabet of scripts8, as large as the drawings are, in three colours."""
-    task = find_sequence("scripts8").load(28)[alphabet]
-
-    def widened(images: Tensor) -> Tensor:
-        return resize(images, SIDE).expand(-1, 3, -1, -1).contiguous()
-
-    return replace(task, train_images=widened(task.train_images), test_images=widened(task.test_images))
+    """An alphabet of scripts8, as the drawings are."""
+    return among_drawings(find_sequence("scripts8").load(28)[alphabet], SIDE)
 
 
 def served(tasks: Sequence[Task], seed: int, epochs: int) -> Network:

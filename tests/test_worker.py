@@ -166,7 +166,7 @@ def test_three_replicas_are_one_bit_for_bit_where_sums_are_exact(store: Path) ->
 
 def serve_until_killed(store: Path, said: int) -> None:
     """Observe the same sample over and over; say after each write how many samples had been shown before it began."""
-    observer = memsyn.Observer(a_model(), store, rate=1.0, interval=1e6, budget=100.0, room=10**6)
+    observer = begin(a_model(), store, budget=100.0)
     batch, shown = torch.ones(1, 4, dtype=torch.float64), 0
     while True:
         for _ in range(3):

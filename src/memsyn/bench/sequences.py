@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from memsyn.bench.drawings import augment, load_emoji8, load_pretrained, move
 from memsyn.bench.fashion import load_permuted_fashion, load_split_fashion
 from memsyn.bench.losses import Loss, cross_entropy, similarity_loss
+from memsyn.bench.mixed import load_mixed8
 from memsyn.bench.networks import MultiHead, Network, SharedHead, SmallConvNet, draw_weights, perceptron
 from memsyn.bench.paper8 import load_paper8, shift
 from memsyn.bench.people import load_facts, load_kinds
@@ -160,6 +161,13 @@ SEQUENCES: dict[str, TaskSequence] = {
         summary="the same tasks, from EfficientNet-Lite0 pretrained on ImageNet",
         sizes=(64, 96, 128),
         load=load_emoji8,
+        build=partial(imagenet_network, efficientnet_lite0),
+        augment=augment,
+    ),
+    "mixed8-pretrained": TaskSequence(
+        summary="4 tasks of emoji and 4 alphabets in turn, from EfficientNet-Lite0 pretrained on ImageNet",
+        sizes=(64, 96, 128),
+        load=load_mixed8,
         build=partial(imagenet_network, efficientnet_lite0),
         augment=augment,
     ),

@@ -96,6 +96,7 @@ NETWORKS = [
     ("emoji8", (3, 16, 16), 256),
     ("emoji8-scratch", (3, 16, 16), 256),
     ("emoji8-pretrained", (3, 64, 64), 1280),
+    ("mixed8-pretrained", (3, 64, 64), 1280),
     ("scripts8", (1, 28, 28), 256),
     ("split-fashion", (784,), 256),
     ("permuted-fashion", (784,), 256),
@@ -114,7 +115,7 @@ def test_a_network_has_a_head_for_each_task_and_is_drawn_by_its_seed(name, shape
             assert torch.equal(first(images, index), again(images, index))
             assert not torch.equal(first(images, index), other(images, index))
     same_body = all(map(torch.equal, first.body.parameters(), other.body.parameters()))
-    assert same_body == (name in ("emoji8", "emoji8-pretrained"))
+    assert same_body == (name in ("emoji8", "emoji8-pretrained", "mixed8-pretrained"))
 
 
 def test_drawn_weights_are_as_torch_draws_them():
@@ -174,6 +175,28 @@ def test_what_is_augmented_is_what_was_loaded(name):
 def test_every_sequence_can_be_scored_as_it_says():
     assert all(sequence.scorings and set(sequence.scorings) <= set(SCORINGS) for sequence in SEQUENCES.values())
     assert SEQUENCES["permuted-fashion"].scorings == ("domain-incremental",)
+
+
+def test_mixed_tasks_are_drawings_and_letters_in_turn():
+    tasks, drawings, alphabets = (SEQUENCES[name].load(size) for name, size in MIXED)
+    names = [task.name for pair in zip(drawings[:4], alphabets[:4], strict=True) for task in pair]
+    assert [task.name for task in tasks] == names
+    for index, task in enumerate(tasks):
+        whole = (drawings, alphabets)[index % 2][index // 2]
+        assert task.train_images.shape[1:] == task.test_images.shape[1:] == (3, 64, 64)
+        assert torch.equal(task.test_labels, whole.test_labels)
+        if index % 2 == 0:
+            assert torch.equal(task.train_images, whole.train_images)
+            continue
+        assert torch.equal(task.train_labels.bincount(), torch.full((len(task.class_names),), 5))
+        assert torch.equal(task.train_images[:, 0], task.train_images[:, 2])
+        assert len(task.train_families.unique()) > 1
+        small = torch.nn.functional.avg_pool2d(task.test_images[:, :1], 2)
+        again = torch.nn.functional.interpolate(whole.test_images, (32, 32), mode="bilinear", antialias=True)
+        assert (small - again).abs().mean() < 0.05, "another drawing"
+
+
+MIXED = [("mixed8-pretrained", 64), ("emoji8", 64), ("scripts8", 28)]
 
 
 def test_of_each_task_of_adaptation_one_class_is_in_use_and_nothing_else_changes():

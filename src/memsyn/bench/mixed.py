@@ -22,12 +22,12 @@ NUM_PAIRS = 4
 
 
 def load_mixed8(size: int) -> list[Task]:
-    """Return the first four tasks of emoji8 and the first four of scripts8, in turn; images (N, 3, size, size).
+    """Return the first four tasks of emoji8 and the last four of scripts8, in turn; images (N, 3, size, size).
 
     A letter is learned from five fonts, spread evenly over those there are, and tested on all of other families.
     """
     drawings, alphabets = load_emoji8(size), load_scripts8(SIDE)
-    pairs = zip(drawings[:NUM_PAIRS], alphabets[:NUM_PAIRS], strict=True)
+    pairs = zip(drawings[:NUM_PAIRS], alphabets[-NUM_PAIRS:], strict=True)
     return [task for drawn, letters in pairs for task in (drawn, among_drawings(fewer(letters), size))]
 
 

@@ -1,6 +1,7 @@
 """What another process can import: models that behave, and one that does not."""
 
 import os
+import time
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,26 @@ class Fatal(nn.Linear):
         if bool((x == 13).any()) and os.getpid() != Fatal.home:
             os._exit(7)
         return super().forward(x)
+
+
+class Slow(nn.Linear):
+    """Takes its time, unless it is at home."""
+
+    home = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if os.getpid() != Slow.home and len(x) == 2:
+            time.sleep(60)
+        return super().forward(x)
+
+
+class Shifted(nn.Linear):
+    """Another function in every process, which its bias does not show."""
+
+    home = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * (2 if os.getpid() == Shifted.home else 1))
 
 
 class Cached(nn.Module):

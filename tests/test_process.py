@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, prune
 import memsyn
 from memsyn.errors import ModelError
 from memsyn.process import Process
-from tests.apart import Cached, Elsewhere, Fatal, Gated, Stray, first_half
+from tests.apart import Cached, Elsewhere, Fatal, Gated, Shifted, Slow, Stray, first_half
 from tests.serving import a_model, assert_same, begin, measured, requests
 
 
@@ -75,7 +75,7 @@ def test_what_fails_there_is_said_here(store: Path) -> None:
         assert observer.flush()
         stats = observer.stats()
         assert (stats.invalid, stats.dropped) == (3, 0)
-        assert stats.last_error is not None
+        assert "the model failed on it" in str(stats.last_error)
         assert_same(observer.importance(), measured(model, batches))
 
 
@@ -115,7 +115,10 @@ def test_a_process_that_dies_loses_its_batch_and_is_replaced_twice(
         assert observer.flush()
         assert_same(observer.importance(), measured(model, [*good[:4], bad]))
     assert "a model may print" in capfd.readouterr().err
-    assert ["ended 3 times" in record.getMessage() for record in caplog.records] == [False, True]
+    assert ["ended 3 times, the last time with exit status 7" in record.getMessage() for record in caplog.records] == [
+        False,
+        True,
+    ]
 
 
 def local_class() -> nn.Module:
@@ -136,7 +139,7 @@ def parametrized() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("make", "told"),
-    [(local_class, "Local"), (parametrized, "parametrized"), (elsewhere, "other importances")],
+    [(local_class, "Local"), (parametrized, "parametrized"), (elsewhere, "another importance")],
 )
 def test_what_cannot_be_sent_is_measured_in_a_thread_or_refused(
     make: Any, told: str, store: Path, caplog: pytest.LogCaptureFixture
@@ -190,18 +193,38 @@ def test_a_batch_that_shows_nothing_proves_nothing(store: Path) -> None:
         assert_same(observer.importance(), measured(model, [torch.zeros(1, 4, dtype=torch.float64), *batches]))
 
 
+def test_a_parameter_that_showed_nothing_is_compared_later(store: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Shifted.home = os.getpid()
+    model, batches = Shifted(4, 2).double(), [torch.zeros(1, 4, dtype=torch.float64), *requests(6)]
+    with begin(model, store, process=None, max_batch=1) as observer:
+        for batch in batches:
+            observer.observe(batch)
+        assert observer.flush()
+        assert_same(observer.importance(), measured(model, batches))
+    assert ["another importance of weight" in record.getMessage() for record in caplog.records] == [True]
+
+
 def test_it_ends_with_the_observer_though_it_is_at_work(store: Path) -> None:
-    observer = begin(a_model(), store, process=True, max_batch=1)
-    for batch in requests(50):
-        observer.observe(batch)
-    while observer.stats().measured == 0:
+    Slow.home = os.getpid()
+    observer = begin(Slow(4, 2).double(), store, process=True, max_batch=2, budget=100.0)
+    one, two = (torch.ones(size, 4, dtype=torch.float64) for size in (1, 2))
+    observer.observe(one)
+    assert observer.flush()
+    observer.observe(two)
+    child, end = child_of(observer), time.monotonic() + 60
+    while Path(f"/proc/{child.pid}/wchan").read_text() == "pipe_read":
+        assert time.monotonic() < end
         time.sleep(0.01)
-    child = child_of(observer)
-    observer.close(timeout=0.0)
+    observer.close(timeout=0.1)
     assert child.poll() is not None
+    assert observer.stats().measured == 1
     assert observer._process is not None
     with pytest.raises(ModelError, match="closed"):
         observer._process.ask({}, [])
+    observer._worker._thread.join(30)
+    assert "the observer is closed" in str(observer.stats().last_error)
+    assert child.stdin is not None
+    assert child.stdin.closed
 
 
 def test_no_process_outlives_a_service_that_is_killed(tmp_path: Path) -> None:

@@ -76,6 +76,9 @@ class Ledger:
         """What the last sample that was left out failed with."""
         self.lock = threading.Lock()
         """Held while sums are changed or copied."""
+        if process is not None and device.type != "cpu":  # it was moved
+            process.refuse(f"it is on {device}")
+            process = None
         self.run = (
             Run(model, trainable, device, forward, estimator, batched=False, private=True)
             if process is None

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.spawn import get_executable
 from typing import IO, Any, Final, cast, final
@@ -24,6 +24,8 @@ from memsyn.errors import MemsynError, ModelError
 from memsyn.objectives import Estimator
 from memsyn.parameters import named_parameters
 from memsyn.products import workspace
+from memsyn.recorder import Plans
+from memsyn.routes import BY_SAMPLE
 from memsyn.run import Forward, Run
 from memsyn.sums import RunningSums
 
@@ -32,10 +34,10 @@ LOGGER: Final = logging.getLogger("memsyn")
 COMMAND: Final = """
 import os, sys
 sys.path[:] = {path!r}
-if hasattr(os, "SCHED_IDLE"):
+try:
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-elif hasattr(os, "nice"):
-    os.nice(19)
+except (AttributeError, OSError):
+    getattr(os, "nice", int)(19)
 from memsyn.process import main
 main()
 """
@@ -46,14 +48,17 @@ CPU: Final = torch.device("cpu")
 PREFIX: Final = 8
 """Bytes that say how long a message is."""
 
-LIMIT: Final = 3600.0
-"""Seconds for an answer, the start of the process included: it may get little of a busy machine."""
-
 DEATHS: Final = 3
 """After so many the process is not tried again."""
 
+STEADY: Final = 100
+"""After so many answers of one process the deaths before it do not count any more."""
+
 ALIKE: Final = 1e-3
 """How far sums here and there may be apart, over their norm: other kernels, but no other computation."""
+
+KNOWN: Final = ("routes", "splits", "unproven", "used", "once", "changes_inputs", "num_guarded")
+"""What a pass has found out of its model, by the names of its attributes."""
 
 _is_child = False
 
@@ -65,6 +70,10 @@ def is_child() -> bool:
 
 class ProcessEndedError(ModelError):
     """The process has ended."""
+
+
+class ProcessClosedError(ModelError):
+    """The observer has ended it."""
 
 
 @final
@@ -79,11 +88,12 @@ class Process:
         self.required = required
         self.refused = False
         """Whether it cannot be used, so that passes run here."""
-        self.user: object = None
-        """Whose model it has."""
-        self.deaths = 0
+        self.model: object = None
+        """Which it has: a mark of who sent it."""
+        self.deaths = self._num_answers = 0
+        self.last_death = ""
         self._child: subprocess.Popen[bytes] | None = None
-        self._lock, self._closed, self._owner = threading.Lock(), False, os.getpid()
+        self._lock, self._asking, self._closed, self._owner = threading.Lock(), threading.Lock(), False, os.getpid()
 
     def refuse(self, problem: object) -> None:
         """Use it no more.
@@ -91,7 +101,7 @@ class Process:
         Raises:
             ModelError: it is required.
         """
-        self._end()
+        self._drop()
         if self.required:
             raise ModelError(
                 f"the model cannot be measured in another process: {problem}. Define its class in a module that can "
@@ -104,66 +114,79 @@ class Process:
         """Send a message, and wait for the answer, and for numbers to fill `totals` with.
 
         Raises:
-            ModelError: the process has ended, or did not answer in time.
+            ProcessEndedError: the process has ended.
+            ProcessClosedError: it was closed.
             Exception: what the process raised on it; or the message cannot be pickled, or no process started.
         """
-        payload = _packed(message)
-        child = self._running()
-        limit = threading.Timer(LIMIT, child.kill)
-        limit.daemon = True
-        limit.start()
-        try:
-            _write(cast(IO[bytes], child.stdin), payload)
-            answer = _read(cast(IO[bytes], child.stdout))
-            if answer["error"] is None:
-                for total in totals:
-                    _fill(total, cast(io.BufferedReader, child.stdout))
-        except (OSError, EOFError) as error:
-            self._end()
-            self.deaths += 1
-            raise ProcessEndedError(
-                f"the process that measures ended (exit status {child.poll()}): is memory short? What it said is in "
-                "the log of this one."
-            ) from error
-        except BaseException:  # what is left in the pipe would be taken for the next answer
-            self._end()
-            raise
-        finally:
-            limit.cancel()
-        if answer["error"] is not None:
-            raise answer["error"]
-        return answer
+        with self._asking:
+            payload = _packed(message)
+            child = self._running()
+            reader, writer = cast(io.RawIOBase, child.stdout), cast(io.RawIOBase, child.stdin)
+            try:
+                _write(writer, len(payload).to_bytes(PREFIX, "little"))
+                _write(writer, payload)
+                del payload
+                answer = _read(reader)
+                if answer["error"] is None:
+                    for total in totals:
+                        _fill(total, reader)
+            except (OSError, EOFError, ValueError) as error:
+                self._end()
+                _shut(child)
+                if self._closed:
+                    raise ProcessClosedError("the observer is closed.") from error
+                self.deaths += 1
+                self.last_death = f"exit status {child.poll()}"
+                raise ProcessEndedError(
+                    f"the process that measures ended ({self.last_death}): is memory short? What it said is in the log "
+                    "of this one."
+                ) from error
+            except BaseException:  # what is left in the pipe would be taken for the next answer
+                self._end()
+                _shut(child)
+                raise
+            if answer["error"] is not None:
+                raise answer["error"]
+            self._num_answers += 1
+            self.deaths = 0 if self._num_answers >= STEADY else self.deaths
+            return answer
 
     def close(self) -> None:
-        """End it for good."""
+        """End it for good, unless it is that of the process of which this is a fork."""
+        if os.getpid() != self._owner:
+            return
         with self._lock:
             self._closed = True
-        self._end()
+        self._drop()
+
+    def _drop(self) -> None:
+        child = self._end()
+        if child is not None and self._asking.acquire(timeout=1.0):  # else who asks does it
+            _shut(child)
+            self._asking.release()
 
     def _running(self) -> "subprocess.Popen[bytes]":
         with self._lock:
             if self._closed:
-                raise ModelError("the observer is closed.")
+                raise ProcessClosedError("the observer is closed.")
             if self._child is None:
-                self._child = _started()
+                self._child, self._num_answers = _started(), 0
             return self._child
 
-    def _end(self) -> None:
-        """End it, unless it is that of the process of which this is a fork."""
+    def _end(self) -> "subprocess.Popen[bytes] | None":
         with self._lock:
-            child, self._child, self.user = self._child, None, None
-        if child is not None and os.getpid() == self._owner:
+            child, self._child, self.model = self._child, None, None
+        if child is not None:
             child.kill()
             child.wait()
-            for stream in (child.stdin, child.stdout):
-                with suppress(OSError):
-                    cast(IO[bytes], stream).close()
+        return child
 
 
 class ProcessRun(Run):
     """A pass whose first batch is measured here, and again by another process: the rest too, if that gives the same.
 
-    So what a first look refuses is refused here, and a process that cannot do what this one does is not used.
+    So what a first look refuses is refused here, and a process that cannot do what this one does is not used. A
+    parameter whose sums were 0 so far is compared in the first batch in which they are not.
     """
 
     def __init__(
@@ -175,33 +198,39 @@ class ProcessRun(Run):
         estimator: Estimator,
     ) -> None:
         super().__init__(model, trainable, CPU, forward, estimator, batched=False, private=True)
-        self._process = process
+        self._process, self._mark = process, object()
+        self._proven: set[str] = set()
+        """The parameters whose importance was seen to be the same there."""
 
     def alone(self, inputs: Given, index: int) -> set[str]:
         """Measure a batch, of which alone the sums are then."""
         message = {"inputs": inputs.inputs, "index": index, "num_samples": self.num_samples}
-        if self._process.refused or self._process.user is not self:
+        if self._process.refused or self._process.model is not self._mark:
             slow = super().alone(inputs, index)
             if not self._process.refused:
                 self._send(message)
             return slow
         assert self.sums is not None
         answer = self._process.ask(message, _in_order(self.sums))
-        self.routes, self.num_samples = answer["routes"], answer["num_samples"]
-        found: set[str] = answer["slow"]
-        return found
+        new = {name: own.clone() for name, own in self.sums.recent.items() if name not in self._proven and _shows(own)}
+        if new:
+            slow = super().alone(inputs, index)
+            self._compare(new)
+            return slow
+        self.num_samples = answer["num_samples"]
+        slow = {name for name, route in answer["routes"].items() if route == BY_SAMPLE} - self.slow
+        self.routes.update(dict.fromkeys(slow, BY_SAMPLE))
+        return slow
 
     def _send(self, message: dict[str, Any]) -> None:
-        """Send the copy of the weights, and the batch that was measured on it: it must give the same."""
+        """Send what is known here, and the batch that was measured: it must give the same."""
         assert self.sums is not None
-        own = _in_order(self.sums)
-        total = sum(float(sums.sum()) for sums in own)
-        if not 0 < total < math.inf:  # there is nothing to compare
-            return
+        if not 0 < sum(float(own.sum(dtype=torch.float64)) for own in _in_order(self.sums)) < math.inf:
+            return  # there is nothing to compare
         if self._process.deaths >= DEATHS and not self._process.required:
-            self._process.refuse(f"it ended {DEATHS} times")
+            self._process.refuse(f"it ended {DEATHS} times, the last time with {self._process.last_death}")
             return
-        found = [torch.empty_like(sums) for sums in own]
+        found = {name: torch.empty_like(own) for name, own in sorted(self.sums.recent.items())}
         sent = {
             **message,
             "model": self.shadow,
@@ -209,9 +238,13 @@ class ProcessRun(Run):
             "forward": None if self.masked else self.forward,
             "estimator": self.estimator,
             "dtype": torch.get_default_dtype(),
+            "written": self.written,
+            "known": {name: getattr(self, name) for name in KNOWN},
         }
         try:
-            self._process.ask(sent, found)
+            self._process.ask(sent, list(found.values()))
+        except ProcessClosedError:
+            return
         except ProcessEndedError:  # the next batch is another try
             if self._process.required:
                 raise
@@ -219,10 +252,27 @@ class ProcessRun(Run):
         except Exception as error:  # whatever pickling raises, here or there
             self._process.refuse(f"{type(error).__name__}: {error}")
             return
-        if all((a - b).norm() <= ALIKE * a.norm() for a, b in zip(own, found, strict=True)):
-            self._process.user = self
-        else:
-            self._process.refuse("it gives other importances for the first batch")
+        self._process.model, self._proven = self._mark, set()
+        self._compare({name: own for name, own in found.items() if _shows(own) or _shows(self.sums.recent[name])})
+
+    def _compare(self, found: Mapping[str, Tensor]) -> None:
+        """Note that a batch gave the same there, or use the process no more."""
+        assert self.sums is not None
+        own = {name: self.sums.recent[name].double() for name in found}
+        other = [name for name, there in found.items() if not _is_near(there.double(), own[name])]
+        if other:
+            self._process.refuse(f"it gives another importance of {other[0]}")
+        self._proven |= found.keys()
+
+
+class _There(Run):
+    """The same pass in the other process: it knows what was known where it began."""
+
+    def know(self, message: dict[str, Any]) -> None:
+        for name, value in message["known"].items():
+            setattr(self, name, value)
+        self.plans = Plans(self.splits)
+        self._clone(message["written"])
 
 
 def main() -> None:
@@ -231,19 +281,21 @@ def main() -> None:
     _is_child = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends when who asks has ended
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a model prints is no answer
-    torch.set_num_threads(1)
+    try:
+        os.dup2(2, 1)  # what a model prints is no answer
+    except OSError:  # there is nobody to read it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     run: Run | None = None
     with workspace():
         while True:
             totals: list[Tensor] = []
             answer: dict[str, Any] = {"error": None}
             try:
-                message = _read(sys.stdin.buffer)
+                message = _read(cast(io.RawIOBase, sys.stdin.buffer))
                 run = _begun(message) if "model" in message else run
                 assert run is not None
                 run.num_samples = message["num_samples"]
-                answer["slow"] = run.alone(Given(message["inputs"]), message["index"])
+                run.alone(Given(message["inputs"]), message["index"])
                 assert run.sums is not None
                 answer |= {"routes": run.routes, "num_samples": run.num_samples}
                 totals = _in_order(run.sums)
@@ -251,35 +303,35 @@ def main() -> None:
                 return
             except Exception as error:
                 answer["error"] = error if isinstance(error, MemsynError) else RuntimeError(f"there, {error!r}")
-            _write(answers, _packed(answer), *totals)
+            payload = _packed(answer)
+            answers.write(len(payload).to_bytes(PREFIX, "little"))
+            for part in (payload, *map(_bytes_of, totals)):
+                answers.write(part)
+            answers.flush()
 
 
 def _begun(message: dict[str, Any]) -> Run:
     """A pass over what was sent."""
+    torch.set_num_threads(1)  # what was imported may have said otherwise
     torch.set_default_dtype(message["dtype"])
     own = {name: named_parameters(message["model"])[name] for name in message["names"]}
-    return Run(message["model"], own, CPU, message["forward"], message["estimator"], batched=False)
+    run = _There(message["model"], own, CPU, message["forward"], message["estimator"], batched=False)
+    run.know(message)
+    return run
 
 
 def _started() -> subprocess.Popen[bytes]:
     executable = get_executable()
     if getattr(sys, "frozen", False) or not executable:
         raise ModelError("this program has no Python interpreter to start")
-    command = [executable, "-c", COMMAND.format(path=sys.path)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    command = [executable, "-c", COMMAND.format(path=[path for path in sys.path if isinstance(path, str)])]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
 
 
-def _fill(total: Tensor, stream: io.BufferedReader) -> None:
-    """Read the numbers of a tensor."""
-    held = total if total.is_contiguous() else torch.empty_like(total, memory_format=torch.contiguous_format)
-    view = _bytes_of(held)
-    while len(view):
-        size = stream.readinto(view)
-        if not size:
-            raise EOFError("there is no more")
-        view = view[size:]
-    if held is not total:
-        total.copy_(held)
+def _shut(child: subprocess.Popen[bytes]) -> None:
+    for stream in (child.stdin, child.stdout):
+        with suppress(OSError):
+            cast(IO[bytes], stream).close()
 
 
 def _packed(message: dict[str, Any]) -> memoryview:
@@ -288,12 +340,36 @@ def _packed(message: dict[str, Any]) -> memoryview:
     return buffer.getbuffer()
 
 
-def _write(stream: IO[bytes], message: memoryview, *totals: Tensor) -> None:
-    stream.write(len(message).to_bytes(PREFIX, "little"))
-    stream.write(message)
-    for total in totals:
-        stream.write(_bytes_of(total.contiguous()))
-    stream.flush()
+def _write(stream: io.RawIOBase, content: bytes | memoryview) -> None:
+    """Write all of it, past any buffer: a fork would have a copy of that, and write it again."""
+    left = memoryview(content)
+    while len(left):
+        left = left[stream.write(left) or 0 :]
+
+
+def _read(stream: io.RawIOBase) -> dict[str, Any]:
+    prefix = bytearray(PREFIX)
+    _read_into(memoryview(prefix), stream)
+    message = bytearray(int.from_bytes(prefix, "little"))
+    _read_into(memoryview(message), stream)
+    found: dict[str, Any] = torch.load(io.BytesIO(message), weights_only=False)
+    return found
+
+
+def _read_into(view: memoryview, stream: io.RawIOBase) -> None:
+    while len(view):
+        size = stream.readinto(view)
+        if not size:
+            raise EOFError("there is no more")
+        view = view[size:]
+
+
+def _fill(total: Tensor, stream: io.RawIOBase) -> None:
+    """Read the numbers of a tensor."""
+    held = total if total.is_contiguous() else torch.empty_like(total, memory_format=torch.contiguous_format)
+    _read_into(_bytes_of(held), stream)
+    if held is not total:
+        total.copy_(held)
 
 
 def _in_order(sums: RunningSums) -> list[Tensor]:
@@ -301,14 +377,14 @@ def _in_order(sums: RunningSums) -> list[Tensor]:
 
 
 def _bytes_of(total: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
-    return total.reshape(-1).view(torch.uint8).numpy().data
+    """The memory of a tensor, or of a contiguous copy."""
+    return total.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _read(stream: IO[bytes]) -> dict[str, Any]:
-    prefix = stream.read(PREFIX)
-    message = stream.read(int.from_bytes(prefix, "little"))
-    if len(prefix) < PREFIX or not message:
-        raise EOFError("there is no more")
-    found: dict[str, Any] = torch.load(io.BytesIO(message), weights_only=False)
-    return found
+def _shows(total: Tensor) -> bool:
+    """Whether there is something to compare."""
+    return 0 < float(total.sum(dtype=torch.float64)) < math.inf
+
+
+def _is_near(one: Tensor, two: Tensor) -> bool:
+    return bool((one - two).norm() <= ALIKE * two.norm())

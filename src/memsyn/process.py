@@ -186,7 +186,8 @@ class ProcessRun(Run):
     """A pass whose first batch is measured here, and again by another process: the rest too, if that gives the same.
 
     So what a first look refuses is refused here, and a process that cannot do what this one does is not used. A
-    parameter whose sums were 0 so far is compared in the first batch in which they are not.
+    parameter whose sums were 0 so far is compared in the first batch in which they are not there; and in the first,
+    second, fourth, eighth, ... batch, in which they may not be here.
     """
 
     def __init__(
@@ -212,10 +213,11 @@ class ProcessRun(Run):
             return slow
         assert self.sums is not None
         answer = self._process.ask(message, _in_order(self.sums))
-        new = {name: own.clone() for name, own in self.sums.recent.items() if name not in self._proven and _shows(own)}
-        if new:
+        unproven = {name: own for name, own in self.sums.recent.items() if name not in self._proven}
+        if any(map(_shows, unproven.values())) or (unproven and index & (index - 1) == 0):
+            there = {name: own.clone() for name, own in unproven.items()}
             slow = super().alone(inputs, index)
-            self._compare(new)
+            self._compare(there)
             return slow
         self.num_samples = answer["num_samples"]
         slow = {name for name, route in answer["routes"].items() if route == BY_SAMPLE} - self.slow
@@ -253,16 +255,17 @@ class ProcessRun(Run):
             self._process.refuse(f"{type(error).__name__}: {error}")
             return
         self._process.model, self._proven = self._mark, set()
-        self._compare({name: own for name, own in found.items() if _shows(own) or _shows(self.sums.recent[name])})
+        self._compare(found)
 
     def _compare(self, found: Mapping[str, Tensor]) -> None:
-        """Note that a batch gave the same there, or use the process no more."""
+        """Note of which parameters a batch gave the same there, or use the process no more."""
         assert self.sums is not None
-        own = {name: self.sums.recent[name].double() for name in found}
-        other = [name for name, there in found.items() if not _is_near(there.double(), own[name])]
+        own = {name: total for name, total in self.sums.recent.items() if name in found}
+        shown = [name for name in found if _shows(own[name]) or _shows(found[name])]
+        other = [name for name in shown if not _is_near(found[name].double(), own[name].double())]
         if other:
             self._process.refuse(f"it gives another importance of {other[0]}")
-        self._proven |= found.keys()
+        self._proven.update(shown)
 
 
 class _There(Run):

@@ -288,6 +288,7 @@ def main() -> None:
         os.dup2(2, 1)  # what a model prints is no answer
     except OSError:  # there is nobody to read it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    cast(io.TextIOWrapper, sys.stdout).reconfigure(line_buffering=True)
     run: Run | None = None
     with workspace():
         while True:

@@ -16,7 +16,11 @@ from torch.nn.utils import parametrizations, prune
 
 import memsyn
 from memsyn.errors import ModelError
+from memsyn.ledger import Ledger
+from memsyn.objectives import ESTIMATORS
 from memsyn.process import Process
+from memsyn.run import Run
+from memsyn.windows import Window
 from tests.apart import Cached, Elsewhere, Fatal, Gated, Shifted, Slow, Stray, first_half
 from tests.serving import a_model, assert_same, begin, measured, requests
 
@@ -119,6 +123,29 @@ def test_a_process_that_dies_loses_its_batch_and_is_replaced_twice(
         False,
         True,
     ]
+
+
+def test_deaths_before_a_steady_time_do_not_count(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memsyn.process.STEADY", 1)
+    Fatal.home = os.getpid()
+    with begin(Fatal(4, 2).double(), store, process=None, max_batch=1) as observer:
+        for _ in range(4):
+            observer.observe(torch.ones(1, 4, dtype=torch.float64))
+            observer.observe(torch.full((1, 4), 13.0, dtype=torch.float64))
+            assert observer.flush()
+        observer.observe(torch.ones(1, 4, dtype=torch.float64))
+        assert observer.flush()
+        assert (observer.stats().measured, observer.stats().dropped) == (5, 4)
+        assert child_of(observer).poll() is None
+
+
+def test_a_model_that_was_moved_is_measured_where_it_is(store: Path) -> None:
+    process, model = Process(required=False), nn.Linear(4, 2, device="meta")
+    ledger = Ledger(
+        model, Window, forward=None, estimator=ESTIMATORS["mas"], cap=None, store=store, fingerprint="", process=process
+    )
+    assert process.refused
+    assert type(ledger.run) is Run
 
 
 def local_class() -> nn.Module:

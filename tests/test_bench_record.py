@@ -16,7 +16,6 @@ from memsyn.bench.record import (
     append_strength,
     append_task,
     read_all,
-    read_records,
 )
 from memsyn.bench.settings import Settings
 from tests import tiny
@@ -36,8 +35,8 @@ def path(tmp_path):
 
 def test_records_come_back_as_they_were(path):
     append_task(path, SECOND)
-    assert read_records(path, SETTINGS) == [FIRST, SECOND]
-    assert [record.key for record in read_records(path, SETTINGS)] == [("mas", 0, 0), ("mas", 0, 1)]
+    assert read_all(path, SETTINGS)[0] == [FIRST, SECOND]
+    assert [record.key for record in read_all(path, SETTINGS)[0]] == [("mas", 0, 0), ("mas", 0, 1)]
 
 
 def test_choices_of_strengths_come_back_as_they_were(path):
@@ -56,7 +55,7 @@ def test_the_first_line_says_how_the_results_were_made(path):
 
 
 def test_there_is_nothing_in_a_file_that_is_not_there(tmp_path):
-    assert read_records(tmp_path / "results.jsonl", SETTINGS) == []
+    assert read_all(tmp_path / "results.jsonl", SETTINGS) == ([], [])
 
 
 def test_a_torn_last_line_is_dropped_wherever_it_was_cut(path):
@@ -65,7 +64,7 @@ def test_a_torn_last_line_is_dropped_wherever_it_was_cut(path):
     line = path.read_bytes()[len(whole) :]
     for length in range(len(line)):
         path.write_bytes(whole + line[:length])
-        assert read_records(path, SETTINGS) == [FIRST]
+        assert read_all(path, SETTINGS)[0] == [FIRST]
         append_task(path, SECOND)
         assert path.read_bytes() == whole + line
 
@@ -74,12 +73,23 @@ def test_a_torn_last_line_is_dropped_wherever_it_was_cut(path):
 def test_a_strange_line_is_named(path, line):
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(MemsynError, match=r"results\.jsonl, line 3 is no record of memsyn bench. Use another --out"):
-        read_records(path, SETTINGS)
+        read_all(path, SETTINGS)
+
+
+def test_a_record_of_other_settings_is_refused_whatever_the_file_says(path):
+    append_task(path, replace(SECOND, fingerprint=replace(SETTINGS, epochs=3).fingerprint))
+    with pytest.raises(MemsynError, match=r"results of other settings, and does not say of which\. Use another --out"):
+        read_all(path, SETTINGS)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(MemsynError, match=r"cannot be read: Is a directory\. Use another --out"):
+        read_all(tmp_path, SETTINGS)
 
 
 def test_results_of_other_settings_are_refused(path):
     with pytest.raises(MemsynError, match=r"epochs is 20 there and 3 here, lr is .* here\. Use another --out"):
-        read_records(path, replace(SETTINGS, epochs=3, lr=1.0))
+        read_all(path, replace(SETTINGS, epochs=3, lr=1.0))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from memsyn.bench.methods.registry import METHODS
 from memsyn.bench.record import FILE, StrengthRecord, TaskRecord, append_run, append_strength, append_task
 from memsyn.bench.results import results_page, write_results
 from memsyn.bench.sections import commands, readable
-from memsyn.bench.sequences import SEQUENCES
+from memsyn.bench.sequences import SEQUENCES, own_settings
 from memsyn.bench.settings import Settings, strength_of
 from memsyn.cli import app
 from tests import tiny
@@ -89,7 +89,7 @@ def path(tmp_path):
 
 def test_the_accuracy_table_holds_what_the_definitions_give(path):
     cells = rows(page(path))
-    assert list(cells) == ["finetune", "**mas**", "*store data, or are references:*", "joint", "alone"]
+    assert list(cells) == ["finetune", "**mas**", "*store data, see test images, or are references:*", "joint", "alone"]
     assert cells["finetune"] == {
         "Average accuracy (%)": interval(*AVERAGES["finetune"]),
         "Minus mas (points)": f"-{interval(17.0, 15.0, 19.0)}",
@@ -130,6 +130,9 @@ def test_the_whole_matrix_is_there_as_a_mean_over_the_seeds(path):
 
 
 def test_time_and_memory_are_of_one_seed(path):
+    lines = path.read_text().splitlines()
+    slow = json.loads(lines[-1])
+    path.write_text("\n".join([*lines[:-1], json.dumps(slow | {"seconds": 900.0}), ""]))  # the median is as it was
     cells = rows(page(path), table=1)
     assert cells["mas"] == {
         "Strength": "1", "Seeds": "3", "Seconds a seed": "3", "Kept after task 1": "100 B",
@@ -186,6 +189,15 @@ def test_a_frozen_body_near_the_best_shows_nothing_about_memory(tmp_path, gap, w
     assert ("nothing about memory" in text) == (gap < 3)
 
 
+def test_a_frozen_body_is_no_floor_where_the_head_is_shared(tmp_path, monkeypatch):
+    monkeypatch.setitem(SEQUENCES, "tiny", replace(tiny.SEQUENCE, shares_head=True))
+    for gap in (2.9, 3.1):
+        frozen = {seed: [matrix[0], [value - gap for value in matrix[1]]] for seed, matrix in MATRICES["mas"].items()}
+        text = page(write(tmp_path / f"{gap}.jsonl", {"mas": MATRICES["mas"], "frozen": frozen}))
+        assert f"The frozen body ends {gap} points below the best method that stores no data; the tasks share" in text
+        assert "nothing about memory" not in text
+
+
 def test_unfinished_seeds_are_left_out_and_named(tmp_path):
     found = {"finetune": MATRICES["finetune"], "mas": {**MATRICES["mas"], 1: [[0.0]]}, "si": {0: [[50.0]]}}
     text = page(write(tmp_path / "x.jsonl", found))
@@ -232,8 +244,23 @@ def test_how_strengths_were_chosen_is_a_table(tmp_path):
     choice = StrengthRecord("mas", 10.0, (1.0, 10.0), (60.04, 70.0), SETTINGS.fingerprint)
     text = page(write(tmp_path / "x.jsonl", {"mas": MATRICES["mas"]}, choices=[choice]))
     assert rows(text, heading="How the strengths")["mas"] == {
-        "Chosen": "10", "Candidate: score": "1: 60.0, 10: 70.0 (chosen)"
+        "Chosen": "10", "Candidate: score": "1: 60.0, 10: 70.0 (chosen, at the edge)"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("strength", "scores", "words"),
+    [
+        (1.0, (60.0, 70.0, 65.0), "0.1: 60.0, 1: 70.0 (chosen), 10: 65.0"),
+        (1.0, (70.0, 70.0, 65.0), "0.1: 70.0, 1: 70.0 (chosen of 2 equals), 10: 65.0"),
+        (10.0, (70.0, 70.0, 70.0), "0.1: 70.0, 1: 70.0, 10: 70.0 (chosen of 3 equals, at the edge)"),
+        (0.1, (70.0, 60.0, 65.0), "0.1: 70.0 (chosen, at the edge), 1: 60.0, 10: 65.0"),
+    ],
+)
+def test_a_choice_among_equals_or_at_the_edge_is_said(tmp_path, strength, scores, words):
+    choice = StrengthRecord("mas", strength, (0.1, 1.0, 10.0), scores, SETTINGS.fingerprint)
+    text = page(write(tmp_path / "x.jsonl", {"mas": MATRICES["mas"]}, choices=[choice]))
+    assert rows(text, heading="How the strengths")["mas"]["Candidate: score"] == words
 
 
 def test_odd_names_stay_in_their_cells(tmp_path, monkeypatch):
@@ -255,6 +282,7 @@ def test_a_method_that_this_version_does_not_know_comes_last(tmp_path):
         {"sequence": "emoji8", "size": 64, "epochs": 10, "batch_size": 8, "lr": 1e-05, "warmup": 3, "strength": 0.125},
         {"strength": "chosen"},
         {"strength": 100.0},
+        {"sequence": "split-fashion", "size": 28, "epochs": 2, "batch_size": 64, "lr": 1e-3},
     ],
 )
 def test_the_command_makes_the_same_settings(tmp_path, changes):
@@ -265,12 +293,17 @@ def test_the_command_makes_the_same_settings(tmp_path, changes):
     assert first[:3] == second[:3] == ["memsyn", "bench", "run"]
     command = typer.main.get_command(app).commands["bench"].commands["run"]
     options = command.make_context("run", first[3:]).params
-    assert (options.pop("methods"), options.pop("seeds"), options.pop("out")) == ("finetune,mas", 2, None)
-    options["strength"] = strength_of(options["strength"])
-    options["size"] = options["size"] or SEQUENCES[settings.sequence].sizes[0]
-    assert options == asdict(settings)
+    assert (options.pop("methods"), options.pop("seeds"), options.pop("out")) == ("finetune,mas", 2, Path("runs/x"))
+    strength = strength_of(options.pop("strength"))
+    given = {name: value for name, value in options.items() if value is not None}
+    assert own_settings(given.pop("sequence"), strength=strength, **given) == settings
     assert " ".join(second).startswith(f"memsyn bench run {settings.sequence} --methods si --seeds 1")
-    assert len(first) == 8 + 2 * len(changes.keys() - {"sequence"})
+    own = asdict(own_settings(settings.sequence))
+    assert len(first) == 10 + 2 * sum(own[name] != value for name, value in asdict(settings).items())
+
+
+def test_the_command_names_no_folder_where_the_run_has_its_own(tmp_path):
+    assert "--out" not in commands(read_findings(write(tmp_path / "tiny.jsonl", MATRICES)))[0]
 
 
 def test_it_says_how_the_file_was_made_and_the_page_is_made_again(path):

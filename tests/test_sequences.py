@@ -2,7 +2,7 @@
 
 import gzip
 import importlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -13,7 +13,8 @@ from memsyn.bench import fashion
 from memsyn.bench.fashion import CLASSES, load_permuted_fashion, load_split_fashion
 from memsyn.bench.networks import SharedHead, SmallConvNet, draw_weights, perceptron
 from memsyn.bench.scoring import SCORINGS
-from memsyn.bench.sequences import SEQUENCES, find_sequence, pair
+from memsyn.bench.sequences import SEQUENCES, find_sequence, own_settings, pair
+from memsyn.bench.settings import Settings
 from memsyn.bench.tasks import Task, for_validation, validation_split
 from memsyn.errors import MemsynError, OptionError
 
@@ -175,6 +176,17 @@ def test_what_is_augmented_is_what_was_loaded(name):
 def test_every_sequence_can_be_scored_as_it_says():
     assert all(sequence.scorings and set(sequence.scorings) <= set(SCORINGS) for sequence in SEQUENCES.values())
     assert SEQUENCES["permuted-fashion"].scorings == ("domain-incremental",)
+
+
+def test_a_run_takes_what_is_given_and_the_rest_from_its_sequence():
+    for name, sequence in SEQUENCES.items():
+        expected = {"sequence": name, "size": sequence.sizes[0], **sequence.training}
+        assert expected.items() <= asdict(own_settings(name)).items()
+    given = own_settings("scripts8", lr=0.5, strength="chosen")
+    assert given == Settings("scripts8", 28, epochs=10, lr=0.5, strength="chosen")
+    assert own_settings("pair-food-animals-scratch").lr == own_settings("emoji8-scratch").lr == 1e-3
+    with pytest.raises(OptionError, match="epochs must be at least 1, got 0"):
+        own_settings("emoji8", epochs=0)
 
 
 def test_mixed_tasks_are_drawings_and_letters_in_turn():

@@ -120,20 +120,21 @@ def append_strength(path: Path, record: StrengthRecord) -> None:
     _append(path, {"kind": "strength", **asdict(record)})
 
 
-def read_records(path: Path, settings: Settings) -> list[TaskRecord]:
-    """The task records of a file; see `read_all`."""
-    return read_all(path, settings)[0]
-
-
 def read_all(path: Path, settings: Settings) -> tuple[list[TaskRecord], list[StrengthRecord]]:
     """The records of a file, oldest first; none if there is no file. A last line that was cut off is left out.
 
     Raises:
-        MemsynError: a line is not ours, or the file holds results of other settings.
+        MemsynError: it cannot be read, a line is not ours, or the file holds results of other settings.
     """
-    runs, records, choices = _read(path, "Use another --out, or remove the folder.") if path.exists() else ([], [], [])
+    advice = "Use another --out, or remove the folder."
+    if not path.exists():
+        return [], []
+    runs, records, choices = _read(path, advice)
     for run in runs:
         _check_settings(path, run["settings"], settings)
+    fingerprints = {record.fingerprint for record in records} | {choice.fingerprint for choice in choices}
+    if not fingerprints <= {settings.fingerprint}:
+        raise MemsynError(f"{path} holds results of other settings, and does not say of which. {advice}")
     return records, choices
 
 
@@ -145,10 +146,7 @@ def read_run(path: Path) -> Run:
             in their settings.
     """
     advice = "Leave the file out, or make it again with `memsyn bench run`."
-    try:
-        runs, records, choices = _read(path, advice)
-    except OSError as error:
-        raise MemsynError(f"{path} cannot be read: {error.strerror}. {advice}") from error
+    runs, records, choices = _read(path, advice)
     if not runs:
         raise MemsynError(f"{path} does not say with which settings it was made. {advice}")
     try:
@@ -174,8 +172,12 @@ def _machine(run: Mapping[str, Any]) -> str:
 
 def _read(path: Path, advice: str) -> _Lines:
     """All whole lines: `run` records as they are, the others as values."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise MemsynError(f"{path} cannot be read: {error.strerror}. {advice}") from error
     runs, records, choices = [], [], []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             entry = json.loads(line)
             kind = entry.pop("kind")

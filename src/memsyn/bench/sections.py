@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict
 from functools import partial
-from statistics import fmean
+from statistics import fmean, median
 
 from memsyn.bench.findings import (
     ALONE,
@@ -22,13 +22,12 @@ from memsyn.bench.findings import (
     compared,
     difference,
     estimate,
-    mean,
     signed,
 )
 from memsyn.bench.markdown import details, escape, table
 from memsyn.bench.metrics import forgetting, forward_transfer, intransigence, learning_accuracy
 from memsyn.bench.report import MEANINGS, title, training
-from memsyn.bench.sequences import find_sequence
+from memsyn.bench.sequences import find_sequence, own_settings
 from memsyn.bench.settings import Settings
 from memsyn.report.names import printable
 
@@ -45,8 +44,9 @@ Where facts are found, read mean average precision for accuracy. Further:
 - Backward transfer is minus the forgetting. Forward transfer: accuracy when learned less that of {ALONE}, from the
   second task on. Intransigence: how far accuracy when learned falls short of {JOINT} training on the tasks so far.
 - What goes by another scoring's name, such as class-incremental, is its mean after the last task.
+- Of strengths with equal scores the largest was taken; beyond the edges of what is listed nothing was tried.
 - Kept: what a method holds from task to task beside the model. Working: the most that it holds while it learns one,
-  beside the model and its optimizer. Seconds: by the clock, of a machine with other work too."""
+  beside the model and its optimizer. Seconds: of the median seed, by the clock of a machine with other work too."""
 """What the tables' columns mean."""
 
 
@@ -94,13 +94,13 @@ def commands(found: Findings) -> list[str]:
     seeds: dict[str, int] = {method: max(of_method) + 1 for method, of_method in found.results.items()}
     for method, seed, _ in found.unfinished:
         seeds[method] = max(seeds.get(method, 0), seed + 1)
-    defaults = {field.name: field.default for field in fields(Settings)}
-    defaults |= {"sequence": settings.sequence, "size": find_sequence(settings.sequence).sizes[0]}
     others = []
-    for name, default in defaults.items():
+    for name, default in asdict(own_settings(settings.sequence)).items():
         value = getattr(settings, name)
         if value != default:
             others += [f"--{name.replace('_', '-')}", str(value).removesuffix(".0")]
+    if found.name != settings.sequence:
+        others += ["--out", f"runs/{found.name}"]
     lines = []
     for number in sorted(set(seeds.values()), reverse=True):
         methods = ",".join(method for method in seeds if seeds[method] == number)
@@ -132,12 +132,16 @@ def sentences(found: Findings) -> list[str]:
         said += _of_mas(found, best)
     apart = difference(best_numbers, found.averages(FROZEN))
     if several and apart:
-        said.append(
-            f"The frozen body ends within {NEAR:g} points ({apart.mean:.1f}) of the best method that stores no data: "
-            "this experiment shows nothing about memory."
-            if apart.mean <= NEAR
-            else f"The frozen body ends {apart.mean:.1f} points below the best method that stores no data."
-        )
+        below = f"The frozen body ends {apart.mean:.1f} points below the best method that stores no data"
+        if find_sequence(found.run.settings.sequence).shares_head:
+            said.append(f"{below}; the tasks share its head, which forgets: here it is no floor.")
+        elif apart.mean > NEAR:
+            said.append(f"{below}.")
+        else:
+            said.append(
+                f"The frozen body ends within {NEAR:g} points ({apart.mean:.1f}) of the best method that stores no "
+                "data: this experiment shows nothing about memory."
+            )
     if any(len(seeds) == 1 for seeds in found.results.values()):
         said.append("Of a single seed no interval is known: its numbers stand alone.")
     return said
@@ -182,7 +186,7 @@ def accuracy_table(found: Findings) -> str:
     rows = [row(method) for method in found.rivals]
     apart = [method for method in found.methods if method not in found.rivals]
     if apart:
-        rows.append(["*store data, or are references:*", *[""] * len(columns)])
+        rows.append(["*store data, see test images, or are references:*", *[""] * len(columns)])
     rows += [row(method) for method in apart]
     return table(["Method", *columns], rows)
 
@@ -228,7 +232,7 @@ def cost_table(found: Findings) -> str:
                 escape(method),
                 ", ".join(f"{strength:g}" for strength in strengths) or NONE,
                 str(len(seeds)),
-                f"{mean(seconds(found, method)):.0f}",
+                f"{median(seconds(found, method).values()):.0f}",
                 readable(kept_bytes(found, method, 0)),
                 readable(kept_bytes(found, method, -1)),
                 readable(max(record.working_bytes for record in records)),
@@ -260,8 +264,11 @@ def strength_table(found: Findings) -> str:
     """How each strength was chosen; nothing if none was."""
     rows = []
     for choice in found.run.choices:
+        equals = choice.scores.count(max(choice.scores))
+        edge = choice.strength in (min(choice.candidates), max(choice.candidates))
+        mark = f" (chosen{f' of {equals} equals' * (equals > 1)}{', at the edge' * edge})"
         tried = [
-            f"{strength:g}: {score:.1f}{' (chosen)' * (strength == choice.strength)}"
+            f"{strength:g}: {score:.1f}{mark * (strength == choice.strength)}"
             for strength, score in zip(choice.candidates, choice.scores, strict=True)
         ]
         rows.append([escape(choice.method), f"{choice.strength:g}", ", ".join(tried)])

@@ -5,8 +5,8 @@ Owns how a sequence's tasks are loaded, its network is built and its images are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import torch
@@ -22,6 +22,7 @@ from memsyn.bench.people import load_facts, load_kinds
 from memsyn.bench.pretrained import PretrainedBody, efficientnet_lite0, torchvision_body
 from memsyn.bench.scenes import load_scenes
 from memsyn.bench.scripts import load_scripts8
+from memsyn.bench.settings import Settings
 from memsyn.bench.tasks import Task
 from memsyn.errors import OptionError
 
@@ -38,6 +39,8 @@ class TaskSequence:
         augment: (images, generator) -> the images as they are trained on.
         loss: of each image; methods that take outputs for logits of classes need `cross_entropy`.
         scorings: keys of `memsyn.bench.scoring.SCORINGS` that make sense of it; the first is the one it is judged by.
+        shares_head: whether one head serves all tasks, so that a body that stands still forgets too.
+        training: the fields of `Settings` that it has other defaults for.
     """
 
     summary: str
@@ -47,6 +50,8 @@ class TaskSequence:
     augment: Callable[[Tensor, torch.Generator], Tensor]
     loss: Loss = cross_entropy
     scorings: tuple[str, ...] = ("multi-head", "class-incremental")
+    shares_head: bool = False
+    training: Mapping[str, float] = field(default_factory=dict)
 
 
 def pretrained_network(tasks: Sequence[Task], generator: torch.Generator) -> MultiHead:
@@ -118,6 +123,8 @@ def retrieval_sequence(summary: str, load: Callable[[int], list[Task]]) -> TaskS
         augment=augment,
         loss=similarity_loss,
         scorings=("retrieval", "retrieval-over-all"),
+        shares_head=True,
+        training={"epochs": 15},
     )
 
 
@@ -156,6 +163,7 @@ SEQUENCES: dict[str, TaskSequence] = {
         load=load_emoji8,
         build=fresh_network,
         augment=augment,
+        training={"lr": 1e-3},
     ),
     "emoji8-pretrained": TaskSequence(
         summary="the same tasks, from EfficientNet-Lite0 pretrained on ImageNet",
@@ -163,6 +171,7 @@ SEQUENCES: dict[str, TaskSequence] = {
         load=load_emoji8,
         build=partial(imagenet_network, efficientnet_lite0),
         augment=augment,
+        training={"lr": 3e-4, "warmup": 2},
     ),
     "mixed8-pretrained": TaskSequence(
         summary="4 tasks of emoji and 4 alphabets in turn, from EfficientNet-Lite0 pretrained on ImageNet",
@@ -170,6 +179,7 @@ SEQUENCES: dict[str, TaskSequence] = {
         load=load_mixed8,
         build=partial(imagenet_network, efficientnet_lite0),
         augment=augment,
+        training={"lr": 3e-4, "warmup": 2},
     ),
     "scripts8": TaskSequence(
         summary="the letters of 8 alphabets, tested on families of fonts never seen",
@@ -177,6 +187,7 @@ SEQUENCES: dict[str, TaskSequence] = {
         load=load_scripts8,
         build=fresh_network,
         augment=move,
+        training={"lr": 1e-3, "epochs": 10},
     ),
     "split-fashion": TaskSequence(
         summary="Fashion-MNIST in 5 tasks of 2 classes, an MLP 784-256-256",
@@ -184,6 +195,7 @@ SEQUENCES: dict[str, TaskSequence] = {
         load=load_split_fashion,
         build=perceptron_network,
         augment=_unchanged,
+        training={"lr": 1e-3, "epochs": 2, "batch_size": 64},
     ),
     "permuted-fashion": TaskSequence(
         summary="Fashion-MNIST 10 times, its pixels in another order each, an MLP with one head for all",
@@ -192,6 +204,8 @@ SEQUENCES: dict[str, TaskSequence] = {
         build=shared_perceptron,
         augment=_unchanged,
         scorings=("domain-incremental",),
+        shares_head=True,
+        training={"lr": 1e-3, "epochs": 2, "batch_size": 64},
     ),
     "facts": retrieval_sequence(
         "196 facts (a woman juggling) in 4 tasks, drawings of people and texts in one space", load_facts
@@ -265,3 +279,14 @@ def find_sequence(name: str) -> TaskSequence:
         f"the sequence must be one of {', '.join(SEQUENCES)}, or such as pair-food-animals or paper8-resnet18; "
         f"got {name!r}."
     )
+
+
+def own_settings(name: str, **given: float | str) -> Settings:
+    """The settings of a run of that sequence: what is given, and of the rest its own defaults.
+
+    Raises:
+        OptionError: an unknown sequence, or a value out of range.
+    """
+    sequence = find_sequence(name)
+    plain = asdict(Settings(name, sequence.sizes[0]))
+    return Settings(**{**plain, **sequence.training, **given})

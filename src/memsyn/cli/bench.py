@@ -18,10 +18,12 @@ from memsyn.bench.report import markdown_table, rich_table
 from memsyn.bench.results import write_results
 from memsyn.bench.run_page import read_runs, run_page
 from memsyn.bench.runner import run
-from memsyn.bench.sequences import SEQUENCES, find_sequence
-from memsyn.bench.settings import OWN, Settings, strength_of
+from memsyn.bench.sequences import SEQUENCES, own_settings
+from memsyn.bench.settings import OWN, strength_of
 from memsyn.cli.screen import plain_errors, say
 from memsyn.report.page import write_report
+
+ITS_OWN = "the sequence's own"
 
 bench = typer.Typer(no_args_is_help=True, help="Compare methods on a sequence of tasks.")
 
@@ -43,13 +45,13 @@ def run_(
     sequence: Annotated[str, typer.Argument(help="Which tasks, as named by `memsyn bench list`.")],
     methods: Annotated[str, typer.Option(help="Methods to compare, with commas between.")] = "finetune,mas",
     seeds: Annotated[int, typer.Option(help="How many seeds, from 0 on.")] = 3,
-    size: Annotated[
-        int | None, typer.Option(help="Side of the images in pixels.", show_default="the sequence's first")
+    size: Annotated[int | None, typer.Option(help="Side of the images in pixels.", show_default=ITS_OWN)] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over each task's images.", show_default=ITS_OWN)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images in a step.", show_default=ITS_OWN)] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of Adam.", show_default=ITS_OWN)] = None,
+    warmup: Annotated[
+        int | None, typer.Option(help="Epochs, of these, in which heads learn alone.", show_default=ITS_OWN)
     ] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over each task's images.")] = Settings.epochs,
-    batch_size: Annotated[int, typer.Option(help="Images in a step.")] = Settings.batch_size,
-    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = Settings.lr,
-    warmup: Annotated[int, typer.Option(help="Epochs, of these, in which heads learn alone.")] = Settings.warmup,
     strength: Annotated[
         str, typer.Option(help="A number for all; own: each method's default; chosen: by validation data.")
     ] = OWN,
@@ -65,15 +67,9 @@ def run_(
     """
     folder = Path("runs", sequence) if out is None else out
     with plain_errors():
-        settings = Settings(
-            sequence=sequence,
-            size=find_sequence(sequence).sizes[0] if size is None else size,
-            epochs=epochs,
-            batch_size=batch_size,
-            lr=lr,
-            warmup=warmup,
-            strength=strength_of(strength),
-        )
+        options = {"size": size, "epochs": epochs, "batch_size": batch_size, "lr": lr, "warmup": warmup}
+        given = {name: value for name, value in options.items() if value is not None}
+        settings = own_settings(sequence, strength=strength_of(strength), **given)
         try:
             results = run(settings, methods=[name.strip() for name in methods.split(",")], num_seeds=seeds, out=folder)
         except KeyboardInterrupt:

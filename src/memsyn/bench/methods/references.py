@@ -13,7 +13,7 @@ from memsyn.bench.methods.method import Lesson, Method, frozen
 
 @final
 class FrozenBody(Method):
-    """After the first task only heads learn: nothing shared changes, so nothing is forgotten. The honest floor."""
+    """After the first task only heads learn: of heads of their own, nothing is forgotten: the honest floor."""
 
     def __init__(self) -> None:
         super().__init__()

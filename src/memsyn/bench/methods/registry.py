@@ -73,7 +73,10 @@ METHODS: dict[str, Rival] = {
         stores_data=True,
     ),
     "alone": Rival("each task from the first weights: a reference for what can be learned", lambda _: Alone()),
-    "frozen": Rival("only the heads learn after the first task: the floor", lambda _: FrozenBody()),
+    "frozen": Rival(
+        "only the heads learn after the first task: the floor, if each task has its own",
+        lambda _: FrozenBody(),
+    ),
     "l2": Rival("hold every weight to its last value alike", lambda strength: Remembering(strength, l2), 1.0),
     "lwf": Rival(
         "Learning without Forgetting (Li and Hoiem 2016): keep the old heads' outputs",

@@ -28,10 +28,10 @@ copied to `docs/results` under the run's name. The data are drawings, letters an
 the paper, and the networks are others: the numbers are not comparable with the paper's. Methods of one run share
 network, budget, seeds and the order of the data.
 
-What they share was set beforehand, and not blindly: learning rate, batch size and epochs of `emoji8` and of facts, and the
-form of the penalty, by trials that looked at test results, mostly of fine-tuning and {MAS}; the loss of facts by validation
-data, on which it raises {MAS} and lowers si ([decisions](decisions.md), [log](log.md)). Strengths that were chosen saw no
-test data.
+What they share was set beforehand, and not blindly: learning rate, batch size and epochs of `emoji8` and of facts, and
+the form of the penalty, by trials that looked at test results, mostly of fine-tuning and {MAS}; the loss of facts by
+validation data, on which it raises {MAS} and lowers si ([decisions](decisions.md), [log](log.md)). Strengths that were
+chosen saw no test data.
 
 {READING}"""
 

@@ -249,6 +249,32 @@ def test_retrieval_asks_each_task_and_over_all_asks_them_together():
     assert score(model, tasks, "retrieval-over-all") == retrieval_over_all(model, tasks)
 
 
+@pytest.mark.parametrize("in_use", [True, False])
+def test_retrieval_of_classes_asks_their_texts_among_all_images(in_use):
+    tasks = [replace(task, classes_in_use=(0, 2)) for task in embedding_tasks()]
+    expected = []
+    for task in tasks:
+        precisions = [
+            average_precision(
+                torch.cosine_similarity(task.test_images, task.class_vectors[c].unsqueeze(0)), task.test_labels == c
+            )
+            for c in ((0, 2) if in_use else (1,))
+        ]
+        expected.append(100 * sum(precisions) / len(precisions))
+    name = "retrieval-in-use" if in_use else "retrieval-other-classes"
+    assert score(torch.nn.Identity(), tasks, name) == pytest.approx(tuple(expected), rel=1e-5)
+
+
+def test_sports_are_in_use_in_every_task_of_adaptation():
+    tasks, plain = SEQUENCES["adaptation-facts"].load(32), load_facts(32)
+    sports = load_kinds(32)[0].class_names
+    assert sorted(task.class_names[label] for task in tasks for label in task.classes_in_use) == sorted(sports)
+    for task, whole in zip(tasks, plain, strict=True):
+        assert 0 < len(task.classes_in_use) < len(task.class_names)
+        assert task.class_names == whole.class_names
+        assert torch.equal(task.train_images, whole.train_images)
+
+
 def test_retrieval_needs_vectors_of_the_embeddings_length():
     task = embedding_tasks()[0]
     with pytest.raises(OptionError, match="task task 0 has no class vectors to retrieve by"):

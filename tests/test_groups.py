@@ -19,7 +19,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 @pytest.fixture(autouse=True)
 def _sequences(monkeypatch):
     for name in ("tiny", "facts", "facts-by-kind", "adaptation-x"):
-        monkeypatch.setitem(SEQUENCES, name, tiny.SEQUENCE)
+        monkeypatch.setitem(SEQUENCES, name, tiny.FACTS if "facts" in name else tiny.SEQUENCE)
 
 
 DROPS = {"finetune": (30.0, 40.0), "mas": (1.0, 2.0), "mas-test": (1.5, 2.0), "mas-local": (3.0, 4.0)}
@@ -127,7 +127,8 @@ def test_a_strength_of_0_has_no_order_of_magnitude(tmp_path):
     assert list(rows(section)) == ["0.1", "1", "10", "100"]
 
 
-def test_what_is_kept_in_use_is_compared_with_protecting_everything(tmp_path):
+@pytest.mark.parametrize("kind", ["", "retrieval-"])
+def test_what_is_kept_in_use_is_compared_with_protecting_everything(tmp_path, kind):
     in_use = {"mas": {0: [(50.0,), (45.0, 1.0)], 1: [(40.0,), (30.0, 2.0)]},
               "mas-in-use": {0: [(50.0,), (49.0, 3.0)], 1: [(40.0,), (38.0, 4.0)]}}  # fmt: skip
     others = {"mas": {0: [(0.0,), (0.0, 1.0)], 1: [(40.0,), (20.0, 2.0)]},
@@ -138,7 +139,7 @@ def test_what_is_kept_in_use_is_compared_with_protecting_everything(tmp_path):
     }
     path = write(
         tmp_path / "x.jsonl", matrices, Settings(sequence="adaptation-x", size=8),
-        scores={"in-use": in_use, "other-classes": others},
+        scores={f"{kind}in-use": in_use, f"{kind}other-classes": others},
     )  # fmt: skip
     section = page(path).split("## Adaptation")[1]
     assert rows(section)["mas-in-use"] == {

@@ -1,5 +1,7 @@
 """A sequence that runs in moments: three tasks of three kinds of noise, and a network of some thousand weights."""
 
+from dataclasses import replace
+
 import torch
 
 from memsyn.bench.networks import MultiHead, SmallConvNet
@@ -35,3 +37,5 @@ def augment(images, generator):
 
 
 SEQUENCE = TaskSequence(summary="three kinds of noise", sizes=(8,), load=load, build=build, augment=augment)
+FACTS = replace(SEQUENCE, scorings=("retrieval",))
+"""For what is said of results: of its scores none is computed."""

@@ -189,13 +189,18 @@ def _adaptation(found: Findings) -> str:
 
 
 def kept(found: Findings, method: str, scoring: str) -> tuple[Numbers, Numbers]:
-    """Each seed's mean score on the tasks before the last, after the last; and that in percent of when learned."""
+    """Each seed's mean score on the tasks before the last, after the last; and that in percent of when learned.
+
+    `scoring` is of classes, or of facts: then its name in the records begins with `retrieval-`.
+    """
     after: Numbers = {}
     share: Numbers = {}
     for seed, records in found.results.get(method, {}).items():
-        if all(scoring in record.scores for record in records):
-            after[seed] = fmean(records[-1].scores[scoring][:-1])
-            before = fmean(record.scores[scoring][-1] for record in records[:-1])
+        of_task = [record.scores.get(scoring, record.scores.get(f"retrieval-{scoring}")) for record in records]
+        scores = [values for values in of_task if values is not None]
+        if len(scores) == len(records):
+            after[seed] = fmean(scores[-1][:-1])
+            before = fmean(values[-1] for values in scores[:-1])
             if before:
                 share[seed] = 100 * after[seed] / before
     return after, share

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,19 @@ def load_kinds(size: int, pack: Path = PACK) -> list[Task]:
     return [
         _load_kind(kind, part, manifest["rows"], pack, size)
         for kind, part in zip(manifest["kinds"], parts, strict=True)
+    ]
+
+
+def load_sports_in_use(size: int) -> list[Task]:
+    """Return the tasks of `load_facts`, of which the network meets the facts of sports in use.
+
+    Raises:
+        MemsynError: a file of the pack is missing or is not the one the manifest describes.
+    """
+    sports = load_kinds(size)[0].class_names
+    return [
+        replace(task, classes_in_use=tuple(label for label, text in enumerate(task.class_names) if text in sports))
+        for task in load_facts(size)
     ]
 
 

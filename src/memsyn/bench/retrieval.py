@@ -31,14 +31,17 @@ def average_precision(scores: Tensor, relevant: Tensor) -> float:
     return float((k / (k + others)).to(torch.float64).mean())
 
 
-def mean_average_precision(embeddings: Tensor, labels: Tensor, vectors: Tensor) -> float:
+def mean_average_precision(
+    embeddings: Tensor, labels: Tensor, vectors: Tensor, *, counts: Tensor | None = None
+) -> float:
     """Return the mean over the texts of their average precision among the images, in percent.
 
     embeddings (N, D), labels (N,), vectors (C, D). Text c ranks all images by cosine similarity; relevant are those
-    of label c. A text without images does not count.
+    of label c. A text without images does not count; of the others, those count that have an image of `counts`, (N,)
+    bool, all if it is None.
     """
     similarities = F.normalize(vectors) @ F.normalize(embeddings).T
-    asked = labels.unique().tolist()
+    asked = (labels if counts is None else labels[counts]).unique().tolist()
     return 100 * sum(average_precision(similarities[c], labels == c) for c in asked) / len(asked)
 
 
@@ -52,6 +55,13 @@ def retrieval(model: nn.Module, tasks: Sequence[Task]) -> tuple[float, ...]:
     """
     parts = [_embedded(model, task) for task in tasks]
     return tuple(mean_average_precision(*part) for part in parts)
+
+
+def retrieval_of_classes(model: nn.Module, tasks: Sequence[Task], *, in_use: bool) -> tuple[float, ...]:
+    """The same of the texts of the classes in use alone, or of those of the others, among all the task's images."""
+    return tuple(
+        mean_average_precision(*_embedded(model, task), counts=task.uses(task.test_labels) == in_use) for task in tasks
+    )
 
 
 def retrieval_over_all(model: nn.Module, tasks: Sequence[Task]) -> tuple[float, ...]:

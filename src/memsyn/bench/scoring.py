@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from memsyn.bench.retrieval import retrieval, retrieval_over_all
+from memsyn.bench.retrieval import retrieval, retrieval_of_classes, retrieval_over_all
 from memsyn.bench.tasks import Task
 from memsyn.errors import OptionError
 
@@ -97,6 +97,8 @@ SCORINGS: dict[str, Callable[[nn.Module, Sequence[Task]], tuple[float, ...]]] = 
     "other-classes": partial(_of_classes, in_use=False),
     "retrieval": retrieval,
     "retrieval-over-all": retrieval_over_all,
+    "retrieval-in-use": partial(retrieval_of_classes, in_use=True),
+    "retrieval-other-classes": partial(retrieval_of_classes, in_use=False),
 }
 """By name, (model, tasks so far) -> percents, one a task unless a scoring says otherwise: the task is told; all tasks
 have the same classes and one head; the class is to be found among those of all tasks so far, the task not told (van de

@@ -74,7 +74,7 @@ def section(found: Findings, level: int) -> str:
 
 def quantity(settings: Settings) -> str:
     """What the sequence is scored by."""
-    return "mean average precision" if settings.sequence.startswith("facts") else "accuracy"
+    return "mean average precision" if find_sequence(settings.sequence).scorings[0] == "retrieval" else "accuracy"
 
 
 def _average(settings: Settings) -> str:

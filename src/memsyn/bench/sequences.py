@@ -18,7 +18,7 @@ from memsyn.bench.losses import Loss, cross_entropy, similarity_loss
 from memsyn.bench.mixed import load_mixed8
 from memsyn.bench.networks import MultiHead, Network, SharedHead, SmallConvNet, draw_weights, perceptron
 from memsyn.bench.paper8 import load_paper8, shift
-from memsyn.bench.people import load_facts, load_kinds
+from memsyn.bench.people import load_facts, load_kinds, load_sports_in_use
 from memsyn.bench.pretrained import PretrainedBody, efficientnet_lite0, torchvision_body
 from memsyn.bench.scenes import load_scenes
 from memsyn.bench.scripts import load_scripts8
@@ -223,6 +223,12 @@ SEQUENCES["adaptation"] = replace(
     summary="scripts8, of each of whose alphabets one letter is in use",
     load=load_in_use,
     scorings=("multi-head", "in-use", "other-classes"),
+)
+SEQUENCES["adaptation-facts"] = replace(
+    SEQUENCES["facts"],
+    summary="the facts, of which those of sports are in use",
+    load=load_sports_in_use,
+    scorings=("retrieval", "retrieval-in-use", "retrieval-other-classes"),
 )
 """What `memsyn bench run` can run; `find_sequence` knows more names."""
 

@@ -1,29 +1,20 @@
 """The paper's data sets: tiny folders in their published layouts, and what is read from them."""
 
 import sys
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import memsyn
 from memsyn.bench.paper8 import ACTIONS, FOLDER, LETTERS, SOURCES, load_data_set, load_paper8, shift
 from memsyn.bench.sequences import SEQUENCES, find_sequence
 from memsyn.bench.tasks import Task, for_validation
 from memsyn.errors import MemsynError
+from tests.pictures import colours_match, paint, torchvision
 
-COLOURS = ((250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0))
-"""Of the pictures of class 0, 1, 2 and 3; then again from the first."""
-
-
-def paint(path, label, size=(40, 30)):
-    """A picture of one colour, by its class."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, COLOURS[label % 4]).save(path, quality=95)
-    return path
+__all__ = ["torchvision"]
 
 
 def write(path, *lines):
@@ -35,13 +26,6 @@ def save_mat(path, **content):
     savemat = pytest.importorskip("scipy.io").savemat
     path.parent.mkdir(parents=True, exist_ok=True)
     savemat(path, content)
-
-
-def colours_match(images, labels):
-    """Whether each picture's middle has the colour of its class, up to what JPEG changes."""
-    middle = images[:, :, images.shape[2] // 2, images.shape[3] // 2].int()
-    expected = torch.tensor([COLOURS[label % 4] for label in labels.tolist()])
-    return (middle - expected).abs().max() < 30
 
 
 def make_flowers(root):
@@ -261,26 +245,6 @@ def test_a_shift_moves_pictures_and_repeats_with_its_seed():
     assert right.abs().max() <= 2
     assert len(set(middles.tolist())) > 5
     assert torch.equal(shift(torch.full((1, 3, 16, 16), 7), torch.Generator()), torch.full((1, 3, 16, 16), 7.0))
-
-
-@pytest.fixture
-def torchvision(monkeypatch):
-    """A stand-in that has one network: its features are the mean colours after normalisation."""
-    models = ModuleType("torchvision.models")
-
-    def get_model(name, weights):
-        assert weights == "DEFAULT"
-        if name == "alexnet":
-            last = nn.Sequential(nn.Dropout(), nn.Linear(3, 1000))
-            return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
-        if name == "squeezenet":
-            return nn.Conv2d(3, 4, 1)
-        raise ValueError(f"Unknown model {name}")
-
-    models.get_model = get_model
-    package = ModuleType("torchvision")
-    package.models = models
-    monkeypatch.setitem(sys.modules, "torchvision", package)
 
 
 def small_tasks(side):

@@ -18,7 +18,7 @@ from memsyn.bench.settings import Settings
 from memsyn.bench.tasks import Task, for_validation, validation_split
 from memsyn.errors import MemsynError, OptionError
 
-OFFLINE = [name for name in SEQUENCES if name not in ("split-fashion", "permuted-fashion", "paper8")]
+OFFLINE = [name for name in SEQUENCES if name not in ("split-fashion", "permuted-fashion", "paper8", "6ds")]
 """Those whose data lie in the package."""
 
 

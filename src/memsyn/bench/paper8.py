@@ -243,7 +243,7 @@ def load_paper8(size: int, root: Path | None = None) -> list[Task]:
     Raises:
         MemsynError: a data set or a file of it is missing, or scipy, which reads three of them, is not installed.
     """
-    root = Path(os.environ.get(FOLDER, "data/paper8")) if root is None else root
+    root = data_folder() if root is None else root
     lacking = [f"{name}/ ({source.origin})" for name, source in SOURCES.items() if not (root / name).is_dir()]
     if lacking:
         raise MemsynError(
@@ -251,6 +251,11 @@ def load_paper8(size: int, root: Path | None = None) -> list[Task]:
             f"as memsyn.bench.paper8 tells, or name another place in the environment variable {FOLDER}."
         )
     return [load_data_set(name, size, root) for name in SOURCES]
+
+
+def data_folder() -> Path:
+    """Where the data sets lie."""
+    return Path(os.environ.get(FOLDER, "data/paper8"))
 
 
 def load_data_set(name: str, size: int, root: Path) -> Task:
@@ -262,13 +267,13 @@ def load_data_set(name: str, size: int, root: Path) -> Task:
     source = SOURCES[name]
     split = source.read(root / name)
     train, test = (
-        part if isinstance(part, tuple) else _prepared(part, size, root, f"{name}-{kind}")
+        part if isinstance(part, tuple) else prepared(part, size, root, f"{name}-{kind}")
         for kind, part in (("train", split.train), ("test", split.test))
     )
     return Task(source.title, split.class_names, *train, *test)
 
 
-def _prepared(pictures: Sequence[Picture], size: int, root: Path, name: str) -> Pixels:
+def prepared(pictures: Sequence[Picture], size: int, root: Path, name: str) -> Pixels:
     """Read the pictures' pixels, once: they are then in a file, which is mapped into memory."""
     listing = repr([(str(picture.path.relative_to(root)), picture.box) for picture in pictures])
     digest = hashlib.sha256(listing.encode()).hexdigest()[:12]

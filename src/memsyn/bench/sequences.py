@@ -23,6 +23,7 @@ from memsyn.bench.pretrained import PretrainedBody, efficientnet_lite0, torchvis
 from memsyn.bench.scenes import load_scenes
 from memsyn.bench.scripts import load_scripts8
 from memsyn.bench.settings import Settings
+from memsyn.bench.sixds import load_6ds
 from memsyn.bench.tasks import Task
 from memsyn.errors import OptionError
 
@@ -95,10 +96,23 @@ def embedding_network(tasks: Sequence[Task], generator: torch.Generator) -> Shar
 
     The embedding is not normalised: the objective of MAS is its squared norm, whose gradient would be zero.
     """
-    body, vectors = SmallConvNet(), tasks[0].class_vectors
-    assert vectors is not None
+    body = SmallConvNet()
     body.load_state_dict(load_pretrained())
-    model = SharedHead(body, body.num_features, num_classes=vectors.shape[1])
+    return _with_embedding(body, body.num_features, tasks, generator)
+
+
+def imagenet_embedding(name: str, side: int, tasks: Sequence[Task], generator: torch.Generator) -> SharedHead:
+    """The same from a network of torchvision, pretrained on ImageNet."""
+    body = torchvision_body(name, side)
+    return _with_embedding(body, body.num_features, tasks, generator)
+
+
+def _with_embedding(
+    body: nn.Module, num_features: int, tasks: Sequence[Task], generator: torch.Generator
+) -> SharedHead:
+    vectors = tasks[0].class_vectors
+    assert vectors is not None
+    model = SharedHead(body, num_features, num_classes=vectors.shape[1])
     draw_weights(model.heads, generator)
     return model
 
@@ -136,6 +150,19 @@ def paper8(network: str) -> TaskSequence:
         sizes=(side,),
         load=load_paper8,
         build=partial(imagenet_network, partial(torchvision_body, network, side)),
+        augment=shift,
+    )
+
+
+def sixds(network: str) -> TaskSequence:
+    """The facts of the paper, learned by a network of torchvision."""
+    side = 224
+    return replace(
+        retrieval_sequence(
+            f"the paper's facts, from a folder (see memsyn.bench.sixds), {network} of torchvision", load_6ds
+        ),
+        sizes=(side,),
+        build=partial(imagenet_embedding, network, side),
         augment=shift,
     )
 
@@ -217,6 +244,7 @@ SEQUENCES: dict[str, TaskSequence] = {
         "4 tasks of 40 triples (cat left of boar): synthetic scenes of two emoji, and texts", load_scenes
     ),
     "paper8": paper8("alexnet"),
+    "6ds": sixds("alexnet"),
 }
 SEQUENCES["adaptation"] = replace(
     SEQUENCES["scripts8"],
@@ -231,6 +259,9 @@ SEQUENCES["adaptation-facts"] = replace(
     scorings=("retrieval", "retrieval-in-use", "retrieval-other-classes"),
 )
 """What `memsyn bench run` can run; `find_sequence` knows more names."""
+
+OF_FOLDERS = {"paper8": paper8, "6ds": sixds}
+"""Network -> sequence: of data that do not come with memsyn."""
 
 SHORT_NAMES = {
     "activities": "Activities",
@@ -269,7 +300,7 @@ def find_sequence(name: str) -> TaskSequence:
     """The sequence of a name: one of `SEQUENCES`, a pair, or the paper's data sets with a network of torchvision.
 
     A pair is `pair-food-animals`, with `-scratch` or `-pretrained` behind it if it starts from the network of that
-    sequence; `paper8-resnet18` is `paper8` with that network.
+    sequence; `paper8-resnet18` is `paper8` with that network, and `6ds-resnet18` likewise.
 
     Raises:
         OptionError: there is none of that name.
@@ -277,8 +308,8 @@ def find_sequence(name: str) -> TaskSequence:
     if name in SEQUENCES:
         return SEQUENCES[name]
     kind, *words = name.split("-")
-    if kind == "paper8" and len(words) == 1 and words[0].isidentifier():
-        return paper8(words[0])
+    if kind in OF_FOLDERS and len(words) == 1 and words[0].isidentifier():
+        return OF_FOLDERS[kind](words[0])
     if kind == "pair" and len(words) in (2, 3):
         return pair(words[0], words[1], base="-".join(["emoji8", *words[2:]]))
     raise OptionError(

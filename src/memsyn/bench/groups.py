@@ -254,8 +254,8 @@ def _with_strength(found: Findings) -> Hashable:
     return replace(settings, strength=OWN) if varies else None
 
 
-def _named(start: str) -> Callable[[Findings], Hashable]:
-    return lambda found: True if found.run.settings.sequence.startswith(start) and found.run.num_tasks > 1 else None
+def _named(*starts: str) -> Callable[[Findings], Hashable]:
+    return lambda found: True if found.run.settings.sequence.startswith(starts) and found.run.num_tasks > 1 else None
 
 
 def _place(found: Findings) -> str:
@@ -272,6 +272,6 @@ KINDS = (
     SENSITIVITY,  # first: a pair at several strengths is no several pairs
     Kind(lambda found: f"Pairs from the network of {_pairs_base(found)}, {_place(found)}", _as_pair, pairs),
     Kind(lambda found: "Adaptation: importance of the classes in use alone", _named("adaptation"), adaptation),
-    Kind(lambda found: "Facts: mean average precision", _named("facts"), facts),
+    Kind(lambda found: "Facts: mean average precision", _named("facts", "6ds"), facts),
 )
 """All of them, in the order of the page."""

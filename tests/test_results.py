@@ -187,6 +187,8 @@ def test_a_frozen_body_near_the_best_shows_nothing_about_memory(tmp_path, gap, w
     text = page(write(tmp_path / "x.jsonl", {"mas": MATRICES["mas"], "frozen": frozen, "joint": MATRICES["joint"]}))
     assert words in text
     assert ("nothing about memory" in text) == (gap < 3)
+    room = interval(*(own - (other - gap) for own, other in zip(AVERAGES["joint"], AVERAGES["mas"], strict=True)))
+    assert (f"Joint training itself ends {room} points above the frozen body." in text) == (gap < 3)
 
 
 def test_a_frozen_body_is_no_floor_where_the_head_is_shared(tmp_path, monkeypatch):

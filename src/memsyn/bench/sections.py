@@ -142,6 +142,10 @@ def sentences(found: Findings) -> list[str]:
                 f"The frozen body ends within {NEAR:g} points ({apart.mean:.1f}) of the best method that stores no "
                 "data: this experiment shows nothing about memory."
             )
+            room = difference(found.averages(JOINT), found.averages(FROZEN))
+            if room:
+                words = compared(room, "above the frozen body", "below the frozen body")
+                said.append(f"{JOINT.capitalize()} training itself ends {words}.")
     if any(len(seeds) == 1 for seeds in found.results.values()):
         said.append("Of a single seed no interval is known: its numbers stand alone.")
     return said

@@ -88,8 +88,16 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 
 def test_results_of_other_settings_are_refused(path):
-    with pytest.raises(MemsynError, match=r"epochs is 20 there and 3 here, lr is .* here\. Use another --out"):
+    message = (
+        r"epochs is 20 there and 3 here, lr is .* here\. Use another --out; or continue .* --epochs 20 --lr 0\.003\."
+    )
+    with pytest.raises(MemsynError, match=message):
         read_all(path, replace(SETTINGS, epochs=3, lr=1.0))
+
+
+def test_equal_settings_have_one_fingerprint():
+    assert replace(SETTINGS, lr=1).fingerprint == replace(SETTINGS, lr=1.0).fingerprint
+    assert replace(SETTINGS, lr=1).fingerprint != SETTINGS.fingerprint
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,22 @@ def test_the_size_is_the_sequences_first_unless_told(tmp_path):
     assert "tiny, 8x8, 1 seed" in (tmp_path / "table.md").read_text()
 
 
+def test_the_rest_is_the_sequences_own_and_no_more_epochs_warm_up_than_there_are(tmp_path, monkeypatch):
+    own = replace(tiny.SEQUENCE, training={"epochs": 3, "warmup": 2, "batch_size": 6})
+    monkeypatch.setitem(SEQUENCES, "tiny", own)
+    command = ["bench", "run", "tiny", "--seeds", "1", "--methods", "finetune"]
+    for given, words in (
+        ((), "3 epochs a task, in the first 2 heads alone, Adam, lr 0.003, batch size 6"),
+        (("--epochs", "1"), "1 epoch a task, in the first 1 heads alone"),
+        (("--epochs", "1", "--warmup", "0"), "1 epoch a task, Adam"),
+    ):
+        assert call(*command, *given, "--out", tmp_path / "-".join(given)).output.startswith(words)
+    refused = call(*command, "--epochs", "1", "--warmup", "2", "--out", tmp_path / "x", code=1)
+    assert "warmup must be from 0 to the 1 epochs, got 2" in refused.stderr
+    refused = call(*command, "--epochs", "0", "--out", tmp_path / "x", code=1)
+    assert "epochs must be at least 1, got 0" in refused.stderr
+
+
 def test_a_strength_is_a_number_or_chosen_on_validation_data(tmp_path):
     command = ["bench", "run", "tiny", *QUICK, "--methods", "mas", "--strength"]
     call(*command, "0.5", "--out", tmp_path / "number")

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import memsyn
+from memsyn.bench import paper8
 from memsyn.bench.paper8 import ACTIONS, FOLDER, LETTERS, SOURCES, load_data_set, load_paper8, shift
 from memsyn.bench.sequences import SEQUENCES, find_sequence
 from memsyn.bench.tasks import Task, for_validation
@@ -188,17 +189,21 @@ def test_digits_keep_their_size_and_ten_is_zero(tmp_path):
     assert int(task.train_images.sum()) == 13
 
 
-def test_pictures_are_decoded_once(tmp_path):
+def test_pictures_are_decoded_once_until_one_changes(tmp_path, monkeypatch):
     first = load("scenes", tmp_path)
-    for path in (tmp_path / "scenes/Images").rglob("*.jpg"):
-        path.write_bytes(b"no picture")
-    again = load_data_set("scenes", 16, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(paper8, "_decode", None)
+        again = load_data_set("scenes", 16, tmp_path)
     assert torch.equal(first.train_images, again.train_images)
-    assert len(list((tmp_path / "prepared").iterdir())) == 2
     again.train_images[:] = 0  # is not written to the file
     assert torch.equal(load_data_set("scenes", 16, tmp_path).train_images, first.train_images)
-    with pytest.raises(OSError, match="cannot identify"):  # another size is read anew
-        load_data_set("scenes", 8, tmp_path)
+    assert len(list((tmp_path / "prepared").iterdir())) == 2
+    changed = tmp_path / "scenes/Images" / (tmp_path / "scenes/TrainImages.txt").read_text().splitlines()[0]
+    paint(changed, 2, size=(50, 30))
+    assert not torch.equal(load_data_set("scenes", 16, tmp_path).train_images, first.train_images)
+    changed.write_bytes(b"no picture")
+    with pytest.raises(MemsynError, match=r"\.jpg is no picture that can be read\. Get it again, or leave it out"):
+        load_data_set("scenes", 16, tmp_path)
     assert not list((tmp_path / "prepared").glob("*.tmp"))
 
 

@@ -196,8 +196,15 @@ def test_a_frozen_body_is_no_floor_where_the_head_is_shared(tmp_path, monkeypatc
     for gap in (2.9, 3.1):
         frozen = {seed: [matrix[0], [value - gap for value in matrix[1]]] for seed, matrix in MATRICES["mas"].items()}
         text = page(write(tmp_path / f"{gap}.jsonl", {"mas": MATRICES["mas"], "frozen": frozen}))
-        assert f"The frozen body ends {gap} points below the best method that stores no data; the tasks share" in text
+        forgotten = interval(2.0 + gap, -1.0 + gap, 2.0 + gap)
+        assert f"frozen body is no floor here: the tasks share its head, which forgets {forgotten} points." in text
         assert "nothing about memory" not in text
+
+
+def test_a_frozen_body_that_is_the_best_is_said_to_be(tmp_path):
+    text = page(write(tmp_path / "x.jsonl", {"mas": MATRICES["finetune"], "frozen": MATRICES["mas"]}))
+    assert "**frozen** has the highest" in text
+    assert "The frozen body is that method: this experiment shows nothing about memory." in text
 
 
 def test_unfinished_seeds_are_left_out_and_named(tmp_path):
@@ -296,16 +303,22 @@ def test_the_command_makes_the_same_settings(tmp_path, changes):
     command = typer.main.get_command(app).commands["bench"].commands["run"]
     options = command.make_context("run", first[3:]).params
     assert (options.pop("methods"), options.pop("seeds"), options.pop("out")) == ("finetune,mas", 2, Path("runs/x"))
-    strength = strength_of(options.pop("strength"))
+    options["strength"] = strength_of(options["strength"])
     given = {name: value for name, value in options.items() if value is not None}
-    assert own_settings(given.pop("sequence"), strength=strength, **given) == settings
+    assert replace(own_settings(settings.sequence), **given) == settings
     assert " ".join(second).startswith(f"memsyn bench run {settings.sequence} --methods si --seeds 1")
     own = asdict(own_settings(settings.sequence))
     assert len(first) == 10 + 2 * sum(own[name] != value for name, value in asdict(settings).items())
 
 
-def test_the_command_names_no_folder_where_the_run_has_its_own(tmp_path):
-    assert "--out" not in commands(read_findings(write(tmp_path / "tiny.jsonl", MATRICES)))[0]
+def test_the_command_names_the_runs_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path, words in (
+        (Path("tiny.jsonl"), ""),  # the copy of a run in runs/tiny, where it goes by itself
+        (Path("runs/tiny") / FILE, ""),
+        (Path("deep/there") / FILE, " --out deep/there"),
+    ):
+        assert commands(read_findings(write(path, MATRICES)))[0].partition(" --epochs 2")[2] == words
 
 
 def test_it_says_how_the_file_was_made_and_the_page_is_made_again(path):

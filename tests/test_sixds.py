@@ -1,17 +1,24 @@
 """The paper's facts from a folder: a tiny one in the layout that `memsyn.bench.sixds` tells."""
 
+import base64
 import csv
+import io
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+from memsyn.bench.examples import add_examples, read_examples
 from memsyn.bench.losses import similarity_loss
 from memsyn.bench.paper8 import FOLDER
 from memsyn.bench.scoring import score
 from memsyn.bench.sequences import SEQUENCES, find_sequence
 from memsyn.bench.sixds import COLUMNS, load_6ds
-from memsyn.errors import MemsynError
+from memsyn.bench.tasks import for_validation
+from memsyn.errors import MemsynError, OptionError
 from tests.pictures import colours_match, paint, torchvision
 
 __all__ = ["torchvision"]
@@ -80,10 +87,14 @@ def test_an_image_of_two_facts_is_a_sample_of_each(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"columns": COLUMNS[:-1]}, r"facts\.csv, line 2 has no column split\. See memsyn\.bench\.sixds"),
-        ({"changes": [(1, "split", "val")]}, r"line 3 is no fact of train or test"),
-        ({"changes": [(0, "subject", "")]}, r"line 2 is no fact of train or test"),
-        ({"changes": [(2, "image", "pictures/gone.jpg")]}, r"line 4: there is no image .*gone\.jpg. Correct the path"),
+        ({"columns": COLUMNS[:-1]}, r"facts\.csv has no column split\. Write it as memsyn\.bench\.sixds tells"),
+        ({"changes": [(1, "split", "val")]}, r"line 3: split must be train or test, got 'val'\. See memsyn"),
+        ({"changes": [(0, "subject", "")]}, r"line 2: it has no subject"),
+        ({"changes": [(2, "image", "pictures/gone.jpg")]}, r"line 4: there is no image .*gone\.jpg\."),
+        ({"changes": [(2, "image", "../x.jpg")]}, r"line 4: an image must be a path below .*6ds, got \.\./x\.jpg"),
+        ({"changes": [(2, "image", "/x.jpg")]}, r"line 4: an image must be a path below .*6ds, got /x\.jpg"),
+        ({"tasks": ["a", "", "a", "a"]}, r"line 5: it names no task"),
+        ({"changes": [(0, "split", "test"), (1, "split", "test")]}, r"has no line to train of the facts of Facts \d"),
         ({"lacking": TEXTS[1:3]}, r"vectors\.safetensors has no vector of 'dog running', nor of 1 more\. Add them"),
         ({"tasks": ["a", "b", "b", "a"], "changes": [(1, "task", "b")]}, r"has 'man riding horse' in a and in b"),
         ({"changes": [(2, "split", "train")]}, r"has no line to test of the facts of Facts \d\. Add some"),
@@ -108,11 +119,44 @@ def test_missing_files_say_what_to_write(tmp_path, monkeypatch):
         SEQUENCES["6ds"].load(224)
 
 
-def test_vectors_of_several_lengths_are_refused(tmp_path):
-    write(tmp_path)
-    vectors = {text: torch.ones(5 + (text == "cat")) for text in TEXTS}
-    save_file(vectors, tmp_path / "6ds/vectors.safetensors")
-    with pytest.raises(MemsynError, match=r"must be \(D,\), all of one D; they are \[\(5,\), \(6,\)\]"):
+def test_a_file_as_a_spreadsheet_writes_it_is_read(tmp_path):
+    path = write(tmp_path) / "6ds/facts.csv"
+    plain = load_6ds(16, tmp_path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b"\r\n")
+    assert [task.class_names for task in load_6ds(16, tmp_path)] == [task.class_names for task in plain]
+
+
+def test_what_is_no_table_or_no_picture_is_said(tmp_path):
+    path = write(tmp_path) / "6ds/facts.csv"
+    whole = path.read_bytes()
+    path.write_bytes(whole + "pictures/0 0.jpg,Bär,,,train\n".encode("latin-1"))
+    with pytest.raises(MemsynError, match=r"facts\.csv is not UTF-8 .* Save it so"):
+        load_6ds(16, tmp_path)
+    path.write_bytes(whole + b"pictures/0 0.jpg,man,riding,horse,train,too much\n")
+    with pytest.raises(MemsynError, match="line 14: it has more values than columns"):
+        load_6ds(16, tmp_path)
+    path.write_bytes(whole)
+    (tmp_path / "6ds/pictures/0 0.jpg").write_text("no picture")
+    with pytest.raises(MemsynError, match=r"0 0\.jpg is no picture that can be read\. Get it again"):
+        load_6ds(16, tmp_path)
+
+
+def test_three_facts_are_three_tasks(tmp_path):
+    path = write(tmp_path) / "6ds/facts.csv"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if ",cat," not in line))
+    assert [len(task.class_names) for task in load_6ds(16, tmp_path)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("of_cat", "shapes"), [(torch.ones(6), r"\(5,\), \(6,\)"), (torch.ones(5, 1), r"\(5,\), \(5, 1\)")]
+)
+def test_vectors_of_several_shapes_are_refused(tmp_path, of_cat, shapes):
+    path = write(tmp_path) / "6ds/vectors.safetensors"
+    save_file({text: of_cat if text == "cat" else torch.ones(5) for text in TEXTS}, path)
+    with pytest.raises(MemsynError, match=rf"must be \(D,\), all of one D; they are \[{shapes}\]"):
+        load_6ds(16, tmp_path)
+    path.write_bytes(b"no tensors")
+    with pytest.raises(MemsynError, match=r"vectors\.safetensors cannot be read: "):
         load_6ds(16, tmp_path)
 
 
@@ -126,3 +170,16 @@ def test_a_network_of_torchvision_embeds_pictures_among_texts(tmp_path, monkeypa
     images = sequence.augment(tasks[0].train_images, torch.Generator().manual_seed(0))
     assert model(images).shape == (2, 5)
     assert score(model, tasks[:1], "retrieval") == (100.0,)  # one fact, one image
+    with pytest.raises(OptionError, match="there is no image to find"):  # of two images none is left to choose by
+        score(model, [replace(for_validation(tasks[0]), test_labels=torch.tensor([]))], "retrieval")
+
+
+@pytest.mark.usefixtures("torchvision")
+def test_the_examples_of_a_run_are_the_pictures(tmp_path):
+    tasks = load_6ds(32, write(tmp_path))
+    model = SEQUENCES["6ds"].build(tasks, torch.Generator().manual_seed(0))
+    add_examples(tmp_path / "examples.json", model, tasks[0], "mas", last=False)
+    (example,) = read_examples(tmp_path / "examples.json")
+    with Image.open(io.BytesIO(base64.b64decode(example.image))) as shown:
+        pixels = torch.from_numpy(np.array(shown)).permute(2, 0, 1)
+    assert torch.equal(pixels, tasks[0].test_images[0])

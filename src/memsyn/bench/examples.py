@@ -76,9 +76,10 @@ def nearest(model: nn.Module, task: Task, chosen: list[int]) -> list[tuple[str, 
     return [tuple(task.class_names[label] for label in row) for row in best.tolist()]
 
 
-def _png(ink: Tensor) -> str:
-    """An image of a task, 0 for white paper and 2 for black (see `drawings.normalise`), as PNG in base64."""
-    pixels = (255 * (1 - ink.clamp(0, 2) / 2)).round().byte().expand(3, -1, -1).permute(1, 2, 0)
+def _png(image: Tensor) -> str:
+    """An image of a task as PNG in base64: bytes as they are, floats from 0, white paper, to 2, black."""
+    pixels = image if image.dtype == torch.uint8 else (255 * (1 - image.clamp(0, 2) / 2)).round().byte()
+    pixels = pixels.expand(3, -1, -1).permute(1, 2, 0)
     file = io.BytesIO()
     Image.fromarray(pixels.contiguous().numpy()).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()

@@ -37,12 +37,14 @@ class Findings:
         run: what its file holds.
         results: of the seeds that have learned every task; methods in the order of the registry.
         unfinished: the other seeds: method, seed, tasks learned.
+        folder: the run's own, if the file lies there; empty for a copy.
     """
 
     name: str
     run: Run
     results: Results
     unfinished: tuple[tuple[str, int, int], ...]
+    folder: str = ""
 
     @property
     def methods(self) -> list[str]:
@@ -124,8 +126,9 @@ def read_findings(path: Path) -> Findings:
                 results.setdefault(method, {})[seed] = [records[task] for task in range(run.num_tasks)]
             else:
                 unfinished.append((method, seed, len(records)))
-    name = path.resolve().parent.name if path.stem == "results" else path.stem
-    return Findings(name, run, results, tuple(unfinished))
+    own = path.stem == "results"
+    name = path.resolve().parent.name if own else path.stem
+    return Findings(name, run, results, tuple(unfinished), str(path.parent) if own else "")
 
 
 def has_more_data(method: str) -> bool:

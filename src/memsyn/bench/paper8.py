@@ -30,7 +30,7 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -274,8 +274,14 @@ def load_data_set(name: str, size: int, root: Path) -> Task:
 
 
 def prepared(pictures: Sequence[Picture], size: int, root: Path, name: str) -> Pixels:
-    """Read the pictures' pixels, once: they are then in a file, which is mapped into memory."""
-    listing = repr([(str(picture.path.relative_to(root)), picture.box) for picture in pictures])
+    """Read the pictures' pixels, once until one of them changes: they are then in a file, mapped into memory."""
+    states = [_need(picture.path).stat() for picture in pictures]
+    listing = repr(
+        [
+            (os.path.relpath(picture.path, root), picture.box, state.st_size, state.st_mtime_ns)
+            for picture, state in zip(pictures, states, strict=True)
+        ]
+    )
     digest = hashlib.sha256(listing.encode()).hexdigest()[:12]
     path = root / "prepared" / f"{name}-{size}-{digest}.npy"
     if not path.exists():
@@ -295,11 +301,18 @@ def prepared(pictures: Sequence[Picture], size: int, root: Path, name: str) -> P
 
 
 def _decode(picture: Picture, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    with Image.open(_need(picture.path)) as image:
+    with _opened(picture.path) as image:
         left, top, right, bottom = picture.box
         right, bottom = (far if far > 0 else far + side for far, side in zip((right, bottom), image.size, strict=True))
         part = image.convert("RGB").crop((left, top, right, bottom))
     return np.array(ImageOps.fit(part, (size, size), Image.Resampling.BICUBIC))
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        return Image.open(_need(path))
+    except UnidentifiedImageError:
+        raise MemsynError(f"paper8: {path} is no picture that can be read. Get it again, or leave it out.") from None
 
 
 def _need(path: Path) -> Path:

@@ -19,14 +19,11 @@ from torch import Tensor
 
 from memsyn.bench.drawings import normalise, resize
 from memsyn.bench.sheets import read_cells, read_file
-from memsyn.bench.tasks import Task
+from memsyn.bench.tasks import Task, deal_out
 from memsyn.errors import MemsynError
 
 PACK = Path(__file__).parent / "facts"
 VECTORS = "vectors.safetensors"
-NUM_TASKS = 4
-SPLIT_SEED = 0
-"""Of the random split into tasks: it is part of the sequence, and the same for every seed of a run."""
 
 
 def load_facts(size: int, pack: Path = PACK) -> list[Task]:
@@ -43,11 +40,8 @@ def load_facts(size: int, pack: Path = PACK) -> list[Task]:
     manifest, _ = read_manifest(pack)
     whole = joined(load_kinds(size, pack))
     action_of = [fact["action"] for kind in manifest["kinds"] for fact in kind["facts"]]
-    actions = sorted(set(action_of))
-    order = torch.randperm(len(actions), generator=torch.Generator().manual_seed(SPLIT_SEED))
     tasks = []
-    for index, part in enumerate(order.tensor_split(NUM_TASKS), start=1):
-        chosen = {actions[place] for place in part.tolist()}
+    for index, chosen in enumerate(deal_out(sorted(set(action_of))), start=1):
         labels = torch.tensor([label for label, action in enumerate(action_of) if action in chosen])
         tasks.append(subset(whole, labels, name=f"Facts {index}"))
     return tasks
@@ -73,7 +67,8 @@ def load_sports_in_use(size: int) -> list[Task]:
     Raises:
         MemsynError: a file of the pack is missing or is not the one the manifest describes.
     """
-    sports = load_kinds(size)[0].class_names
+    kinds = {kind["name"]: kind for kind in read_manifest()[0]["kinds"]}
+    sports = [fact["text"] for fact in kinds["Sports"]["facts"]]
     return [
         replace(task, classes_in_use=tuple(label for label, text in enumerate(task.class_names) if text in sports))
         for task in load_facts(size)

@@ -207,15 +207,13 @@ def _with_tuples(entry: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 def _check_settings(path: Path, found: Mapping[str, Any], settings: Settings) -> None:
     expected = asdict(settings)
-    differences = [
-        f"{name} is {found.get(name)} there and {expected.get(name)} here"
-        for name in sorted({*found, *expected})
-        if found.get(name) != expected.get(name)
-    ]
-    if differences:
+    others = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
+    if others:
+        differences = [f"{name} is {found.get(name)} there and {expected.get(name)} here" for name in others]
+        options = [f"--{name.replace('_', '-')} {found[name]}" for name in others if name in found]
         raise MemsynError(
-            f"{path.parent} holds results of other settings: {', '.join(differences)}. Use another --out, or remove "
-            "the folder."
+            f"{path.parent} holds results of other settings: {', '.join(differences)}. Use another --out; or continue "
+            f"them with {' '.join(options)}."
         )
 
 

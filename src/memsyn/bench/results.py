@@ -30,8 +30,8 @@ network, budget, seeds and the order of the data.
 
 What they share was set beforehand, and not blindly: learning rate, batch size and epochs of `emoji8` and of facts, and
 the form of the penalty, by trials that looked at test results, mostly of fine-tuning and {MAS}; the loss of facts by
-validation data, on which it raises {MAS} and lowers si ([decisions](decisions.md), [log](log.md)). Strengths that were
-chosen saw no test data.
+validation data, on which it raises {MAS} and lowers si; the training of the other sequences by validation data or by
+custom ([decisions](decisions.md), [log](log.md)). Strengths that were chosen saw no test data.
 
 {READING}"""
 

@@ -39,9 +39,17 @@ def mean_average_precision(
     embeddings (N, D), labels (N,), vectors (C, D). Text c ranks all images by cosine similarity; relevant are those
     of label c. A text without images does not count; of the others, those count that have an image of `counts`, (N,)
     bool, all if it is None.
+
+    Raises:
+        OptionError: no text counts.
     """
     similarities = F.normalize(vectors) @ F.normalize(embeddings).T
     asked = (labels if counts is None else labels[counts]).unique().tolist()
+    if not asked:
+        raise OptionError(
+            "there is no image to find: a task needs images to test on, and to choose a strength several of a fact to "
+            "train on. Add some."
+        )
     return 100 * sum(average_precision(similarities[c], labels == c) for c in asked) / len(asked)
 
 

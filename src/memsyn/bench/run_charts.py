@@ -171,15 +171,16 @@ def matrices(found: Findings) -> Panels | None:
 
 def costs(found: Findings) -> Panels:
     """Time and memory."""
-    times = {method: seconds(found, method) for method in found.methods}
     sizes = {method: kept_bytes(found, method, -1) for method in found.methods}
-    slowest, biggest = max(times, key=lambda m: mean(times[m])), max(sizes, key=lambda m: sizes[m])
-    time = f"{slowest} takes {mean(times[slowest]):.0f} s"
-    if FINETUNE in times and slowest != FINETUNE:
-        time += f", {mean(times[slowest]) / mean(times[FINETUNE]):.1f} times as long as {FINETUNE}"
+    usual = {method: seconds(found, method) for method in found.methods}
+    slowest, biggest = max(usual, key=lambda m: usual[m]), max(sizes, key=lambda m: sizes[m])
+    time = f"{slowest} takes {usual[slowest]:.0f} s"
+    if FINETUNE in usual and slowest != FINETUNE:
+        time += f", {usual[slowest] / usual[FINETUNE]:.1f} times as long as {FINETUNE}"
+    in_seconds: dict[str, Numbers] = {method: {0: value} for method, value in usual.items()}
     in_mb: dict[str, Numbers] = {method: {0: size / 1e6} for method, size in sizes.items()}
     charts = [
-        _by_method(time, times, "training, measuring and testing of a seed (s)", "seconds"),
+        _by_method(time, in_seconds, "training, measuring and testing, median of the seeds (s)", "seconds"),
         _by_method(
             f"{biggest} keeps {readable(sizes[biggest])}", in_mb, "kept beside the model at the end (MB)", "kept"
         ),

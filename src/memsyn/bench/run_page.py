@@ -20,6 +20,7 @@ from memsyn.bench.record import FILE
 from memsyn.bench.report import title, training
 from memsyn.bench.run_charts import averages, chosen, costs, group_charts, matrices, over_time, tradeoff
 from memsyn.bench.sections import (
+    APART,
     READING,
     accuracy_table,
     commands,
@@ -166,7 +167,7 @@ def _methods(found: Findings) -> Section:
         apart = {method for method in found.methods if method not in found.rivals}
         parts.append(_table([block[0], *rows], marked=apart))
         if apart:
-            parts.append("†: stores data, or is a reference.")
+            parts.append(f"†: {APART}.")
     return Section("Methods", [*parts, *_parts(unfinished(found))])
 
 

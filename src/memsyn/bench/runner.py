@@ -27,6 +27,7 @@ from memsyn.bench.methods.method import Method
 from memsyn.bench.methods.registry import METHODS
 from memsyn.bench.networks import Network
 from memsyn.bench.record import FILE, Results, TaskRecord, append_run, append_strength, append_task, read_all
+from memsyn.bench.report import training
 from memsyn.bench.scoring import score
 from memsyn.bench.sequences import find_sequence
 from memsyn.bench.settings import OWN, Settings
@@ -37,7 +38,7 @@ def run(settings: Settings, *, methods: Sequence[str], num_seeds: int, out: Path
     """Run seeds 0 to `num_seeds` - 1 of every method, or what of it `out` does not hold yet.
 
     A seed changes the heads, the batches and the augmentation, the same way for every method; the order of tasks is
-    the sequence's own. Prints a row of the accuracy matrix after each task.
+    the sequence's own. Prints how they are trained, and a row of the accuracy matrix after each task.
 
     Of an embedding, what seed 0 finds for some images is kept beside the results (`memsyn.bench.examples`).
 
@@ -55,6 +56,7 @@ def run(settings: Settings, *, methods: Sequence[str], num_seeds: int, out: Path
     num_todo = sum(runner.num_todo(*pair) for pair in pairs)
     if num_todo:
         append_run(out / FILE, settings, len(runner.tasks))
+        tqdm.write(training(settings))
     with tqdm(total=num_todo * settings.epochs, unit="epoch", disable=None if num_todo else True) as bar:
         for pair in pairs:
             runner.finish(*pair, bar)

@@ -46,7 +46,8 @@ Where facts are found, read mean average precision for accuracy. Further:
 - What goes by another scoring's name, such as class-incremental, is its mean after the last task.
 - Of strengths with equal scores the largest was taken; beyond the edges of what is listed nothing was tried.
 - Kept: what a method holds from task to task beside the model. Working: the most that it holds while it learns one,
-  beside the model and its optimizer. Seconds: of the median seed, by the clock of a machine with other work too."""
+  beside the model and its optimizer. Seconds: the median over the seeds, by the clock of a machine with other work
+  too."""
 """What the tables' columns mean."""
 
 
@@ -99,8 +100,9 @@ def commands(found: Findings) -> list[str]:
         value = getattr(settings, name)
         if value != default:
             others += [f"--{name.replace('_', '-')}", str(value).removesuffix(".0")]
-    if found.name != settings.sequence:
-        others += ["--out", f"runs/{found.name}"]
+    out = found.folder or f"runs/{found.name}"
+    if out != f"runs/{settings.sequence}":
+        others += ["--out", out]
     lines = []
     for number in sorted(set(seeds.values()), reverse=True):
         methods = ",".join(method for method in seeds if seeds[method] == number)
@@ -130,24 +132,30 @@ def sentences(found: Findings) -> list[str]:
         ]
     if MAS in found.results:
         said += _of_mas(found, best)
-    apart = difference(best_numbers, found.averages(FROZEN))
-    if several and apart:
-        below = f"The frozen body ends {apart.mean:.1f} points below the best method that stores no data"
-        if find_sequence(found.run.settings.sequence).shares_head:
-            said.append(f"{below}; the tasks share its head, which forgets: here it is no floor.")
-        elif apart.mean > NEAR:
-            said.append(f"{below}.")
-        else:
-            said.append(
-                f"The frozen body ends within {NEAR:g} points ({apart.mean:.1f}) of the best method that stores no "
-                "data: this experiment shows nothing about memory."
-            )
-            room = difference(found.averages(JOINT), found.averages(FROZEN))
-            if room:
-                words = compared(room, "above the frozen body", "below the frozen body")
-                said.append(f"{JOINT.capitalize()} training itself ends {words}.")
+    if several and FROZEN in found.results:
+        said += _of_frozen(found, best)
     if any(len(seeds) == 1 for seeds in found.results.values()):
         said.append("Of a single seed no interval is known: its numbers stand alone.")
+    return said
+
+
+def _of_frozen(found: Findings, best: str) -> list[str]:
+    """Whether a body that stands still ends as high; how far joint training comes above it says what was to gain."""
+    if find_sequence(found.run.settings.sequence).shares_head:
+        forgotten = estimate(found.by_seed(FROZEN, forgetting))
+        return [f"The frozen body is no floor here: the tasks share its head, which forgets {forgotten} points."]
+    apart = difference(found.averages(best), found.averages(FROZEN))
+    if apart is None:
+        return []
+    if apart.mean > NEAR:
+        return [f"The frozen body ends {apart.mean:.1f} points below the best method that stores no data."]
+    near = f"ends within {NEAR:g} points ({apart.mean:.1f}) of the best method that stores no data"
+    near = "is that method" if best == FROZEN else near
+    said = [f"The frozen body {near}: this experiment shows nothing about memory."]
+    room = difference(found.averages(JOINT), found.averages(FROZEN))
+    if room:
+        words = compared(room, "above the frozen body", "below the frozen body")
+        said.append(f"{JOINT.capitalize()} training itself ends {words}.")
     return said
 
 
@@ -190,12 +198,14 @@ def accuracy_table(found: Findings) -> str:
     rows = [row(method) for method in found.rivals]
     apart = [method for method in found.methods if method not in found.rivals]
     if apart:
-        rows.append(["*store data, see test images, or are references:*", *[""] * len(columns)])
+        rows.append([f"*{APART}:*", *[""] * len(columns)])
     rows += [row(method) for method in apart]
     return table(["Method", *columns], rows)
 
 
 LEARNED = "When learned (%)"
+APART = "store data, see test images, or are references"
+"""What the methods that are no rivals do."""
 
 
 def _columns(found: Findings) -> dict[str, Cell]:
@@ -236,7 +246,7 @@ def cost_table(found: Findings) -> str:
                 escape(method),
                 ", ".join(f"{strength:g}" for strength in strengths) or NONE,
                 str(len(seeds)),
-                f"{median(seconds(found, method).values()):.0f}",
+                f"{seconds(found, method):.0f}",
                 readable(kept_bytes(found, method, 0)),
                 readable(kept_bytes(found, method, -1)),
                 readable(max(record.working_bytes for record in records)),
@@ -246,9 +256,9 @@ def cost_table(found: Findings) -> str:
     return table(columns, rows)
 
 
-def seconds(found: Findings, method: str) -> Numbers:
-    """Each seed's, by the clock."""
-    return {seed: sum(record.seconds for record in records) for seed, records in found.results[method].items()}
+def seconds(found: Findings, method: str) -> float:
+    """Of a seed, by the clock: the median, for a machine may have been busy with something else."""
+    return median(sum(record.seconds for record in records) for records in found.results[method].values())
 
 
 def kept_bytes(found: Findings, method: str, task: int) -> int:

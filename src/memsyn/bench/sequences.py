@@ -6,8 +6,9 @@ Owns how a sequence's tasks are loaded, its network is built and its images are 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,10 @@ class TaskSequence:
     scorings: tuple[str, ...] = ("multi-head", "class-incremental")
     shares_head: bool = False
     training: Mapping[str, float] = field(default_factory=dict)
+
+
+FINE_TUNING = {"lr": 3e-4, "warmup": 2}
+"""Training that does not break what was learned on ImageNet, before the new heads are any good."""
 
 
 def pretrained_network(tasks: Sequence[Task], generator: torch.Generator) -> MultiHead:
@@ -151,6 +156,7 @@ def paper8(network: str) -> TaskSequence:
         load=load_paper8,
         build=partial(imagenet_network, partial(torchvision_body, network, side)),
         augment=shift,
+        training=FINE_TUNING,
     )
 
 
@@ -164,6 +170,7 @@ def sixds(network: str) -> TaskSequence:
         sizes=(side,),
         build=partial(imagenet_embedding, network, side),
         augment=shift,
+        training=FINE_TUNING,
     )
 
 
@@ -198,7 +205,7 @@ SEQUENCES: dict[str, TaskSequence] = {
         load=load_emoji8,
         build=partial(imagenet_network, efficientnet_lite0),
         augment=augment,
-        training={"lr": 3e-4, "warmup": 2},
+        training=FINE_TUNING,
     ),
     "mixed8-pretrained": TaskSequence(
         summary="4 tasks of emoji and 4 alphabets in turn, from EfficientNet-Lite0 pretrained on ImageNet",
@@ -206,7 +213,7 @@ SEQUENCES: dict[str, TaskSequence] = {
         load=load_mixed8,
         build=partial(imagenet_network, efficientnet_lite0),
         augment=augment,
-        training={"lr": 3e-4, "warmup": 2},
+        training=FINE_TUNING,
     ),
     "scripts8": TaskSequence(
         summary="the letters of 8 alphabets, tested on families of fonts never seen",
@@ -318,12 +325,12 @@ def find_sequence(name: str) -> TaskSequence:
     )
 
 
-def own_settings(name: str, **given: float | str) -> Settings:
-    """The settings of a run of that sequence: what is given, and of the rest its own defaults.
+def own_settings(name: str) -> Settings:
+    """The settings that a run of that sequence has where none are given.
 
     Raises:
-        OptionError: an unknown sequence, or a value out of range.
+        OptionError: an unknown sequence.
     """
     sequence = find_sequence(name)
-    plain = asdict(Settings(name, sequence.sizes[0]))
-    return Settings(**{**plain, **sequence.training, **given})
+    fields: dict[str, Any] = {"sequence": name, "size": sequence.sizes[0], **sequence.training}
+    return Settings(**fields)

@@ -42,6 +42,7 @@ class Settings:
     strength: float | str = OWN
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "lr", float(self.lr))  # 1 and 1.0 have one fingerprint
         for name in ("size", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} must be at least 1, got {getattr(self, name)}.")

@@ -12,7 +12,7 @@ further column, `task`, names the task that a fact is learned in, in the order i
 the facts are dealt out to four tasks at random, by a fixed seed.
 
 `vectors.safetensors` holds the embedding of each fact's text, float32 (D,), under that text: its words with spaces
-between.
+between. The pixels of pictures already read are kept in `prepared/`, as those of the other data sets are.
 
 Owns this layout.
 """
@@ -28,13 +28,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from memsyn.bench.paper8 import Picture, data_folder, prepared
-from memsyn.bench.tasks import Task
+from memsyn.bench.paper8 import FOLDER, Picture, data_folder, prepared
+from memsyn.bench.tasks import Task, deal_out
 from memsyn.errors import MemsynError
 
-NUM_TASKS = 4
-SPLIT_SEED = 0
-"""Of the random split into tasks: it is part of the sequence, and the same for every seed of a run."""
 COLUMNS = ("image", "subject", "predicate", "object", "split")
 
 
@@ -49,7 +46,7 @@ def load_6ds(size: int, root: Path | None = None) -> list[Task]:
     """
     root = data_folder() if root is None else root
     folder = root / "6ds"
-    rows = _read_rows(folder)
+    rows = _read_rows(folder / "facts.csv")
     vectors = _read_vectors(folder / "vectors.safetensors", sorted({row["fact"] for row in rows}))
     tasks = []
     for name, facts in _tasks_of(rows, folder / "facts.csv").items():
@@ -67,29 +64,49 @@ def load_6ds(size: int, root: Path | None = None) -> list[Task]:
     return tasks
 
 
-def _read_rows(folder: Path) -> list[dict[str, str]]:
+def _read_rows(path: Path) -> list[dict[str, str]]:
     """The lines of `facts.csv`, each with its `fact`."""
-    path = folder / "facts.csv"
     if not path.is_file():
         raise MemsynError(
             f"6ds: {path} is missing. Get the data from its authors and write the file as memsyn.bench.sixds tells, or "
-            "name another place in the environment variable MEMSYN_PAPER8."
+            f"name another place in the environment variable {FOLDER}."
         )
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file, restval=""))
-    for number, row in enumerate(rows, start=2):
-        lacking = [name for name in COLUMNS if name not in row]
-        if lacking or None in row or row["split"] not in ("train", "test") or not row["subject"]:
-            wrong = f"has no column {', '.join(lacking)}" if lacking else "is no fact of train or test"
-            raise MemsynError(f"6ds: {path}, line {number} {wrong}. See memsyn.bench.sixds for what a line holds.")
-        if not (folder / row["image"]).is_file():
-            raise MemsynError(
-                f"6ds: {path}, line {number}: there is no image {folder / row['image']}. Correct the path."
-            )
-        row["fact"] = " ".join(row[name] for name in ("subject", "predicate", "object") if row[name])
+    rows = []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            lines = csv.DictReader(file, restval="")
+            lacking = [name for name in COLUMNS if name not in (lines.fieldnames or ())]
+            if lacking:
+                raise MemsynError(
+                    f"6ds: {path} has no column {', '.join(lacking)}. Write it as memsyn.bench.sixds tells."
+                )
+            for row in lines:
+                wrong = _what_is_wrong(row, path.parent)
+                if wrong:
+                    raise MemsynError(f"6ds: {path}, line {lines.line_num}: {wrong}. See memsyn.bench.sixds.")
+                row["fact"] = " ".join(row[name] for name in ("subject", "predicate", "object") if row[name])
+                rows.append(row)
+    except UnicodeDecodeError as error:
+        raise MemsynError(f"6ds: {path} is not UTF-8 ({error}). Save it so.") from error
     if not rows:
-        raise MemsynError(f"6ds: {path} holds no facts. See memsyn.bench.sixds for what a line holds.")
+        raise MemsynError(f"6ds: {path} holds no facts. Write it as memsyn.bench.sixds tells.")
     return rows
+
+
+def _what_is_wrong(row: dict[str, str], folder: Path) -> str:
+    """With one line; empty for nothing."""
+    image = Path(row["image"])
+    if None in row:
+        return "it has more values than columns"
+    if row["split"] not in ("train", "test"):
+        return f"split must be train or test, got {row['split']!r}"
+    if not row["subject"]:
+        return "it has no subject"
+    if row.get("task") == "":
+        return "it names no task, and other lines may"
+    if image.is_absolute() or ".." in image.parts:
+        return f"an image must be a path below {folder}, got {row['image']}"
+    return "" if (folder / image).is_file() else f"there is no image {folder / image}"
 
 
 def _read_vectors(path: Path, facts: Sequence[str]) -> dict[str, Tensor]:
@@ -116,9 +133,7 @@ def _tasks_of(rows: Sequence[dict[str, str]], path: Path) -> dict[str, list[str]
                 raise MemsynError(f"6ds: {path} has {row['fact']!r} in {task_of[row['fact']]} and in {row['task']}.")
         tasks = {name: [fact for fact in facts if task_of[fact] == name] for name in dict.fromkeys(task_of.values())}
     else:
-        order = torch.randperm(len(facts), generator=torch.Generator().manual_seed(SPLIT_SEED))
-        parts = [sorted(facts[place] for place in part.tolist()) for part in order.tensor_split(NUM_TASKS)]
-        tasks = {f"Facts {number}": part for number, part in enumerate(parts, start=1)}
+        tasks = {f"Facts {number}": sorted(part) for number, part in enumerate(deal_out(facts), start=1) if part}
     for name, own in tasks.items():
         for split in ("train", "test"):
             if not any(row["fact"] in own and row["split"] == split for row in rows):

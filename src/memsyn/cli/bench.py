@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -68,8 +69,11 @@ def run_(
     folder = Path("runs", sequence) if out is None else out
     with plain_errors():
         options = {"size": size, "epochs": epochs, "batch_size": batch_size, "lr": lr, "warmup": warmup}
-        given = {name: value for name, value in options.items() if value is not None}
-        settings = own_settings(sequence, strength=strength_of(strength), **given)
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        own = own_settings(sequence)
+        if epochs is not None:
+            given.setdefault("warmup", min(own.warmup, max(epochs, 0)))
+        settings = replace(own, strength=strength_of(strength), **given)
         try:
             results = run(settings, methods=[name.strip() for name in methods.split(",")], num_seeds=seeds, out=folder)
         except KeyboardInterrupt:

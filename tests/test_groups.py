@@ -68,6 +68,14 @@ def test_a_method_or_seed_that_a_pair_lacks_is_not_in_the_mean(tmp_path):
     assert "mas drops" not in section
 
 
+def test_what_mas_learns_of_the_second_task_is_compared_with_a_frozen_body(tmp_path):
+    ends = {"frozen": (90.0, 92.0), "mas": (93.0, 93.0), "mas-local": (89.0, 90.0)}
+    matrices = {method: {seed: [[80.0], [80.0, end]] for seed, end in enumerate(of)} for method, of in ends.items()}
+    section = page(write(tmp_path / "x.jsonl", matrices, Settings(sequence="pair-food-animals", size=32)))
+    assert f"On the second task mas ends {interval(3.0, 1.0)} points above a frozen body (the interval" in section
+    assert f"On the second task mas-local ends {interval(1.0, 2.0)} points below a frozen body (the interval" in section
+
+
 def test_pairs_from_another_network_are_another_table(tmp_path):
     names = ("pair-food-animals", "pair-food-animals-scratch")
     text = page(*(write_pair(tmp_path, name, ["a", "b"]) for name in names))

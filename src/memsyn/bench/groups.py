@@ -26,7 +26,7 @@ from memsyn.bench.findings import (
 )
 from memsyn.bench.markdown import escape, table
 from memsyn.bench.methods.registry import METHODS
-from memsyn.bench.metrics import diagonal, forgetting
+from memsyn.bench.metrics import Matrix, diagonal, forgetting
 from memsyn.bench.settings import OWN
 
 Group = list[Findings]
@@ -80,7 +80,8 @@ def in_groups(files: Sequence[Findings]) -> tuple[list[tuple[Kind, Group]], list
 
 def pairs(group: Group) -> str:
     """The first task before and after the second, and the second, as in the paper's Table 3."""
-    drops = {method: mean_drops(group, method) for method in PAIR_ROWS}
+    drops = {method: over_pairs(group, method, forgetting) for method in PAIR_ROWS}
+    learned = {method: over_pairs(group, method, _on_second) for method in (FROZEN, MAS, LOCAL)}
     rows = []
     for method, (family, images) in PAIR_ROWS.items():
         if any(method in found.results for found in group):
@@ -93,6 +94,10 @@ def pairs(group: Group) -> str:
         if drops[method]
     ]
     for method in (MAS, LOCAL):
+        apart = difference(learned[method], learned[FROZEN])
+        if apart:
+            words = compared(apart, "above a frozen body", "below a frozen body")
+            said.append(f"On the second task {method} ends {words}, mean over the pairs.")
         for images in ("test", "both"):
             apart = difference(drops[f"{method}-{images}"], drops[method])
             if apart:
@@ -108,18 +113,22 @@ def pairs(group: Group) -> str:
     return "\n\n".join(filter(None, [" ".join(said), table(columns, rows), note]))
 
 
-def mean_drops(group: Group, method: str) -> Numbers:
-    """Each seed's drop on the first task, mean over the pairs; of the seeds that have finished every one."""
-    of_pairs = [found.by_seed(method, forgetting) for found in group]
-    seeds = sorted(set.intersection(*(set(drops) for drops in of_pairs)))
-    return {seed: fmean(drops[seed] for drops in of_pairs) for seed in seeds}
+def over_pairs(group: Group, method: str, number: Callable[[Matrix], float]) -> Numbers:
+    """Each seed's number, mean over the pairs; of the seeds that have finished every one. The drop is `forgetting`."""
+    of_pairs = [found.by_seed(method, number) for found in group]
+    seeds = sorted(set.intersection(*(set(numbers) for numbers in of_pairs)))
+    return {seed: fmean(numbers[seed] for numbers in of_pairs) for seed in seeds}
+
+
+def _on_second(matrix: Matrix) -> float:
+    return matrix[-1][1]
 
 
 def _pair_cell(found: Findings, method: str) -> str:
     if method not in found.results:
         return NONE
     first = mean(found.by_seed(method, lambda matrix: matrix[-1][0]))
-    second = mean(found.by_seed(method, lambda matrix: matrix[-1][1]))
+    second = mean(found.by_seed(method, _on_second))
     change = round(-mean(found.by_seed(method, forgetting)), 1) + 0.0  # no minus before a zero
     return f"{first:.1f} ({change:+.1f}) / {second:.1f}"
 

@@ -15,8 +15,8 @@ from memsyn.bench.groups import (
     adaptation,
     facts,
     kept,
-    mean_drops,
     over_all,
+    over_pairs,
     pairs,
     sensitivity,
     strength_of,
@@ -268,7 +268,7 @@ def _facts(group: Group) -> list[Chart]:
 
 
 def _pairs(group: Group) -> list[Chart]:
-    drops = {method: numbers for method in PAIR_ROWS if (numbers := mean_drops(group, method))}
+    drops = {method: numbers for method in PAIR_ROWS if (numbers := over_pairs(group, method, forgetting))}
     if not drops:
         return []
     least = min(drops, key=lambda method: mean(drops[method]))

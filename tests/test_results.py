@@ -201,10 +201,15 @@ def test_a_frozen_body_is_no_floor_where_the_head_is_shared(tmp_path, monkeypatc
         assert "nothing about memory" not in text
 
 
+def test_a_frozen_body_is_compared_on_shared_seeds_alone(tmp_path):
+    found = {"mas": {0: MATRICES["mas"][0]}, "frozen": {1: MATRICES["finetune"][1]}}
+    assert "The frozen body" not in page(write(tmp_path / "x.jsonl", found))
+
+
 def test_a_frozen_body_that_is_the_best_is_said_to_be(tmp_path):
     text = page(write(tmp_path / "x.jsonl", {"mas": MATRICES["finetune"], "frozen": MATRICES["mas"]}))
     assert "**frozen** has the highest" in text
-    assert "The frozen body is that method: this experiment shows nothing about memory." in text
+    assert "The frozen body is the best method that stores no data: this experiment shows nothing about memory." in text
 
 
 def test_unfinished_seeds_are_left_out_and_named(tmp_path):

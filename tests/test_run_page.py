@@ -190,6 +190,30 @@ def test_adaptation_and_facts_have_charts_of_their_own(tmp_path):
     assert "mean average precision" in chart(found, "averages").figure["layout"]["xaxis"]["title"]["text"]
 
 
+def test_pairs_have_a_chart_of_their_mean_drops(tmp_path):
+    paths = []
+    for name, by in (("pair-food-animals", 1), ("pair-animals-food", 3)):
+        matrices = {
+            method: {seed: [[80.0], [80.0 - by * drop, 90.0]] for seed in (0, 1)}
+            for method, drop in (("finetune", 20.0), ("mas", 2.0))
+        }
+        path = tmp_path / f"{name}.jsonl"
+        paths.append(write(path, matrices, replace(SETTINGS, sequence=name, size=32), names=["a", "b"]))
+    found = chart(page(*paths), "pairs")
+    assert found.title == "mas drops least on the first task: 4.0 ± 0.0 points"
+    assert found.figure["data"][0]["x"] == [40.0, 4.0]
+
+
+def test_the_time_is_that_of_the_median_seed(tmp_path):
+    path = write(tmp_path / "a.jsonl", MATRICES)
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    for entry in entries:
+        if entry.get("method") == "mas":
+            entry["seconds"] = 900.0 if entry["seed"] == 2 else 4.5
+    path.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    assert chart(page(path), "seconds").title == "mas takes 9 s, 3.0 times as long as finetune"
+
+
 EXAMPLE = {"image": PIXEL, "text": "a <b>cat</b>", "first": {"mas": ["a <b>cat</b>"]}, "last": {"mas": ["dog", "car"]}}
 
 

@@ -275,14 +275,11 @@ def load_data_set(name: str, size: int, root: Path) -> Task:
 
 def prepared(pictures: Sequence[Picture], size: int, root: Path, name: str) -> Pixels:
     """Read the pictures' pixels, once until one of them changes: they are then in a file, mapped into memory."""
-    states = [_need(picture.path).stat() for picture in pictures]
-    listing = repr(
-        [
-            (os.path.relpath(picture.path, root), picture.box, state.st_size, state.st_mtime_ns)
-            for picture, state in zip(pictures, states, strict=True)
-        ]
-    )
-    digest = hashlib.sha256(listing.encode()).hexdigest()[:12]
+    listing = []
+    for picture in pictures:
+        state = _need(picture.path).stat()
+        listing.append((str(picture.path.relative_to(root)), picture.box, state.st_size, state.st_mtime_ns))
+    digest = hashlib.sha256(repr(listing).encode()).hexdigest()[:12]
     path = root / "prepared" / f"{name}-{size}-{digest}.npy"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
@@ -310,7 +307,7 @@ def _decode(picture: Picture, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 def _opened(path: Path) -> Image.Image:
     try:
-        return Image.open(_need(path))
+        return Image.open(path)
     except UnidentifiedImageError:
         raise MemsynError(f"paper8: {path} is no picture that can be read. Get it again, or leave it out.") from None
 

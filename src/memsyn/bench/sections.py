@@ -150,7 +150,7 @@ def _of_frozen(found: Findings, best: str) -> list[str]:
     if apart.mean > NEAR:
         return [f"The frozen body ends {apart.mean:.1f} points below the best method that stores no data."]
     near = f"ends within {NEAR:g} points ({apart.mean:.1f}) of the best method that stores no data"
-    near = "is that method" if best == FROZEN else near
+    near = "is the best method that stores no data" if best == FROZEN else near
     said = [f"The frozen body {near}: this experiment shows nothing about memory."]
     room = difference(found.averages(JOINT), found.averages(FROZEN))
     if room:

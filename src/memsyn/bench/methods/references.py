@@ -13,7 +13,7 @@ from memsyn.bench.methods.method import Lesson, Method, frozen
 
 @final
 class FrozenBody(Method):
-    """After the first task only heads learn: of heads of their own, nothing is forgotten: the honest floor."""
+    """After the first task only heads learn: tasks with heads of their own forget nothing. The honest floor."""
 
     def __init__(self) -> None:
         super().__init__()

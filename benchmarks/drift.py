@@ -22,17 +22,17 @@ import torch
 from tqdm import tqdm
 
 import memsyn
-from memsyn.bench.learners import generator, lesson_of, train
-from memsyn.bench.methods.method import Method
-from memsyn.bench.methods.rehearsal import Rehearsing
-from memsyn.bench.metrics import interval
-from memsyn.bench.mixed import among_drawings
-from memsyn.bench.networks import Network
-from memsyn.bench.scoring import score
-from memsyn.bench.sequences import find_sequence
-from memsyn.bench.settings import Settings
-from memsyn.bench.tasks import Task
-from memsyn.ledger import spearman
+from memsyn.live.segment_sums import spearman
+from memsyn_bench.data.mixed import among_drawings
+from memsyn_bench.methods.method import Method
+from memsyn_bench.methods.rehearsal import Rehearsing
+from memsyn_bench.results.metrics import interval
+from memsyn_bench.running.learners import generator, lesson_of, train
+from memsyn_bench.running.scoring import score
+from memsyn_bench.sequences.networks import Network
+from memsyn_bench.sequences.sequences import find_sequence
+from memsyn_bench.settings import Settings
+from memsyn_bench.task import Task
 
 SIDE = 32
 WEEKS = (range(4), range(4, 8))

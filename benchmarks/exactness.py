@@ -25,15 +25,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from memsyn import measure
-from memsyn.bench.drawings import augment, load_emoji8
-from memsyn.bench.learners import generator, lesson_of, train
-from memsyn.bench.methods.method import Method
-from memsyn.bench.methods.registry import METHODS
-from memsyn.bench.networks import MultiHead
-from memsyn.bench.scoring import score
-from memsyn.bench.sequences import pretrained_network
-from memsyn.bench.settings import Settings
-from memsyn.bench.tasks import Task
+from memsyn_bench.data.drawings import augment, load_emoji8
+from memsyn_bench.methods.method import Method
+from memsyn_bench.methods.registry import METHODS
+from memsyn_bench.running.learners import generator, lesson_of, train
+from memsyn_bench.running.scoring import score
+from memsyn_bench.sequences.networks import MultiHead
+from memsyn_bench.sequences.sequences import pretrained_network
+from memsyn_bench.settings import Settings
+from memsyn_bench.task import Task
 from models import efficientnet_lite0
 
 SIZES = (1, 8, 32, 128, 512)

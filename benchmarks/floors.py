@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memsyn.bench.pretrained import efficientnet_lite0
-from memsyn.bench.sequences import SEQUENCES
-from memsyn.bench.tasks import Task
+from memsyn_bench.sequences.pretrained import efficientnet_lite0
+from memsyn_bench.sequences.sequences import SEQUENCES
+from memsyn_bench.task import Task
 
 
 def nearest(task: Task, train: Tensor, test: Tensor) -> float:

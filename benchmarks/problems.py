@@ -2,7 +2,7 @@
 
     split-fashion      Fashion-MNIST in five tasks of two classes, a head each, an MLP 784-256-256, one epoch a task
     permuted-fashion   ten tasks, each of 20,000 images of Fashion-MNIST with the pixels in another order; one head
-    emoji8             the eight tasks of `memsyn bench run emoji8`, with 5 epochs a task
+    emoji8             the eight tasks of `memsyn-bench run emoji8`, with 5 epochs a task
 
 Fashion-MNIST is read from the folder of Debian's package dataset-fashion-mnist.
 """
@@ -21,11 +21,11 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from tqdm import tqdm
 
 import memsyn
-from memsyn.bench.drawings import augment, load_emoji8
-from memsyn.bench.fashion import load_permuted_fashion, load_split_fashion
-from memsyn.bench.networks import MultiHead
-from memsyn.bench.sequences import pretrained_network
-from memsyn.bench.tasks import Task
+from memsyn_bench.data.drawings import augment, load_emoji8
+from memsyn_bench.data.fashion import load_permuted_fashion, load_split_fashion
+from memsyn_bench.sequences.networks import MultiHead
+from memsyn_bench.sequences.sequences import pretrained_network
+from memsyn_bench.task import Task
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What the importance of one layer's weight costs, relative to the layer's ordinary forward and backward pass.
 
 Per layer shape, in turn: forward, gradient to the input, weight gradient, and ours. With `--tiles`, ours for other
-sizes of tile in place of the one that `memsyn.products` holds, relative to the weight gradient. Prints a Markdown
+sizes of tile in place of the one that `memsyn.kernels.outer_products` holds, relative to the weight gradient. Prints a Markdown
 table. With one thread the clock is the processor's time, which other processes hardly disturb.
 """
 
@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from memsyn import products
-from memsyn.operations import OPERATIONS
-from memsyn.rules import Axis, Use, absolute
+from memsyn.kernels import outer_products as products
+from memsyn.kernels.operations import OPERATIONS
+from memsyn.kernels.rules import Axis, Use, absolute
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from tqdm import tqdm
 
 import memsyn
-from memsyn import compiled
+from memsyn.protecting import compiled
 from models import SUBJECTS
 
 STRENGTH = 1e-3

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from memsyn import Observer
-from memsyn.process import is_child
+from memsyn.live.child_process import is_child
 
 
 class Gated(nn.Module):

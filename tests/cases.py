@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, rnn, weight_norm
 
-from memsyn.routes import BY_OPERATION, BY_SAMPLE, UNUSED
+from memsyn.engine.routes import BY_OPERATION, BY_SAMPLE, UNUSED
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from torch import nn
 
 import memsyn
 from memsyn import Importance, Memory, measure
-from tests.test_cli import call
+from memsyn.cli import app
+from tests.commands import call
 
 
 @pytest.fixture
@@ -126,7 +128,7 @@ def test_inspect_names_what_is_wrong(folder) -> None:
     result = call("inspect", "none", code=1)
     assert (result.stdout, result.stderr) == ("", "error: none does not exist.\n")
     assert "was not written by memsyn" in call("inspect", "text", "--json", code=1).stderr
-    memsyn.storage.write("other", "checkpoint", {}, {})
+    memsyn.storage.reading_and_writing.write("other", "checkpoint", {}, {})
     assert (
         "other is of kind 'checkpoint'; expected one of memory, importance." in call("inspect", "other", code=1).stderr
     )
@@ -152,9 +154,11 @@ def test_verify(folder) -> None:
 
 
 def test_verify_looks_into_the_header_and_at_other_kinds(folder) -> None:
-    memsyn.storage.write("odd", "memory", {"history": [{"when": 3}], "counts": {}}, {"anchor": {}, "importance": {}})
+    memsyn.storage.reading_and_writing.write(
+        "odd", "memory", {"history": [{"when": 3}], "counts": {}}, {"anchor": {}, "importance": {}}
+    )
     assert "odd is not as memsyn writes it" in call("verify", "odd", code=1).output
-    memsyn.storage.write("other", "checkpoint", {}, {"model": {"w": torch.ones(1)}})
+    memsyn.storage.reading_and_writing.write("other", "checkpoint", {}, {"model": {"w": torch.ones(1)}})
     assert call("verify", "other").output == "OK      other: checkpoint\n"
 
 
@@ -289,3 +293,36 @@ def test_the_installed_command(folder) -> None:
     assert done.returncode == 1
     assert [file["ok"] for file in json.loads(done.stdout)["files"]] == [True, False]
     assert done.stderr == ""
+
+
+def test_version():
+    assert call("--version").output == "memsyn 0.1.0\n"
+
+
+def test_no_option_comes_or_goes_unnoticed():
+    commands = typer.main.get_command(app).commands
+    surface = {
+        name: [option for parameter in command.params for option in parameter.opts]
+        for name, command in commands.items()
+    }
+    assert surface == {
+        "inspect": ["path", "--html", "--png", "--weights", "--json"],
+        "verify": ["paths", "--json"],
+        "diff": ["a", "b", "--html", "--png", "--json"],
+        "merge": ["paths", "--out", "-o", "--json"],
+        "convert": ["path", "--out", "-o", "--samples", "--exact", "--json"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "example"),
+    [
+        (["inspect"], "memsyn inspect runs/demo/mas-seed0.memsyn.safetensors"),
+        (["verify"], "memsyn verify backup/*.memsyn.safetensors"),
+        (["diff"], "memsyn diff january.memsyn.safetensors february.memsyn.safetensors"),
+        (["merge"], "memsyn merge replica1.safetensors replica2.safetensors -o all.safetensors"),
+        (["convert"], "memsyn convert reg_params.pt -o old.memsyn.safetensors --samples 5000"),
+    ],
+)
+def test_help_gives_an_example(command, example):
+    assert example in " ".join(call(*command, "--help").output.replace("│", " ").split())

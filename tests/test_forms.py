@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 import memsyn
-from memsyn import compiled
+from memsyn.protecting import compiled
 from tests.training import a_task, assert_close, train
 
 Make = Callable[[Any], Optimizer]
-arithmetic = sys.modules["memsyn.penalty"]  # the package has a function of this name
+arithmetic = sys.modules["memsyn.protecting.penalty"]  # the package has a function of this name
 
 
 def of_one_weight(theta: float, anchor: float, omega: float) -> tuple[nn.Module, memsyn.Memory]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import memsyn
 from memsyn.batches import model_input, take
-from memsyn.objectives import output_tensor
-from memsyn.routes import BY_RULE, BY_SAMPLE
+from memsyn.engine.routes import BY_RULE, BY_SAMPLE
+from memsyn.measuring.objectives import output_tensor
 from tests import reference
 from tests.cases import CASES, Case, Hidden, Lambda, hidden, normal, parameter
 

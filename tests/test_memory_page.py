@@ -14,7 +14,7 @@ from memsyn import Importance, Memory, MismatchError
 from memsyn.report.memory_page import MOST_ROWS, difference_page, memory_page
 from memsyn.report.names import inert, json_in_html, printable, shortened
 from memsyn.report.parts import Table, number_cell
-from tests.test_cli import call
+from tests.commands import call
 
 
 def make(values=(4.0, 1.0, 3.0, 2.0), label=None, anchor=1.0):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import memsyn
-from memsyn.objectives import ESTIMATORS, Place
+from memsyn.measuring.objectives import ESTIMATORS, Place
 from tests.cases import CASES, Lambda, integers, normal
 from tests.reference import errors
 

@@ -5,17 +5,17 @@ import zlib
 
 import pytest
 import torch
+from bench.tests import tiny
+from bench.tests.test_results import MATRICES, write
 
 from memsyn import Importance, Memory
-from memsyn.bench.record import FILE
-from memsyn.bench.run_page import read_runs, run_page
-from memsyn.bench.sequences import SEQUENCES
 from memsyn.report.memory_page import memory_page
 from memsyn.report.names import printable, shortened
 from memsyn.report.page import write_page
-from tests import tiny
+from memsyn_bench.pages.run_page import read_runs, run_page
+from memsyn_bench.running.record import FILE
+from memsyn_bench.sequences.sequences import SEQUENCES
 from tests.browser import CHROMIUM, MISSING, Browser
-from tests.test_results import MATRICES, write
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
 

@@ -197,7 +197,7 @@ def test_a_reload_that_cannot_be_followed_ends_nothing(store: Path, monkeypatch:
             raise RuntimeError("no such thing")
 
         with monkeypatch.context() as patch:
-            patch.setattr(memsyn.ledger, "write", failing)
+            patch.setattr(memsyn.live.segment_sums, "write", failing)
             model.load_state_dict(a_model(2).state_dict())
             observer.observe(batch)
             while observer.stats().waiting:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import memsyn
 from memsyn.batches import model_input, take
-from memsyn.routes import BY_RULE, BY_SAMPLE
+from memsyn.engine.routes import BY_RULE, BY_SAMPLE
 from tests import reference
 from tests.cases import CASES, Hidden, Lambda, normal, parameter
 from tests.test_measure import GOOD, Snapshot, build

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bench.tests import tiny
 from torch import nn
 
 import memsyn
-from tests import tiny
 
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve: pip install 'memsyn[serve]'")
 pytest.importorskip("fastapi", reason="needs the extra serve: pip install 'memsyn[serve]'")

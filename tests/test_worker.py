@@ -43,7 +43,7 @@ def test_a_restart_goes_on(given: dict[str, Any], store: Path) -> None:
             assert observer.flush()
     assert_same(memsyn.Importance.load(store), measured(model, batches), 1e-5 if "half_life" in given else 1e-12)
     assert list(store.parent.iterdir()) == [store]
-    header, _ = memsyn.storage.read(store)
+    header, _ = memsyn.storage.reading_and_writing.read(store)
     assert memsyn.Importance.load(store).fingerprint == fingerprint(weights(model))
     assert header["observed"]["first"][:3] == header["observed"]["last"][:3] == "202"
 
@@ -89,7 +89,7 @@ def test_a_store_that_cannot_be_read_for_a_while(store: Path, monkeypatch: pytes
 
     with begin(model, store) as observer:
         with monkeypatch.context() as patch:
-            patch.setattr(memsyn.storage, "_read_header", failing)
+            patch.setattr(memsyn.storage.reading_and_writing, "_read_header", failing)
             observer.observe(batches[1])
             assert observer.flush()
         assert "Too many open files" in str(observer.stats().last_error)
@@ -248,15 +248,15 @@ def test_a_fork_of_the_process_does_nothing(store: Path) -> None:
 def test_nothing_ends_the_thread(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not an endless interval, nor an error where none is expected."""
     model, batch, failures = a_model(), requests(1)[0], [1, 1, 1]
-    take = memsyn.traffic.Traffic.take
+    take = memsyn.live.request_queue.Traffic.take
 
-    def failing(self: memsyn.traffic.Traffic, most: int) -> Any:
+    def failing(self: memsyn.live.request_queue.Traffic, most: int) -> Any:
         if failures:
             failures.pop()
             raise RuntimeError("unforeseen")
         return take(self, most)
 
-    monkeypatch.setattr(memsyn.traffic.Traffic, "take", failing)
+    monkeypatch.setattr(memsyn.live.request_queue.Traffic, "take", failing)
     with begin(model, store, interval=float("inf"), budget=1e-300) as observer:
         for count in (1, 2):
             observer.observe(batch)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import memsyn
-from memsyn.routes import BY_SAMPLE
+from memsyn.engine.routes import BY_SAMPLE
 from tests import reference
 from tests.zoo import ZOO, Specimen
 

@@ -1,6 +1,6 @@
 """Build the `emoji8` pack: eight tasks of forty objects, each object drawn by six or seven studios.
 
-Fetches pinned icon packages with `npm pack`, renders them and writes the pack to `src/memsyn/bench/emoji8/`.
+Fetches pinned icon packages with `npm pack`, renders them and writes the pack to `bench/memsyn_bench/data/packs/emoji8/`.
 What is left over goes, training studios only, to `build/emoji8/pretrain.npz` for `pretrain_emoji8.py`. The same
 packages, renderer and Pillow give the same bytes. Needs npm, resvg-py and pillow.
 """
@@ -24,7 +24,7 @@ import resvg_py
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-PACK = ROOT / "src" / "memsyn" / "bench" / "emoji8"
+PACK = ROOT / "bench" / "memsyn_bench" / "data" / "packs" / "emoji8"
 BUILD = ROOT / "build" / "emoji8"
 SIZE = 64  # pixels a side of one drawing
 NUM_OBJECTS = 40  # objects in one task

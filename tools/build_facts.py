@@ -2,7 +2,7 @@
 
 A fact is a subject (man, woman, person) and an action or role. Its drawings are those that `build_emoji8.py` fetches
 and renders; the texts are embedded once, here, so that running needs no language model. Writes
-`src/memsyn/bench/facts/`, for the synthetic scenes too: triples over objects of the `emoji8` pack, which must be built.
+`bench/memsyn_bench/data/packs/facts/`, for the synthetic scenes too: triples over objects of the `emoji8` pack, which must be built.
 
 The pretrained body of `emoji8` saw the training studios' drawings of 78 of the 196 facts, as classes without
 texts, among its 895 left-over objects; it saw no drawing by a test studio.
@@ -29,7 +29,7 @@ from torch import Tensor
 from build_emoji8 import BUILD, LICENCE_NOTES, ROOT, SIZE, STUDIOS, Drawings, Pixels, fetch_package
 from build_emoji8 import PACK as EMOJI8
 
-PACK = ROOT / "src" / "memsyn" / "bench" / "facts"
+PACK = ROOT / "bench" / "memsyn_bench" / "data" / "packs" / "facts"
 SETS = tuple(studio for studio in STUDIOS if studio.name != "fxemoji")  # it draws none of these people
 SUBJECTS = ("man", "woman", "person")  # in the order in which they claim a drawing given to several
 MIN_FAMILIES = 2  # a fact that fewer families of training studios have drawn is left out

@@ -1,7 +1,7 @@
 """Build the `scripts8` pack: the letters of eight alphabets in fonts whose families are learned from or tested on.
 
 Fetches pinned Debian packages with `apt-get download`, unpacks them with `dpkg-deb -x` (nothing is installed), renders
-the letters and writes the pack to `src/memsyn/bench/scripts8/`. The same packages and Pillow give the same bytes.
+the letters and writes the pack to `bench/memsyn_bench/data/packs/scripts8/`. The same packages and Pillow give the same bytes.
 Needs Debian's apt and dpkg, and pillow.
 """
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
-PACK = ROOT / "src" / "memsyn" / "bench" / "scripts8"
+PACK = ROOT / "bench" / "memsyn_bench" / "data" / "packs" / "scripts8"
 BUILD = ROOT / "build" / "scripts8"
 SIZE = 28  # pixels a side of one letter
 INNER = 24  # the longer side of its ink

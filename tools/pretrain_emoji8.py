@@ -1,7 +1,7 @@
 """Pretrain the body of the `emoji8` network on the objects that the pack leaves over.
 
 Reads `build/emoji8/pretrain.npz` (training studios only; run `build_emoji8.py` first) and writes
-`src/memsyn/bench/emoji8/pretrained.safetensors`. No drawing of a test studio and no object of a task is seen.
+`bench/memsyn_bench/data/packs/emoji8/pretrained.safetensors`. No drawing of a test studio and no object of a task is seen.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from build_emoji8 import BUILD, PACK
-from memsyn.bench.drawings import WEIGHTS, augment, normalise, resize
-from memsyn.bench.networks import SmallConvNet
+from memsyn_bench.data.drawings import WEIGHTS, augment, normalise, resize
+from memsyn_bench.sequences.networks import SmallConvNet
 
 BATCH_SIZE = 64
 LEARNING_RATE = 3e-3

@@ -16,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from memsyn.bench.drawings import load_emoji8, load_pretrained
-from memsyn.bench.networks import MultiHead, SmallConvNet, draw_weights
-from memsyn.bench.pretrained import PretrainedBody, efficientnet_lite0
-from memsyn.bench.sequences import SHORT_NAMES
-from memsyn.bench.tasks import Task
+from memsyn_bench.data.drawings import load_emoji8, load_pretrained
+from memsyn_bench.sequences.networks import MultiHead, SmallConvNet, draw_weights
+from memsyn_bench.sequences.pretrained import PretrainedBody, efficientnet_lite0
+from memsyn_bench.sequences.sequences import SHORT_NAMES
+from memsyn_bench.task import Task
 
 FILE = "model.safetensors"
 """In the service's folder: the version that is served."""

@@ -20,8 +20,8 @@ import torch
 from safetensors import safe_open
 
 import memsyn
-from memsyn.bench.drawings import normalise
 from memsyn.parameters import fingerprint, weights
+from memsyn_bench.data.drawings import normalise
 from model import FILE, Served, drawings, grown, load, save
 from train import learn, num_right, optimizer_of
 from users import YESTERDAY

@@ -20,8 +20,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from torch import Tensor
 
 import memsyn
-from memsyn.bench.drawings import normalise, resize
 from memsyn.integrations.prometheus import export
+from memsyn_bench.data.drawings import normalise, resize
 from model import FILE, Served, adopt, load
 
 LARGEST = 2**20

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 from tqdm import tqdm
 
-from memsyn.bench.drawings import augment
-from memsyn.bench.methods.method import frozen
-from memsyn.bench.networks import MultiHead
+from memsyn_bench.data.drawings import augment
+from memsyn_bench.methods.method import frozen
+from memsyn_bench.sequences.networks import MultiHead
 from model import BODIES, FILE, begin, drawings, save
 
 Lessons = Mapping[int, tuple[Tensor, Tensor]]

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from memsyn.bench.drawings import augment
+from memsyn_bench.data.drawings import augment
 from model import drawings
 
 YESTERDAY = "yesterday.safetensors"

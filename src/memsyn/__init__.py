@@ -17,16 +17,16 @@ from memsyn.errors import (
     SlowParametersWarning,
     StrengthWarning,
 )
-from memsyn.history import Consolidation
-from memsyn.importance import Importance, LayerSummary
-from memsyn.measure import measure
-from memsyn.memory import Memory
-from memsyn.objectives import Estimator
-from memsyn.observe import Observer, Stats
-from memsyn.penalty import penalty
-from memsyn.protect import Protection, Report, protect
-from memsyn.strength import Relative
-from memsyn.tune import Trial, Tuned, tune
+from memsyn.live.observer import Observer, Stats
+from memsyn.measuring.measure import measure
+from memsyn.measuring.objectives import Estimator
+from memsyn.protecting.penalty import penalty
+from memsyn.protecting.protect import Protection, Report, protect
+from memsyn.protecting.strength import Relative
+from memsyn.protecting.tune import Trial, Tuned, tune
+from memsyn.values.consolidation import Consolidation
+from memsyn.values.importance import Importance, LayerSummary
+from memsyn.values.memory import Memory
 
 __all__ = [
     "BatchError",

@@ -44,6 +44,11 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {**named_parameters(model), **{name: b for name, b in buffers.items() if b.is_floating_point()}}
 
 
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """What sums and penalties are computed in: float32 at least, since half precision overflows."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of tensors, bit for bit: "sha256:" and 64 hexadecimal digits.
 

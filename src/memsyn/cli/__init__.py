@@ -1,4 +1,4 @@
-"""The command `memsyn`: the benchmark, and commands on memory files.
+"""The command `memsyn`: what one can do with memory and importance files.
 
 Owns options, texts and exit codes: 0 done, 1 an error of ours (on stderr) or what the command's help says, 2 wrong
 usage, 130 interrupted.
@@ -7,23 +7,15 @@ usage, 130 interrupted.
 from importlib.metadata import version
 from typing import Annotated
 
-try:
-    import typer
+import typer
 
-    from memsyn.cli import files
-    from memsyn.cli.bench import bench
-except ModuleNotFoundError as error:
-    missing = (error.name or "").partition(".")[0]
-    if missing not in {"typer", "rich", "PIL", "matplotlib"}:
-        raise
-    raise SystemExit(f"the memsyn command needs {missing}: pip install 'memsyn[bench]'") from None
+from memsyn.cli import files
 
 __all__ = ["app"]
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
-app.add_typer(bench, name="bench")
 for command in (files.inspect, files.verify, files.diff, files.merge, files.convert):
     app.command()(command)
 

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import typer
 
 from memsyn import Importance, Memory, MemoryFileError, MismatchError, OptionError
-from memsyn import compare as comparison
 from memsyn.cli.screen import (
     by_route,
     describe,
@@ -25,11 +24,12 @@ from memsyn.cli.screen import (
     say,
     say_json,
 )
-from memsyn.convert import PLAIN, STRUCTURES, is_plain, read_plain, read_weights, write_plain
-from memsyn.memory import KINDS, load
 from memsyn.report.memory_page import difference_page, memory_page
 from memsyn.report.page import write_report
-from memsyn.storage import IMPORTANCE, MEMORY, read
+from memsyn.storage.reading_and_writing import IMPORTANCE, MEMORY, read
+from memsyn.values import comparison
+from memsyn.values.conversion import PLAIN, STRUCTURES, is_plain, read_plain, read_weights, write_plain
+from memsyn.values.memory import KINDS, load
 
 File = Annotated[str, typer.Argument(metavar="FILE", help="A memory or importance file of memsyn, or its URL.")]
 Files = Annotated[list[str], typer.Argument(metavar="FILE", help="Files of memsyn, or their URLs.")]

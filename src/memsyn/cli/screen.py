@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from memsyn import Consolidation, Importance, LayerSummary, Memory, MemsynError
-from memsyn.compare import Difference, LayerChange
 from memsyn.report.names import printable
+from memsyn.values.comparison import Difference, LayerChange
 
 
 @contextmanager

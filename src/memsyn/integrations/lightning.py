@@ -5,8 +5,8 @@ from typing import Any, final
 import lightning.pytorch as pl
 
 from memsyn import Memory, Protection, Relative, measure, protect
-from memsyn.distributed import everyone
-from memsyn.run import Forward
+from memsyn.measuring.distributed import everyone
+from memsyn.measuring.measurement import Forward
 
 
 @final

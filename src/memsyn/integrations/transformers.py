@@ -5,7 +5,7 @@ from typing import Any, final
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from memsyn import Memory, Protection, Relative, measure, protect
-from memsyn.distributed import everyone
+from memsyn.measuring.distributed import everyone
 
 
 @final

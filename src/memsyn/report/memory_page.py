@@ -11,15 +11,15 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from memsyn.compare import Difference, LayerChange, diff
 from memsyn.errors import MismatchError
-from memsyn.history import Consolidation
-from memsyn.importance import Importance, LayerSummary
-from memsyn.memory import Memory
 from memsyn.report.charts import Series, axis, bars, heat, lines, logarithmic
 from memsyn.report.distribution import Lorenz, histograms, lorenz, top_units
 from memsyn.report.parts import Cell, Chart, Page, Part, Section, Table, number_cell
 from memsyn.report.styles import BLUE, GREY, VERMILLION, Style
+from memsyn.values.comparison import Difference, LayerChange, diff
+from memsyn.values.consolidation import Consolidation
+from memsyn.values.importance import Importance, LayerSummary
+from memsyn.values.memory import Memory
 
 MOST_ROWS = 40
 """Layers in a chart; tables have all."""

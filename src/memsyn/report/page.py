@@ -11,10 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from memsyn.errors import MemsynError
-from memsyn.files import replaced
 from memsyn.report.names import json_in_html, needed, printable
 from memsyn.report.parts import Page
 from memsyn.report.pictures import write_pictures
+from memsyn.storage.atomic_files import replaced
 
 START = b"<!DOCTYPE html>"
 TEMPLATES = Path(__file__).parent / "templates"

@@ -1,0 +1,155 @@
+"""The command `memsyn-bench`: compare methods on sequences of tasks."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from memsyn import OptionError
+from memsyn.cli.screen import plain_errors, say
+from memsyn.report.page import write_report
+from memsyn_bench.methods.registry import METHODS
+from memsyn_bench.pages.export import write_mlflow, write_tensorboard
+from memsyn_bench.pages.plots import plot_accuracy
+from memsyn_bench.pages.run_page import read_runs, run_page
+from memsyn_bench.results.report import markdown_table, rich_table
+from memsyn_bench.results.results import write_results
+from memsyn_bench.running.runner import run
+from memsyn_bench.sequences.sequences import SEQUENCES, own_settings
+from memsyn_bench.settings import OWN, strength_of
+
+ITS_OWN = "the sequence's own"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"memsyn-bench {version('memsyn-bench')}")
+        raise typer.Exit
+
+
+@app.callback()
+def memsyn_bench(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Compare methods on a sequence of tasks."""
+
+
+@app.command("list")
+def list_() -> None:
+    """Say which sequences and methods there are."""
+    for heading, members in (
+        ("Sequences", {name: sequence.summary for name, sequence in SEQUENCES.items()}),
+        ("Methods", {name: method.summary for name, method in METHODS.items()}),
+    ):
+        typer.echo(heading)
+        for name, summary in members.items():
+            typer.echo(f"  {name:<17} {summary}")
+
+
+@app.command("run")
+def run_(
+    sequence: Annotated[str, typer.Argument(help="Which tasks, as named by `memsyn-bench list`.")],
+    methods: Annotated[str, typer.Option(help="Methods to compare, with commas between.")] = "finetune,mas",
+    seeds: Annotated[int, typer.Option(help="How many seeds, from 0 on.")] = 3,
+    size: Annotated[int | None, typer.Option(help="Side of the images in pixels.", show_default=ITS_OWN)] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over each task's images.", show_default=ITS_OWN)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images in a step.", show_default=ITS_OWN)] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of Adam.", show_default=ITS_OWN)] = None,
+    warmup: Annotated[
+        int | None, typer.Option(help="Epochs, of these, in which heads learn alone.", show_default=ITS_OWN)
+    ] = None,
+    strength: Annotated[
+        str, typer.Option(help="A number for all; own: each method's default; chosen: by validation data.")
+    ] = OWN,
+    out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/SEQUENCE")] = None,
+) -> None:
+    """Run methods through a sequence of tasks, one after the other.
+
+    Prints a row of the accuracy matrix after each task, and a table at the end. The run's folder then holds
+    results.jsonl, table.md, accuracy.png and the memory of each method and seed. The same command continues a run
+    that was cut off.
+
+    Example: memsyn-bench run emoji8 --methods finetune,mas --seeds 3
+    """
+    folder = Path("runs", sequence) if out is None else out
+    with plain_errors():
+        options = {"size": size, "epochs": epochs, "batch_size": batch_size, "lr": lr, "warmup": warmup}
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        own = own_settings(sequence)
+        if epochs is not None:
+            given.setdefault("warmup", min(own.warmup, max(epochs, 0)))
+        settings = replace(own, strength=strength_of(strength), **given)
+        try:
+            results = run(settings, methods=[name.strip() for name in methods.split(",")], num_seeds=seeds, out=folder)
+        except KeyboardInterrupt:
+            typer.echo(f"stopped; the same command continues: {shlex.join(['memsyn-bench', *sys.argv[1:]])}", err=True)
+            raise typer.Exit(130) from None
+        Console().print(rich_table(results, settings))
+        (folder / "table.md").write_text(markdown_table(results, settings), encoding="utf-8")
+        plot_accuracy(results, settings, folder / "accuracy.png")
+        typer.echo(f"Results, memories, table.md and accuracy.png are in {folder}.")
+
+
+@app.command("report")
+def report_(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or their results.jsonl.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="The HTML page to write.")] = None,
+    png: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the charts as pictures.")] = None,
+    tensorboard: Annotated[Path | None, typer.Option(metavar="DIR", help="Write scalars for TensorBoard.")] = None,
+    mlflow: Annotated[str | None, typer.Option(metavar="URI", help="Log to an MLflow store or server.")] = None,
+) -> None:
+    """Make one page with charts of what runs found, that opens in any browser without a network.
+
+    The same records go to pictures, TensorBoard and MLflow (sqlite:///FILE, or a server's address), if asked for.
+
+    Example: memsyn-bench report runs/demo -o report.html
+    """
+    with plain_errors():
+        if not (out or png or tensorboard or mlflow):
+            raise OptionError("there is nothing to write: say -o report.html, --png, --tensorboard or --mlflow.")
+        found = read_runs(runs)
+        if out or png:
+            write_report(run_page(found), out, png)
+        if tensorboard:
+            write_tensorboard([one for one, _ in found], tensorboard)
+        if mlflow:
+            write_mlflow([one for one, _ in found], mlflow)
+    written = ", ".join(str(place) for place in (out, png, tensorboard, mlflow) if place)
+    say(f"Wrote {written} from {len(runs)} run{'s' * (len(runs) > 1)}.")
+
+
+@app.command("results")
+def results_(
+    files: Annotated[list[Path], typer.Argument(help="results.jsonl of runs, or copies named after them.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page to write.", show_default="printed")] = None,
+) -> None:
+    """Make one Markdown page of what runs found.
+
+    Tables of each run with 95% intervals and differences from MAS seed by seed, and of runs that belong together:
+    pairs of tasks, strengths, adaptation, facts. Seeds that are not finished are left out and named. With -o, pictures
+    go to a folder beside the page.
+
+    Example: memsyn-bench results docs/results/*.jsonl -o docs/results.md
+    """
+    with plain_errors():
+        page = write_results(files, out)
+    if out is None:
+        typer.echo(page, nl=False)
+    else:
+        typer.echo(f"Wrote {out} from {len(files)} file{'s' * (len(files) > 1)}.")

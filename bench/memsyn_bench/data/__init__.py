@@ -1,0 +1,1 @@
+"""Data packs and loaders: pictures, labels and licences."""

@@ -1,0 +1,80 @@
+"""Fashion-MNIST (Xiao, Rasul and Vollgraf 2017) in two sequences of tasks: split, and with permuted pixels.
+
+Owns reading its four files from the folder of Debian's package dataset-fashion-mnist. Knows no networks or training.
+"""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memsyn.errors import MemsynError
+from memsyn_bench.task import Task
+
+FOLDER = Path("/usr/share/datasets/fashion-mnist")
+CLASSES = (
+    ("T-shirt/top", "Trouser"),
+    ("Pullover", "Dress"),
+    ("Coat", "Sandal"),
+    ("Shirt", "Sneaker"),
+    ("Bag", "Ankle boot"),
+)
+NUM_PERMUTED = 20_000
+"""Training images of each permuted task, the first ones."""
+
+
+def load_split_fashion(size: int, folder: Path = FOLDER) -> list[Task]:
+    """Return five tasks of two classes, 12,000 training and 2,000 test images (N, 784) each; `size` is 28.
+
+    Raises:
+        MemsynError: a file is missing.
+    """
+    images, labels, test_images, test_labels = _read(folder)
+    tasks = []
+    for index, names in enumerate(CLASSES):
+        own, test = labels // 2 == index, test_labels // 2 == index
+        tasks.append(
+            Task(" and ".join(names), names, images[own], labels[own] % 2, test_images[test], test_labels[test] % 2)
+        )
+    return tasks
+
+
+def load_permuted_fashion(size: int, folder: Path = FOLDER) -> list[Task]:
+    """Return ten tasks of ten classes, 20,000 training and 10,000 test images (N, 784) each; `size` is 28.
+
+    In the first task the pixels are as they were; in each other they are in an order of its own, always the same.
+
+    Raises:
+        MemsynError: a file is missing.
+    """
+    images, labels, test_images, test_labels = _read(folder)
+    images, labels = images[:NUM_PERMUTED], labels[:NUM_PERMUTED]
+    names = tuple(name for pair in CLASSES for name in pair)
+    tasks = []
+    for index in range(10):
+        order = torch.randperm(784, generator=torch.Generator().manual_seed(index)) if index else torch.arange(784)
+        tasks.append(Task(f"order {index + 1}", names, images[:, order], labels, test_images[:, order], test_labels))
+    return tasks
+
+
+def _read(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images (N, 784) in 0..1 and labels (N,), for training and for testing."""
+
+    def read(name: str, header: int) -> Tensor:
+        path = folder / name
+        if not path.is_file():
+            raise MemsynError(
+                f"Fashion-MNIST: {path} is missing. Install Debian's package: apt install dataset-fashion-mnist"
+            )
+        with gzip.open(path) as file:
+            return torch.from_numpy(np.frombuffer(file.read(), np.uint8, offset=header).copy())
+
+    def of(kind: str) -> tuple[Tensor, Tensor]:
+        images = read(f"{kind}-images-idx3-ubyte.gz", 16).view(-1, 784).float() / 255
+        return images, read(f"{kind}-labels-idx1-ubyte.gz", 8).long()
+
+    return *of("train"), *of("t10k")

@@ -1,0 +1,126 @@
+"""Methods that keep the old heads' outputs on the new task's images: LwF and EBLL.
+
+Owns the distillation loss, and EBLL's encoders with their training.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memsyn_bench.methods.method import Lesson, Method
+from memsyn_bench.methods.penalties import MEASURE_BATCH
+from memsyn_bench.sequences.networks import Network
+
+TEMPERATURE = 2.0
+"""Of Li and Hoiem (2016)."""
+CODE_WEIGHT = 1.0
+"""Weight of EBLL's code loss relative to its distillation; its strength multiplies both."""
+FEATURES_PER_CODE = 4
+"""An encoder has so many times fewer outputs than inputs."""
+FIT_STEPS, FIT_LR = 300, 1e-2
+"""Of an autoencoder's training: Adam on all of a task's features at once."""
+
+Encoder = Mapping[str, Tensor]
+"""`weight` (codes, features) and `bias` (codes,), which take unstandardised features."""
+
+
+def distillation(logits: Tensor, recorded: Tensor) -> Tensor:
+    """-1/N sum_k sum_c q_kc log p_kc, both softmax(. / T) with T = 2, q of `recorded` (Li and Hoiem 2016)."""
+    q = (recorded / TEMPERATURE).softmax(1)
+    return -(q * (logits / TEMPERATURE).log_softmax(1)).sum(1).mean()
+
+
+def codes(encoder: Encoder, features: Tensor) -> Tensor:
+    """sigmoid(W f + b), (N, codes), of features (N, features)."""
+    return F.linear(features, encoder["weight"], encoder["bias"]).sigmoid()
+
+
+def code_loss(encoder: Encoder, features: Tensor, recorded: Tensor) -> Tensor:
+    """1/N sum_k 1/2 ||code(f_k) - code(f*_k)||^2 (Rannen et al. 2017)."""
+    return 0.5 * (codes(encoder, features) - codes(encoder, recorded)).square().sum(1).mean()
+
+
+def fit_encoder(features: Tensor, labels: Tensor, head: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """Train an under-complete autoencoder on a task's features, and return its encoder (Rannen et al. 2017).
+
+    With z the features standardised, c = sigmoid(W z + b) and r = V c + d, it minimises mean (r - z)^2 + the
+    cross-entropy of what the task's head makes of r, unstandardised. The standardisation is folded into W and b.
+    """
+    num_features = features.shape[1]
+    num_codes = max(1, num_features // FEATURES_PER_CODE)
+    mean, deviation = features.mean(0), features.std(0, correction=0)
+    deviation = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
+    z = (features - mean) / deviation
+
+    def drawn(*shape: int) -> Tensor:
+        bound = 1 / math.sqrt(shape[-1])
+        values = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 * bound - bound
+        return values.to(features).requires_grad_()
+
+    weight, back = drawn(num_codes, num_features), drawn(num_features, num_codes)
+    bias, shift = (torch.zeros(size, dtype=z.dtype, requires_grad=True) for size in (num_codes, num_features))
+    optimizer = torch.optim.Adam([weight, back, bias, shift], lr=FIT_LR)
+    for _ in range(FIT_STEPS):
+        r = F.linear(torch.sigmoid(F.linear(z, weight, bias)), back, shift)
+        loss = (r - z).square().mean() + F.cross_entropy(head(r * deviation + mean), labels)
+        optimizer.zero_grad()
+        loss.backward(inputs=[weight, back, bias, shift])
+        optimizer.step()
+    folded = weight.detach() / deviation
+    return {"weight": folded, "bias": bias.detach() - folded @ mean}
+
+
+@final
+class Distilling(Method):
+    """LwF: the old heads shall say of the new task's images what they said before (Li and Hoiem 2016).
+
+    What they said is computed, on the very images of the step, by a copy of the network as it was when the task began.
+    With encoders it is EBLL: the features' codes are kept near as well, by an encoder of each old task (Rannen et al.
+    2017).
+    The loss added is strength * sum over old tasks of distillation + CODE_WEIGHT * code loss.
+    """
+
+    def __init__(self, strength: float, *, encodes: bool = False) -> None:
+        super().__init__(strength)
+        self._encodes = encodes
+        self._teacher: Network | None = None
+
+    def begin(self, lesson: Lesson) -> None:
+        """Copy the network."""
+        if lesson.index > 0:
+            self._teacher = copy.deepcopy(lesson.model).eval().requires_grad_(False)
+            self.working = {"teacher": dict(self._teacher.state_dict())}
+
+    def before_step(self, lesson: Lesson, images: Tensor) -> None:
+        """Add the gradients of the loss that keeps the outputs."""
+        if self._teacher is not None:
+            (self.strength * self.loss(lesson, self._teacher, images)).backward()
+
+    def loss(self, lesson: Lesson, teacher: Network, images: Tensor) -> Tensor:
+        """The sum over the old tasks."""
+        features, recorded = lesson.model.body(images), teacher.body(images)
+        terms = [
+            distillation(head(features), old(recorded))
+            for head, old in zip(lesson.model.heads[: lesson.index], teacher.heads[: lesson.index], strict=True)
+        ]
+        terms += [CODE_WEIGHT * code_loss(encoder, features, recorded) for encoder in self.kept.values()]
+        return torch.stack(terms).sum()
+
+    def end(self, lesson: Lesson) -> None:
+        """Let the copy go, and for EBLL train the task's encoder."""
+        super().end(lesson)
+        self._teacher = None
+        if self._encodes:
+            model, task = lesson.model.eval(), lesson.task
+            with torch.no_grad():
+                features = torch.cat([model.body(images) for images in task.train_images.split(MEASURE_BATCH)])
+            head = model.heads[: lesson.index + 1][-1]  # the one head, where all tasks share it
+            encoder = fit_encoder(features, task.train_labels, head, lesson.own)
+            self.kept = {**self.kept, f"encoder{lesson.index}": encoder}

@@ -1,0 +1,160 @@
+"""What a method is: what it does before a step, after a step and at a task's end; all the rest is the loop's.
+
+Owns the life of what methods hold: what is kept over the tasks and what while one is learned. Knows no single method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from memsyn import Memory, Protection, protect
+from memsyn.storage.reading_and_writing import Groups
+from memsyn_bench.losses import Loss
+from memsyn_bench.sequences.networks import Network
+from memsyn_bench.settings import Settings
+from memsyn_bench.task import Task
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+"""(images, generator) -> the images as they are trained on."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One task being learned."""
+
+    model: Network
+    task: Task
+    index: int
+    """Of the task and, where there is one for each, of its head."""
+    optimizer: Optimizer
+    settings: Settings
+    augment: Augment
+    loss: Loss
+    """Of the task, which the loop takes the mean of."""
+    generator: torch.Generator
+    """Of the loop: batches and their augmentation, the same for every method."""
+    own: torch.Generator
+    """Of the method."""
+
+
+class Method:
+    """What a method does around the training loop; this does nothing.
+
+    Attributes:
+        memory: anchor and importance, of the methods that protect weights.
+        kept: tensors held from task to task, by group and name; saved in checkpoints, and never changed in place.
+        working: tensors held while a task is learned.
+        merges: whether `end` changes the model's weights.
+    """
+
+    merges: ClassVar[bool] = False
+
+    def __init__(self, strength: float = 0.0) -> None:
+        self.strength = strength
+        self.memory = Memory.empty()
+        self.kept: Groups = {}
+        self.working: Groups = {}
+        self._protection: Protection | None = None
+
+    def begin(self, lesson: Lesson) -> None:
+        """Before a task's first step: protect what the memory holds, if it holds anything."""
+        if self.memory.importance:
+            self._protection = protect(lesson.optimizer, lesson.model, self.memory, strength=self.strength)
+
+    def before_step(self, lesson: Lesson, images: Tensor) -> None:
+        """With the gradients of the new task's loss on `images` in `.grad`, to which may be added."""
+
+    def after_step(self, lesson: Lesson) -> None:
+        """With the weights changed."""
+
+    def end(self, lesson: Lesson) -> None:
+        """After a task's last step: remember."""
+        self._protection, self.working = None, {}
+
+    def penalty(self) -> float:
+        """lambda sum Omega (theta - theta*)^2 now; 0 for methods without."""
+        return self._protection.value() if self._protection else 0.0
+
+    def load(self, memory: Memory, kept: Groups) -> None:
+        """Go on from what another one of the same kind has kept."""
+        self.memory, self.kept = memory, kept
+
+    def num_bytes(self) -> int:
+        """Of all tensors held now, beside the model and its optimizer."""
+        groups = [self.memory.anchor, self.memory.importance, *self.kept.values(), *self.working.values()]
+        return sum(tensor.numel() * tensor.element_size() for group in groups for tensor in group.values())
+
+
+@final
+class FineTuning(Method):
+    """Nothing beside the loop."""
+
+
+@final
+class Together(Method):
+    """Several methods at once; the memory is the first one's."""
+
+    def __init__(self, *parts: Method) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def begin(self, lesson: Lesson) -> None:
+        """Each in its turn."""
+        for part in self.parts:
+            part.begin(lesson)
+
+    def before_step(self, lesson: Lesson, images: Tensor) -> None:
+        """Each in its turn."""
+        for part in self.parts:
+            part.before_step(lesson, images)
+
+    def after_step(self, lesson: Lesson) -> None:
+        """Each in its turn."""
+        for part in self.parts:
+            part.after_step(lesson)
+
+    def end(self, lesson: Lesson) -> None:
+        """Each in its turn."""
+        for part in self.parts:
+            part.end(lesson)
+        self.memory = self.parts[0].memory
+        self.kept = {
+            f"{number}.{group}": members
+            for number, part in enumerate(self.parts)
+            for group, members in part.kept.items()
+        }
+
+    def penalty(self) -> float:
+        """Of all parts."""
+        return sum(part.penalty() for part in self.parts)
+
+    def load(self, memory: Memory, kept: Groups) -> None:
+        """Each its own, and the first one the memory."""
+        super().load(memory, kept)
+        for number, part in enumerate(self.parts):
+            own = {name.partition(".")[2]: group for name, group in kept.items() if name.startswith(f"{number}.")}
+            part.load(memory if number == 0 else Memory.empty(), own)
+
+    def num_bytes(self) -> int:
+        """Of all parts."""
+        return sum(part.num_bytes() for part in self.parts)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """While open, no parameter of the module gets a gradient."""
+    held = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in held:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(True)

@@ -1,0 +1,1 @@
+"""Tables and findings from records of runs."""

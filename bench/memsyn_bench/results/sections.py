@@ -1,0 +1,332 @@
+"""What `memsyn-bench results` says of one file of results: its command, its tables, and what they come to in words.
+
+Owns layout and sentences. Every number in a sentence is computed here, none is typed.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from statistics import fmean, median
+
+from memsyn.report.names import printable
+from memsyn_bench.results.findings import (
+    ALONE,
+    FROZEN,
+    JOINT,
+    MAS,
+    NONE,
+    Findings,
+    Numbers,
+    compared,
+    difference,
+    estimate,
+    signed,
+)
+from memsyn_bench.results.markdown import details, escape, table
+from memsyn_bench.results.metrics import forgetting, forward_transfer, intransigence, learning_accuracy
+from memsyn_bench.results.report import MEANINGS, title, training
+from memsyn_bench.sequences.sequences import find_sequence, own_settings
+from memsyn_bench.settings import Settings
+
+NEAR = 3.0
+"""Points: where a frozen body ends so near to the best method, there was nothing to be remembered."""
+
+
+READING = f"""{MEANINGS}
+Where facts are found, read mean average precision for accuracy. Further:
+
+- A number is a mean over the seeds ± half of its 95% interval (Student's t), of a single seed the number alone. Bold is
+  the highest average accuracy of the methods that store no data.
+- Minus {MAS}: the difference in average accuracy from {MAS}, seed by seed.
+- Backward transfer is minus the forgetting. Forward transfer: accuracy when learned less that of {ALONE}, from the
+  second task on. Intransigence: how far accuracy when learned falls short of {JOINT} training on the tasks so far.
+- What goes by another scoring's name, such as class-incremental, is its mean after the last task.
+- Of strengths with equal scores the largest was taken; beyond the edges of what is listed nothing was tried.
+- Kept: what a method holds from task to task beside the model. Working: the most that it holds while it learns one,
+  beside the model and its optimizer. Seconds: the median over the seeds, by the clock of a machine with other work
+  too."""
+"""What the tables' columns mean."""
+
+
+def section(found: Findings, level: int) -> str:
+    """All that is said of one file, under a heading of that level."""
+    settings = found.run.settings
+    parts = [
+        f"{'#' * level} {escape(found.name)}",
+        f"{escape(_title(found))}: {escape(find_sequence(settings.sequence).summary)}. {training(settings)}",
+        "\n".join(f"    {line}" for line in commands(found)),
+        f"Made with {escape('; then '.join(found.run.machines))}.",
+        unfinished(found),
+    ]
+    if found.methods:
+        parts += [
+            " ".join(sentences(found)),
+            accuracy_table(found),
+            cost_table(found),
+            strength_table(found),
+            task_table(found),
+            details(f"The whole {quantity(settings)} matrix of each method, mean over the seeds", _matrices(found)),
+        ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def quantity(settings: Settings) -> str:
+    """What the sequence is scored by."""
+    return "mean average precision" if find_sequence(settings.sequence).scorings[0] == "retrieval" else "accuracy"
+
+
+def _average(settings: Settings) -> str:
+    word = quantity(settings)
+    return word if "average" in word else f"average {word}"
+
+
+def _title(found: Findings) -> str:
+    counts = sorted({len(seeds) for seeds in found.results.values()})
+    words = title(found.run.settings, counts[-1] if counts else 0)
+    return words if len(counts) < 2 else f"{words}, of some methods fewer"
+
+
+def commands(found: Findings) -> list[str]:
+    """What makes the file: a line for each number of seeds. Options that are as they are anyway are left out."""
+    settings = found.run.settings
+    seeds: dict[str, int] = {method: max(of_method) + 1 for method, of_method in found.results.items()}
+    for method, seed, _ in found.unfinished:
+        seeds[method] = max(seeds.get(method, 0), seed + 1)
+    others = []
+    for name, default in asdict(own_settings(settings.sequence)).items():
+        value = getattr(settings, name)
+        if value != default:
+            others += [f"--{name.replace('_', '-')}", str(value).removesuffix(".0")]
+    out = found.folder or f"runs/{found.name}"
+    if out != f"runs/{settings.sequence}":
+        others += ["--out", out]
+    lines = []
+    for number in sorted(set(seeds.values()), reverse=True):
+        methods = ",".join(method for method in seeds if seeds[method] == number)
+        words = ["memsyn", "bench", "run", settings.sequence, "--methods", methods, "--seeds", str(number), *others]
+        lines.append(printable(shlex.join(words)))
+    return lines
+
+
+def unfinished(found: Findings) -> str:
+    """Which seeds are left out, for they have not learned every task."""
+    names = [
+        f"{escape(method)} seed {seed} ({num} of {found.run.num_tasks} tasks)" for method, seed, num in found.unfinished
+    ]
+    return f"Not finished, and left out: {', '.join(names)}." if names else ""
+
+
+def sentences(found: Findings) -> list[str]:
+    """The headline: who is best, what MAS does, how near joint training it comes, and whether the body mattered."""
+    best = found.best()
+    if best is None:
+        return []
+    word, best_numbers = _average(found.run.settings), found.averages(best)
+    several, said = len(found.rivals) > 1, []
+    if several:
+        said = [
+            f"Of the methods that store no data **{escape(best)}** has the highest {word}: {estimate(best_numbers)}%."
+        ]
+    if MAS in found.results:
+        said += _of_mas(found, best)
+    if several and FROZEN in found.results:
+        said += _of_frozen(found, best)
+    if any(len(seeds) == 1 for seeds in found.results.values()):
+        said.append("Of a single seed no interval is known: its numbers stand alone.")
+    return said
+
+
+def _of_frozen(found: Findings, best: str) -> list[str]:
+    """Whether a body that stands still ends as high; how far joint training comes above it says what was to gain."""
+    if find_sequence(found.run.settings.sequence).shares_head:
+        forgotten = estimate(found.by_seed(FROZEN, forgetting))
+        return [f"The frozen body is no floor here: the tasks share its head, which forgets {forgotten} points."]
+    apart = difference(found.averages(best), found.averages(FROZEN))
+    if apart is None:
+        return []
+    if apart.mean > NEAR:
+        return [f"The frozen body ends {apart.mean:.1f} points below the best method that stores no data."]
+    near = f"ends within {NEAR:g} points ({apart.mean:.1f}) of the best method that stores no data"
+    near = "is the best method that stores no data" if best == FROZEN else near
+    said = [f"The frozen body {near}: this experiment shows nothing about memory."]
+    room = difference(found.averages(JOINT), found.averages(FROZEN))
+    if room:
+        words = compared(room, "above the frozen body", "below the frozen body")
+        said.append(f"{JOINT.capitalize()} training itself ends {words}.")
+    return said
+
+
+def _of_mas(found: Findings, best: str) -> list[str]:
+    """What MAS does, and how far it is from the best rival, or the next, and from joint training."""
+    averages = found.averages(MAS)
+    others = [method for method in found.rivals if method != MAS]
+    start = "It" if others and best == MAS else f"{MAS} ends at {estimate(averages)}% and"
+    said = [f"{start} forgets {estimate(found.by_seed(MAS, forgetting))} points."]
+    if others:
+        other = max(others, key=found.standing)
+        apart = difference(found.averages(other), averages)
+        rank = "Seed by seed the next" if best == MAS else "Seed by seed the best"
+        said += [f"{rank}, {escape(other)}, ends {compared(apart, f'above {MAS}', f'below {MAS}')}."] if apart else []
+    apart = difference(averages, found.averages(JOINT))
+    if apart:
+        words = compared(apart, f"above {JOINT} training", f"below {JOINT} training")
+        said.append(f"{MAS} ends {words}, which stores all data.")
+    return said
+
+
+Cell = Callable[[str], str]
+"""Method -> what the table says of it."""
+
+
+def accuracy_table(found: Findings) -> str:
+    """What each method reaches; `READING` says what the columns mean."""
+    best = found.best()
+    columns = _columns(found)
+    averages = next(iter(columns))
+
+    def row(method: str) -> list[str]:
+        cells = {name: cell(method) for name, cell in columns.items()}
+        if method == ALONE:  # it forgets by definition: only what it learns means something
+            cells = {name: value if name == LEARNED else NONE for name, value in cells.items()}
+        if method == best:
+            cells[averages] = f"**{cells[averages]}**"
+        return [f"**{escape(method)}**" if method == best else escape(method), *cells.values()]
+
+    rows = [row(method) for method in found.rivals]
+    apart = [method for method in found.methods if method not in found.rivals]
+    if apart:
+        rows.append([f"*{APART}:*", *[""] * len(columns)])
+    rows += [row(method) for method in apart]
+    return table(["Method", *columns], rows)
+
+
+LEARNED = "When learned (%)"
+APART = "store data, see test images, or are references"
+"""What the methods that are no rivals do."""
+
+
+def _columns(found: Findings) -> dict[str, Cell]:
+    """The columns that the run has the methods for, and the other scorings that its records hold."""
+    columns: dict[str, Cell] = {
+        f"{_average(found.run.settings).capitalize()} (%)": lambda method: estimate(found.averages(method)),
+    }
+    if MAS in found.results and len(found.methods) > 1:
+        base = found.averages(MAS)
+        columns[f"Minus {MAS} (points)"] = lambda method: (
+            NONE if method == MAS else signed(difference(found.averages(method), base))
+        )
+    columns["Forgetting (points)"] = lambda method: estimate(found.by_seed(method, forgetting))
+    columns[LEARNED] = lambda method: estimate(found.by_seed(method, learning_accuracy))
+    if ALONE in found.results:
+        columns["Forward transfer (points)"] = lambda method: estimate(found.against(method, ALONE, forward_transfer))
+    if JOINT in found.results:
+        columns["Intransigence (points)"] = lambda method: (
+            NONE if method == JOINT else estimate(found.against(method, JOINT, intransigence))
+        )
+    for name in found.scorings:
+        columns[f"{escape(name).capitalize()} (%)"] = partial(_score, found, name)
+    return columns
+
+
+def _score(found: Findings, scoring: str, method: str) -> str:
+    return estimate(found.scores(method, scoring))
+
+
+def cost_table(found: Findings) -> str:
+    """Strength, seeds, time and memory."""
+    rows = []
+    for method, seeds in found.results.items():
+        records = [record for of_seed in seeds.values() for record in of_seed]
+        strengths = sorted({record.strength for record in records if record.strength is not None})
+        rows.append(
+            [
+                escape(method),
+                ", ".join(f"{strength:g}" for strength in strengths) or NONE,
+                str(len(seeds)),
+                f"{seconds(found, method):.0f}",
+                readable(kept_bytes(found, method, 0)),
+                readable(kept_bytes(found, method, -1)),
+                readable(max(record.working_bytes for record in records)),
+            ]
+        )
+    columns = ["Method", "Strength", "Seeds", "Seconds a seed", "Kept after task 1", "Kept at the end", "Working"]
+    return table(columns, rows)
+
+
+def seconds(found: Findings, method: str) -> float:
+    """Of a seed, by the clock: the median, for a machine may have been busy with something else."""
+    return median(sum(record.seconds for record in records) for records in found.results[method].values())
+
+
+def kept_bytes(found: Findings, method: str, task: int) -> int:
+    """The most that a seed keeps after that task."""
+    return max(records[task].kept_bytes for records in found.results[method].values())
+
+
+def readable(num_bytes: int) -> str:
+    """A number of bytes in the largest unit of which there is at least one."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes} B"
+
+
+def strength_table(found: Findings) -> str:
+    """How each strength was chosen; nothing if none was."""
+    rows = []
+    for choice in found.run.choices:
+        equals = choice.scores.count(max(choice.scores))
+        edge = choice.strength in (min(choice.candidates), max(choice.candidates))
+        mark = f" (chosen{f' of {equals} equals' * (equals > 1)}{', at the edge' * edge})"
+        tried = [
+            f"{strength:g}: {score:.1f}{mark * (strength == choice.strength)}"
+            for strength, score in zip(choice.candidates, choice.scores, strict=True)
+        ]
+        rows.append([escape(choice.method), f"{choice.strength:g}", ", ".join(tried)])
+    if not rows:
+        return ""
+    return (
+        f"How the strengths were chosen: every candidate, and the mean validation {quantity(found.run.settings)} (%) "
+        "on the first three tasks (two, where there are two) after the last of them.\n\n"
+        f"{table(['Method', 'Chosen', 'Candidate: score'], rows)}"
+    )
+
+
+def task_table(found: Findings) -> str:
+    """Each task at the end, and of tasks learned alone when they were learned."""
+    rows = []
+    for method in found.methods:
+        seeds = found.results[method]
+        numbers: list[Numbers] = [
+            {
+                seed: (records[task] if method == ALONE else records[-1]).accuracies[task]
+                for seed, records in seeds.items()
+            }
+            for task in range(found.run.num_tasks)
+        ]
+        words = f"{escape(method)} (when learned)" if method == ALONE else escape(method)
+        rows.append([words, *map(estimate, numbers)])
+    heading = f"{quantity(found.run.settings).capitalize()} on each task at the end (%):"
+    return f"{heading}\n\n{table(['Method', *map(escape, found.tasks)], rows)}"
+
+
+def _matrices(found: Findings) -> str:
+    """Row by row what is reached on each task so far; tasks learned alone have none."""
+    blocks = []
+    for method in found.methods:
+        if method == ALONE:
+            continue
+        seeds = found.results[method].values()
+        rows = [
+            [
+                f"after {escape(name)}",
+                *(f"{fmean(records[after].accuracies[task] for records in seeds):.1f}" for task in range(after + 1)),
+                *[""] * (found.run.num_tasks - after - 1),
+            ]
+            for after, name in enumerate(found.tasks)
+        ]
+        blocks.append(f"{escape(method)}:\n\n{table(['', *map(escape, found.tasks)], rows)}")
+    return "\n\n".join(blocks)

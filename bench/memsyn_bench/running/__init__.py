@@ -1,0 +1,1 @@
+"""Runs methods through sequences, keeps records, resumes."""

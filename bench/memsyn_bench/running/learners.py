@@ -1,0 +1,89 @@
+"""The one training loop.
+
+Owns what happens to a model while it learns one task; what a method adds is in `methods`. Must not know runs, folders
+or other tasks' data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from memsyn_bench.losses import Loss, cross_entropy
+from memsyn_bench.methods.method import Augment, Lesson, Method, frozen
+from memsyn_bench.sequences.networks import Network
+from memsyn_bench.settings import Settings
+from memsyn_bench.task import Task
+
+OWN_STAGE = 500
+"""What is added to a task's stage for the random numbers of a method, so that batches do not depend on it."""
+
+
+def generator(seed: int, stage: int) -> torch.Generator:
+    """The random numbers of one stage of one seed: 0 the heads, t + 1 task t; no stage depends on the one before."""
+    return torch.Generator().manual_seed(1000 * seed + stage)
+
+
+def lesson_of(
+    model: Network,
+    task: Task,
+    index: int,
+    *,
+    settings: Settings,
+    augment: Augment,
+    seed: int,
+    loss: Loss = cross_entropy,
+) -> Lesson:
+    """A task about to be learned, with a fresh Adam over all parameters and the random numbers of (seed, task)."""
+    return Lesson(
+        model=model,
+        task=task,
+        index=index,
+        optimizer=torch.optim.Adam(model.parameters(), lr=settings.lr),
+        settings=settings,
+        augment=augment,
+        loss=loss,
+        generator=generator(seed, index + 1),
+        own=generator(seed, OWN_STAGE + index + 1),
+    )
+
+
+@dataclass(frozen=True)
+class Training:
+    """What came of training one task."""
+
+    losses: list[float]
+    """The task's loss in each step, without what the method adds."""
+    penalty: float
+    """lambda sum Omega (theta - theta*)^2 after the last step."""
+    num_bytes: int
+    """Held by the method after the last step, beside the model and its optimizer."""
+
+
+def train(lesson: Lesson, method: Method, after_epoch: Callable[[], object]) -> Training:
+    """Train on one task through its head: its mean loss, and what the method adds; `method.end` is the caller's.
+
+    The other heads get no gradient of the task's loss, so Adam leaves them alone. Batches and augmentation come from
+    `lesson.generator`. In the first `warmup` epochs the body stands still.
+    """
+    model, task, settings, optimizer = lesson.model, lesson.task, lesson.settings, lesson.optimizer
+    method.begin(lesson)
+    losses = []
+    model.train()
+    for epoch in range(settings.epochs):
+        with frozen(model.body) if epoch < settings.warmup else nullcontext():
+            for chosen in torch.randperm(len(task.train_labels), generator=lesson.generator).split(settings.batch_size):
+                images = lesson.augment(task.train_images[chosen], lesson.generator)
+                outputs = model(images, lesson.index)
+                loss = lesson.loss(outputs, task.train_labels[chosen], task.class_vectors).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                method.before_step(lesson, images)
+                optimizer.step()
+                method.after_step(lesson)
+                losses.append(loss.item())
+        after_epoch()
+    return Training(losses, method.penalty(), method.num_bytes())

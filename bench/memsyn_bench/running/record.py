@@ -1,0 +1,228 @@
+"""`results.jsonl`: what a run found, a line at a time.
+
+Owns the lines' form, their appending (whole, flushed, on the disk) and the reading of a file that was cut off. A
+`run` record, with settings and versions, comes first and again with each continuation; a `strength` record says how a
+method's strength was chosen; the others are `task` records.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memsyn.errors import MemsynError, OptionError
+from memsyn_bench.settings import Settings
+
+FILE = "results.jsonl"
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """What one method and seed reached with one more task."""
+
+    method: str
+    seed: int
+    task: int
+    """Counted from 0."""
+    name: str
+    accuracies: tuple[float, ...]
+    """On the test images of tasks 0 to `task`, in percent."""
+    loss: float
+    """Mean cross-entropy over the steps of the last epoch, without the penalty."""
+    penalty: float
+    """lambda sum Omega (theta - theta*)^2 after the last step."""
+    seconds: float
+    """Training, measuring and evaluating, by the clock."""
+    fingerprint: str
+    """Of the settings."""
+    strength: float | None
+    """What the method's own loss was multiplied by; None for methods that have none."""
+    kept_bytes: int
+    """Of the tensors that the method keeps from this task to the next, beside the model."""
+    working_bytes: int
+    """Of the tensors that it held while it learned the task, beside the model and its optimizer."""
+    scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """By the name of a scoring, what the other ones of the sequence say of tasks 0 to `task`, in percent."""
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What the record is of; two of the same key hold the same numbers."""
+        return self.method, self.seed, self.task
+
+
+@dataclass(frozen=True)
+class StrengthRecord:
+    """What a method's strength was chosen from; see `memsyn_bench.running.strengths`."""
+
+    method: str
+    strength: float
+    """The one chosen."""
+    candidates: tuple[float, ...]
+    scores: tuple[float, ...]
+    """Of each candidate: mean validation accuracy on the first tasks after the last of them, in percent."""
+    fingerprint: str
+    """Of the settings."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a file of results holds, and what it says of itself."""
+
+    settings: Settings
+    num_tasks: int
+    """Of the sequence; all that were seen, in files that do not say."""
+    machines: tuple[str, ...]
+    """Versions, platform and threads: of the start, and of each continuation that differs."""
+    records: tuple[TaskRecord, ...]
+    choices: tuple[StrengthRecord, ...]
+
+
+Results = dict[str, dict[int, list[TaskRecord]]]
+"""Method -> seed -> one record a task."""
+
+_Lines = tuple[list[dict[str, Any]], list[TaskRecord], list[StrengthRecord]]
+
+
+def append_run(path: Path, settings: Settings, num_tasks: int) -> None:
+    """Say with which settings and versions the lines after this one are made, and how many tasks there are."""
+    versions = {"memsyn": version("memsyn"), "torch": version("torch"), "python": platform.python_version()}
+    _append(
+        path,
+        {
+            "kind": "run",
+            "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "settings": asdict(settings),
+            "num_tasks": num_tasks,
+            "fingerprint": settings.fingerprint,
+            "versions": versions,
+            "platform": f"{platform.system()} {platform.machine()}",
+            "threads": torch.get_num_threads(),  # the last digits depend on it, and with them the accuracies a little
+        },
+    )
+
+
+def append_task(path: Path, record: TaskRecord) -> None:
+    """Add what one task came to."""
+    _append(path, {"kind": "task", **asdict(record)})
+
+
+def append_strength(path: Path, record: StrengthRecord) -> None:
+    """Add how a strength was chosen."""
+    _append(path, {"kind": "strength", **asdict(record)})
+
+
+def read_all(path: Path, settings: Settings) -> tuple[list[TaskRecord], list[StrengthRecord]]:
+    """The records of a file, oldest first; none if there is no file. A last line that was cut off is left out.
+
+    Raises:
+        MemsynError: it cannot be read, a line is not ours, or the file holds results of other settings.
+    """
+    advice = "Use another --out, or remove the folder."
+    if not path.exists():
+        return [], []
+    runs, records, choices = _read(path, advice)
+    for run in runs:
+        _check_settings(path, run["settings"], settings)
+    fingerprints = {record.fingerprint for record in records} | {choice.fingerprint for choice in choices}
+    if not fingerprints <= {settings.fingerprint}:
+        raise MemsynError(f"{path} holds results of other settings, and does not say of which. {advice}")
+    return records, choices
+
+
+def read_run(path: Path) -> Run:
+    """A file of results by itself: the settings are those that it names.
+
+    Raises:
+        MemsynError: it cannot be read, a line is not ours, there is no `run` record, or there are several that differ
+            in their settings.
+    """
+    advice = "Leave the file out, or make it again with `memsyn-bench run`."
+    runs, records, choices = _read(path, advice)
+    if not runs:
+        raise MemsynError(f"{path} does not say with which settings it was made. {advice}")
+    try:
+        settings = Settings(**runs[0]["settings"])
+    except (TypeError, OptionError) as error:
+        raise MemsynError(f"{path} has settings that this version does not know: {error} {advice}") from error
+    if any(run["settings"] != runs[0]["settings"] for run in runs):
+        raise MemsynError(f"{path} holds runs of several settings. {advice}")
+    return Run(
+        settings,
+        max([run.get("num_tasks", 0) for run in runs] + [record.task + 1 for record in records]),
+        tuple(dict.fromkeys(map(_machine, runs))),
+        tuple(records),
+        tuple(choices),
+    )
+
+
+def _machine(run: Mapping[str, Any]) -> str:
+    """Where the lines after a `run` record come from."""
+    versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
+    return f"{versions}, {run['platform']}, {run['threads']} thread{'s' * (run['threads'] != 1)}"
+
+
+def _read(path: Path, advice: str) -> _Lines:
+    """All whole lines: `run` records as they are, the others as values."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise MemsynError(f"{path} cannot be read: {error.strerror}. {advice}") from error
+    runs, records, choices = [], [], []
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        try:
+            entry = json.loads(line)
+            kind = entry.pop("kind")
+            if kind == "run":
+                runs.append(_whole(entry))
+            elif kind == "strength":
+                choices.append(StrengthRecord(**_with_tuples(entry, "candidates", "scores")))
+            else:
+                scores = {name: tuple(values) for name, values in entry.pop("scores").items()}
+                records.append(TaskRecord(**_with_tuples(entry, "accuracies"), scores=scores))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise MemsynError(f"{path}, line {number} is no record of memsyn bench. {advice}") from None
+    return runs, records, choices
+
+
+def _whole(run: dict[str, Any]) -> dict[str, Any]:
+    """The `run` record, if it is one."""
+    missing = {"settings", "versions", "platform", "threads"} - run.keys()
+    if missing:
+        raise KeyError(*missing)
+    return run
+
+
+def _with_tuples(entry: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {**entry, **{name: tuple(entry[name]) for name in names}}
+
+
+def _check_settings(path: Path, found: Mapping[str, Any], settings: Settings) -> None:
+    expected = asdict(settings)
+    others = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
+    if others:
+        differences = [f"{name} is {found.get(name)} there and {expected.get(name)} here" for name in others]
+        options = [f"--{name.replace('_', '-')} {found[name]}" for name in others if name in found]
+        raise MemsynError(
+            f"{path.parent} holds results of other settings: {', '.join(differences)}. Use another --out; or continue "
+            f"them with {' '.join(options)}."
+        )
+
+
+def _append(path: Path, entry: Mapping[str, Any]) -> None:
+    """Write one whole line, and before it cut off what an earlier process left of a line."""
+    with open(path, "a+b") as file:
+        file.seek(0)
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+        file.write(json.dumps(entry).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())

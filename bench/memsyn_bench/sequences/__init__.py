@@ -1,0 +1,1 @@
+"""Sequences of tasks by name, and the networks that learn them."""

@@ -1,0 +1,336 @@
+"""The sequences of tasks that methods are compared on, by name.
+
+Owns how a sequence's tasks are loaded, its network is built and its images are augmented. Knows no training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memsyn.errors import OptionError
+from memsyn_bench.data.drawings import augment, load_emoji8, load_pretrained, move
+from memsyn_bench.data.facts import load_facts, load_kinds, load_sports_in_use
+from memsyn_bench.data.fashion import load_permuted_fashion, load_split_fashion
+from memsyn_bench.data.mixed import load_mixed8
+from memsyn_bench.data.paper8 import load_paper8, shift
+from memsyn_bench.data.scenes import load_scenes
+from memsyn_bench.data.scripts import load_scripts8
+from memsyn_bench.data.sixds import load_6ds
+from memsyn_bench.losses import Loss, cross_entropy, similarity_loss
+from memsyn_bench.sequences.networks import MultiHead, Network, SharedHead, SmallConvNet, draw_weights, perceptron
+from memsyn_bench.sequences.pretrained import PretrainedBody, efficientnet_lite0, torchvision_body
+from memsyn_bench.settings import Settings
+from memsyn_bench.task import Task
+
+
+@dataclass(frozen=True)
+class TaskSequence:
+    """Tasks learned one after the other by one body, with a head for each or one for all.
+
+    Attributes:
+        summary: one line for `memsyn-bench list`.
+        sizes: the image sides it can be had at, the first one the fastest.
+        load: size -> the tasks, in their fixed order.
+        build: (tasks, generator) -> the network before the first task; `network(images, task)` are logits.
+        augment: (images, generator) -> the images as they are trained on.
+        loss: of each image; methods that take outputs for logits of classes need `cross_entropy`.
+        scorings: keys of `memsyn_bench.running.scoring.SCORINGS` that make sense of it; the first is the one it is judged by.
+        shares_head: whether one head serves all tasks, so that a body that stands still forgets too.
+        training: the fields of `Settings` that it has other defaults for.
+    """
+
+    summary: str
+    sizes: tuple[int, ...]
+    load: Callable[[int], list[Task]]
+    build: Callable[[Sequence[Task], torch.Generator], Network]
+    augment: Callable[[Tensor, torch.Generator], Tensor]
+    loss: Loss = cross_entropy
+    scorings: tuple[str, ...] = ("multi-head", "class-incremental")
+    shares_head: bool = False
+    training: Mapping[str, float] = field(default_factory=dict)
+
+
+FINE_TUNING = {"lr": 3e-4, "warmup": 2}
+"""Of what is pretrained on ImageNet: small steps, and heads first. Tried on EfficientNet-Lite0 alone."""
+
+
+def pretrained_network(tasks: Sequence[Task], generator: torch.Generator) -> MultiHead:
+    """The body pretrained on other drawings, and a head for each task drawn from `generator`."""
+    body = SmallConvNet()
+    body.load_state_dict(load_pretrained())
+    return _with_heads(body, body.num_features, tasks, generator)
+
+
+def fresh_network(tasks: Sequence[Task], generator: torch.Generator) -> MultiHead:
+    """The same network with all its weights drawn from `generator`."""
+    body = SmallConvNet(num_channels=tasks[0].train_images.shape[1])
+    draw_weights(body, generator)
+    return _with_heads(body, body.num_features, tasks, generator)
+
+
+def imagenet_network(
+    body_of: Callable[[], PretrainedBody], tasks: Sequence[Task], generator: torch.Generator
+) -> MultiHead:
+    """A body pretrained on ImageNet, and a head for each task drawn from `generator`."""
+    body = body_of()
+    return _with_heads(body, body.num_features, tasks, generator)
+
+
+def perceptron_network(tasks: Sequence[Task], generator: torch.Generator) -> MultiHead:
+    """784-256-256, and a head for each task, drawn from `generator`."""
+    body = perceptron()
+    draw_weights(body, generator)
+    return _with_heads(body, 256, tasks, generator)
+
+
+def shared_perceptron(tasks: Sequence[Task], generator: torch.Generator) -> SharedHead:
+    """784-256-256 and one head for all tasks, drawn from `generator`."""
+    model = SharedHead(perceptron(), 256, num_classes=len(tasks[0].class_names))
+    draw_weights(model, generator)
+    return model
+
+
+def embedding_network(tasks: Sequence[Task], generator: torch.Generator) -> SharedHead:
+    """The body pretrained on other drawings, and one linear map into the space of the class vectors for all tasks.
+
+    The embedding is not normalised: the objective of MAS is its squared norm, whose gradient would be zero.
+    """
+    body = SmallConvNet()
+    body.load_state_dict(load_pretrained())
+    return _with_embedding(body, body.num_features, tasks, generator)
+
+
+def imagenet_embedding(name: str, side: int, tasks: Sequence[Task], generator: torch.Generator) -> SharedHead:
+    """The same from a network of torchvision, pretrained on ImageNet."""
+    body = torchvision_body(name, side)
+    return _with_embedding(body, body.num_features, tasks, generator)
+
+
+def _with_embedding(
+    body: nn.Module, num_features: int, tasks: Sequence[Task], generator: torch.Generator
+) -> SharedHead:
+    vectors = tasks[0].class_vectors
+    assert vectors is not None
+    model = SharedHead(body, num_features, num_classes=vectors.shape[1])
+    draw_weights(model.heads, generator)
+    return model
+
+
+def _with_heads(body: nn.Module, num_features: int, tasks: Sequence[Task], generator: torch.Generator) -> MultiHead:
+    model = MultiHead(body, num_features, head_sizes=[len(task.class_names) for task in tasks])
+    draw_weights(model.heads, generator)
+    return model
+
+
+def _unchanged(images: Tensor, generator: torch.Generator) -> Tensor:
+    return images
+
+
+def retrieval_sequence(summary: str, load: Callable[[int], list[Task]]) -> TaskSequence:
+    """Images and texts meet in one embedding space, which one network learns task by task."""
+    return TaskSequence(
+        summary=summary,
+        sizes=(32, 48, 64),
+        load=load,
+        build=embedding_network,
+        augment=augment,
+        loss=similarity_loss,
+        scorings=("retrieval", "retrieval-over-all"),
+        shares_head=True,
+        training={"epochs": 15},
+    )
+
+
+def paper8(network: str) -> TaskSequence:
+    """The eight data sets of the paper, learned by a network of torchvision, such as `alexnet`."""
+    side = 224
+    return TaskSequence(
+        summary=f"the paper's eight data sets, from folders (see memsyn_bench.data.paper8), {network} of torchvision",
+        sizes=(side,),
+        load=load_paper8,
+        build=partial(imagenet_network, partial(torchvision_body, network, side)),
+        augment=shift,
+        training=FINE_TUNING,
+    )
+
+
+def sixds(network: str) -> TaskSequence:
+    """The facts of the paper, learned by a network of torchvision."""
+    side = 224
+    return replace(
+        retrieval_sequence(
+            f"the paper's facts, from a folder (see memsyn_bench.data.sixds), {network} of torchvision", load_6ds
+        ),
+        sizes=(side,),
+        build=partial(imagenet_embedding, network, side),
+        augment=shift,
+        training=FINE_TUNING,
+    )
+
+
+def load_in_use(size: int) -> list[Task]:
+    """The tasks of `scripts8`, of each of which the network meets one class in use: drawn once for all."""
+    tasks = []
+    for index, task in enumerate(load_scripts8(size)):
+        chosen = int(torch.randint(len(task.class_names), (), generator=torch.Generator().manual_seed(index)))
+        tasks.append(replace(task, classes_in_use=(chosen,)))
+    return tasks
+
+
+SEQUENCES: dict[str, TaskSequence] = {
+    "emoji8": TaskSequence(
+        summary="8 tasks of 40 emoji each, learned from four families of studios, tested on a fifth",
+        sizes=(32, 64),
+        load=load_emoji8,
+        build=pretrained_network,
+        augment=augment,
+    ),
+    "emoji8-scratch": TaskSequence(
+        summary="the same tasks, from random weights",
+        sizes=(32, 64),
+        load=load_emoji8,
+        build=fresh_network,
+        augment=augment,
+        training={"lr": 1e-3},
+    ),
+    "emoji8-pretrained": TaskSequence(
+        summary="the same tasks, from EfficientNet-Lite0 pretrained on ImageNet",
+        sizes=(64, 96, 128),
+        load=load_emoji8,
+        build=partial(imagenet_network, efficientnet_lite0),
+        augment=augment,
+        training=FINE_TUNING,
+    ),
+    "mixed8-pretrained": TaskSequence(
+        summary="4 tasks of emoji and 4 alphabets in turn, from EfficientNet-Lite0 pretrained on ImageNet",
+        sizes=(64, 96, 128),
+        load=load_mixed8,
+        build=partial(imagenet_network, efficientnet_lite0),
+        augment=augment,
+        training=FINE_TUNING,
+    ),
+    "scripts8": TaskSequence(
+        summary="the letters of 8 alphabets, tested on families of fonts never seen",
+        sizes=(28,),
+        load=load_scripts8,
+        build=fresh_network,
+        augment=move,
+        training={"lr": 1e-3, "epochs": 10},
+    ),
+    "split-fashion": TaskSequence(
+        summary="Fashion-MNIST in 5 tasks of 2 classes, an MLP 784-256-256",
+        sizes=(28,),
+        load=load_split_fashion,
+        build=perceptron_network,
+        augment=_unchanged,
+        training={"lr": 1e-3, "epochs": 2, "batch_size": 64},
+    ),
+    "permuted-fashion": TaskSequence(
+        summary="Fashion-MNIST 10 times, its pixels in another order each, an MLP with one head for all",
+        sizes=(28,),
+        load=load_permuted_fashion,
+        build=shared_perceptron,
+        augment=_unchanged,
+        scorings=("domain-incremental",),
+        shares_head=True,
+        training={"lr": 1e-3, "epochs": 2, "batch_size": 64},
+    ),
+    "facts": retrieval_sequence(
+        "196 facts (a woman juggling) in 4 tasks, drawings of people and texts in one space", load_facts
+    ),
+    "facts-kinds": retrieval_sequence(
+        "the same facts by kind of action: sports, work, daily life, fantasy", load_kinds
+    ),
+    "facts-scenes": retrieval_sequence(
+        "4 tasks of 40 triples (cat left of boar): synthetic scenes of two emoji, and texts", load_scenes
+    ),
+    "paper8": paper8("alexnet"),
+    "6ds": sixds("alexnet"),
+}
+SEQUENCES["adaptation"] = replace(
+    SEQUENCES["scripts8"],
+    summary="scripts8, of each of whose alphabets one letter is in use",
+    load=load_in_use,
+    scorings=("multi-head", "in-use", "other-classes"),
+)
+SEQUENCES["adaptation-facts"] = replace(
+    SEQUENCES["facts"],
+    summary="the facts, of which those of sports are in use",
+    load=load_sports_in_use,
+    scorings=("retrieval", "retrieval-in-use", "retrieval-other-classes"),
+)
+"""What `memsyn-bench run` can run; `find_sequence` knows more names."""
+
+OF_FOLDERS = {"paper8": paper8, "6ds": sixds}
+"""Network -> sequence: of data that do not come with memsyn."""
+
+SHORT_NAMES = {
+    "activities": "Activities",
+    "animals": "Animals & Nature",
+    "food": "Food & Drink",
+    "objects": "Objects",
+    "people": "People & Body",
+    "smileys": "Smileys & Emotion",
+    "symbols": "Symbols",
+    "travel": "Travel & Places",
+}
+"""What the tasks of `emoji8` are called in the names of pairs."""
+
+
+def pair(first: str, second: str, *, base: str = "emoji8") -> TaskSequence:
+    """Two tasks of `emoji8`, by their short names, in this order, from the network that `base` starts with.
+
+    Raises:
+        OptionError: an unknown task, or the same one twice, or another base than those of `emoji8`.
+    """
+    bases = [name for name in SEQUENCES if name.startswith("emoji8")]
+    if base not in bases:
+        raise OptionError(f"the base of a pair must be one of {', '.join(bases)}; got {base!r}.")
+    if first not in SHORT_NAMES or second not in SHORT_NAMES or first == second:
+        raise OptionError(f"a pair must be two of {', '.join(SHORT_NAMES)}; got {first!r} and {second!r}.")
+    names = [SHORT_NAMES[first], SHORT_NAMES[second]]
+
+    def load(size: int) -> list[Task]:
+        tasks = {task.name: task for task in SEQUENCES[base].load(size)}
+        return [tasks[name] for name in names]
+
+    return replace(SEQUENCES[base], summary=f"{names[0]}, then {names[1]}, as in {base}", load=load)
+
+
+def find_sequence(name: str) -> TaskSequence:
+    """The sequence of a name: one of `SEQUENCES`, a pair, or the paper's data sets with a network of torchvision.
+
+    A pair is `pair-food-animals`, with `-scratch` or `-pretrained` behind it if it starts from the network of that
+    sequence; `paper8-resnet18` is `paper8` with that network, and `6ds-resnet18` likewise.
+
+    Raises:
+        OptionError: there is none of that name.
+    """
+    if name in SEQUENCES:
+        return SEQUENCES[name]
+    kind, *words = name.split("-")
+    if kind in OF_FOLDERS and len(words) == 1 and words[0].isidentifier():
+        return OF_FOLDERS[kind](words[0])
+    if kind == "pair" and len(words) in (2, 3):
+        return pair(words[0], words[1], base="-".join(["emoji8", *words[2:]]))
+    raise OptionError(
+        f"the sequence must be one of {', '.join(SEQUENCES)}, or such as pair-food-animals or paper8-resnet18; "
+        f"got {name!r}."
+    )
+
+
+def own_settings(name: str) -> Settings:
+    """The settings that a run of that sequence has where none are given.
+
+    Raises:
+        OptionError: an unknown sequence.
+    """
+    sequence = find_sequence(name)
+    fields: dict[str, Any] = {"sequence": name, "size": sequence.sizes[0], **sequence.training}
+    return Settings(**fields)

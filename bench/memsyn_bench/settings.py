@@ -1,0 +1,71 @@
+"""The settings of a benchmark run: everything that changes the numbers of one method and seed.
+
+Owns the defaults, their checks and the fingerprint by which results of other settings are told apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+
+from memsyn.errors import OptionError
+
+OWN, CHOSEN = "own", "chosen"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is trained and how; the same for every method and seed of a run.
+
+    Attributes:
+        sequence: a name that `memsyn_bench.sequences.sequences.find_sequence` knows.
+        size: the side of the images in pixels.
+        epochs: passes over a task's training images.
+        batch_size: images in a step.
+        lr: the learning rate of Adam, which starts afresh with each task.
+        warmup: of the epochs, the first so many train heads alone.
+        strength: of all methods that have one, a number; "own", each its default; or "chosen", each what the protocol
+            of `memsyn_bench.running.strengths` finds on validation data.
+
+    Raises:
+        OptionError: a value is out of range.
+    """
+
+    sequence: str
+    size: int
+    epochs: int = 20
+    batch_size: int = 16
+    lr: float = 3e-3
+    warmup: int = 0
+    strength: float | str = OWN
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lr", float(self.lr))  # 1 and 1.0 have one fingerprint
+        for name in ("size", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise OptionError(f"lr must be finite and above 0, got {self.lr}.")
+        if not 0 <= self.warmup <= self.epochs:
+            raise OptionError(f"warmup must be from 0 to the {self.epochs} epochs, got {self.warmup}.")
+        if isinstance(self.strength, str):
+            if self.strength not in (OWN, CHOSEN):
+                raise OptionError(f"strength must be a number, {OWN} or {CHOSEN}; got {self.strength!r}.")
+        elif not (math.isfinite(self.strength) and self.strength >= 0):
+            raise OptionError(f"strength must be finite and not negative, got {self.strength}.")
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits of the SHA-256 of the settings."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def strength_of(text: str) -> float | str:
+    """A strength as `Settings` takes it: a number if the text is one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text

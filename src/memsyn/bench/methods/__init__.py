@@ -1,4 +1,0 @@
-"""The methods that the benchmark compares: what each does beside the one training loop of `memsyn.bench.learners`.
-
-`registry` has them by name. Must not know runs or folders.
-"""

@@ -1,0 +1,207 @@
+"""How each parameter's importance is computed from its uses.
+
+Owns the ladder: by rule, by differentiating single operations. What neither can do takes passes over single samples.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from memsyn.engine.calls import Call, changes_its_input, replaced, rule_of
+from memsyn.engine.recorder import Group
+from memsyn.kernels.operations import OPERATIONS
+from memsyn.kernels.outer_products import Magnitude
+from memsyn.kernels.rules import Axis, NoRuleError, Rule, Use, add_terms, per_sample, signed, tied
+from memsyn.parameters import wide_dtype
+
+BY_RULE: Final = "rule"
+"""By a formula, for all samples of a batch at once."""
+BY_OPERATION: Final = "operation"
+"""By differentiating the operations that use the parameter, each for one sample at a time."""
+BY_SAMPLE: Final = "one sample at a time"
+"""By forward and backward passes of the whole model."""
+UNUSED: Final = "unused"
+"""Zero: no output depends on it."""
+
+_TABLE, _LINEAR = (OPERATIONS[f].rules["weight"] for f in (nn.functional.embedding, nn.functional.linear))
+
+Sums = dict[str, Tensor]
+Uses = Sequence[tuple[Call, str]]
+
+
+# By rule
+
+
+def add_by_rule(
+    total: Tensor,
+    parameter: nn.Parameter,
+    uses: Uses,
+    num_samples: int,
+    magnitude: Magnitude,
+    *,
+    weights: Tensor | None = None,
+) -> None:
+    """Add sum_k f(w_k g_k), all samples at once.
+
+    A parameter may be used in parts (views of it), if they do not overlap.
+
+    Raises:
+        NoRuleError: no rule holds; nothing was added.
+    """
+    if not uses:
+        return
+    if all(call.values[place].tensor is parameter for call, place in uses):
+        return _join(uses, total, num_samples, magnitude, weights)
+    parts: dict[tuple[Any, ...], list[tuple[Call, str]]] = {}
+    for call, place in uses:
+        value = call.values[place].tensor
+        if value is not parameter and (value._base is not parameter or 0 in value.stride() or value.is_complex()):
+            raise NoRuleError
+        parts.setdefault((value.shape, value.stride(), value.storage_offset()), []).append((call, place))
+    if total.stride() != parameter.stride() or _overlap(parameter, parts):
+        raise NoRuleError
+    found = torch.zeros_like(total)
+    for (shape, stride, offset), own in parts.items():
+        part = found.as_strided(shape, stride, offset - parameter.storage_offset())
+        _join(own, part, num_samples, magnitude, weights)
+    total += found
+
+
+def _overlap(parameter: Tensor, parts: Iterable[tuple[Any, ...]]) -> bool:
+    count = torch.zeros_like(parameter, dtype=torch.uint8)
+    for shape, stride, offset in parts:
+        count.as_strided(shape, stride, offset - parameter.storage_offset()).add_(1)
+    return bool((count > 1).any())
+
+
+def _join(uses: Uses, total: Tensor, num_samples: int, magnitude: Magnitude, weights: Tensor | None) -> None:
+    """Add sum_k f(w_k g_k) for one way of using a parameter."""
+    found = [(rule_of(call.function, place), call, place) for call, place in uses]
+    rules = [rule for rule, _, _ in found if rule is not None]
+    if len(rules) < len(found):
+        raise NoRuleError
+    made = [_make_use(call, place, rule, num_samples, weights) for rule, call, place in found if rule is not None]
+    if all(rule.join == rules[0].join for rule in rules):
+        rules[0].join(made, total, num_samples, magnitude)
+    elif all(rule.term is not None for rule in rules):
+        add_terms(_sum_of_terms(rules, made, total.shape, num_samples), total, magnitude)
+    elif all(rule in (_TABLE, _LINEAR) for rule in rules):
+        tables = [use for rule, use in zip(rules, made, strict=True) if rule is _TABLE]
+        maps = [use for rule, use in zip(rules, made, strict=True) if rule is _LINEAR]
+        tied(tables, maps, total, num_samples, magnitude)
+    else:
+        raise NoRuleError
+
+
+def _sum_of_terms(rules: Sequence[Rule], uses: Sequence[Use], shape: torch.Size, num_samples: int) -> Tensor:
+    total: Tensor | None = None
+    for rule, use in zip(rules, uses, strict=True):
+        assert rule.term is not None
+        own = per_sample([(rule.term(use), use.axis)], shape, num_samples, channels=rule.channels)
+        total = own if total is None else total + own
+    assert total is not None
+    return total
+
+
+def _make_use(call: Call, place: str, rule: Rule, num_samples: int, weights: Tensor | None = None) -> Use:
+    """What a rule is given: in float32 at least, the gradient weighted by sample."""
+    split = call.splits[place]
+    assert call.grad is not None
+    assert split.out is not None
+    grad = call.grad.to(wide_dtype(call.grad))
+    if weights is not None:
+        grad = grad * _along(weights, split.out, grad, num_samples)
+    operand = None if rule.operand is None else call.tensors[rule.operand]
+    if grad.is_complex() or (operand is not None and operand.is_complex()):
+        raise NoRuleError
+    if operand is not None and operand.is_floating_point():
+        operand = operand.to(grad.dtype)
+    axis = None if rule.operand is None else split.args.get(rule.operand)
+    return Use({**call.options, **call.tensors}, operand, axis, grad, split.out)
+
+
+def _along(weights: Tensor, axis: Axis, tensor: Tensor, num_samples: int) -> Tensor:
+    """One weight a sample, as a factor of a tensor."""
+    times, rest = divmod(tensor.shape[axis.dim], num_samples)
+    if rest:
+        raise NoRuleError
+    spread = weights.repeat(times) if axis.minor else weights.repeat_interleave(times)
+    return spread.to(tensor.dtype).view([-1 if dim == axis.dim else 1 for dim in range(tensor.ndim)])
+
+
+# By operation
+
+
+def add_by_operation(
+    totals: Sums,
+    parameters: Mapping[str, nn.Parameter],
+    group: Group,
+    num_samples: int,
+    magnitude: Magnitude,
+    *,
+    weights: Tensor | None = None,
+) -> None:
+    """Add sum_k f(w_k g_k) for every parameter of a group, a sample at a time, by differentiating single operations.
+
+    Raises:
+        NoRuleError: an operation cannot be cut into samples; nothing was added.
+    """
+    names = sorted(group.names)
+    found = {name: torch.zeros_like(totals[name]) for name in names}
+    for k in range(num_samples):
+        values = {id(call.values[place]): call.values[place].tensor for call, place in group.uses}
+        grads: dict[int, Tensor] = {}
+        for call, place in group.uses:
+            grad, key = _sample_gradient(call, place, k, num_samples), id(call.values[place])
+            grads[key] = grads[key] + grad if key in grads else grad
+        inputs, outputs = [parameters[name] for name in names], [values[key] for key in grads]
+        own = torch.autograd.grad(
+            outputs,
+            inputs,
+            [grad.to(out.dtype) for grad, out in zip(grads.values(), outputs, strict=True)],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        for name, grad in zip(names, own, strict=True):
+            if grad is not None:
+                wide = grad.to(totals[name].dtype, copy=True)
+                found[name] += magnitude(wide if weights is None else wide * weights[k])
+    for name, total in found.items():
+        totals[name] += total
+
+
+def _sample_gradient(call: Call, place: str, k: int, num_samples: int) -> Tensor:
+    """The gradient of sample k with respect to a value."""
+    split = call.splits[place]
+    assert call.grad is not None
+    assert split.out is not None
+    cut = {
+        name: tensor if (axis := split.args.get(name)) is None else axis.sample(tensor, k, num_samples)
+        for name, tensor in call.tensors.items()
+    }
+    grad = split.out.sample(call.grad, k, num_samples)
+    rule = rule_of(call.function, place)
+    if rule is not None:
+        one = Call(call.function, call.options, call.values, call.splits, cut, {}, None, grad)
+        try:
+            found = torch.zeros_like(call.values[place].tensor, dtype=wide_dtype(grad))
+            rule.join([_make_use(one, place, rule, 1)], found, 1, signed)
+            return found
+        except NoRuleError:
+            pass
+    if call.again is None:
+        raise NoRuleError
+    leaf = cut[place] = call.values[place].tensor.detach().requires_grad_()
+    changed = changes_its_input(call.function, call.again[1])
+    if changed:
+        cut = {name: tensor if name == place else tensor.clone() for name, tensor in cut.items()}
+    args, kwargs = replaced(call.function, *call.again, cut)
+    with torch.enable_grad():
+        output = call.function(*args, **kwargs)
+    output = args[0] if output is None else output
+    if output.shape != grad.shape:
+        raise NoRuleError
+    (gradient,) = torch.autograd.grad(output, leaf, grad, allow_unused=True)
+    return torch.zeros_like(leaf) if gradient is None else gradient.to_dense()

@@ -1,0 +1,253 @@
+"""What the operations of a model do with parameters and samples, seen while a few samples pass.
+
+Owns following parameters through operations, whatever modules a model is made of, and finding the dimension in which
+each tensor keeps its samples. Knows no formulas.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from memsyn.engine.calls import Function, Path, Split, Value, arguments, changes_its_input, name_of, path_of, tensors_of
+from memsyn.engine.decompositions import DECOMPOSITIONS
+from memsyn.kernels.rules import Axis
+
+
+class Tracer(TorchFunctionMode):
+    """Sees every operation; `meet` handles those that take a value."""
+
+    decompositions: Mapping[Function, Callable[..., Any]] = DECOMPOSITIONS
+    """What is written out in plain operations."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.values = {id(p): Value(p, frozenset((name,)), (name,)) for name, p in parameters.items()}
+
+    def __torch_function__(
+        self, function: Function, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_grad_enabled() and (self._holds(args) or (kwargs and self._holds(kwargs.values()))):
+            if function in self.decompositions:
+                with self:
+                    output = self.decompositions[function](*args, **kwargs)
+                if output is not NotImplemented:
+                    return output
+            return self.meet(function, args, kwargs)
+        return self.pass_by(function, args, kwargs)
+
+    def _holds(self, args: Iterable[Any]) -> bool:
+        values = self.values
+        for arg in args:  # noqa: SIM110 (every operation comes through here, and a generator takes twice as long)
+            if id(arg) in values or (type(arg) in (list, tuple) and self._holds(arg)):
+                return True
+        return False
+
+    def meet(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """An operation that takes a value."""
+        raise NotImplementedError
+
+    def pass_by(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Any other operation."""
+        return function(*args, **kwargs)
+
+    def _follow(self, function: Function, met: Mapping[str, Value], output: Any) -> None:
+        """What was computed of values is a value."""
+        place, first = next(iter(met.items()))
+        names = frozenset().union(*(value.names for value in met.values()))
+        for index, tensor in enumerate(tensors_of(output)):
+            if tensor.requires_grad and id(tensor) not in self.values:
+                path = (*first.path, f"{name_of(function)}.{place}.{index}")
+                self.values[id(tensor)] = Value(tensor, names, path)
+
+
+def _by_index(given: Sequence[Tensor], is_of_samples: Callable[[Tensor], bool]) -> bool:
+    """Rows chosen by a mask, or by numbers that come of the samples."""
+    chosen = any(index.dtype in (torch.bool, torch.uint8) for index in given[1:])
+    return is_of_samples(given[0]) and (chosen or (len(given) > 1 and is_of_samples(given[1])))
+
+
+def _always(given: Sequence[Tensor], is_of_samples: Callable[[Tensor], bool]) -> bool:
+    return True
+
+
+def _with_numbers(given: Sequence[Tensor], is_of_samples: Callable[[Tensor], bool]) -> bool:
+    """How many times each row is repeated, by a tensor."""
+    return len(given) > 1
+
+
+SELECTIONS: dict[Function, Callable[[Sequence[Tensor], Callable[[Tensor], bool]], bool]] = {
+    Tensor.__getitem__: _by_index,
+    **dict.fromkeys((torch.index_select, Tensor.index_select, torch.masked_select, Tensor.masked_select), _always),
+    **dict.fromkeys((torch.take, Tensor.take, torch._pack_padded_sequence, torch._pad_packed_sequence), _always),
+    **dict.fromkeys((torch.repeat_interleave, Tensor.repeat_interleave), _with_numbers),
+}
+"""Operations that may change which rows belong to which sample, in a way that the data decide."""
+
+
+class _Event(NamedTuple):
+    """An operation that took a value, while only looking."""
+
+    with_samples: bool
+    in_order: bool
+    """Whether its tensors hold the samples in the batch's order, all of them with as many rows."""
+    out: torch.Size | None
+    args: dict[str, torch.Size]
+
+
+@final
+class Observer(Tracer):
+    """Looks on while a batch passes: what the operations at each path did, and with which shapes. Changes nothing."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], batch: Iterable[Tensor]) -> None:
+        super().__init__(parameters)
+        self.events: dict[Path, list[_Event]] = {}
+        self.written: set[str] = set()
+        """Parameters that an operation may write to."""
+        self._samples = {id(tensor): tensor for tensor in batch}
+        self._selected: dict[int, Tensor] = {}
+        """Those of them that were put in another order, or of which some rows were chosen, by the data."""
+
+    def pass_by(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What is computed of samples is of samples."""
+        output = function(*args, **kwargs)
+        given = [value for value in arguments(function, args, kwargs).values() if isinstance(value, Tensor)]
+        if any(map(self._is_of_samples, given)):
+            self._mark(function, output, given, args if changes_its_input(function, kwargs) else ())
+        return output
+
+    def meet(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Note what the operation does, and whether a value or samples come of it."""
+        tensors = {place: v for place, v in arguments(function, args, kwargs).items() if isinstance(v, Tensor)}
+        shapes = {place: tensor.shape for place, tensor in tensors.items()}
+        met = {place: self.values[id(tensor)] for place, tensor in tensors.items() if id(tensor) in self.values}
+        with_samples = any(self._is_of_samples(t) for place, t in tensors.items() if place not in met)
+        output = function(*args, **kwargs)
+        changed = changes_its_input(function, kwargs)
+        result = args[0] if output is None and changed else output
+        if with_samples:
+            self._mark(function, result, list(tensors.values()), args if changed else ())
+        if not any(tensor.requires_grad for tensor in tensors_of(result)):
+            return output
+        if function in (F.embedding, F.embedding_bag) and arguments(function, args, kwargs).get("max_norm") is not None:
+            self.written.update(*(value.names for value in met.values()))
+        spoilt = changed and id(args[0]) in self.values
+        in_order = not any(id(tensor) in self._selected for tensor in (*tensors.values(), *tensors_of(result)))
+        out = result.shape if isinstance(result, Tensor) and not spoilt else None
+        for place, value in met.items():
+            self.events.setdefault(path_of(value, function, place), []).append(
+                _Event(with_samples, in_order, out, shapes)
+            )
+        if not with_samples:
+            self._follow(function, met, result)
+        return output
+
+    def _is_of_samples(self, tensor: Tensor) -> bool:
+        known = id(tensor) in self._samples
+        return known or (tensor.grad_fn is not None and id(tensor) not in self.values)
+
+    def _mark(self, function: Function, output: Any, given: Sequence[Tensor], changed: Sequence[Any]) -> None:
+        """What is computed of samples is of samples; and selected, if it selects or is computed of what was.
+
+        What is written into a tensor takes that tensor's order.
+        """
+        if changed:
+            written = changed[0]
+            self._samples[id(written)] = written
+            return
+        selected = any(id(tensor) in self._selected for tensor in given) or (
+            function in SELECTIONS and SELECTIONS[function](given, self._is_of_samples)
+        )
+        for tensor in tensors_of(output):
+            self._samples[id(tensor)] = tensor
+            if selected:
+                self._selected[id(tensor)] = tensor
+
+
+def compare(one: Observer, two: Observer) -> dict[Path, Split | None]:
+    """What each path does with samples: the dimension that doubles when there are twice as many. None if unclear."""
+    return {path: _compare(one.events.get(path, []), events) for path, events in two.events.items()}
+
+
+def _compare(ones: Sequence[_Event], twos: Sequence[_Event]) -> Split | None:
+    if len(ones) != len(twos):
+        return None
+    merged: Split | None = None
+    for one, two in zip(ones, twos, strict=True):
+        split = _compare_events(one, two)
+        merged = split if merged is None else merge(merged, split)
+        if merged is None:
+            return None
+    return merged
+
+
+def merge(left: Split | None, right: Split | None) -> Split | None:
+    """Uses at one path must keep their samples in the same places; one may take fewer tensors, or fold nothing."""
+    if left is None or right is None:
+        return None
+    try:
+        args = {
+            place: _same(left.args.get(place), right.args.get(place)) for place in left.args.keys() & right.args.keys()
+        }
+        return Split(_same(left.out, right.out), {**left.args, **right.args, **args})
+    except ValueError:
+        return None
+
+
+def _same(left: Axis | None, right: Axis | None) -> Axis | None:
+    if left is None or right is None or left.dim != right.dim:
+        if left != right:
+            raise ValueError
+        return left
+    if left.folded and right.folded and left.minor != right.minor:
+        raise ValueError
+    return left if left.folded else right
+
+
+def _compare_events(one: _Event, two: _Event) -> Split | None:
+    if one.args.keys() != two.args.keys() or not (one.in_order and two.in_order):
+        return None
+    try:
+        args = {place: _doubled(one.args[place], shape) for place, shape in two.args.items()}
+        if one.out is None or two.out is None:
+            return Split(None, {}) if not two.with_samples and one.out is two.out and not any(args.values()) else None
+        out = _doubled(one.out, two.out)
+    except ValueError:
+        return None
+    if out is None:
+        return None if two.with_samples else Split(None, {})
+    return Split(out, args)
+
+
+def _doubled(one: torch.Size, two: torch.Size) -> Axis | None:
+    dims = [dim for dim, (a, b) in enumerate(zip(one, two, strict=True)) if a != b]
+    if not dims:
+        return None
+    if len(dims) > 1 or two[dims[0]] != 2 * one[dims[0]]:
+        raise ValueError
+    return Axis(dims[0], folded=one[dims[0]] > 1)
+
+
+def guess(observer: Observer, num_samples: int) -> dict[Path, Split | None]:
+    """The same from a batch that cannot be cut: a dimension as long as there are samples, or a multiple, is theirs."""
+
+    def axis(shape: torch.Size) -> Axis | None:
+        exact = [dim for dim, size in enumerate(shape) if size == num_samples]
+        folded = [dim for dim, size in enumerate(shape[:1]) if size % num_samples == 0]
+        return Axis((exact or folded)[0], folded=not exact) if exact or folded else None
+
+    found: dict[Path, Split | None] = {}
+    for path, (event, *_) in observer.events.items():
+        if not event.in_order:
+            found[path] = None
+            continue
+        out = axis(event.out) if event.out is not None else None
+        if out is None:
+            found[path] = None if event.with_samples else Split(None, {})
+        else:
+            found[path] = Split(out, {place: axis(shape) for place, shape in event.args.items()})
+    return found

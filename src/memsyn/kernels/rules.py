@@ -1,0 +1,349 @@
+"""One small function per operation and argument: from inputs and output gradients to importance.
+
+Owns the formulas. A rule sees only one operation's uses of one parameter; it must not touch the model, autograd or
+any state.
+
+Words: B samples; tokens are whatever is neither sample nor feature (sequence positions, pixels, repeated uses); a
+use is one call of an operation with the parameter. d stands for the gradient of the summed objective with respect to
+the operation's output, a for the operand that the parameter meets.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memsyn.kernels.convolutions import Geometry, Pair, conv_products, conv_products_of_one_sign, geometry_of
+from memsyn.kernels.outer_products import Magnitude, add_token_products, magnitudes
+
+
+class NoRuleError(Exception):
+    """The rule does not know such a call: another route must be taken. Never reaches the user."""
+
+
+class UnseenError(NoRuleError):
+    """The guard has not seen such a call: it must look at it first."""
+
+
+class Axis(NamedTuple):
+    """Where a tensor keeps its samples."""
+
+    dim: int
+    folded: bool = False
+    """Whether the dimension was seen to be longer than there are samples: else it may not be."""
+    minor: bool = False
+    """If it is longer: whether neighbours in it belong to different samples."""
+
+    def first(self, tensor: Tensor, num_samples: int) -> Tensor:
+        """The tensor as (B, ...); a dimension that held more than samples keeps the rest in its old place."""
+        if self._size(tensor, num_samples) == num_samples:
+            return tensor.movedim(self.dim, 0) if self.dim else tensor
+        sizes = (-1, num_samples) if self.minor else (num_samples, -1)
+        first: Tensor = tensor.unflatten(self.dim, sizes).movedim(self.dim + self.minor, 0)
+        return first
+
+    def sample(self, tensor: Tensor, k: int, num_samples: int) -> Tensor:
+        """Sample k as a batch of one, in the tensor's own layout."""
+        size = self._size(tensor, num_samples)
+        if self.minor:
+            own: Tensor = tensor.unflatten(self.dim, (-1, num_samples)).select(self.dim + 1, k)
+            return own
+        return tensor.narrow(self.dim, k * (size // num_samples), size // num_samples)
+
+    def _size(self, tensor: Tensor, num_samples: int) -> int:
+        size = tensor.shape[self.dim]
+        if size % num_samples:
+            raise NoRuleError
+        if size != num_samples > 1 and not self.folded:
+            raise UnseenError
+        return size
+
+
+class Use(NamedTuple):
+    """One call of an operation: what a parameter met, and the objective's gradient with respect to what came out."""
+
+    options: Mapping[str, Any]
+    """The call's other arguments by name, as far as they were given."""
+    operand: Tensor | None
+    operand_axis: Axis | None
+    grad: Tensor
+    axis: Axis
+
+
+def absolute(gradient: Tensor, out: Tensor | None = None) -> Tensor:
+    """f(g) = |g|: the magnitude of MAS."""
+    return torch.abs(gradient, out=gradient if out is None else out)
+
+
+def square(gradient: Tensor, out: Tensor | None = None) -> Tensor:
+    """f(g) = g^2: the magnitude of the diagonal Fisher information."""
+    return torch.mul(gradient, gradient, out=gradient if out is None else out)
+
+
+def signed(gradient: Tensor, out: Tensor | None = None) -> Tensor:
+    """f(g) = g: sums of gradients as autograd makes them."""
+    return gradient if out is None else out.copy_(gradient)
+
+
+MAGNITUDES: dict[str, Magnitude] = {"abs": absolute, "square": square}
+
+Join = Callable[[Sequence[Use], Tensor, int, Magnitude], None]
+"""(uses, total, B, f): add sum_k f(g_k), where g_k is the sum over all uses. Adds all or nothing."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one argument of one operation gets its importance."""
+
+    operand: str | None
+    """The argument whose value the rule needs beside the gradient."""
+    join: Join
+    term: Callable[[Use], Tensor] | None = None
+    """For elementwise rules: the gradient before its sum over tokens, of the output's shape."""
+    channels: bool = False
+    """For elementwise rules: whether the parameter's one dimension lies along the output's second."""
+
+
+def samples_first(tensors: Sequence[tuple[Tensor, Axis]], num_samples: int) -> list[Tensor]:
+    """Every tensor as (B, ...)."""
+    return [axis.first(tensor, num_samples) for tensor, axis in tensors]
+
+
+def _operands(uses: Sequence[Use], num_samples: int) -> list[Tensor]:
+    pairs = [(use.operand, use.operand_axis) for use in uses]
+    if any(operand is None or axis is None for operand, axis in pairs):
+        raise NoRuleError  # the operand is the same for all samples
+    return samples_first(pairs, num_samples)  # type: ignore[arg-type]
+
+
+def _grads(uses: Sequence[Use], num_samples: int) -> list[Tensor]:
+    return samples_first([(use.grad, use.axis) for use in uses], num_samples)
+
+
+# Elementwise: g_k is the sum of terms over everything the parameter was broadcast to
+
+
+def per_sample(terms: Sequence[tuple[Tensor, Axis]], shape: torch.Size, num_samples: int, *, channels: bool) -> Tensor:
+    """g_k = sum_t term_kt, (B, *shape): the terms of every use summed to the parameter's place in them.
+
+    Args:
+        terms: per use a tensor of its output's shape, and where the samples are in it.
+        shape: of the parameter.
+        num_samples: B.
+        channels: the parameter lies along the second dimension; else along the last ones, as in broadcasting.
+    """
+    total: Tensor | None = None
+    for term, axis in terms:
+        aligned = (*shape, *[1] * (term.ndim - 2)) if channels else tuple(shape)
+        first = axis.first(term, num_samples)
+        if len(terms) == 1 and first.shape == (num_samples, *shape):
+            return first
+        if first.ndim == term.ndim:  # the samples had a dimension of their own: leave one in its place
+            first = first.unsqueeze(axis.dim + 1)
+        extra = first.ndim - 1 - len(aligned)
+        if extra < 0:
+            raise NoRuleError
+        kept = (*[1] * extra, *aligned)
+        if any(k not in (1, size) for k, size in zip(kept, first.shape[1:], strict=True)):
+            raise NoRuleError
+        tokens = [i + 1 for i, (k, size) in enumerate(zip(kept, first.shape[1:], strict=True)) if k == 1 and size != 1]
+        summed = (first.sum(tokens) if tokens else first).reshape(num_samples, *shape)
+        total = summed if total is None else total + summed
+    assert total is not None
+    return total
+
+
+def add_terms(gradients: Tensor, total: Tensor, magnitude: Magnitude) -> None:
+    """Add sum_k f(g_k) of (B, ...)."""
+    total += magnitudes(gradients, magnitude).sum(0)
+
+
+def elementwise(term: Callable[[Use], Tensor], operand: str | None = None, *, channels: bool = False) -> Rule:
+    """The rule of a parameter that is broadcast: sum_k f(sum_t term_kt)."""
+
+    def join(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
+        terms = [(term(use), use.axis) for use in uses]
+        add_terms(per_sample(terms, total.shape, num_samples, channels=channels), total, magnitude)
+
+    return Rule(operand, join, term, channels)
+
+
+def as_it_is(use: Use) -> Tensor:
+    """y = ... + p: term d."""
+    return use.grad
+
+
+def scaled(name: str, sign: int = 1) -> Callable[[Use], Tensor]:
+    """y = ... + c p: term c d."""
+
+    def term(use: Use) -> Tensor:
+        scale = sign * use.options.get(name, 1)
+        return use.grad if scale == 1 else use.grad * scale
+
+    return term
+
+
+def times_operand(use: Use) -> Tensor:
+    """y = a p: term d a."""
+    assert use.operand is not None
+    return use.grad * use.operand
+
+
+def over_operand(use: Use) -> Tensor:
+    """y = p / a: term d / a."""
+    if use.options.get("rounding_mode") is not None:
+        raise NoRuleError
+    assert use.operand is not None
+    return use.grad / use.operand
+
+
+def layer_norm(use: Use) -> Tensor:
+    """y = p normalised(a): term d normalised(a)."""
+    assert use.operand is not None
+    eps = use.options.get("eps", 1e-5)
+    return F.layer_norm(use.operand, use.options["normalized_shape"], eps=eps).mul_(use.grad)
+
+
+def rms_norm(use: Use) -> Tensor:
+    """y = p a / rms(a): term d a / rms(a)."""
+    assert use.operand is not None
+    eps = use.options.get("eps")
+    if eps is None:
+        eps = torch.finfo(use.options["weight"].dtype).eps
+    return F.rms_norm(use.operand, use.options["normalized_shape"], eps=eps).mul_(use.grad)
+
+
+def group_norm(use: Use) -> Tensor:
+    """y = p normalised(a): term d normalised(a)."""
+    assert use.operand is not None
+    return F.group_norm(use.operand, use.options["num_groups"], eps=use.options.get("eps", 1e-5)).mul_(use.grad)
+
+
+def batch_norm(use: Use) -> Tensor:
+    """y = p (a - mean) / sqrt(var + eps), with running statistics if there are any."""
+    assert use.operand is not None
+    mean, var = use.options.get("running_mean"), use.options.get("running_var")
+    training = bool(use.options.get("training", False)) or mean is None
+    if mean is not None and var is not None:
+        mean, var = mean.to(use.operand.dtype, copy=True), var.to(use.operand.dtype, copy=True)
+    eps = use.options.get("eps", 1e-5)
+    return F.batch_norm(use.operand, mean, var, training=training, eps=eps).mul_(use.grad)
+
+
+def instance_norm(use: Use) -> Tensor:
+    """y = p normalised(a), each sample and channel on its own, or with running statistics."""
+    if not use.options.get("use_input_stats", True):
+        return batch_norm(use)
+    assert use.operand is not None
+    return F.instance_norm(use.operand, eps=use.options.get("eps", 1e-5)).mul_(use.grad)
+
+
+def _prelu(use: Use) -> Tensor:
+    """y = max(a, 0) + p min(a, 0): term d min(a, 0)."""
+    assert use.operand is not None
+    return use.operand.clamp(max=0).mul_(use.grad)
+
+
+def join_prelu(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
+    """One slope, or one per channel: sum_k f(sum_t d_kt min(a_kt, 0))."""
+    terms = [(_prelu(use), use.axis) for use in uses]
+    add_terms(per_sample(terms, total.shape, num_samples, channels=total.numel() > 1), total, magnitude)
+
+
+# Products: y = a W^T, and convolutions as a Linear over windows
+
+
+def linear_weight(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
+    """y = a W^T, a (..., in): g_k = sum_t d_kt a_kt^T."""
+    add_token_products(_grads(uses, num_samples), _operands(uses, num_samples), total, magnitude)
+
+
+def matrix(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
+    """y = c a W, a (..., in) and W a matrix: g_k = c sum_t a_kt d_kt^T."""
+    if total.ndim != 2 or any(use.grad.ndim < 2 for use in uses):
+        raise NoRuleError
+    grads = samples_first([(scaled("alpha")(use), use.axis) for use in uses], num_samples)
+    add_token_products(_operands(uses, num_samples), grads, total, magnitude)
+
+
+def conv_weight(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
+    """g_k[:, :, o] = sum_t d_kt a_k(t + o)^T for each kernel offset o."""
+    images, grads = _images(_operands(uses, num_samples), total.ndim), _images(_grads(uses, num_samples), total.ndim)
+    pairs, geometry = [Pair(grad, image) for grad, image in zip(grads, images, strict=True)], _geometry(uses, total)
+    found = conv_products_of_one_sign(*pairs[0], geometry) if magnitude is absolute and len(pairs) == 1 else None
+    total += conv_products(pairs, geometry, magnitude) if found is None else found
+
+
+def conv_transpose_weight(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
+    """The transpose of a convolution: inputs and gradients change places."""
+    images, grads = _images(_operands(uses, num_samples), total.ndim), _images(_grads(uses, num_samples), total.ndim)
+    pairs = [Pair(image, grad) for grad, image in zip(grads, images, strict=True)]
+    total += conv_products(pairs, _geometry(uses, total), magnitude)
+
+
+def _geometry(uses: Sequence[Use], total: Tensor) -> Geometry:
+    geometries = {geometry_of(use.options, tuple(total.shape[2:])) for use in uses}
+    if len(geometries) > 1:
+        raise NoRuleError
+    return geometries.pop()
+
+
+def _images(uses: Sequence[Tensor], ndim: int) -> list[Tensor]:
+    """(B, channels, ...) each; what was folded into the batch becomes uses of its own."""
+    images: list[Tensor] = []
+    for use in uses:
+        if use.ndim not in (ndim, ndim + 1):
+            raise NoRuleError
+        images += [use] if use.ndim == ndim else use.unbind(1)
+    return images
+
+
+# Tables
+
+
+def embedding(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
+    """g_k[v] = sum of d_kt over the tokens t with index v: one signed sum for a token that occurs twice."""
+    sums, cells = row_sums(*token_rows(uses, len(total), num_samples), len(total))
+    total.index_add_(0, cells % len(total), magnitude(sums).to(total.dtype))
+
+
+def token_rows(uses: Sequence[Use], num_rows: int, num_samples: int) -> tuple[Tensor, Tensor]:
+    """The tokens of all uses: their indices (B, T), and their gradients (B, T, features), zero for padding."""
+    indices, rows = [], []
+    for use, index, grad in zip(uses, _operands(uses, num_samples), _grads(uses, num_samples), strict=True):
+        if use.options.get("scale_grad_by_freq"):
+            raise NoRuleError
+        padding = use.options.get("padding_idx")
+        own = grad if padding is None else grad * (index != padding % num_rows).unsqueeze(-1)
+        indices.append(index.reshape(num_samples, -1))
+        rows.append(own.reshape(num_samples, -1, grad.shape[-1]))
+    return torch.cat(indices, 1), torch.cat(rows, 1)
+
+
+def row_sums(indices: Tensor, grads: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Per (sample, index) that occurs: the sum of its gradients, and its cell = sample * num_rows + index."""
+    keys = indices + num_rows * torch.arange(len(indices), device=indices.device).unsqueeze(1)
+    cells, cell_of_token = keys.flatten().unique(return_inverse=True)
+    sums = grads.new_zeros(len(cells), grads.shape[-1]).index_add_(0, cell_of_token, grads.flatten(0, 1))
+    return sums, cells
+
+
+def tied(tables: Sequence[Use], maps: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
+    """One matrix used by an embedding and by Linear layers: the few rows a sample looked up are put right.
+
+    With L_k the Linear's gradient and E_k the embedding's: sum_k f(L_k), and f(L_k + E_k) - f(L_k) where E_k is not 0.
+    """
+    sums, cells = row_sums(*token_rows(tables, len(total), num_samples), len(total))
+    linear_weight(maps, total, num_samples, magnitude)
+    samples, rows = cells // len(total), cells % len(total)
+    grads = [grad.reshape(num_samples, -1, len(total)) for grad in _grads(maps, num_samples)]
+    inputs = [operand.reshape(num_samples, -1, total.shape[1]) for operand in _operands(maps, num_samples)]
+    for k in range(num_samples):
+        own = samples == k
+        found = rows[own]
+        linear = sum(grad[k][:, found].T @ operand[k] for grad, operand in zip(grads, inputs, strict=True))
+        assert isinstance(linear, Tensor)
+        total.index_add_(0, found, magnitude(linear + sums[own]).sub_(magnitude(linear)))

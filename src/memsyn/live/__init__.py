@@ -1,0 +1,1 @@
+"""Importance from the requests that a deployed model serves: sampling, queue, thread, sums by segment and time."""

@@ -1,0 +1,1 @@
+"""What is kept: importances, memories, and what can be done with them. Plain frozen values; nothing is measured here."""

@@ -1,0 +1,235 @@
+"""Memories and importances as plain dicts in files of torch, to and from other code.
+
+Owns the structures that others use (Avalanche's MAS plugin, the official code of MAS) and our own plain one. Such
+files are read here alone, with `weights_only=True`, which makes nothing but tensors and plain containers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from memsyn.errors import MemoryFileError, OptionError
+from memsyn.parameters import canonical_name, wide_dtype
+from memsyn.storage.atomic_files import replaced
+from memsyn.values.consolidation import Consolidation
+from memsyn.values.importance import MAGNITUDE, OBJECTIVE, Importance, check_same_shapes
+from memsyn.values.memory import Memory
+
+PLAIN: Final = "memsyn"
+AVALANCHE: Final = "avalanche"
+OFFICIAL: Final = "official"
+STRUCTURES: Final = {
+    PLAIN: "memsyn's plain dict",
+    AVALANCHE: "Avalanche's MAS plugin",
+    OFFICIAL: "the official MAS code's reg_params",
+}
+"""Whose structures are known."""
+
+CONVERTED: Final = "convert"
+"""What stands for a rule in the history of a memory that came from other code."""
+
+BATCHED: Final = f"{MAGNITUDE} of the batch mean"
+"""What the other two compute: a batch's gradient before the absolute value, as `measure(..., batched=True)` does."""
+
+EXPORTS: Final = {
+    AVALANCHE: (
+        "plain = {k: {n: d.data for n, d in getattr(plugin, k).items()} for k in ('importance', 'params')}",
+        "torch.save(plain, 'plain.pt')",
+    ),
+    OFFICIAL: (
+        "plain = {n: model.reg_params[p] for n, p in model.named_parameters() if p in model.reg_params}",
+        "torch.save(plain, 'plain.pt')",
+    ),
+}
+"""Whose -> two lines that write a file `read_plain` accepts, to be run where the old code can be imported."""
+
+
+def is_plain(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is one of torch's, by its first bytes: every safetensors file has a brace in its ninth byte."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(9)[8:] != b"{"
+    except OSError:
+        return False  # a URL, or not there: for `storage` to say
+
+
+def write_plain(path: str | os.PathLike[str], held: Memory | Importance) -> None:
+    """Write a dict with `torch.save`: "importance" (Omega, a mean over samples), what it is of, a memory's "anchor".
+
+    A memory's has importance, anchor, counts, history; an importance's has importance, num_samples, objective,
+    magnitude. Tensors by parameter name. Everything is a plain container, number, text or tensor.
+
+    Raises:
+        MemoryFileError: it cannot be written.
+    """
+    plain: dict[str, Any]
+    if isinstance(held, Memory):
+        plain = {"importance": held.importance, "anchor": held.anchor, "counts": held.counts}
+        plain["history"] = [asdict(entry) for entry in held.history]
+    else:
+        plain = {"importance": held.mean(), "num_samples": held.num_samples}
+        plain |= {"objective": held.objective, "magnitude": held.magnitude}
+    try:
+        with replaced(path) as file:
+            torch.save(plain, file)
+    except OSError as error:
+        raise MemoryFileError(
+            f"{path} could not be written: {error}. A file that was there before is whole."
+        ) from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A model's weights by parameter name, of its state_dict in a file of safetensors or of torch.
+
+    Raises:
+        MemoryFileError: the file is missing or damaged, or holds something else.
+    """
+    if is_plain(path):
+        state: Mapping[Any, Any] = _load(path)
+    else:
+        try:
+            state = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise MemoryFileError(f"{path} could not be read: {error}. Name a file of the model's weights.") from error
+    return {
+        canonical_name(name).removeprefix("module."): values
+        for name, values in state.items()
+        if isinstance(name, str) and isinstance(values, Tensor)
+    }
+
+
+def read_plain(path: Path, *, num_samples: int | None = None, exact: bool = False) -> tuple[Memory | Importance, str]:
+    """Read a dict that `torch.save` wrote; returns what it holds and whose structure it is, of `STRUCTURES`.
+
+    Three structures are known: what `write_plain` writes; the attributes `importance` and `params` of Avalanche's MAS
+    plugin, or the first alone, tensors by name, or by task (one) and name; the official code's `reg_params` by name,
+    each with `omega` and `init_val`. With an anchor it is a memory, without one an importance. Both other codes
+    penalise with lambda * sum Omega (theta - theta*)^2, as memsyn does, so a strength stays what it was (older versions
+    of Avalanche: half of it).
+
+    Args:
+        path: the file.
+        num_samples: on how many samples it was measured, if the file does not say.
+        exact: it was measured with batches of one sample. Else it counts as "abs of the batch mean", as
+            `measure(..., batched=True)` gives, and is not folded with exact importances.
+
+    Raises:
+        MemoryFileError: the file is missing or damaged, holds more than plain containers of tensors, or is of another
+            structure; says how to write one that can be read.
+        OptionError: `num_samples` is missing, or given though the file has it.
+    """
+    plain = _load(path)
+    if (num_samples is not None or exact) and ("history" in plain or "num_samples" in plain):
+        raise OptionError(f"{path} itself says how it was measured: leave num_samples and exact out.")
+    if "history" in plain:
+        held = {group: _tensors(path, plain.get(group), group) for group in ("anchor", "importance")}
+        return Memory.from_file(path, plain, held), PLAIN
+    whose, omega, anchor = _groups(path, plain)
+    count = plain.get("num_samples", num_samples)
+    if count is None:
+        raise OptionError(
+            f"{path} does not say on how many samples it was measured: say so with num_samples (--samples)."
+        )
+    if type(count) is not int or not 1 <= count < 2**63:
+        raise OptionError(f"num_samples must be a whole number, at least 1 and below 2^63; got {count!r:.40}.")
+    objective, magnitude = plain.get("objective", OBJECTIVE), plain.get("magnitude", MAGNITUDE if exact else BATCHED)
+    if anchor is None:
+        sums = {name: values.to(wide_dtype(values)) * count for name, values in omega.items()}
+        return Importance(sums, count, {}, str(objective), str(magnitude)), whose
+    anchor = {name: values for name, values in anchor.items() if name in omega}
+    check_same_shapes(anchor, omega, f"the anchor in {path}", "the importance")
+    entry = Consolidation.now(
+        anchor,
+        num_samples=count,
+        rule=CONVERTED,
+        decay=None,
+        objective=str(objective),
+        magnitude=str(magnitude),
+        label=f"from {STRUCTURES[whose]}",
+    )
+    return Memory(anchor, omega, (entry,), dict.fromkeys(omega, count)), whose
+
+
+def _groups(path: Path, plain: Mapping[Any, Any]) -> tuple[str, dict[str, Tensor], dict[str, Tensor] | None]:
+    """Whose structure it is, the importance, and the anchor if there is one."""
+    if "importance" in plain:
+        key = "params" if "params" in plain else "anchor"
+        anchor = _tensors(path, plain[key]) if key in plain else None
+        return AVALANCHE if key == "params" else PLAIN, _tensors(path, plain["importance"], "importance"), anchor
+    entries = {name: value for name, value in plain.items() if name != "lambda"}
+    if entries and all(
+        isinstance(entry, Mapping) and {"omega", "init_val"} <= entry.keys() for entry in entries.values()
+    ):
+        omega = _tensors(path, {name: entry["omega"] for name, entry in entries.items()}, "importance")
+        return OFFICIAL, omega, _tensors(path, {name: entry["init_val"] for name, entry in entries.items()})
+    return AVALANCHE, _tensors(path, plain, "importance"), None
+
+
+def _tensors(path: Path, group: Any, kind: str = "anchor") -> dict[str, Tensor]:
+    """Tensors by name, or by one task and name."""
+    if isinstance(group, Mapping) and group and all(isinstance(task, int) for task in group):
+        if len(group) > 1:
+            tasks = ", ".join(map(str, group))
+            raise _refusal(path, f"holds {len(group)} tasks ({tasks}), and a memory has one anchor: take the last one")
+        (group,) = group.values()
+    if not isinstance(group, Mapping):
+        raise _refusal(path, "holds something else where tensors by name should be")
+    found: dict[str, Tensor] = {}
+    num_bytes, size = 0, path.stat().st_size
+    for name, value in group.items():
+        if not isinstance(name, str):
+            raise _refusal(path, "holds tensors without their parameters' names")
+        if not _is_dense(value):
+            raise _refusal(path, f"holds something else than a dense tensor of real numbers as {name}")
+        num_bytes += value.numel() * value.element_size()
+        if num_bytes > size:  # views of one storage, repeated without end
+            raise _refusal(path, f"has {size} bytes and holds tensors of more")
+        found[name] = value.detach().clone()  # shares its storage with no other
+        if kind == "importance" and bool((value < 0).any()):
+            raise MemoryFileError(
+                f"{path}: {name} holds negative values, and importance is never negative. Is this a model's "
+                "state_dict? That holds none: measure the model."
+            )
+    return found
+
+
+def _is_dense(value: object) -> bool:
+    return (
+        type(value) in (Tensor, nn.Parameter)
+        and isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.is_floating_point()
+        and value.device.type == "cpu"
+    )
+
+
+def _load(path: Path) -> Mapping[Any, Any]:
+    try:
+        plain = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise MemoryFileError(f"{path} does not exist.") from None
+    except Exception as error:  # whatever a damaged or hostile file makes of torch's reader
+        raise _refusal(path, f"could not be read by torch ({type(error).__name__})") from error
+    if not isinstance(plain, Mapping) or not plain:
+        raise _refusal(path, "holds no dict of tensors")
+    return plain
+
+
+def _refusal(path: Path, what: str) -> MemoryFileError:
+    lines = [
+        f"{path} {what}.",
+        "Only plain dicts of tensors are read, never a pickled model or plugin: those can run code. Two lines",
+        "write such a dict, where the old code can be imported:",
+    ]
+    for whose, export in EXPORTS.items():
+        lines += [f"  {STRUCTURES[whose]}:", *(f"    {line}" for line in export)]
+    return MemoryFileError("\n".join(lines))

@@ -1,0 +1,367 @@
+"""The value Memory: what a model has learned so far, as an anchor and an importance per weight.
+
+Owns consolidation and its rules, and the question whether a memory fits a model. Never changes a model.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from memsyn.errors import (
+    LostParametersWarning,
+    MemoryFileError,
+    MismatchError,
+    MovedWeightsWarning,
+    NewParametersWarning,
+    OptionError,
+)
+from memsyn.parameters import fingerprint, named_parameters, trainable_parameters, weights
+from memsyn.storage.reading_and_writing import (
+    IMPORTANCE,
+    MEMORY,
+    Groups,
+    checked_count,
+    read,
+    record,
+    well_formed,
+    write,
+)
+from memsyn.values.consolidation import MERGED, Consolidation
+from memsyn.values.importance import Importance, LayerSummary, check_same_shapes, summarize
+
+Fold = Callable[[Tensor, Tensor, int, int, float], Tensor]
+
+RULES: dict[str, Fold] = {
+    "sum": lambda old, new, num_old, num_new, decay: old + new,
+    "mean": lambda old, new, num_old, num_new, decay: old.lerp(new, num_new / (num_old + num_new)),  # nothing overflows
+    "ema": lambda old, new, num_old, num_new, decay: decay * old + (1 - decay) * new,
+    "max": lambda old, new, num_old, num_new, decay: old.maximum(new),
+}
+"""How a new importance is folded into the old one: (old, new, samples of old, samples of new, decay)."""
+
+DECAY = 0.5
+"""What `ema` keeps of the old importance unless told otherwise."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """Anchor and importance, keyed by parameter name: what `protect` needs, and all that is left of the old data.
+
+    Attributes:
+        anchor: the weights theta* when the memory was last consolidated.
+        importance: Omega, not negative, of the same names and shapes.
+        history: the consolidations, oldest first.
+        counts: on how many samples each parameter's importance was measured: the weights of `mean`.
+    """
+
+    anchor: dict[str, Tensor] = field(default_factory=dict)
+    importance: dict[str, Tensor] = field(default_factory=dict)
+    history: tuple[Consolidation, ...] = ()
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls) -> Memory:
+        """The memory of a model that has nothing to remember yet."""
+        return cls()
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all consolidations together."""
+        return sum(entry.num_samples for entry in self.history)
+
+    @property
+    def quantity(self) -> tuple[str, str] | None:
+        """What was measured: objective and magnitude; None while there is nothing in it."""
+        return (self.history[-1].objective, self.history[-1].magnitude) if self.history else None
+
+    def consolidate(
+        self,
+        model: nn.Module,
+        importance: Importance,
+        *,
+        rule: str = "sum",
+        decay: float | None = None,
+        label: str | None = None,
+    ) -> Memory:
+        """A new memory with `importance` folded in and the anchor at the model's present weights.
+
+        With Omega the old importance, over N samples, and Omega' the mean of the new one, over N':
+        `sum`: Omega + Omega' (the paper's code); `mean`: (N Omega + N' Omega') / (N + N'); `ema`: decay Omega +
+        (1 - decay) Omega'; `max`: the larger one. A parameter, or a row of one, that only one side has is taken from
+        there; what the model has lost is dropped, with a warning.
+
+        Args:
+            model: the model the importance was measured on, with the same weights.
+            importance: from `measure`, or of an `Observer`, which knows its weights.
+            rule: one of `sum`, `mean`, `ema`, `max`.
+            decay: for `ema`, from 0 (only the new) to 1 (only the old); 0.5 unless given.
+            label: a name for what was learned, to find it again in the history.
+
+        Raises:
+            OptionError: an unknown rule, a decay out of place, or a label that is no text.
+            MismatchError: the model lacks a parameter of the importance or all of the memory's, or has one in another
+                shape (a memory's may have more rows now).
+
+        Warns:
+            MovedWeightsWarning: the importance is of other weights, or the model has others beside those.
+        """
+        if rule not in RULES:
+            raise OptionError(f"rule must be one of {', '.join(RULES)}; got {rule!r}.")
+        if decay is not None and rule != "ema":
+            raise OptionError(f"decay belongs to rule='ema'; got decay={decay} with rule={rule!r}.")
+        if rule == "ema":
+            decay = DECAY if decay is None else decay
+            if not 0 <= decay <= 1:
+                raise OptionError(f"decay must be from 0 to 1, got {decay}.")
+        if not isinstance(label, str | None):
+            raise OptionError(f"label must be text, got {label!r}.")
+        parameters = named_parameters(model)
+        check_fit(importance.sums, parameters, "the importance")
+        check_fit(self.importance, parameters, "the memory", may_change=True)
+        _check_same_quantity(self.quantity or importance.quantity, importance.quantity, "the importance", "folded")
+        if importance.fingerprint is not None and importance.fingerprint != fingerprint(weights(model)):
+            warnings.warn(
+                "the importance was measured at other weights than the model has now, or at fewer: the anchor would "
+                "be where it was not measured. Consolidate with the model that was observed, before it is trained.",
+                MovedWeightsWarning,
+                stacklevel=2,
+            )
+        new, old, count = importance.mean(), self.importance, importance.num_samples
+        fold = RULES[rule]
+
+        def folded(name: str) -> Tensor:
+            if name not in old:
+                return new[name]
+            before, whole = old[name].to(parameters[name].device), parameters[name]
+            grown = before.shape != whole.shape
+            if name not in new:
+                return (
+                    torch.cat([before, torch.zeros_like(whole[len(before) :], dtype=before.dtype)]) if grown else before
+                )
+            first = new[name][: len(before)] if grown else new[name]
+            found = fold(before.to(first), first, self.counts.get(name, 0), count, decay or 0.0)
+            return torch.cat([found, new[name][len(before) :]]) if grown else found
+
+        omega = {name: folded(name) for name in parameters if name in old or name in new}
+        counts = {name: self.counts.get(name, 0) + (count if name in new else 0) for name in omega}
+        anchor = {name: parameters[name].detach().clone() for name in omega}
+        entry = Consolidation.now(
+            anchor,
+            num_samples=importance.num_samples,
+            rule=rule,
+            decay=decay,
+            objective=importance.objective,
+            magnitude=importance.magnitude,
+            label=label,
+        )
+        return Memory(anchor, omega, (*self.history, entry), counts)
+
+    def merge(self, other: Memory) -> Memory:
+        """The memory of both's samples, for replicas that each consolidated once, at the same weights.
+
+        Omega = (n Omega_1 + n' Omega_2) / (n + n'), with n and n' the samples on which each measured the parameter:
+        what one memory of all samples holds, up to rounding. Several consolidations may have a common past, which would
+        count twice: add importances up in place of such memories, and consolidate once.
+
+        Raises:
+            MismatchError: the anchors differ, one of them has consolidated more than once or never, or the two are of
+                different quantities.
+        """
+        for memory in (self, other):
+            if not memory.history or any(entry.rule != MERGED for entry in memory.history[1:]):
+                raise MismatchError(
+                    f"only memories of one consolidation each can be merged, and one has {len(memory.history)}: what "
+                    "they have in common would count twice. Merge the importances, and consolidate the result once."
+                )
+        assert self.quantity is not None
+        assert other.quantity is not None
+        _check_same_quantity(self.quantity, other.quantity, "the other memory", "merged")
+        check_same_shapes(self.anchor, other.anchor, "the first memory", "the second memory")
+        moved = [name for name, value in self.anchor.items() if not torch.equal(value, other.anchor[name].to(value))]
+        if moved:
+            raise MismatchError(
+                f"the anchors of {len(moved)} of {len(self.anchor)} parameters differ (the first is {moved[0]}): the "
+                "memories are of different weights. Only replicas of one model can be merged."
+            )
+        n, m = ({name: own.counts.get(name, own.num_samples) for name in self.anchor} for own in (self, other))
+        omega = {
+            name: RULES["mean"](mine, other.importance[name].to(mine), n[name], m[name], 0.0)
+            for name, mine in self.importance.items()
+        }
+        counts = {name: n[name] + m[name] for name in omega}
+        merged = tuple(replace(entry, rule=MERGED) for entry in other.history)
+        return Memory(self.anchor, omega, self.history + merged, counts)
+
+    def summary(self) -> list[LayerSummary]:
+        """Per layer its share of the total importance, mean, maximum and concentration."""
+        return summarize(self.importance)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to one safetensors file, whole or not at all, tensor by tensor.
+
+        Args:
+            path: the file, or any URL that fsspec knows (`s3://`, `gs://`, ...; the extra `remote`): that is written to
+                a local temporary file, then uploaded. Object stores show the old one until the new one is complete; a
+                server that shows files as they arrive (`sftp://`, `ftp://`) may keep half of it, which will not load.
+
+        Raises:
+            MemoryFileError: the file cannot be written; what was there stays.
+            MismatchError: anchor and importance are not of the same parameters.
+            OptionError: a count is no whole number.
+        """
+        check_same_shapes(self.anchor, self.importance, "the anchor", "the importance")
+        try:
+            for count in self.counts.values():
+                checked_count(count)
+        except ValueError as error:
+            raise OptionError(f"the memory's counts: {error}.") from None
+        header = {"history": [asdict(entry) for entry in self.history], "counts": self.counts}
+        write(path, MEMORY, header, {"anchor": self.anchor, "importance": self.importance})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, like: nn.Module | None = None) -> Memory:
+        """Read what `save` wrote.
+
+        Args:
+            path: the file, or its URL (`simplecache::s3://...` keeps a local copy).
+            like: the model it is for: names and shapes are checked, and tensors go where its parameters are.
+                Without it they stay on the CPU.
+
+        Raises:
+            MemoryFileError: the file is missing, damaged, not a memory, or of a newer format.
+            MismatchError: the memory is of another architecture than `like`.
+
+        Warns:
+            MovedWeightsWarning: the weights of `like` are not the anchor.
+        """
+        memory = cls.from_file(path, *read(path, MEMORY))
+        if like is None:
+            return memory
+        memory.check(like)
+        parameters = named_parameters(like)
+        moved = [n for n, anchor in memory.anchor.items() if n in parameters and not _stands_at(parameters[n], anchor)]
+        if moved:
+            warnings.warn(
+                f"{len(moved)} of {len(memory.anchor)} parameters (the first is {moved[0]}) have other weights in the "
+                f"model than at the last consolidation of {path}. That is right if the model was trained since; else "
+                "load its weights first, for protect would pull it towards those of another model.",
+                MovedWeightsWarning,
+                stacklevel=2,
+            )
+
+        def placed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {n: tensor.to(parameters[n].device) if n in parameters else tensor for n, tensor in tensors.items()}
+
+        return cls(placed(memory.anchor), placed(memory.importance), memory.history, memory.counts)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], header: Mapping[str, Any], groups: Groups) -> Memory:
+        """What `storage.read` found, as a memory.
+
+        Raises:
+            MemoryFileError: it is not what `save` writes.
+        """
+        with well_formed(path):
+            history = tuple(record(Consolidation, entry) for entry in header["history"])
+            counts = {str(name): checked_count(samples) for name, samples in header["counts"].items()}
+            memory = cls(groups["anchor"], groups["importance"], history, counts)
+            check_same_shapes(memory.anchor, memory.importance, "the anchor", "the importance")
+            return memory
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model this memory is not of; warn of trainable parameters it does not know, and of lost ones.
+
+        A parameter may have more rows than it had, as a head with more classes does: the new ones are free.
+
+        Raises:
+            MismatchError: the model has none of the memory's parameters, or one in another shape; it is named.
+        """
+        check_fit(self.importance, named_parameters(model), "the memory", may_change=True)
+        new = [name for name in trainable_parameters(model) if name not in self.importance]
+        if new and self.importance:
+            warnings.warn(
+                f"{len(new)} parameters of the model are not in the memory and stay free to change: {', '.join(new)}",
+                NewParametersWarning,
+                stacklevel=3,
+            )
+
+
+def _check_same_quantity(mine: tuple[str, str], other: tuple[str, str], whose: str, how: str) -> None:
+    if mine != other:
+        raise MismatchError(
+            f"the memory holds {mine[1]} of {mine[0]}, {whose} {other[1]} of {other[0]}: they cannot be {how}."
+        )
+
+
+def _stands_at(parameter: Tensor, anchor: Tensor) -> bool:
+    """Whether a parameter, or those of its rows that the memory knows, has the anchor's values."""
+    rows = parameter.detach()[: len(anchor)] if parameter.shape != anchor.shape else parameter.detach()
+    return torch.equal(rows, anchor.to(rows))
+
+
+def check_fit(
+    tensors: Mapping[str, Tensor], parameters: Mapping[str, Any], whose: str, *, may_change: bool = False
+) -> None:
+    """Refuse what is not of this model: every one of `tensors` must be there, in its shape.
+
+    Args:
+        tensors: by parameter name.
+        parameters: of the model.
+        whose: they are, for the error.
+        may_change: parameters may have more rows, and some (not all) may be gone, which is warned of.
+    """
+    missing = [name for name in tensors if name not in parameters]
+    reshaped = [
+        f"{name} (expected {tuple(tensor.shape)}, the model has {tuple(parameters[name].shape)})"
+        for name, tensor in tensors.items()
+        if name in parameters
+        and tensor.shape != parameters[name].shape
+        and not (may_change and has_grown(tensor, parameters[name]))
+    ]
+    problems = [f"the model lacks {', '.join(missing)}"] if missing else []
+    problems += [f"reshaped: {', '.join(reshaped)}"] if reshaped else []
+    if reshaped or (missing and not (may_change and len(missing) < len(tensors))):
+        raise MismatchError(
+            f"{whose} is of another architecture: {'; '.join(problems)}. Use the model it was made with, or measure "
+            "this one."
+        )
+    if missing:
+        warnings.warn(
+            f"{len(missing)} parameters of {whose} are no longer in the model, and are left out: {', '.join(missing)}",
+            LostParametersWarning,
+            stacklevel=4,
+        )
+
+
+def has_grown(held: Tensor, parameter: Tensor) -> bool:
+    """Whether a parameter has more rows than the memory holds of it, and is the same otherwise."""
+    return 0 < held.ndim == parameter.ndim and held.shape[1:] == parameter.shape[1:] and len(held) < len(parameter)
+
+
+KINDS: dict[str, type[Memory] | type[Importance]] = {MEMORY: Memory, IMPORTANCE: Importance}
+"""What a file is of -> what it holds."""
+
+
+def load(path: str | os.PathLike[str]) -> Memory | Importance:
+    """Read a memory or an importance, whichever the file holds; tensors are on the CPU.
+
+    Raises:
+        MemoryFileError: the file is missing, damaged, neither of the two, or of a newer format.
+    """
+    header, groups = read(path)
+    kind = str(header.get("kind"))
+    if kind not in KINDS:
+        raise MemoryFileError(f"{path} is of kind {kind!r}; expected one of {', '.join(KINDS)}.")
+    if "checkpoint" in header:
+        raise MemoryFileError(
+            f"{path} is the checkpoint of a pass that has not ended: call measure again with checkpoint= to finish it."
+        )
+    return KINDS[kind].from_file(path, header, groups)

@@ -1,0 +1,155 @@
+"""The house rules that can be read off the source: who imports whom, what is public, and how large things are."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import memsyn
+
+PACKAGE = Path(memsyn.__file__).parent
+CORE = {"torch", "numpy", "tqdm", "safetensors", "memsyn"}
+
+BASE = {"errors", "torch_private"}
+ROOMS: dict[str, set[str]] = {
+    "errors": set(),
+    "torch_private": set(),
+    "parameters": BASE,
+    "batches": BASE,
+    "kernels": BASE,
+    "storage": BASE,
+    "engine": BASE | {"kernels", "batches", "parameters"},
+    "values": BASE | {"storage", "parameters"},
+    "measuring": BASE | {"engine", "kernels", "values", "storage", "batches", "parameters"},
+    "protecting": BASE | {"values", "parameters"},
+    "live": BASE | {"measuring", "values", "storage", "kernels", "batches", "parameters"},
+    "__init__": BASE | {"measuring", "values", "protecting", "live"},
+    "report": BASE | {"values", "storage"},
+    "cli": BASE | {"__init__", "values", "storage", "report"},
+    "integrations": {"__init__"},
+}
+"""Room -> the rooms that it may import, beside itself. `__init__` stands for the public names."""
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[str]:
+    """Every module named in an import; `memsyn.x` for `from memsyn import x` where x is a module."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            modules = [a.name for a in node.names if module == "memsyn" and (PACKAGE / f"{a.name}.py").exists()]
+            names += [f"memsyn.{name}" for name in modules] or [module]
+    return names
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """The rooms of memsyn that a file imports."""
+    return {(name.split(".") + ["__init__"])[1] for name in imports(path) if name.split(".")[0] == "memsyn"}
+
+
+@pytest.mark.parametrize("room", sorted({room_of(path) for path in PACKAGE.rglob("*.py")}))
+def test_a_room_imports_only_the_rooms_in_its_row(room: str) -> None:
+    for path in PACKAGE.rglob("*.py"):
+        if room_of(path) == room:
+            assert rooms_imported(path) - {room} <= ROOMS[room], f"{path.relative_to(PACKAGE)}"
+
+
+def test_the_table_of_rooms_has_no_circle() -> None:
+    left = dict(ROOMS)
+    while left:
+        lowest = [room for room, below in left.items() if not below & left.keys()]
+        assert lowest, f"a circle among {sorted(left)}"
+        for room in lowest:
+            del left[room]
+
+
+def test_the_core_imports_nothing_optional() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        if room_of(path) not in {"cli", "report", "integrations"} and path.name != "urls.py":
+            foreign = {name.split(".")[0] for name in imports(path)} - CORE - sys.stdlib_module_names
+            assert not foreign, f"{path.name} imports {foreign}"
+
+
+def test_importing_memsyn_imports_nothing_optional() -> None:
+    optional = ("typer", "rich", "PIL", "matplotlib", "memsyn_bench", "fsspec", "plotly", "jinja2")
+    code = f"import sys, memsyn; print([m for m in {optional} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_sorted_and_there() -> None:
+    assert list(memsyn.__all__) == sorted(memsyn.__all__)
+    assert all(getattr(memsyn, name).__doc__ for name in memsyn.__all__)
+    assert memsyn.__all__ == [
+        "BatchError",
+        "Consolidation",
+        "Estimator",
+        "Importance",
+        "LayerSummary",
+        "LostParametersWarning",
+        "Memory",
+        "MemoryFileError",
+        "MemsynError",
+        "MismatchError",
+        "ModelError",
+        "MovedWeightsWarning",
+        "NewParametersWarning",
+        "Observer",
+        "OptionError",
+        "OutputError",
+        "ProcessError",
+        "Protection",
+        "ProtectionError",
+        "Relative",
+        "Report",
+        "SamplesInteractError",
+        "SlowParametersWarning",
+        "Stats",
+        "StrengthWarning",
+        "Trial",
+        "Tuned",
+        "measure",
+        "penalty",
+        "protect",
+        "tune",
+    ]
+
+
+def test_every_error_of_ours_has_one_root() -> None:
+    from memsyn import errors
+
+    classes = [value for value in vars(errors).values() if isinstance(value, type)]
+    assert all(issubclass(c, (memsyn.MemsynError, UserWarning)) for c in classes)
+
+
+def test_functions_stay_small() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                code = [n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+                length = (code[-1].end_lineno or 0) - code[0].lineno + 1 if code else 0
+                assert length <= 50, f"{path.name}: {node.name} has {length} lines"
+
+
+def test_the_examples_in_the_docstrings_run() -> None:
+    import doctest
+    import importlib
+
+    ran = 0
+    for path in PACKAGE.rglob("*.py"):
+        if ">>> " not in path.read_text():
+            continue
+        name = ".".join(("memsyn", *path.relative_to(PACKAGE).with_suffix("").parts))
+        result = doctest.testmod(importlib.import_module(name))
+        assert result.failed == 0
+        ran += result.attempted
+    assert ran > 10

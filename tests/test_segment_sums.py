@@ -1,0 +1,245 @@
+"""Sums by segment, in which no sample can spoil or own the others."""
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import memsyn
+from memsyn.live.segment_sums import spearman
+from tests.serving import a_model, assert_same, begin, measured, requests
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "traffic.safetensors"
+
+
+def test_segments_have_sums_of_their_own(store: Path) -> None:
+    model, batches, names = a_model(), requests(30), ["tenant-a", "B/../c d.e", None]
+    parts = {name: batches[k::3] for k, name in enumerate(names)}
+    expected = {name: measured(model, part) for name, part in parts.items()}
+    with begin(model, store) as observer:
+        for k, batch in enumerate(batches):
+            observer.observe(batch, segment=names[k % 3])
+        assert observer.flush()
+        assert_same(observer.importance(), measured(model, batches))
+        assert_same(observer.importance("tenant-a"), expected["tenant-a"])
+        mixed = observer.importance({"tenant-a": 3.0, "B/../c d.e": 1.0}).mean()
+        for name, omega in mixed.items():
+            one, two = (expected[segment].mean()[name] for segment in names[:2])
+            assert torch.allclose(omega, (3 * one + two) / 4, rtol=1e-12)
+        with pytest.raises(memsyn.BatchError, match="nothing has been measured yet of 'tenant-z'"):
+            observer.importance("tenant-z")
+        for wrong in ({"tenant-a": -1.0}, {"tenant-a": math.nan}, {"tenant-a": 0.0}, {}):
+            with pytest.raises(memsyn.OptionError, match="weights must be finite, not negative, and not all zero"):
+                observer.importance(wrong)
+    files = {"traffic+tenant-a.safetensors", "traffic+B%2F%2E%2E%2Fc%20d%2Ee.safetensors", store.name}
+    assert {path.name for path in store.parent.iterdir()} == files
+    assert_same(memsyn.Importance.load(store.with_name("traffic+tenant-a.safetensors")), expected["tenant-a"])
+
+
+def test_there_are_not_too_many_segments(store: Path) -> None:
+    model, batch = a_model(), requests(1)[0]
+    with begin(model, store) as observer:
+        for k in range(70):
+            observer.observe(batch, segment=f"user {k}")
+        observer.observe(batch, segment="user 1")
+        assert observer.flush()
+        stats = observer.stats()
+        assert (stats.measured, stats.dropped) == (65, 6)
+        assert "there are 64 segments already" in str(stats.last_error)
+
+
+@pytest.mark.parametrize("cap", [None, 0.2, 0.04])
+@pytest.mark.parametrize("max_batch", [1, 32])
+def test_one_odd_request_cannot_own_the_memory(cap: float | None, max_batch: int, store: Path) -> None:
+    """A larger one is scaled down to the share; all others count as they are."""
+    model, usual, odd = nn.Linear(4, 2).double(), torch.ones(1, 4, dtype=torch.float64), 1e4
+    one, large = (sum(float(total.sum()) for total in measured(model, [x]).sums.values()) for x in (usual, usual * odd))
+    with begin(model, store, cap=cap, max_batch=max_batch) as observer:
+        for _ in range(300):
+            observer.observe(usual)
+        assert observer.flush()
+        assert observer.stats().capped == 0
+        observer.observe(torch.cat([usual, odd * usual, usual]))
+        assert observer.flush()
+        found, stats = observer.importance(), observer.stats()
+    assert (stats.measured, found.num_samples) == (303, 303)
+    whole = sum(float(total.sum()) for total in found.sums.values())
+    if cap is None:
+        assert stats.capped == 0
+        assert whole == pytest.approx(302 * one + large)
+    else:
+        assert stats.capped == 1
+        assert 0.8 * cap <= 1 - 302 * one / whole <= cap
+
+
+def test_samples_without_a_gradient_limit_nothing(store: Path) -> None:
+    model, ones = nn.Linear(2, 1, bias=False).double(), torch.ones(4, 2, dtype=torch.float64)
+    with begin(model, store, cap=0.1) as observer:
+        observer.observe(0 * ones)
+        assert observer.flush()
+        for _ in range(3):
+            observer.observe(ones)
+            assert observer.flush()
+        assert (observer.stats().measured, observer.stats().capped) == (16, 0)
+        assert_same(observer.importance(), measured(model, [0 * ones, *[ones] * 3]))
+
+
+@pytest.mark.parametrize("odd", [[0], [5], [0, 5, 31]])
+def test_the_first_samples_are_limited_by_each_other(odd: list[int], store: Path) -> None:
+    model, given = nn.Linear(1, 1, bias=False).double(), torch.ones(32, 1, dtype=torch.float64)
+    given[odd] = 1000.0
+    with begin(model, store, cap=0.1) as observer:
+        observer.observe(given)
+        assert observer.flush()
+        one = 2 * abs(model.weight.item())
+        assert observer.stats().capped == len(odd)
+        assert float(observer.importance().sums["weight"]) <= one * (32 - len(odd) + 10 * len(odd)) * (1 + 1e-9)
+        assert observer.importance().num_samples == 32
+
+
+def test_a_segment_that_cannot_be_written_keeps_no_other(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, write = a_model(), requests(1)[0], memsyn.live.segment_sums.write
+
+    def failing(path: Any, *args: Any) -> None:
+        if "+a." in str(path):
+            raise memsyn.MemoryFileError("no room for a")
+        write(path, *args)
+
+    monkeypatch.setattr(memsyn.live.segment_sums, "write", failing)
+    with begin(model, store) as observer:
+        for segment in ("a", "b", None):
+            observer.observe(batch, segment=segment)
+        assert observer.flush()
+        assert "no room for a" in str(observer.stats().last_error)
+        assert {path.name for path in store.parent.iterdir()} == {"traffic+b.safetensors", store.name}
+        monkeypatch.undo()
+        assert observer.flush()
+        assert_same(memsyn.Importance.load(store.with_name("traffic+a.safetensors")), measured(model, [batch]))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e200])
+def test_what_is_not_finite_is_left_out_alone(bad: float, store: Path) -> None:
+    model, batches = a_model(), requests(30)
+    model[1] = nn.Identity()
+    good = [batch.clone() for batch in batches]
+    with begin(model, store) as observer:
+        for k, batch in enumerate(batches):
+            if k % 7 == 0:
+                batch = torch.cat([batch, torch.full((1, 4), bad, dtype=torch.float64)])
+            observer.observe(batch)
+        assert observer.flush()
+        stats = observer.stats()
+        assert stats.invalid == 5
+        assert "the output" in str(stats.last_error)
+        assert_same(observer.importance(), measured(model, good))
+
+
+def test_a_gradient_that_is_not_finite_is_left_out(store: Path) -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.weight).abs().sum(1, keepdim=True).sqrt()
+
+    model, batches = Root(), requests(10)
+    with begin(model, store) as observer:
+        for batch in batches:
+            observer.observe(batch)
+        observer.observe(torch.zeros(2, 4, dtype=torch.float64))
+        assert observer.flush()
+        assert observer.stats().invalid == 2
+        assert "a gradient is NaN or infinite" in str(observer.stats().last_error)
+        assert_same(observer.importance(), measured(model, batches))
+
+
+def test_a_model_that_cannot_be_measured_is_given_up_until_its_weights_change(store: Path) -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.mixes = nn.Linear(4, 2).double(), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x - x.mean(0) if self.mixes else x)
+
+    model, batch = Mixing(), torch.randn(4, 4, dtype=torch.float64)
+    with begin(model, store, max_batch=4) as observer:
+        for _ in range(20):
+            observer.observe(batch)
+        assert observer.flush()
+        stats = observer.stats()
+        assert (stats.measured, stats.dropped, stats.errors) == (0, 80, 8)
+        assert "SamplesInteractError" in str(stats.last_error)
+        model.mixes = False
+        with torch.no_grad():
+            model.head.weight.mul_(2)
+        observer.observe(batch)
+        assert observer.flush()
+        assert_same(observer.importance(), measured(model, [batch]))
+
+
+def test_convergence_is_the_rank_correlation_of_halves(store: Path) -> None:
+    """Near 0 for halves that share nothing, 1 for the same, and growing with the number of samples."""
+
+    def ranks(values: Any) -> list[float]:
+        return [sum(other < own for other in values) + sum(other == own for other in values) / 2 for own in values]
+
+    generator = np.random.default_rng(0)
+    for _ in range(5):
+        one, two = generator.integers(0, 9, 50).astype(float), generator.normal(size=50)
+        assert spearman(one, two) == pytest.approx(np.corrcoef(ranks(one), ranks(two))[0, 1])
+    assert math.isnan(spearman(np.ones(3), np.arange(3.0)))
+    model, found = a_model(), []
+    with begin(model, store, max_batch=1) as observer:
+        assert math.isnan(observer.converged())
+        batches = [torch.randn(1, 4, dtype=torch.float64) for _ in range(400)]
+        for count in (2, 400):
+            for batch in batches[:count]:
+                observer.observe(batch)
+            assert observer.flush()
+            found.append(observer.converged())
+            if count == 2:
+                halves = [torch.cat([t.flatten() for t in measured(model, [b]).sums.values()]) for b in batches[:2]]
+                assert found[0] == pytest.approx(spearman(*(half.numpy() for half in halves)))
+    assert found[0] < 0.95 < found[1] <= 1
+
+
+@pytest.mark.soak
+def test_a_week_in_fast_forward(store: Path, soak: bool) -> None:
+    """The sums are right against float64, and memory is constant."""
+    count, width = 10**6 if soak else 50_000, 8
+    model, generator = nn.Linear(width, 3, bias=False), np.random.default_rng(0)
+    weight, sums = model.weight.detach().double().numpy(), np.zeros((3, width))
+    resident: list[int] = []
+    with begin(model, store, room=512, max_batch=250, budget=100.0, interval=0.5) as observer:
+        for start in tqdm(range(0, count, 250), "requests"):
+            inputs = generator.normal(size=(250, width)).astype(np.float32)
+            for row in torch.from_numpy(inputs).split(1):
+                observer.observe(row)
+            own = inputs.astype(np.float64)
+            sums += (2 * np.abs(own @ weight.T)).T @ np.abs(own)
+            while observer.stats().waiting > 250:
+                time.sleep(0.0005)
+            if start % (count // 10) == 0:
+                resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+        assert observer.flush()
+        stats = observer.stats()
+    assert (stats.seen, stats.measured, stats.dropped) == (count, count, 0)
+    found = memsyn.Importance.load(store)
+    error = np.abs(found.sums["weight"].double().numpy() / sums - 1).max()
+    grown = resident[-1] - resident[2]
+    tqdm.write(f"{count} requests: largest error {error:.1e}, memory grew by {grown / 2**20:.1f} MiB")
+    assert found.num_samples == count
+    assert error < 1e-6
+    assert grown < 8 * 2**20

@@ -1,7 +1,7 @@
 """What the importance of one layer's weight costs, relative to the layer's ordinary forward and backward pass.
 
 Per layer shape, in turn: forward, gradient to the input, weight gradient, and ours. With `--tiles`, ours for other
-sizes of tile in place of the one that `memsyn.kernels.outer_products` holds, relative to the weight gradient. Prints a Markdown
+sizes of tile in place of the one that `outer_products` holds, relative to the weight gradient. Prints a Markdown
 table. With one thread the clock is the processor's time, which other processes hardly disturb.
 """
 

@@ -420,7 +420,7 @@ def test_a_parameter_that_is_used_out_of_sight_is_an_error_that_names_it() -> No
         measured(model, [normal(4)(4, torch.float32)])
 
 
-def test_a_layer_that_is_used_more_often_later_is_an_error_that_names_it() -> None:
+def test_a_layer_may_be_used_more_often_in_a_later_batch_than_in_the_first() -> None:
     def roll(m: nn.Module, x: Tensor) -> Tensor:
         state = x[:, 0]
         for _ in range(x.shape[1]):
@@ -429,11 +429,9 @@ def test_a_layer_that_is_used_more_often_later_is_an_error_that_names_it() -> No
 
     model = Lambda(roll, a=nn.Linear(4, 4)).double()
     short, long = normal(1, 4)(4, torch.float64), normal(3, 4)(4, torch.float64)
-    with pytest.raises(memsyn.ModelError, match=r"a\.bias, a\.weight: used once in the batch that was looked at first"):
-        measured(model, [short, long])
-    both = measured(model, [long, short])
     parts = measured(model, [long]) + measured(model, [short])
-    assert max(reference.errors(both.mean(), parts.mean()).values()) <= 1e-12
+    for batches in ([long, short], [short, long]):
+        assert max(reference.errors(measured(model, batches).mean(), parts.mean()).values()) <= 1e-12
 
 
 def test_what_cannot_be_measured_says_why() -> None:

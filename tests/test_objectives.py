@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import memsyn
-from memsyn.measuring.objectives import ESTIMATORS, Place
+from memsyn.measuring.objectives import ESTIMATORS, SampleInfo
 from tests.cases import CASES, Lambda, integers, normal
 from tests.reference import errors
 
@@ -98,7 +98,7 @@ def test_several_backward_passes_one_sample_at_a_time() -> None:
     assert max(errors(found.sums, expected).values()) <= 1e-9
 
 
-def each(output: Tensor, place: Place) -> Tensor:
+def each(output: Tensor, info: SampleInfo) -> Tensor:
     return output.sum(1)
 
 

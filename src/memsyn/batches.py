@@ -1,10 +1,12 @@
 """What a batch is: reading it as model input, moving it, counting and picking its samples.
 
-Owns everything that looks inside a batch.
+Owns everything that looks inside a batch. `Batch` is what measuring passes along, made once, where the batch comes
+in. The functions below it work on any nesting of tuples, lists and mappings of tensors.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -59,12 +61,70 @@ def labels_of(batch: object) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-class Given(NamedTuple):
-    """A batch as it is measured."""
+@final
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A batch as it is measured; make it with `Batch.of`.
+
+    Attributes:
+        inputs: what the forward pass takes.
+        labels: one label per sample, if the estimator asks for labels.
+        tensors: the tensors in the inputs and the labels, in order.
+        num_samples: the size of the first dimension of the first tensor that has one; None without such a tensor.
+    """
 
     inputs: Any
-    """What the forward pass takes."""
-    labels: Tensor | None = None
+    labels: Tensor | None
+    tensors: tuple[Tensor, ...]
+    num_samples: int | None
+
+    @classmethod
+    def of(cls, inputs: Any, labels: Tensor | None = None) -> "Batch":
+        """Read inputs and labels, without copying a tensor."""
+        return cls(inputs, labels, (), None).map(lambda tensor: tensor)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same structure, in containers of its own, with every tensor changed."""
+        found: list[Tensor] = []
+
+        def changed(tensor: Tensor) -> Tensor:
+            found.append(change(tensor))
+            return found[-1]
+
+        inputs = map_tensors(self.inputs, changed)
+        labels = None if self.labels is None else changed(self.labels)
+        return Batch(inputs, labels, tuple(found), next((t.shape[0] for t in found if t.ndim), None))
+
+    def take(self, start: int, stop: int) -> "Batch":
+        """Samples start..stop: every tensor whose first dimension counts the samples is cut."""
+        total = self.num_samples
+        return self.map(lambda t: t[start:stop] if t.ndim and t.shape[0] == total else t)
+
+    def one_by_one(self) -> Iterator["Batch"]:
+        """Batches of one sample each.
+
+        Raises:
+            BatchError: it holds no tensor that could be cut.
+        """
+        if self.num_samples is None:
+            raise BatchError(
+                f"some parameters need one sample at a time, but a {type(self.inputs).__name__} without tensors cannot "
+                "be cut into its samples. Give batches of tensors (in tuples, lists or mappings), samples first."
+            )
+        return (self.take(k, k + 1) for k in range(self.num_samples))
+
+    def to(self, device: torch.device) -> "Batch":
+        """On `device`, its tensors free of any graph (and copied if made in inference mode)."""
+
+        def move(tensor: Tensor) -> Tensor:
+            tensor = tensor.detach()
+            return tensor.clone().to(device) if tensor.is_inference() else tensor.to(device, non_blocking=True)
+
+        return self.map(move)
+
+    def copied(self) -> "Batch":
+        """With tensors of its own."""
+        return self.map(torch.clone)
 
 
 def call(model: nn.Module, inputs: object) -> object:
@@ -87,21 +147,6 @@ def map_tensors(
             return parts
         return tuple(parts) if type(batch) is tuple else type(batch)(*parts)  # else a named tuple
     return change_other(batch)
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch on `device`, its tensors free of any graph (and copied if made in inference mode)."""
-
-    def move(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
-        return tensor.clone().to(device) if tensor.is_inference() else tensor.to(device, non_blocking=True)
-
-    return map_tensors(batch, move)
-
-
-def copied(batch: Any) -> Any:
-    """The batch with tensors of its own."""
-    return map_tensors(batch, torch.clone)
 
 
 def tensors(batch: Any) -> list[Tensor]:
@@ -176,17 +221,6 @@ def joined(batches: Sequence[Any]) -> Any:
     columns = zip(*map(tensors, batches), strict=True)
     wholes = iter([torch.cat(parts) if parts[0].ndim and len(parts[0]) == size else parts[0] for parts in columns])
     return map_tensors(batches[0], lambda _: next(wholes)) if len(batches) > 1 else batches[0]
-
-
-def samples(batch: Any) -> Iterator[Any]:
-    """The batch as batches of one sample."""
-    total = num_samples(batch)
-    if total is None:
-        raise BatchError(
-            f"some parameters need one sample at a time, but a {type(batch).__name__} without tensors cannot be cut "
-            "into its samples. Give batches of tensors (in tuples, lists or mappings), samples first."
-        )
-    return (take(batch, k, k + 1) for k in range(total))
 
 
 def first_samples(batches: Iterator[Any], limit: int | None) -> Iterator[Any]:

@@ -11,21 +11,23 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from memsyn.torch_private import compiled_original, uncompiled_name
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside DataParallel, DistributedDataParallel or a compiled model."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
-        elif type(model).__name__ == "OptimizedModule":  # its class lives in torch._dynamo: slow to import
-            model = model._orig_mod  # type: ignore[assignment]
+        elif (original := compiled_original(model)) is not None:
+            model = original
         else:
             return model
 
 
 def canonical_name(name: str) -> str:
-    """The name of a parameter without what torch.compile puts into it."""
-    return name.replace("_orig_mod.", "")
+    """The name that a parameter has in the user's own module."""
+    return uncompiled_name(name)
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

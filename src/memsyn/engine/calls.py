@@ -2,21 +2,23 @@
 
 Owns reading and rebuilding the arguments of operations.
 
-Words: a value is a tensor computed of parameters alone (a parameter, its transpose, a normalised weight, the rows of
-a table for places); a path is how a value came from its parameter, as names of operations, the same in every batch.
+Words: a value is a tensor computed of parameters alone (a parameter, its transpose, a normalised weight, the rows of a
+position table). The path of a value says how it was computed, as names of operations: ("0.weight", "t.input.0") is the
+transpose of the parameter `0.weight`. It is the same in every batch, so what the route check has seen at a path holds
+for later batches. A place is the name of an argument ("weight"), or its number where the name is not known ("1").
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from memsyn.kernels.operations import OPERATIONS
-from memsyn.kernels.rules import Axis, Rule
+from memsyn.kernels.operations import Function, name_of, operation_of
+from memsyn.kernels.rules import Axis
+from memsyn.torch_private import version_of
 
-Path = tuple[str, ...]
-Function = Callable[..., Any]
+ValuePath = tuple[str, ...]
 
 
 @dataclass(eq=False, frozen=True)
@@ -25,7 +27,7 @@ class Value:
 
     tensor: Tensor
     names: frozenset[str]
-    path: Path
+    path: ValuePath
 
 
 class Split(NamedTuple):
@@ -68,28 +70,17 @@ class Call:
 
     def is_intact(self) -> bool:
         """Whether nothing changed since the operation saw it."""
-        return all(self.tensors[place]._version == version for place, version in self.versions.items())
+        return all(version_of(self.tensors[place]) == version for place, version in self.versions.items())
 
 
-def rule_of(function: Function, place: str) -> Rule | None:
-    """The rule for an argument of an operation."""
-    operation = OPERATIONS.get(function)
-    return operation.rules.get(place) if operation else None
-
-
-def name_of(function: Function) -> str:
-    """A name for what torch hands to a function mode."""
-    return getattr(function, "__name__", type(function).__name__)
-
-
-def path_of(value: Value, function: Function, place: str) -> Path:
+def path_of(value: Value, function: Function, place: str) -> ValuePath:
     """The path of a value's use, or of a further value."""
     return (*value.path, f"{name_of(function)}.{place}")
 
 
 def arguments(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments by place: their name where it is known, else their number; parts of a list as place.number."""
-    names = _names(function)
+    names = operation_of(function).arguments
     if len(args) <= len(names) and list not in map(type, args) and tuple not in map(type, args) and not kwargs:
         return dict(zip(names, args, strict=False))
     found: dict[str, Any] = {}
@@ -107,20 +98,15 @@ def arguments(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]
     return found
 
 
-def _names(function: Function) -> tuple[str, ...]:
-    operation = OPERATIONS.get(function)
-    return operation.arguments if operation else ()
-
-
 def _holds_tensors(value: Any) -> bool:
     return type(value) is not Tensor and isinstance(value, (list, tuple)) and any(isinstance(p, Tensor) for p in value)
 
 
-def replaced(
+def with_tensors(
     function: Function, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Mapping[str, Tensor | None]
 ) -> tuple[list[Any], dict[str, Any]]:
     """The arguments with other tensors at some places."""
-    names = _names(function)
+    names = operation_of(function).arguments
 
     def put(place: str, value: Any) -> Any:
         if _holds_tensors(value):

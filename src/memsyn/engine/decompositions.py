@@ -4,29 +4,166 @@ Owns the equivalents of attention and recurrent networks, from which every use o
 what the originals compute, in eval mode.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def _never(_: object) -> bool:
-    return False
+from memsyn.torch_private import without_function_modes
 
 
-_attention = FunctionType(
-    F.multi_head_attention_forward.__code__,
-    {**F.multi_head_attention_forward.__globals__, "has_torch_function": _never},
-    argdefs=F.multi_head_attention_forward.__defaults__,
-)
-_attention.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
-"""torch's own code without its first question, which would hand the whole call over as one operation."""
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask to add to attention scores: where a mask of booleans says True, minus infinity."""
+    if mask is None or mask.is_floating_point():
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+
+
+def _projected(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values by one weight (3 E, E), with one product for inputs that are the same tensor."""
+    size = query.shape[-1]
+
+    def together(inputs: Tensor, weight: Tensor, bias: Tensor | None, parts: int) -> Tensor:
+        projected: Tensor = F.linear(inputs, weight, bias).unflatten(-1, (parts, size))
+        return projected.unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
+
+    if key is value and query is key:
+        own = together(query, weight, bias, 3)
+        return own[0], own[1], own[2]
+    if key is value:
+        parts, biases = weight.split([size, 2 * size]), (None, None) if bias is None else bias.split([size, 2 * size])
+        own = together(key, parts[1], biases[1], 2)
+        return F.linear(query, parts[0], biases[0]), own[0], own[1]
+    parts, biases = weight.chunk(3), (None, None, None) if bias is None else bias.chunk(3)
+    projected = [F.linear(x, w, b) for x, w, b in zip((query, key, value), parts, biases, strict=True)]
+    return projected[0], projected[1], projected[2]
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> Any:
+    """`F.multi_head_attention_forward`, operation by operation, over (T, B, E) or, for one sample, (T, E).
+
+    With T target and S source positions, B samples and H heads, shapes go
+
+        query (T, B, E) -> projected (T, B, E) -> split into heads (B H, T, E / H)
+        scores (B H, T, S) = query keys^T / sqrt(E / H) + masks; softmax; times values -> (B H, T, E / H)
+        -> (T B, E) -> output projection -> (T, B, E)
+    """
+    if static_k is not None or static_v is not None or training:  # not of nn.MultiheadAttention in eval mode
+        return NotImplemented
+    is_batched = query.ndim == 3
+    if not is_batched:
+        query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+    (num_targets, num_samples, width), num_sources = query.shape, key.shape[0]
+    padding = _additive(key_padding_mask, query.dtype)
+    if is_causal and padding is None and not need_weights:
+        mask = None  # the kernel makes it itself
+    else:
+        mask = _additive(attn_mask, query.dtype)
+        is_causal = is_causal and padding is None
+    if use_separate_proj_weight:
+        separate = (q_proj_weight, k_proj_weight, v_proj_weight)
+        biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), separate, biases, strict=True))  # type: ignore[arg-type]
+    else:
+        assert in_proj_weight is not None
+        q, k, v = _projected(query, key, value, in_proj_weight, in_proj_bias)
+    if mask is not None and mask.ndim == 2:
+        mask = mask.unsqueeze(0)
+    if bias_k is not None and bias_v is not None:
+        k, v = (torch.cat([x, b.repeat(1, num_samples, 1)]) for x, b in ((k, bias_k), (v, bias_v)))
+        mask, padding = (None if m is None else F.pad(m, (0, 1)) for m in (mask, padding))
+    head = width // num_heads
+    q = q.view(num_targets, num_samples * num_heads, head).transpose(0, 1)
+    k, v = (x.view(len(x), num_samples * num_heads, head).transpose(0, 1) for x in (k, v))
+    if add_zero_attn:
+        nothing = torch.zeros((num_samples * num_heads, 1, head), dtype=k.dtype, device=k.device)
+        k, v = torch.cat([k, nothing], 1), torch.cat([v, nothing], 1)
+        mask, padding = (None if m is None else F.pad(m, (0, 1)) for m in (mask, padding))
+    num_sources = k.shape[1]
+    if padding is not None:
+        padding = padding.view(num_samples, 1, 1, num_sources).expand(-1, num_heads, -1, -1)
+        padding = padding.reshape(num_samples * num_heads, 1, num_sources)
+        mask = padding if mask is None else mask + padding
+    return _attended(
+        q, k, v, mask, out_proj_weight, out_proj_bias, (num_targets, num_samples, num_heads), is_batched=is_batched,
+        weights="mean" if need_weights and average_attn_weights else "each" if need_weights else None,
+        is_causal=is_causal,
+    )  # fmt: skip
+
+
+def _attended(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, int, int],
+    *,
+    is_batched: bool,
+    weights: str | None,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Outputs of queries, keys and values (B H, positions, E / H), and the attention weights, if they are asked for."""
+    (num_targets, num_samples, num_heads), num_sources, head = shape, k.shape[1], q.shape[-1]
+    found = None
+    if weights is None:
+        if mask is not None:
+            alike = mask.shape[0] == 1
+            mask = mask.unsqueeze(0) if alike else mask.view(num_samples, num_heads, -1, num_sources)
+        q = q.view(num_samples, num_heads, num_targets, head)
+        k, v = (x.view(num_samples, num_heads, num_sources, head) for x in (k, v))
+        attended = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal).permute(2, 0, 1, 3)
+    else:
+        scaled = q * math.sqrt(1.0 / float(head))
+        scores = (
+            torch.bmm(scaled, k.transpose(-2, -1)) if mask is None else torch.baddbmm(mask, scaled, k.transpose(-2, -1))
+        )
+        found = F.softmax(scores, dim=-1)
+        attended = torch.bmm(found, v).transpose(0, 1)
+        found = found.view(num_samples, num_heads, num_targets, num_sources)
+        found = found.mean(dim=1) if weights == "mean" else found
+    flat = attended.reshape(num_targets * num_samples, num_heads * head)
+    output = F.linear(flat, weight, bias).view(num_targets, num_samples, -1)
+    if not is_batched:
+        output, found = output.squeeze(1), None if found is None else found.squeeze(0)
+    return output, found
+
 
 Weights = Sequence[Tensor]
-Step = Callable[[Tensor, tuple[Tensor, ...], Tensor, Tensor | None], tuple[Tensor, ...]]
+CellStep = Callable[[Tensor, tuple[Tensor, ...], Tensor, Tensor | None], tuple[Tensor, ...]]
 """(the input's part of the gates (B, gates), state, recurrent weight and bias) -> next state, the output first."""
 
 
@@ -63,7 +200,7 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, from_outputs: Tensor, from_cell: Tensor) -> tuple[Tensor | None, ...]:
-        with torch._C.DisableTorchFunction():
+        with without_function_modes():
             weight, first, active, cells = ctx.saved_tensors
             entry, forget, candidate, exit_ = active.unbind(2)
             before, squashed = torch.cat([first.unsqueeze(0), cells[:-1]]), torch.tanh(cells)
@@ -91,7 +228,7 @@ class _Recurrence(torch.autograd.Function):
 
 
 def _run_lstm(gates: Tensor, hidden: Tensor, cell: Tensor, weight: Tensor, bias: Tensor | None) -> _Steps:
-    with torch.no_grad(), torch._C.DisableTorchFunction():  # no mode need see the steps
+    with torch.no_grad(), without_function_modes():  # no mode need see the steps
         active = (gates if bias is None else gates + bias).unflatten(-1, (4, -1)).clone()
         outputs, cells = torch.empty_like(active[:, :, 0]), torch.empty_like(active[:, :, 0])
         for t, now in enumerate(active):
@@ -134,7 +271,7 @@ def _relu_step(gates: Tensor, state: tuple[Tensor, ...], weight: Tensor, bias: T
 
 
 def _direction(
-    step: Step,
+    step: CellStep,
     inputs: Tensor,
     state: tuple[Tensor, ...],
     weights: Weights,
@@ -160,7 +297,7 @@ def _direction(
 
 
 def _layers(
-    step: Step,
+    step: CellStep,
     sequence: Tensor,
     starts: Sequence[Tensor],
     weights: Weights,
@@ -191,7 +328,7 @@ def _layers(
     return sequence, [torch.stack(parts) for parts in zip(*ends, strict=True)]
 
 
-def _network(step: Step) -> Callable[..., Any]:
+def _network(step: CellStep) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         if not isinstance(args[3], bool):  # packed sequences: their rows are in no order of samples
             return NotImplemented
@@ -210,7 +347,7 @@ def _network(step: Step) -> Callable[..., Any]:
     return run
 
 
-def _cell(step: Step) -> Callable[..., Any]:
+def _cell(step: CellStep) -> Callable[..., Any]:
     def run(
         inputs: Tensor,
         state: Tensor | tuple[Tensor, ...],

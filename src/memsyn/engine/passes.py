@@ -1,33 +1,34 @@
 """The passes over a batch: of all samples together, of one at a time, and the batched kind of other libraries.
 
-Owns running the shadow forward and backward. Must not know about loaders, progress or files.
+Owns running the measured model forward and backward. Must not know about loaders, progress or files.
 """
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
-from memsyn.batches import num_samples as size_of
-from memsyn.batches import samples
-from memsyn.engine.recorder import Group, Plans, Recorder
+from memsyn.batches import Batch
+from memsyn.engine.recorder import ParameterGroup, Plans, Recorder
 from memsyn.engine.routes import BY_RULE, BY_SAMPLE, UNUSED, Sums, add_by_operation, add_by_rule
 from memsyn.errors import BatchError, ModelError, OutputError, SamplesInteractError
 from memsyn.kernels.outer_products import Magnitude
 from memsyn.kernels.rules import NoRuleError, UnseenError
+from memsyn.torch_private import without_function_modes
 
 TOLERANCE: Final = 0.05
 """By how much of the largest a sample's objective may differ alone and among others, in any precision."""
 
 
 class Scores(Protocol):
-    """Runs the shadow: batch -> the objectives of each of its samples."""
+    """Runs the measured model: batch -> the objectives of each of its samples."""
 
-    def __call__(self, batch: Any, first_sample: int = 0, recorder: Recorder | None = None, /) -> Tensor:
-        """(B, R): R objectives a sample. `first_sample` is the place of the batch's first sample.
+    def __call__(self, batch: Batch, first_sample: int = 0, recorder: Recorder | None = None, /) -> Tensor:
+        """(B, R): R objectives a sample. `first_sample` is the place of the batch's first sample in the whole batch.
 
-        A local objective may give its gradients to the recorder, and then has none itself.
+        With a recorder, it may differentiate parts of the model by itself; what it gives then has no gradient.
         """
         ...
 
@@ -40,41 +41,39 @@ class Passed(NamedTuple):
     refused: set[str]
     """The parameters whose route does not hold for this batch: nothing was added for them."""
     unknown: set[str]
-    """Those of them that were used where the guard has not seen them."""
+    """The refused ones that were used where the route check has not seen them."""
 
 
 def add_by_uses(
     sums: Sums,
     parameters: Mapping[str, nn.Parameter],
     scores: Scores,
-    batch: Any,
+    batch: Batch,
     magnitude: Magnitude,
     *,
     routes: Mapping[str, str],
     plans: Plans,
     unproven: Container[str] = (),
     only: Container[str] | None = None,
-    once: frozenset[str] = frozenset(),
 ) -> Passed:
     """Add sum_k f(g_k) of one batch by one forward pass, and a backward pass to the activations per objective.
 
     Args:
         sums: parameter name -> running sum, added to in place.
-        parameters: the shadow's, by name: those to measure.
-        scores: runs the shadow.
+        parameters: the measured model's, by name: those to measure.
+        scores: runs the model.
         batch: what `scores` takes.
         magnitude: f.
         routes: parameter -> how; those that go one sample at a time are left out.
-        plans: what the operations do with samples, from the guard.
+        plans: what the operations do with samples, from the route check.
         unproven: parameters whose route has given nothing but zeros so far; if it gives more now, they are unknown.
         only: add nothing for other parameters, and refuse what is still unknown of these.
-        once: parameters that have a single use, so that a local objective's gradients can be measured as they come.
     """
     refused: set[str] = set()
     unknown: set[str] = set()
-    num_samples = size_of(batch) or 0
+    num_samples = batch.num_samples or 0
 
-    def consume(group: Group) -> None:
+    def consume(group: ParameterGroup) -> None:
         names = group.names
         if group.uses and any(routes[name] == UNUSED for name in names):
             unknown.update(names)
@@ -99,7 +98,7 @@ def add_by_uses(
         except NoRuleError:
             refused.update(names)
 
-    recorder = Recorder(parameters, plans, consume, once=once)
+    recorder = Recorder(parameters, plans, consume)
     with torch.autograd.set_multithreading_enabled(False), recorder:
         values = scores(batch, 0, recorder)
         num_samples = len(values)
@@ -116,23 +115,29 @@ def backward_to_activations(recorder: Recorder, values: Tensor, parameters: Iter
         recorder.start_backward(last=last)
         if objective.requires_grad:
             run_backward(objective.sum(), inputs, retain_graph=not last)
-            with torch._C.DisableTorchFunction():
+            with without_function_modes():
                 for tensor in inputs:
                     if tensor.grad is not None:
                         tensor.grad = None
         recorder.finish()
 
 
-def run_backward(total: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool) -> None:
-    """torch.autograd.backward(total, inputs=inputs), but inside the function mode, which that would leave.
+def run_backward(
+    total: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool, gradient: Tensor | None = None
+) -> None:
+    """Add the gradient of `total` to `.grad` of `inputs`, with function modes on; `gradient` is what `total` gets.
 
-    A checkpoint runs its part of the forward pass again during it, and must do there what it did the first time.
+    `torch.autograd.backward(total)` hands itself over to the function mode, which is off inside. On gradient edges it
+    does not: a checkpoint that runs its part of the forward pass again is seen by the recorder, as it was at first.
+
+    Raises:
+        ModelError: autograd cannot differentiate the model.
     """
-    engine = torch.autograd.Variable._execution_engine
+    with without_function_modes():
+        edges = [get_gradient_edge(tensor) for tensor in (total, *inputs)]
+        start = torch.ones_like(total) if gradient is None else gradient
     try:
-        engine.run_backward(
-            (total,), (torch.ones_like(total),), retain_graph, False, tuple(inputs), True, accumulate_grad=True
-        )
+        torch.autograd.backward([edges[0]], [start], retain_graph=retain_graph, inputs=edges[1:])
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -170,7 +175,7 @@ def add_by_samples(
     sums: Sums,
     parameters: Mapping[str, nn.Parameter],
     scores: Scores,
-    batch: Any,
+    batch: Batch,
     magnitude: Magnitude,
     *,
     together: Tensor | None,
@@ -190,7 +195,7 @@ def add_by_samples(
         ModelError: the model fails on a single sample.
     """
     values = []
-    for k, sample in enumerate(samples(batch)):
+    for k, sample in enumerate(batch.one_by_one()):
         value = score_alone(scores, sample, k)
         if together is not None:
             check_same_alone(value.detach(), together, k, TOLERANCE)
@@ -203,7 +208,7 @@ def add_by_samples(
 
 
 def add_batched(
-    sums: Sums, parameters: Mapping[str, nn.Parameter], scores: Scores, batch: Any, magnitude: Magnitude
+    sums: Sums, parameters: Mapping[str, nn.Parameter], scores: Scores, batch: Batch, magnitude: Magnitude
 ) -> int:
     """Add B f(1/B sum_k g_k) of one batch: what other libraries take for sum_k f(g_k). Returns B."""
     values = scores(batch)
@@ -214,7 +219,7 @@ def add_batched(
     return len(values)
 
 
-def score_alone(scores: Callable[[Any, int], Tensor], sample: Any, k: int) -> Tensor:
+def score_alone(scores: Callable[[Batch, int], Tensor], sample: Batch, k: int) -> Tensor:
     """The objectives of sample k run alone."""
     try:
         return scores(sample, k)

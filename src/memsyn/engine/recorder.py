@@ -3,48 +3,52 @@
 Owns cutting the graph between values and samples, and handing over what was used together. Knows no formulas.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, TypeVar, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memsyn.engine.calls import (
     Call,
-    Function,
-    Path,
     Split,
     Value,
+    ValuePath,
     arguments,
     changes_its_input,
     path_of,
-    replaced,
-    rule_of,
     tensors_of,
+    with_tensors,
 )
 from memsyn.engine.tracer import Tracer
-from memsyn.errors import ModelError
+from memsyn.kernels.operations import Function, operation_of
+from memsyn.torch_private import is_view, unviewed, version_of, without_function_modes
+
+Item = TypeVar("Item")
+
+
+def unique(items: Iterable[Item]) -> list[Item]:
+    """The items in order, each object once."""
+    return list({id(item): item for item in items}.values())
 
 
 @dataclass(eq=False)
-class Group:
-    """Parameters that are measured together, since some value is computed of several; and their uses."""
+class ParameterGroup:
+    """Parameters that are measured together, since some value is computed of several; and their uses.
+
+    Two parameters are in one group if a value is computed of both: with `W = scale * direction`, the gradient of one
+    use of W has to be split between `scale` and `direction`, so neither can be measured before all uses of W have their
+    gradients.
+    """
 
     names: frozenset[str]
     uses: list[tuple[Call, str]] = field(default_factory=list)
     """Calls, and the place of the value in each."""
     num_waiting: int = 0
-
-
-SAVE_NO_OUTPUT = frozenset((F.linear, torch.matmul, Tensor.matmul, torch.addmm, F.embedding))
-"""Operations whose backward pass does not read what they gave."""
-
-
-LARGE = frozenset[str | None](("input", "other", "mat1"))
-"""Arguments that hold activations, and are kept only for a rule that needs them."""
+    """Calls whose gradient has yet to come."""
 
 
 class Plan(NamedTuple):
@@ -54,17 +58,15 @@ class Plan(NamedTuple):
     """What it does with samples, by the place of each value; None if that is not known."""
     makes_value: bool
     """Whether nothing but a further value comes of it."""
-    ruled: bool
-    """Whether every value has a rule."""
     unneeded: frozenset[str | None]
     """The places of tensors that no rule of its values needs."""
 
 
 @final
 class Plans:
-    """The plans of all operations that the guard has seen, each made once."""
+    """The plans of all operations that the route check has seen, each made once."""
 
-    def __init__(self, splits: Mapping[Path, Split | None]) -> None:
+    def __init__(self, splits: Mapping[ValuePath, Split | None]) -> None:
         self._splits = splits
         self._made: dict[tuple[Any, ...], Plan] = {}
 
@@ -81,19 +83,16 @@ class Plans:
         known = {place: split for place, split in splits.items() if split is not None}
         makes_value = {split.out is None for split in known.values()}
         if len(known) < len(met) or len(makes_value) > 1:
-            return Plan(None, False, False, frozenset())
-        rules = [rule for place in met if (rule := rule_of(function, place)) is not None]
+            return Plan(None, False, frozenset())
+        operation = operation_of(function)
+        rules = [rule for place in met if (rule := operation.rules.get(place)) is not None]
         ruled = len(rules) == len(met)
-        unneeded = LARGE - {rule.operand for rule in rules} - met.keys() if ruled else frozenset()
-        return Plan(known, all(makes_value), ruled, unneeded)
+        unneeded = operation.activations - {rule.operand for rule in rules} - met.keys() if ruled else frozenset()
+        return Plan(known, all(makes_value), unneeded)
 
 
-class _Alias(torch.autograd.Function):
-    """The same numbers in the same memory, differentiable if they were not, and no view.
-
-    The graph begins at the root, in place of the parameters; and a hook on a view would miss the gradient if the view
-    is changed in place.
-    """
+class _Rooted(torch.autograd.Function):
+    """The same numbers in the same memory, as the result of the root: the graph begins there, not at the parameters."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, root: Tensor) -> Tensor:
@@ -104,38 +103,81 @@ class _Alias(torch.autograd.Function):
         return grad, torch.zeros(())
 
 
+def rooted(result: Tensor, root: Tensor, *, changed: bool, saves_output: bool) -> Tensor:
+    """The result of an operation whose parameters were detached, in a form whose gradient a hook can catch.
+
+    The result must be part of the graph, and no view to autograd: a hook on a view would miss the gradient if somebody
+    later writes to the view in place. The cases:
+
+    | the operation wrote to its input | the result requires a gradient | it is a view | what is done            |
+    |----------------------------------|--------------------------------|--------------|-------------------------|
+    | yes                              | no                             | either       | add the root in place   |
+    | yes                              | yes                            | either       | nothing                 |
+    | no                               | no                             | either       | an alias made of root   |
+    | no                               | yes                            | yes          | an alias that is no view, or a copy if the backward pass reads the output |
+    | no                               | yes                            | no           | nothing                 |
+
+    The second column is "yes" when an activation before it has a graph already; the first layer of a network is a "no".
+    `F.linear` of a (B, T, in) input is a view of the (B T, out) product, for instance.
+    """  # noqa: E501
+    if changed:
+        return result if result.requires_grad else result.add_(root)
+    if not result.requires_grad:
+        alias: Tensor = _Rooted.apply(result, root)  # type: ignore[no-untyped-call]
+        return alias
+    if is_view(result):
+        return result.clone() if saves_output else unviewed(result)
+    return result
+
+
+class _Phase(Enum):
+    """Where a pass is."""
+
+    FORWARD = "uses are recorded, and may get gradients already"
+    BACKWARD = "uses get gradients, and groups are handed over; what runs again for a checkpoint is not recorded"
+
+
 @final
 class Recorder(Tracer):
     """Cuts the graph between values and samples, and hands each group of parameters over when its gradients came.
 
     Nothing but the graph may hold a tensor longer than that: freshly freed memory is what makes the pass fast.
+
+    How a group lives, for a weight that two layers share and a bias that one of them has:
+
+        forward     two calls, `linear(x, W, b)` and `linear(h, W)`; each keeps what its rules need
+        start       groups {W: both calls, waits for 2}, {b: the first call, waits for 1}; the first call is read by 2
+                    groups, the second by 1
+        backward    the second call's gradient comes: W waits for 1. The first one's comes: W and b wait for 0 and are
+                    handed over. After that no group has to read either call, so their tensors are let go of
+        finish      groups that still wait are handed over with the uses that got a gradient: the others had no part in
+                    the objective
     """
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
         plans: Plans,
-        consume: Callable[[Group], None],
+        consume: Callable[[ParameterGroup], None],
         *,
         keeps: bool = False,
-        once: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__(parameters)
-        self.plans, self.consume, self.keeps, self.once = plans, consume, keeps, once
+        self.plans, self.consume = plans, consume
+        self.keeps = keeps
+        """Whether calls keep their tensors after their groups were handed over."""
         self.root = torch.zeros((), requires_grad=True)
         """Where the graph begins, in place of the parameters."""
         self.unknown: set[str] = set()
         """Parameters used where nothing is known about the samples."""
         self._calls: list[Call] = []
-        self._groups: dict[str, Group] = {}
-        self._passive = self._last = False
-        self.begun: set[Call] = set()
-        """The uses that layers begin with, or that follow them."""
-        self.newest: Call | None = None
-        self._done: set[str] = set()
+        self._groups: dict[str, ParameterGroup] = {}
+        self._phase = _Phase.FORWARD
+        self._is_last = False
+        """Whether the present backward pass is the last one over these calls."""
 
     def meet(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Make a further value, or record a use, as the guard has seen it; what it has not seen is left to autograd."""
+        """Make a further value, or record a use, as the route check has seen it; leave anything else to autograd."""
         given = arguments(function, args, kwargs)
         met = {place: value for place, argument in given.items() if (value := self.values.get(id(argument)))}
         plan = self.plans.find(function, met)
@@ -161,32 +203,20 @@ class Recorder(Tracer):
         plan: Plan,
     ) -> Any:
         changed = changes_its_input(function, kwargs)
-        if self._done:
-            self._check_once(met)
-        call = None if self._passive else self._keep(function, args, kwargs, given, met, plan)
-        if call is not None and changed:  # what is there now is what it needs
+        call = self._keep(function, args, kwargs, given, met, plan) if self._phase is _Phase.FORWARD else None
+        if call is not None and changed:  # its rules need the input as it is now
             first = args[0].data_ptr()
             call.tensors = {place: t.clone() if t.data_ptr() == first else t for place, t in call.tensors.items()}
         cut = {place: value.tensor.detach() for place, value in met.items()}
-        new_args, new_kwargs = replaced(function, args, kwargs, cut)
+        new_args, new_kwargs = with_tensors(function, args, kwargs, cut)
         output = function(*new_args, **new_kwargs)
-        result = args[0] if output is None else output
-        if changed and not result.requires_grad:
-            result.add_(self.root)
-        elif not changed and (result._is_view() or not result.requires_grad):
-            if not result.requires_grad:
-                result = _Alias.apply(result, self.root)  # type: ignore[no-untyped-call]
-            elif function in SAVE_NO_OUTPUT:
-                result = torch.ops.aten._unsafe_view(result, result.shape)  # an alias too, and no view to autograd
-            else:
-                result = result.clone()
-            output = result
+        saves_output = operation_of(function).saves_output
+        result = rooted(args[0] if output is None else output, self.root, changed=changed, saves_output=saves_output)
         if call is not None:
-            call.versions = {place: tensor._version for place, tensor in call.tensors.items()}
+            call.versions = {place: version_of(tensor) for place, tensor in call.tensors.items()}
             result.register_hook(partial(self._on_grad, call))
             self._calls.append(call)
-            self.newest = call
-        return output
+        return output if changed else result
 
     @staticmethod
     def _keep(
@@ -208,100 +238,69 @@ class Recorder(Tracer):
         assert plan.splits is not None
         again = None
         if len(kept) + len(options) == len(given):
-            again = replaced(function, args, kwargs, dict.fromkeys(kept))
+            again = with_tensors(function, args, kwargs, dict.fromkeys(kept))
         return Call(function, options, met, plan.splits, kept, {}, again)
 
     def start_backward(self, *, last: bool) -> None:
         """All uses are known now: group the parameters that share a value, for one backward pass."""
         for call in self._calls:
-            if self._passive:  # of an objective before
+            if self._phase is _Phase.BACKWARD:  # of an objective before
                 call.grad = None
             for place, value in call.values.items():
                 self._group(value.names).uses.append((call, place))
-        for group in {id(group): group for group in self._groups.values()}.values():
-            group.num_waiting = len({id(call) for call, _ in group.uses})
-            for call in {id(call): call for call, _ in group.uses}.values():
+        for group in unique(self._groups.values()):
+            calls = unique(call for call, _ in group.uses)
+            group.num_waiting = len(calls)
+            for call in calls:
                 call.num_groups += 1
-        self._passive, self._last = True, last
+        self._phase, self._is_last = _Phase.BACKWARD, last
         if last:
             self._calls.clear()
 
-    def _group(self, names: frozenset[str]) -> Group:
+    def _group(self, names: frozenset[str]) -> ParameterGroup:
+        """The group of all these parameters; groups that meet in a value become one."""
         if len(names) == 1:
             (name,) = names
-            return self._groups.setdefault(name, Group(names))
-        found = {id(g): g for name in names if (g := self._groups.get(name)) is not None}
-        if len(found) == 1 and names <= next(iter(found.values())).names:
-            return next(iter(found.values()))
-        group = Group(names.union(*(g.names for g in found.values())))
-        for other in found.values():
+            return self._groups.setdefault(name, ParameterGroup(names))
+        found = unique(group for name in names if (group := self._groups.get(name)) is not None)
+        if len(found) == 1 and names <= found[0].names:
+            return found[0]
+        group = ParameterGroup(names.union(*(other.names for other in found)))
+        for other in found:
             group.uses += other.uses
         self._groups.update(dict.fromkeys(group.names, group))
         return group
 
-    def differentiate(self, y: Tensor) -> None:
-        """Take the gradient of 1/2 sum y^2, in the middle of the forward pass, up to the uses nearest to y.
-
-        What is used once is handed over now, and its tensors are let go of.
-        """
-        if y.requires_grad:
-            engine, gradient = torch.autograd.Variable._execution_engine, y.detach()
-            engine.run_backward((y,), (gradient,), False, False, (self.root,), True, accumulate_grad=True)
-            self.root.grad = None
-
-    def _check_once(self, met: Mapping[str, Value]) -> None:
-        again = sorted(name for value in met.values() for name in value.names if name in self._done)
-        if again:
-            raise ModelError(
-                f"{', '.join(again)}: used once in the batch that was looked at first, and more than once in a later "
-                "one. Let the first batch be one in which it is used more often."
-            )
-
     def _on_grad(self, call: Call, grad: Tensor) -> None:
-        if not self._passive:
-            self._at_once(call, grad)
-            return
-        call.grad = grad
-        with torch._C.DisableTorchFunction():
+        with without_function_modes():
+            if self._phase is _Phase.FORWARD:  # somebody differentiates a part of the model that has just run
+                call.grad = grad if call.grad is None else call.grad + grad
+                return
+            call.grad = grad
             names = [name for value in call.values.values() for name in value.names]
-            for group in {id(g): g for name in names if (g := self._groups.get(name)) is not None}.values():
+            for group in unique(group for name in names if (group := self._groups.get(name)) is not None):
                 group.num_waiting -= 1
                 if group.num_waiting == 0:
                     self._hand_over(group)
 
-    def _at_once(self, call: Call, grad: Tensor) -> None:
-        """Only what a layer begins with has no further gradients to come."""
-        with torch._C.DisableTorchFunction():
-            own = [value.names for value in call.values.values()]
-            if call not in self.begun or not all(len(names) == 1 and names <= self.once for names in own):
-                call.grad = grad.clone() if call.grad is None else call.grad + grad  # the memory is the model's
-                return
-            call.grad = grad
-            for place, value in call.values.items():
-                self.consume(Group(value.names, [(call, place)]))
-            self._done.update(*own)
-            call.grad = None
-            call.tensors.clear()
-            self._calls.remove(call)
-
-    def _hand_over(self, group: Group) -> None:
+    def _hand_over(self, group: ParameterGroup) -> None:
         for name in group.names:
             del self._groups[name]
         if group.names & self.unknown:
             self.unknown |= group.names
             return
-        calls = {id(call): call for call, _ in group.uses}.values()
+        calls = unique(call for call, _ in group.uses)
         group.uses = [(call, place) for call, place in group.uses if call.grad is not None]
         self.consume(group)
         for call in calls:  # the graph, and with it the call, lives on until the end of the pass
             call.num_groups -= 1
             if call.num_groups == 0 and not self.keeps:
                 call.grad = None
-                if self._last:
+                if self._is_last:
                     call.tensors.clear()
 
     def finish(self) -> None:
         """Hand over the groups of which some uses, or all, had no part in the objective."""
-        with torch._C.DisableTorchFunction():
-            for group in list({id(group): group for group in self._groups.values()}.values()):
+        with without_function_modes():
+            for group in unique(self._groups.values()):
                 self._hand_over(group)

@@ -1,6 +1,7 @@
 """How each parameter's importance is computed from its uses.
 
-Owns the ladder: by rule, by differentiating single operations. What neither can do takes passes over single samples.
+Owns two of the three routes: by rule, for all samples at once, and by differentiating single operations. What neither
+can do takes passes over single samples (in `passes`). Each route is exact; they differ in cost.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,12 +10,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from memsyn.engine.calls import Call, changes_its_input, replaced, rule_of
-from memsyn.engine.recorder import Group
-from memsyn.kernels.operations import OPERATIONS
+from memsyn.engine.calls import Call, changes_its_input, with_tensors
+from memsyn.engine.recorder import ParameterGroup
+from memsyn.kernels.operations import operation_of
 from memsyn.kernels.outer_products import Magnitude
 from memsyn.kernels.rules import Axis, NoRuleError, Rule, Use, add_terms, per_sample, signed, tied
 from memsyn.parameters import wide_dtype
+from memsyn.torch_private import base_of
 
 BY_RULE: Final = "rule"
 """By a formula, for all samples of a batch at once."""
@@ -24,8 +26,6 @@ BY_SAMPLE: Final = "one sample at a time"
 """By forward and backward passes of the whole model."""
 UNUSED: Final = "unused"
 """Zero: no output depends on it."""
-
-_TABLE, _LINEAR = (OPERATIONS[f].rules["weight"] for f in (nn.functional.embedding, nn.functional.linear))
 
 Sums = dict[str, Tensor]
 Uses = Sequence[tuple[Call, str]]
@@ -57,7 +57,7 @@ def add_by_rule(
     parts: dict[tuple[Any, ...], list[tuple[Call, str]]] = {}
     for call, place in uses:
         value = call.values[place].tensor
-        if value is not parameter and (value._base is not parameter or 0 in value.stride() or value.is_complex()):
+        if value is not parameter and (base_of(value) is not parameter or 0 in value.stride() or value.is_complex()):
             raise NoRuleError
         parts.setdefault((value.shape, value.stride(), value.storage_offset()), []).append((call, place))
     if total.stride() != parameter.stride() or _overlap(parameter, parts):
@@ -78,7 +78,7 @@ def _overlap(parameter: Tensor, parts: Iterable[tuple[Any, ...]]) -> bool:
 
 def _join(uses: Uses, total: Tensor, num_samples: int, magnitude: Magnitude, weights: Tensor | None) -> None:
     """Add sum_k f(w_k g_k) for one way of using a parameter."""
-    found = [(rule_of(call.function, place), call, place) for call, place in uses]
+    found = [(operation_of(call.function).rules.get(place), call, place) for call, place in uses]
     rules = [rule for rule, _, _ in found if rule is not None]
     if len(rules) < len(found):
         raise NoRuleError
@@ -87,9 +87,9 @@ def _join(uses: Uses, total: Tensor, num_samples: int, magnitude: Magnitude, wei
         rules[0].join(made, total, num_samples, magnitude)
     elif all(rule.term is not None for rule in rules):
         add_terms(_sum_of_terms(rules, made, total.shape, num_samples), total, magnitude)
-    elif all(rule in (_TABLE, _LINEAR) for rule in rules):
-        tables = [use for rule, use in zip(rules, made, strict=True) if rule is _TABLE]
-        maps = [use for rule, use in zip(rules, made, strict=True) if rule is _LINEAR]
+    elif all(rule.shared_as is not None for rule in rules):
+        tables = [use for rule, use in zip(rules, made, strict=True) if rule.shared_as == "table"]
+        maps = [use for rule, use in zip(rules, made, strict=True) if rule.shared_as == "map"]
         tied(tables, maps, total, num_samples, magnitude)
     else:
         raise NoRuleError
@@ -137,7 +137,7 @@ def _along(weights: Tensor, axis: Axis, tensor: Tensor, num_samples: int) -> Ten
 def add_by_operation(
     totals: Sums,
     parameters: Mapping[str, nn.Parameter],
-    group: Group,
+    group: ParameterGroup,
     num_samples: int,
     magnitude: Magnitude,
     *,
@@ -182,7 +182,7 @@ def _sample_gradient(call: Call, place: str, k: int, num_samples: int) -> Tensor
         for name, tensor in call.tensors.items()
     }
     grad = split.out.sample(call.grad, k, num_samples)
-    rule = rule_of(call.function, place)
+    rule = operation_of(call.function).rules.get(place)
     if rule is not None:
         one = Call(call.function, call.options, call.values, call.splits, cut, {}, None, grad)
         try:
@@ -197,7 +197,7 @@ def _sample_gradient(call: Call, place: str, k: int, num_samples: int) -> Tensor
     changed = changes_its_input(call.function, call.again[1])
     if changed:
         cut = {name: tensor if name == place else tensor.clone() for name, tensor in cut.items()}
-    args, kwargs = replaced(call.function, *call.again, cut)
+    args, kwargs = with_tensors(call.function, *call.again, cut)
     with torch.enable_grad():
         output = call.function(*args, **kwargs)
     output = args[0] if output is None else output

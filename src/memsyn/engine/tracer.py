@@ -1,7 +1,19 @@
 """What the operations of a model do with parameters and samples, seen while a few samples pass.
 
-Owns following parameters through operations, whatever modules a model is made of, and finding the dimension in which
-each tensor keeps its samples. Knows no formulas.
+Owns following parameters through operations, whatever modules a model is made of, and finding the axis along which each
+tensor keeps its samples (its batch axis). Knows no formulas.
+
+How the batch axis is found: two samples pass together, then each alone. The dimension that doubles holds the samples:
+
+    alone (1, 5, 8), together (2, 5, 8)    Axis(0): samples first
+    alone (5, 1, 8), together (5, 2, 8)    Axis(1): time first, as in an RNN
+    alone (4, 8),    together (8, 8)       Axis(0, folded=True): four windows or heads of each sample, folded into one
+                                           dimension; whether neighbours belong to one sample is left to the route check
+    alone (8, 8),    together (8, 8)       None: the tensor is the same for all samples (a mask, a position table)
+
+It is not known, and the parameter takes another route, if two dimensions change, or one changes by another factor; if
+the same path was seen with different axes; if the data chose or reordered the rows (a boolean mask, routing); if a
+value was written to in place; or if samples went in and nothing of their size came out.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from memsyn.engine.calls import Function, Path, Split, Value, arguments, changes_its_input, name_of, path_of, tensors_of
+from memsyn.engine.calls import Split, Value, ValuePath, arguments, changes_its_input, path_of, tensors_of
 from memsyn.engine.decompositions import DECOMPOSITIONS
+from memsyn.kernels.operations import Function, name_of, operation_of
 from memsyn.kernels.rules import Axis
 
 
@@ -56,7 +69,7 @@ class Tracer(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def _follow(self, function: Function, met: Mapping[str, Value], output: Any) -> None:
-        """What was computed of values is a value."""
+        """Note that a tensor computed of values alone is a value."""
         place, first = next(iter(met.items()))
         names = frozenset().union(*(value.names for value in met.values()))
         for index, tensor in enumerate(tensors_of(output)):
@@ -65,32 +78,8 @@ class Tracer(TorchFunctionMode):
                 self.values[id(tensor)] = Value(tensor, names, path)
 
 
-def _by_index(given: Sequence[Tensor], is_of_samples: Callable[[Tensor], bool]) -> bool:
-    """Rows chosen by a mask, or by numbers that come of the samples."""
-    chosen = any(index.dtype in (torch.bool, torch.uint8) for index in given[1:])
-    return is_of_samples(given[0]) and (chosen or (len(given) > 1 and is_of_samples(given[1])))
-
-
-def _always(given: Sequence[Tensor], is_of_samples: Callable[[Tensor], bool]) -> bool:
-    return True
-
-
-def _with_numbers(given: Sequence[Tensor], is_of_samples: Callable[[Tensor], bool]) -> bool:
-    """How many times each row is repeated, by a tensor."""
-    return len(given) > 1
-
-
-SELECTIONS: dict[Function, Callable[[Sequence[Tensor], Callable[[Tensor], bool]], bool]] = {
-    Tensor.__getitem__: _by_index,
-    **dict.fromkeys((torch.index_select, Tensor.index_select, torch.masked_select, Tensor.masked_select), _always),
-    **dict.fromkeys((torch.take, Tensor.take, torch._pack_padded_sequence, torch._pad_packed_sequence), _always),
-    **dict.fromkeys((torch.repeat_interleave, Tensor.repeat_interleave), _with_numbers),
-}
-"""Operations that may change which rows belong to which sample, in a way that the data decide."""
-
-
 class _Event(NamedTuple):
-    """An operation that took a value, while only looking."""
+    """An operation that took a value, as the shape tracer saw it."""
 
     with_samples: bool
     in_order: bool
@@ -100,20 +89,20 @@ class _Event(NamedTuple):
 
 
 @final
-class Observer(Tracer):
-    """Looks on while a batch passes: what the operations at each path did, and with which shapes. Changes nothing."""
+class ShapeTracer(Tracer):
+    """Notes what the operations at each path do, and with which shapes, while a batch passes. Changes nothing."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], batch: Iterable[Tensor]) -> None:
         super().__init__(parameters)
-        self.events: dict[Path, list[_Event]] = {}
+        self.events: dict[ValuePath, list[_Event]] = {}
         self.written: set[str] = set()
         """Parameters that an operation may write to."""
         self._samples = {id(tensor): tensor for tensor in batch}
         self._selected: dict[int, Tensor] = {}
-        """Those of them that were put in another order, or of which some rows were chosen, by the data."""
+        """The tensors of samples whose rows were reordered or chosen by the data."""
 
     def pass_by(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What is computed of samples is of samples."""
+        """Mark what is computed of samples as belonging to samples."""
         output = function(*args, **kwargs)
         given = [value for value in arguments(function, args, kwargs).values() if isinstance(value, Tensor)]
         if any(map(self._is_of_samples, given)):
@@ -121,7 +110,7 @@ class Observer(Tracer):
         return output
 
     def meet(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Note what the operation does, and whether a value or samples come of it."""
+        """Note what the operation does, and whether its result is a value or belongs to samples."""
         tensors = {place: v for place, v in arguments(function, args, kwargs).items() if isinstance(v, Tensor)}
         shapes = {place: tensor.shape for place, tensor in tensors.items()}
         met = {place: self.values[id(tensor)] for place, tensor in tensors.items() if id(tensor) in self.values}
@@ -151,7 +140,7 @@ class Observer(Tracer):
         return known or (tensor.grad_fn is not None and id(tensor) not in self.values)
 
     def _mark(self, function: Function, output: Any, given: Sequence[Tensor], changed: Sequence[Any]) -> None:
-        """What is computed of samples is of samples; and selected, if it selects or is computed of what was.
+        """Mark the result of samples as belonging to samples; as selected, too, if rows were or are selected.
 
         What is written into a tensor takes that tensor's order.
         """
@@ -160,7 +149,7 @@ class Observer(Tracer):
             self._samples[id(written)] = written
             return
         selected = any(id(tensor) in self._selected for tensor in given) or (
-            function in SELECTIONS and SELECTIONS[function](given, self._is_of_samples)
+            (selects := operation_of(function).selects) is not None and selects(given, self._is_of_samples)
         )
         for tensor in tensors_of(output):
             self._samples[id(tensor)] = tensor
@@ -168,8 +157,8 @@ class Observer(Tracer):
                 self._selected[id(tensor)] = tensor
 
 
-def compare(one: Observer, two: Observer) -> dict[Path, Split | None]:
-    """What each path does with samples: the dimension that doubles when there are twice as many. None if unclear."""
+def compare(one: ShapeTracer, two: ShapeTracer) -> dict[ValuePath, Split | None]:
+    """Where the operations at each path keep their samples, from one and from two samples; None if it is not known."""
     return {path: _compare(one.events.get(path, []), events) for path, events in two.events.items()}
 
 
@@ -186,7 +175,7 @@ def _compare(ones: Sequence[_Event], twos: Sequence[_Event]) -> Split | None:
 
 
 def merge(left: Split | None, right: Split | None) -> Split | None:
-    """Uses at one path must keep their samples in the same places; one may take fewer tensors, or fold nothing."""
+    """What holds for both of two uses at one path; None if they keep their samples along different axes."""
     if left is None or right is None:
         return None
     try:
@@ -232,16 +221,16 @@ def _doubled(one: torch.Size, two: torch.Size) -> Axis | None:
     return Axis(dims[0], folded=one[dims[0]] > 1)
 
 
-def guess(observer: Observer, num_samples: int) -> dict[Path, Split | None]:
-    """The same from a batch that cannot be cut: a dimension as long as there are samples, or a multiple, is theirs."""
+def guess(traced: ShapeTracer, num_samples: int) -> dict[ValuePath, Split | None]:
+    """The same from a batch that cannot be cut into samples: the axis as long as there are samples, or a multiple."""
 
     def axis(shape: torch.Size) -> Axis | None:
         exact = [dim for dim, size in enumerate(shape) if size == num_samples]
         folded = [dim for dim, size in enumerate(shape[:1]) if size % num_samples == 0]
         return Axis((exact or folded)[0], folded=not exact) if exact or folded else None
 
-    found: dict[Path, Split | None] = {}
-    for path, (event, *_) in observer.events.items():
+    found: dict[ValuePath, Split | None] = {}
+    for path, (event, *_) in traced.events.items():
         if not event.in_order:
             found[path] = None
             continue

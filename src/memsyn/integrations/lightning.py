@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 
 from memsyn import Memory, Protection, Relative, measure, protect
 from memsyn.measuring.distributed import everyone
-from memsyn.measuring.measurement import Forward
+from memsyn.measuring.objectives import Forward
 
 
 @final

@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from memsyn.kernels.outer_products import Magnitude, add_outer_products, scratch
 
@@ -76,22 +76,12 @@ def conv_products_of_one_sign(grad: Tensor, image: Tensor, geometry: Geometry) -
         return None
     if not all(_one_sign(part) for part in (image[:1], grad[:1], image, grad)):
         return None
-    spatial = len(geometry.kernel)
     shape = (grad.shape[1], image.shape[1] // geometry.groups, *geometry.kernel)
-    padding = [before for before, _ in geometry.padding]
-    weight: Tensor = torch.ops.aten.convolution_backward(
-        grad.abs(),
-        image.abs(),
-        grad.new_empty(shape),
-        None,
-        geometry.stride,
-        padding,
-        geometry.dilation,
-        False,
-        [0] * spatial,
-        geometry.groups,
-        [False, True, False],
-    )[1]
+    padding = tuple(before for before, _ in geometry.padding)
+    weight_gradient = (conv1d_weight, conv2d_weight, conv3d_weight)[len(geometry.kernel) - 1]
+    weight: Tensor = weight_gradient(  # type: ignore[no-untyped-call]
+        image.abs(), shape, grad.abs(), geometry.stride, padding, geometry.dilation, geometry.groups
+    )
     return weight
 
 

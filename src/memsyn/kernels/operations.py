@@ -1,11 +1,13 @@
-"""The operations that have rules, as torch hands them to a function mode.
+"""What is known of torch's operations, as torch hands them to a function mode: one record each.
 
-Owns the names of their arguments and which rule goes with which. All other operations are differentiated by autograd.
+A new operation is one entry of OPERATIONS: the names of its arguments, the rules of those that a parameter may be, and
+what else is known of it. Operations without an entry are exact too: autograd differentiates them, one sample at a time.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -30,23 +32,75 @@ from memsyn.kernels.rules import (
     scaled,
     times_operand,
 )
+from memsyn.torch_private import PACKED_SEQUENCES
+
+Function = Callable[..., Any]
+
+OfSamples = Callable[[Tensor], bool]
+"""Whether a tensor was computed of the batch's samples."""
+
+Selects = Callable[[Sequence[Tensor], OfSamples], bool]
+"""(the operation's tensors, which of them are of samples) -> whether the data choose the rows of its result."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation's arguments in their order, and the rules of those that a parameter may be."""
+    """What is known of one operation.
 
-    arguments: tuple[str, ...]
-    rules: Mapping[str, Rule]
+    Attributes:
+        arguments: their names, in order.
+        rules: argument -> the rule for a parameter in its place.
+        saves_output: whether its backward pass reads what it gave, which then must not be aliased.
+        activations: the arguments that hold activations: they are kept only for a rule that needs them.
+        elementwise: whether it is elementwise or a reshape. For local importance: its result still belongs to the layer
+            before it.
+        selects: whether the data may choose which rows of the result belong to which sample; None for never.
+    """
+
+    arguments: tuple[str, ...] = ()
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+    saves_output: bool = True
+    activations: frozenset[str | None] = frozenset(("input", "other", "mat1"))
+    elementwise: bool = False
+    selects: Selects | None = None
+
+
+def name_of(function: Function) -> str:
+    """A name for what torch hands to a function mode."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _by_index(given: Sequence[Tensor], is_of_samples: OfSamples) -> bool:
+    """Rows chosen by a mask, or by numbers that were computed of the samples."""
+    chosen = any(index.dtype in (torch.bool, torch.uint8) for index in given[1:])
+    return is_of_samples(given[0]) and (chosen or (len(given) > 1 and is_of_samples(given[1])))
+
+
+def _always(given: Sequence[Tensor], is_of_samples: OfSamples) -> bool:
+    return True
+
+
+def _with_numbers(given: Sequence[Tensor], is_of_samples: OfSamples) -> bool:
+    """How many times each row is repeated, by a tensor."""
+    return len(given) > 1
 
 
 _TERMS = ("input", "other")
 _NORM = ("input", "running_mean", "running_var", "weight", "bias")
-_ADD = Operation((*_TERMS, "alpha"), {"input": elementwise(as_it_is), "other": elementwise(scaled("alpha"))})
-_SUB = Operation((*_TERMS, "alpha"), {"input": elementwise(as_it_is), "other": elementwise(scaled("alpha", -1))})
-_MUL = Operation(_TERMS, {"input": elementwise(times_operand, "other"), "other": elementwise(times_operand, "input")})
-_DIV = Operation(_TERMS, {"input": elementwise(over_operand, "other")})
-_MATMUL = Operation(_TERMS, {"other": Rule("input", matrix)})
+_ADD = Operation(
+    (*_TERMS, "alpha"), {"input": elementwise(as_it_is), "other": elementwise(scaled("alpha"))}, elementwise=True
+)
+_SUB = Operation(
+    (*_TERMS, "alpha"), {"input": elementwise(as_it_is), "other": elementwise(scaled("alpha", -1))}, elementwise=True
+)
+_MUL = Operation(
+    _TERMS,
+    {"input": elementwise(times_operand, "other"), "other": elementwise(times_operand, "input")},
+    elementwise=True,
+)
+_DIV = Operation(_TERMS, {"input": elementwise(over_operand, "other")}, elementwise=True)
+_MATMUL = Operation(_TERMS, {"other": Rule("input", matrix)}, saves_output=False)
+_MM = Operation(_TERMS, {"other": Rule("input", matrix)})
 _EXPAND = Operation(("input",), {"input": elementwise(as_it_is)})
 _CHANNEL_BIAS = elementwise(as_it_is, channels=True)
 _CONV = Operation(
@@ -57,14 +111,18 @@ _CONV_TRANSPOSE = Operation(
     ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
     {"weight": Rule("input", conv_transpose_weight), "bias": _CHANNEL_BIAS},
 )
+_SELECTION = Operation(selects=_always)
 
 OPERATIONS: dict[Callable[..., Any], Operation] = {
     F.linear: Operation(
-        ("input", "weight", "bias"), {"weight": Rule("input", linear_weight), "bias": elementwise(as_it_is)}
+        ("input", "weight", "bias"),
+        {"weight": Rule("input", linear_weight, shared_as="map"), "bias": elementwise(as_it_is)},
+        saves_output=False,
     ),
     torch.addmm: Operation(
         ("input", "mat1", "mat2", "beta", "alpha"),
         {"input": elementwise(scaled("beta")), "mat2": Rule("mat1", matrix)},
+        saves_output=False,
     ),
     F.layer_norm: Operation(
         ("input", "normalized_shape", "weight", "bias", "eps"),
@@ -78,23 +136,55 @@ OPERATIONS: dict[Callable[..., Any], Operation] = {
     F.batch_norm: Operation(
         (*_NORM, "training", "momentum", "eps"),
         {"weight": elementwise(batch_norm, "input", channels=True), "bias": _CHANNEL_BIAS},
+        elementwise=True,  # in eval mode
     ),
     F.instance_norm: Operation(
         (*_NORM, "use_input_stats", "momentum", "eps"),
         {"weight": elementwise(instance_norm, "input", channels=True), "bias": _CHANNEL_BIAS},
     ),
     torch.bilinear: Operation(("input1", "input2", "weight", "bias"), {"bias": elementwise(as_it_is)}),
-    F.prelu: Operation(("input", "weight"), {"weight": Rule("input", join_prelu)}),
+    F.prelu: Operation(("input", "weight"), {"weight": Rule("input", join_prelu)}, elementwise=True),
     F.embedding: Operation(
         ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
-        {"weight": Rule("input", embedding)},
+        {"weight": Rule("input", embedding, shared_as="table")},
+        saves_output=False,
     ),
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _CONV),
     **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), _CONV_TRANSPOSE),
-    **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm), _MATMUL),
+    **dict.fromkeys((torch.matmul, Tensor.matmul), _MATMUL),
+    **dict.fromkeys((torch.mm, Tensor.mm), _MM),
     **dict.fromkeys((torch.add, Tensor.add, Tensor.add_), _ADD),
     **dict.fromkeys((torch.sub, Tensor.sub, Tensor.sub_), _SUB),
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.mul_), _MUL),
     **dict.fromkeys((torch.div, torch.true_divide, Tensor.div, Tensor.true_divide), _DIV),
     **dict.fromkeys((Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to), _EXPAND),
+    Tensor.__getitem__: Operation(selects=_by_index),
+    **dict.fromkeys((torch.index_select, Tensor.index_select, torch.masked_select, Tensor.masked_select), _SELECTION),
+    **dict.fromkeys((torch.take, Tensor.take, *PACKED_SEQUENCES), _SELECTION),
+    **dict.fromkeys((torch.repeat_interleave, Tensor.repeat_interleave), Operation(selects=_with_numbers)),
 }
+"""By what torch hands over."""
+
+_ACTIVATIONS = """
+    relu relu6 leaky_relu rrelu prelu elu selu celu gelu silu mish sigmoid logsigmoid log_sigmoid tanh softplus softsign
+    softshrink hardshrink tanhshrink hardtanh hardswish hardsigmoid threshold dropout dropout1d dropout2d dropout3d
+    alpha_dropout feature_alpha_dropout batch_norm"""
+_ARITHMETIC = """
+    add iadd radd sub isub rsub subtract mul imul rmul multiply div idiv rdiv truediv rtruediv itruediv true_divide
+    divide pow ipow rpow square sqrt rsqrt reciprocal neg negative abs absolute exp expm1 log log1p erf erfc sin cos
+    sinh cosh atan asinh clamp clamp_min clamp_max clip minimum maximum where lt le gt ge eq ne lerp addcmul addcdiv"""
+_RESHAPES = """
+    view reshape view_as reshape_as flatten unflatten permute transpose swapaxes swapdims movedim moveaxis t squeeze
+    unsqueeze contiguous clone to float double half bfloat16 type type_as"""
+
+BY_NAME: Final = dict.fromkeys(f"{_ACTIVATIONS} {_ARITHMETIC} {_RESHAPES}".split(), Operation(elementwise=True))
+"""Those of which nothing is known but that they are elementwise, by the names of torch's functions without underscores
+at their ends: `torch.relu`, `Tensor.relu_` and `F.relu` are all `relu`."""
+
+_UNKNOWN = Operation()
+
+
+@lru_cache(maxsize=4096)
+def operation_of(function: Function) -> Operation:
+    """What is known of an operation."""
+    return OPERATIONS.get(function) or BY_NAME.get(name_of(function).strip("_"), _UNKNOWN)

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from memsyn.torch_private import version_of
+
 
 class Magnitude(Protocol):
     """f, applied to a sample's gradient before the sum over samples. Must keep products: f(a b) = f(a) f(b)."""
@@ -71,12 +73,12 @@ def scratch(use: str, shape: Sequence[int], like: Tensor) -> Tensor:
 def magnitudes(gradients: Tensor, magnitude: Magnitude) -> Tensor:
     """f(gradients), to be read at once; made once for a weight and a bias, which ask one after the other."""
     last = getattr(_held, "last", None)
-    if last is not None and last[0]() is gradients and last[1:3] == (gradients._version, magnitude):
+    if last is not None and last[0]() is gradients and last[1:3] == (version_of(gradients), magnitude):
         found: Tensor = last[3]
         return found
     found = magnitude(gradients, scratch("magnitudes", gradients.shape, gradients))
     if getattr(_held, "tensors", None) is not None:
-        _held.last = (weakref.ref(gradients), gradients._version, magnitude, found)
+        _held.last = (weakref.ref(gradients), version_of(gradients), magnitude, found)
     return found
 
 

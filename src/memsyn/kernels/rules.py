@@ -105,6 +105,8 @@ class Rule:
     """For elementwise rules: the gradient before its sum over tokens, of the output's shape."""
     channels: bool = False
     """For elementwise rules: whether the parameter's one dimension lies along the output's second."""
+    shared_as: str | None = None
+    """"table" or "map" where `tied` can measure a parameter that has both uses (a tied embedding and head)."""
 
 
 def samples_first(tensors: Sequence[tuple[Tensor, Axis]], num_samples: int) -> list[Tensor]:

@@ -15,31 +15,32 @@ from torch import Tensor, nn
 
 from memsyn.engine.routes import BY_OPERATION, BY_RULE, BY_SAMPLE, UNUSED
 from memsyn.errors import ProcessError
+from memsyn.torch_private import compiled_original
 
-Group = Any
+ProcessGroup = Any
 """A torch.distributed.ProcessGroup, which a torch built without it does not have."""
 
 _FROM_BEST = (UNUSED, BY_RULE, BY_OPERATION, BY_SAMPLE)
 
 
-def group_of(model: nn.Module) -> Group | None:
+def group_of(model: nn.Module) -> ProcessGroup | None:
     """The processes among which a DistributedDataParallel model is; None for any other."""
-    model = getattr(model, "_orig_mod", model)
+    model = compiled_original(model) or model
     return model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
 
 
-def everyone() -> Group | None:
+def everyone() -> ProcessGroup | None:
     """All processes that were started together, if there are several."""
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
-def place_in(group: Group | None) -> list[int]:
+def place_in(group: ProcessGroup | None) -> list[int]:
     """Which process this is, and of how many."""
     return [0, 1] if group is None else [dist.get_rank(group), dist.get_world_size(group)]
 
 
 @contextmanager
-def all_or_none(group: Group | None, device: torch.device) -> Iterator[None]:
+def all_or_none(group: ProcessGroup | None, device: torch.device) -> Iterator[None]:
     """If this fails in one process, it fails in all: none waits for what never comes.
 
     Raises:
@@ -64,7 +65,7 @@ def all_or_none(group: Group | None, device: torch.device) -> Iterator[None]:
 
 
 def add_up(
-    sums: Mapping[str, Tensor], num_samples: int, routes: Mapping[str, str], group: Group
+    sums: Mapping[str, Tensor], num_samples: int, routes: Mapping[str, str], group: ProcessGroup
 ) -> tuple[int, dict[str, str]]:
     """Add the sums of all processes, in place, in each of them.
 

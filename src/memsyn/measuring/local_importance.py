@@ -4,109 +4,71 @@ Owns where a layer ends: what its output is, and that nothing is differentiated 
 importance: it makes an objective whose gradients are local, and the routes of exact importance measure those.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, final
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 
-from memsyn.batches import tensors
-from memsyn.engine.calls import Function, Value, arguments, changes_its_input, name_of, replaced, tensors_of
+from memsyn.batches import Batch, tensors
+from memsyn.engine.calls import Value, arguments, changes_its_input, tensors_of, with_tensors
 from memsyn.engine.decompositions import PLAIN_DECOMPOSITIONS
-from memsyn.engine.recorder import Recorder
+from memsyn.engine.passes import run_backward
+from memsyn.engine.recorder import Recorder, unique
 from memsyn.engine.tracer import Tracer
 from memsyn.errors import BatchError, ModelError, OutputError
-
-_ACTIVATIONS = """
-    relu relu6 leaky_relu rrelu prelu elu selu celu gelu silu mish sigmoid logsigmoid log_sigmoid tanh softplus softsign
-    softshrink hardshrink tanhshrink hardtanh hardswish hardsigmoid threshold dropout dropout1d dropout2d dropout3d
-    alpha_dropout feature_alpha_dropout batch_norm"""
-_ARITHMETIC = """
-    add iadd radd sub isub rsub subtract mul imul rmul multiply div idiv rdiv truediv rtruediv itruediv true_divide
-    divide pow ipow rpow square sqrt rsqrt reciprocal neg negative abs absolute exp expm1 log log1p erf erfc sin cos
-    sinh cosh atan asinh clamp clamp_min clamp_max clip minimum maximum where lt le gt ge eq ne lerp addcmul addcdiv"""
-_RESHAPES = """
-    view reshape view_as reshape_as flatten unflatten permute transpose swapaxes swapdims movedim moveaxis t squeeze
-    unsqueeze contiguous clone to float double half bfloat16 type type_as"""
-
-FOLLOWED: Final = frozenset(f"{_ACTIVATIONS} {_ARITHMETIC} {_RESHAPES}".split())
-"""Elementwise operations and reshapes, by the names of torch's functions without underscores at their ends."""
+from memsyn.kernels.operations import Function, name_of, operation_of
+from memsyn.measuring.objectives import Position, Scorer, token_mask
+from memsyn.torch_private import is_custom_function, without_function_modes
 
 
 class _Squared(torch.autograd.Function):
-    """1/2 sum y^2, whose gradient is a copy of y: that may be overwritten later."""
+    """sum y^2, whose gradient 2 y is made at once: y itself may be overwritten later."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:
-        ctx.gradient = y.clone()
-        return _half_square(y)
+        ctx.gradient = 2 * y
+        return _squared_norm(y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return ctx.gradient * grad.to(ctx.gradient.dtype)  # type: ignore[no-any-return]
 
 
-def _half_square(y: Tensor) -> Tensor:
-    half: Tensor = torch.linalg.vector_norm(y, dtype=torch.promote_types(y.dtype, torch.float32)).square() / 2
-    return half
+def _squared_norm(y: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(y, dtype=torch.promote_types(y.dtype, torch.float32))
+    return norm.square()
 
 
-class _Rectified(torch.autograd.Function):
-    """relu(z), as computed before: if its gradient is the very y, that has its zeros already."""
+class _Alias(torch.autograd.Function):
+    """The memory of `value` under another gradient: it goes on to `value`, and times `factor` to `source`.
 
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, y: Tensor) -> Tensor:
-        ctx.y = y
-        return y.new_empty(0).set_(y)  # type: ignore[call-overload, no-any-return]
+    Without a factor the source gets none: then its graph only marks the alias as computed of samples.
+    """
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        same = grad.data_ptr() == ctx.y.data_ptr() and grad.stride() == ctx.y.stride()
-        return grad if same else grad * (ctx.y > 0), None
-
-
-class _Normalised(torch.autograd.Function):
-    """scale z + shift, as computed before: autograd's own takes three times as long for the gradient."""
+    def forward(ctx: Any, source: Tensor, value: Tensor, factor: Tensor | None) -> Tensor:
+        ctx.factor = factor
+        return value.new_empty(0).set_(value)  # type: ignore[call-overload, no-any-return]
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        ctx.scale = scale
-        return y.new_empty(0).set_(y)  # type: ignore[call-overload, no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grad * ctx.scale, grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        return None if ctx.factor is None else grad * ctx.factor, grad, None
 
 
-class _Marked(torch.autograd.Function):
-    """The same numbers in the same memory, with a graph that leads nowhere: what is computed of it is of samples."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, mark: Tensor) -> Tensor:
-        return tensor.new_empty(0).set_(tensor)  # type: ignore[call-overload, no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-class _Counted(torch.autograd.Function):
-    """The same numbers in the same memory, of which those at padding do not count."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, counts: Tensor) -> Tensor:
-        ctx.counts = counts
-        return tensor.new_empty(0).set_(tensor)  # type: ignore[call-overload, no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.counts.to(grad.dtype), None
+def _alias(source: Tensor, value: Tensor, factor: Tensor | None = None) -> Tensor:
+    alias: Tensor = _Alias.apply(source, value, factor)  # type: ignore[no-untyped-call]
+    return alias
 
 
 class _Layer:
-    """An operation with parameters, and what follows it as far as that reads nothing else of the samples."""
+    """An operation with parameters, and what follows it as far as that reads nothing else of the samples.
+
+    In `x -> linear -> relu -> reshape -> linear -> + x`, the first layer is `linear, relu, reshape`: it ends where the
+    second `linear` reads it. The second layer is that `linear` alone, since the addition also reads x.
+    """
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = sorted(names)
@@ -121,7 +83,7 @@ class _Layer:
 
 
 @final
-class Locally(Tracer):
+class LayerTracer(Tracer):
     """Runs a forward pass in which no gradient leaves a layer, and adds up the squared norms of all their outputs.
 
     A layer is an operation that takes parameters (or what is computed of parameters alone) and something of the
@@ -142,7 +104,7 @@ class Locally(Tracer):
         self.recorder = recorder
         """What gets each layer's gradients as soon as the layer ends; without one, autograd can be asked for them."""
         self.squares: list[tuple[Tensor, _Layer]] = []
-        """Half the squared norm of each layer's output over all samples, with a graph to the layer's parameters; with a
+        """The squared norm of each layer's output over all samples, with a graph to the layer's parameters; with a
         recorder only of those at the end, without a graph."""
         self.used: set[str] = set()
         """The parameters of the layers that ran."""
@@ -193,9 +155,9 @@ class Locally(Tracer):
         self.used |= names
         for tensor in own.values():
             self._adopt(tensor)
-        layers = {id(layer): layer for t in own.values() if (layer := self._layers.get(id(t)))}
+        layers = unique(layer for t in own.values() if (layer := self._layers.get(id(t))))
         if len(layers) == 1 and self._follows(function, args, kwargs, own.values()):
-            (layer,) = layers.values()
+            (layer,) = layers
             output = self._continue(function, args, kwargs)
             return self._grow(layer, self._counted(output) if names else output)
         changes = changes_its_input(function, kwargs)
@@ -204,8 +166,8 @@ class Locally(Tracer):
         cut = {place: tensor.detach() for place, tensor in own.items()}
         if function is F.group_norm:  # in channels_last, torch's gradient for the weights alone crashes the process
             cut = {place: tensor.contiguous() for place, tensor in cut.items()}
-        new_args, new_kwargs = replaced(function, args, kwargs, cut)
-        output = self._call(function, new_args, new_kwargs)
+        new_args, new_kwargs = with_tensors(function, args, kwargs, cut)
+        output = function(*new_args, **new_kwargs)
         if changes:
             self._samples[id(args[0])] = args[0]
             if output is None:
@@ -220,7 +182,7 @@ class Locally(Tracer):
     def _follows(
         self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any], own: Iterable[Tensor]
     ) -> bool:
-        if name_of(function).strip("_") not in FOLLOWED:
+        if not operation_of(function).elementwise:
             return False
         if function is F.batch_norm:
             given = arguments(function, args, kwargs)
@@ -228,31 +190,22 @@ class Locally(Tracer):
                 return False
         return all(id(tensor) in self._layers for tensor in own)
 
-    def _call(self, function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run it; a use that the recorder makes of it is that of a layer."""
-        if self.recorder is None:
-            return function(*args, **kwargs)
-        self.recorder.newest = None
-        output = function(*args, **kwargs)
-        if self.recorder.newest is not None:
-            self.recorder.begun.add(self.recorder.newest)
-        return output
-
     def _continue(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run it as a part of a layer; the derivatives of what is met most often are known here."""
         relu = name_of(function).strip("_") == "relu"
         if self.recorder is None or not (relu or function is F.batch_norm):
-            return self._call(function, args, kwargs)
+            return function(*args, **kwargs)
         given = arguments(function, args, kwargs)
         place = next(iter(given))
         z = given[place]
-        y = self._call(function, *replaced(function, args, kwargs, {place: z.detach()}))
+        new_args, new_kwargs = with_tensors(function, args, kwargs, {place: z.detach()})
+        y = function(*new_args, **new_kwargs)
         if relu:
-            return _Rectified.apply(z, y)  # type: ignore[no-untyped-call]
+            return _alias(z, y, y > 0)
         scale = (given["running_var"] + given.get("eps", 1e-5)).rsqrt()
         if given.get("weight") is not None:
             scale = scale * given["weight"].detach()
-        return _Normalised.apply(z, y, scale.view(-1, *[1] * (z.ndim - 2)))  # type: ignore[no-untyped-call]
+        return _alias(z, y, scale.view(-1, *[1] * (z.ndim - 2)))  # autograd's own takes three times as long
 
     def _begin(self, output: Any, names: Iterable[str], *, closed: bool) -> Any:
         """The results of an operation with parameters: a layer each."""
@@ -269,7 +222,7 @@ class Locally(Tracer):
 
     def _adopt(self, tensor: Tensor) -> None:
         """A custom autograd function, which nobody sees, may have made it of a layer's output: then it is a part."""
-        if id(tensor) in self._layers or not isinstance(tensor.grad_fn, BackwardCFunction):
+        if id(tensor) in self._layers or not is_custom_function(tensor):
             return
         open_parts = [(key, layer.parts[key]) for key, layer in self._layers.items()]
         owners = {part.grad_fn: self._layers[key] for key, part in open_parts}
@@ -294,8 +247,7 @@ class Locally(Tracer):
         if not tensor.is_floating_point():
             self._samples[id(tensor)] = tensor
             return tensor
-        marked: Tensor = _Marked.apply(tensor, self._mark)  # type: ignore[no-untyped-call]
-        return marked
+        return _alias(self._mark, tensor.detach())
 
     def _counted(self, tensor: Tensor) -> Tensor:
         """Without a gradient at padding, if it is (samples, tokens, ...) or (samples * tokens, features)."""
@@ -308,13 +260,12 @@ class Locally(Tracer):
             counts = mask.reshape(-1, 1) != 0
         else:
             return tensor
-        counted: Tensor = _Counted.apply(tensor, counts)  # type: ignore[no-untyped-call]
-        return counted
+        return _alias(tensor, tensor.detach(), counts)
 
     def _close(self, read: Iterable[Tensor], *, last: bool = False) -> None:
         """The layers of which these are parts end with them."""
         ids = {id(tensor) for tensor in read}
-        for layer in {id(layer): layer for key in ids if (layer := self._layers.get(key))}.values():
+        for layer in unique(layer for key in ids if (layer := self._layers.get(key))):
             parts = [part for key, part in layer.parts.items() if key in ids and part.is_floating_point()]
             y = parts[-1] if parts else layer.last
             for key in layer.parts:
@@ -322,13 +273,15 @@ class Locally(Tracer):
             if self.recorder is None:
                 self.squares.append((_Squared.apply(y), layer))  # type: ignore[no-untyped-call]
             else:
-                self.recorder.differentiate(y)
+                if y.requires_grad:
+                    run_backward(y, (self.recorder.root,), retain_graph=False, gradient=2 * y.detach())
+                    self.recorder.root.grad = None
                 if last:  # if anything was NaN or infinite, so are these
-                    self.squares.append((_half_square(y.detach()), layer))
+                    self.squares.append((_squared_norm(y.detach()), layer))
             layer.parts.clear()
 
     def scores(self, outputs: Iterable[Tensor], num_samples: int | None, batch_index: int) -> Tensor:
-        """(B, 1): half the squared norms of all layers and samples in the first row, zeros in the others.
+        """(B, 1): the squared norms of all layers and samples in the first row, zeros in the others.
 
         In which dimension a layer keeps its samples is not known here.
 
@@ -340,7 +293,7 @@ class Locally(Tracer):
             raise BatchError(
                 f"batch {batch_index}: local importance needs batches made of tensors, to tell the samples."
             )
-        with torch._C.DisableTorchFunction():
+        with without_function_modes():
             for tensor in outputs:
                 self._adopt(tensor)
             self._close([layer.last for layer in self._layers.values()], last=True)
@@ -363,6 +316,48 @@ def _changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(output, (tuple, list)):
         return type(output)([change(part) if isinstance(part, Tensor) else part for part in output])
     return output
+
+
+@final
+class LocalScorer(Scorer):
+    """The squared norm of every layer's own output: sums over layers, whose batch axis is not known here."""
+
+    tells_samples_apart = False
+
+    def scores(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        batch: Batch,
+        position: Position,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        """(B, 1): the squared norms of all layers and samples in the first row, zeros in the others.
+
+        With a recorder, each layer is differentiated as soon as it ends, and the scores have no gradient.
+        """
+        mask = token_mask(batch.inputs) if self.masks_padding else None
+        encoded = mask is not None and batch.inputs.get("attention_mask") is mask  # a decoder's padding counts
+        layers = LayerTracer(parameters, batch.tensors, mask if encoded else None, recorder)
+        with layers:
+            output = self.output(model, batch.inputs, position.batch_index)
+        return layers.scores(tensors(output), batch.num_samples, position.batch_index)
+
+    def check_complete(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, batch_index: int
+    ) -> None:
+        """Refuse parameters on which the output depends, though no operation was seen to use them.
+
+        Raises:
+            ModelError: names them.
+        """
+        layers = LayerTracer(parameters, batch.tensors, None)
+        with layers:
+            self.output(model, batch.copied().inputs, batch_index)
+        check_seen(
+            partial(self.output, model, batch.copied().inputs, batch_index),
+            {name: p for name, p in parameters.items() if name not in layers.used},
+        )
 
 
 def check_seen(run: Callable[[], Any], unused: Mapping[str, nn.Parameter]) -> None:

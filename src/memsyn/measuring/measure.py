@@ -1,6 +1,6 @@
 """measure(model, batches) -> Importance: the loop over the data.
 
-Owns the arguments, progress, and the state of random generators. What happens to a batch is in `run`.
+Owns the arguments, progress, and the state of random generators. What happens to a batch is in `measurement`.
 """
 
 import os
@@ -15,19 +15,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from memsyn.batches import (
-    Given,
-    check_iterable,
-    first_samples,
-    labels_of,
-    model_input,
-)
+from memsyn.batches import Batch, check_iterable, first_samples, labels_of, model_input
 from memsyn.errors import ModelError, OptionError, SlowParametersWarning
 from memsyn.kernels.outer_products import workspace
-from memsyn.measuring.distributed import Group, all_or_none, group_of, place_in
-from memsyn.measuring.measurement import Forward, Run
+from memsyn.measuring.distributed import ProcessGroup, all_or_none, group_of, place_in
+from memsyn.measuring.measurement import Measurement
 from memsyn.measuring.model_copy import check_measurable
-from memsyn.measuring.objectives import Estimator, find_estimator
+from memsyn.measuring.objectives import Estimator, Forward, find_estimator
 from memsyn.measuring.resume import Checkpoint
 from memsyn.parameters import trainable_parameters
 from memsyn.storage.reading_and_writing import well_formed
@@ -42,7 +36,7 @@ def measure(
     max_samples: int | None = None,
     estimator: str | Estimator = "mas",
     batched: bool = False,
-    group: Group | None = None,
+    group: ProcessGroup | None = None,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     every: float = 60.0,
@@ -64,7 +58,7 @@ def measure(
     Tokens that the batch's `attention_mask` (with a decoder, its `decoder_attention_mask`) says are padding do not
     count in outputs (samples, tokens, ...), unless there is a `forward`, which then has to see to that.
 
-    The model is measured in eval mode on a stand-in that shares its weights: it stays bit for bit as it was.
+    The model is measured in eval mode on a clone that shares its weights: it stays bit for bit as it was.
 
     Args:
         model: any module; parameters that do not require a gradient are left out.
@@ -128,12 +122,14 @@ def measure(
         torch.autocast(device.type, enabled=False),
         workspace(),
     ):
-        run = Run(model, trainable, device, forward, chosen, batched)
+        measurement = Measurement(model, trainable, device, forward, chosen, batched=batched)
         if kept is not None:
-            found = kept.begin({**run.settings(), "max_samples": max_samples, "process": place_in(group)}, run.state)
+            found = kept.begin(
+                {**measurement.settings(), "max_samples": max_samples, "process": place_in(group)}, measurement.state
+            )
             if found is not None:
                 with well_formed(kept.path):
-                    run.restore(*found)
+                    measurement.restore(*found)
         limited = first_samples(iter(batches), max_samples)
         start = 0 if kept is None else kept.num_batches
         bar = tqdm(
@@ -145,13 +141,14 @@ def measure(
             unit="batch",
         )
         for index, batch in enumerate(bar, start):
-            given = Given(model_input(batch) if forward is None else batch, labels_of(batch) if run.labelled else None)
+            inputs = model_input(batch) if forward is None else batch
+            read = Batch.of(inputs, labels_of(batch) if chosen.needs_labels else None)
             with nullcontext() if kept is None else kept.batch(batch):
-                slow = run.add(given, index)
+                slow = measurement.add(read, index)
             if slow:
-                warnings.warn(run.describe(slow), SlowParametersWarning, stacklevel=2)
-            bar.set_postfix_str(f"{run.num_samples} samples, {len(run.slow)} slow parameters")
-    importance = run.importance(group)
+                warnings.warn(measurement.describe(slow), SlowParametersWarning, stacklevel=2)
+            bar.set_postfix_str(f"{measurement.num_samples} samples, {len(measurement.table.slow)} slow parameters")
+    importance = measurement.importance(group)
     if kept is not None:
         kept.finish()
     return importance

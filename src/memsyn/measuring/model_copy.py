@@ -1,4 +1,4 @@
-"""A stand-in for the user's model that shares its weight storage.
+"""A structural clone of the user's model that shares its weight storage.
 
 Owns the clone that is measured in place of the user's model: same weights in the same memory, its own buffers,
 hooks and flags. Must never write to the user's model.
@@ -15,6 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from memsyn.errors import ModelError
 from memsyn.parameters import canonical_name, unwrap
+from memsyn.torch_private import forward_hooks, remove_backward_hooks
 
 
 class Onlooker:
@@ -44,7 +45,7 @@ def check_measurable(model: nn.Module) -> None:
             raise ModelError(f"{name} is complex, and importance is of real weights. Freeze it, or hold it as two.")
 
 
-def shadow(
+def model_copy(
     model: nn.Module, *, private: Container[str] = (), dtype: torch.dtype | None = None, served: bool = False
 ) -> nn.Module:
     """A structural clone of `model`, its modules in eval mode, whose frozen parameters alias the model's own storage.
@@ -72,9 +73,8 @@ def shadow(
         ) from error
     for module in clone.modules():
         module.training = False
-        module._backward_hooks.clear()
-        module._backward_pre_hooks.clear()
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        remove_backward_hooks(module)
+        for hooks in forward_hooks(module):
             for key in [
                 key for key, hook in hooks.items() if isinstance(hook, Onlooker) or (served and _is_foreign(hook))
             ]:
@@ -97,7 +97,8 @@ def refuse_foreign_hooks(model: nn.Module) -> None:
     foreign = [
         f"{getattr(hook, '__qualname__', type(hook).__qualname__)} on {name or 'the model'}"
         for name, module in unwrap(model).named_modules()
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        for hooks in forward_hooks(module)
+        for hook in hooks.values()
         if _is_foreign(hook) and not isinstance(hook, Onlooker)
     ]
     if foreign:
@@ -132,7 +133,7 @@ def _aliases(model: nn.Module, private: Container[str], dtype: torch.dtype | Non
         for value in (*vars(module).values(), *module.buffers(recurse=False)):
             if isinstance(value, Tensor) and not value.is_leaf:  # a cached weight: deepcopy refuses it
                 memo[id(value)] = value.detach().clone()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        for hook in (hook for hooks in forward_hooks(module) for hook in hooks.values()):
             if not (isinstance(hook, MethodType) and isinstance(hook.__self__, nn.Module)):
                 memo[id(hook)] = hook  # else deepcopy would clone whatever the hook belongs to
     return memo

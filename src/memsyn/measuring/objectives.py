@@ -1,27 +1,32 @@
-"""From a model's output to the scalars per sample whose gradients are measured.
+"""From a model and a batch to the scalars per sample whose gradients are measured.
 
-Owns the choice of the tensor inside a dict, tuple or ModelOutput, the objectives, the estimators made of them, and the
-checks that make their values usable. Must not know where the output comes from.
+Owns running the model, the choice of the tensor inside a dict, tuple or ModelOutput, the objectives, their estimators,
+and the checks that make the values usable: finite, one per sample, dependent on the weights.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, NamedTuple, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from memsyn.errors import BatchError, OptionError, OutputError
+from memsyn.batches import Batch, call
+from memsyn.engine.recorder import Recorder
+from memsyn.errors import BatchError, MemsynError, ModelError, OptionError, OutputError
+from memsyn.torch_private import without_function_modes
 
 EMBEDDINGS = ("embeddings", "sentence_embedding", "image_embeds", "text_embeds")
 HIDDEN = "last_hidden_state"
 
 
 def output_tensor(output: object) -> Tensor:
-    """The tensor that stands for a model's output.
+    """The tensor that counts in a model's output.
 
-    Itself; of a mapping (a ModelOutput is one) its `logits`, else its embeddings, else its `last_hidden_state`; else
-    the only tensor in it.
+    The output itself, if it is a tensor. Of a mapping (a ModelOutput is one) its `logits`, else its embeddings, else its
+    `last_hidden_state`; else the only tensor in it.
     """
     if isinstance(output, Tensor):
         return output
@@ -62,7 +67,7 @@ def token_mask(inputs: object) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class Place:
+class SampleInfo:
     """What an objective may know about the samples beside the output."""
 
     first_sample: int
@@ -71,28 +76,28 @@ class Place:
     """(samples, ...), as the batch gave them."""
 
 
-Objective = Callable[[Tensor, Place], Tensor]
-"""(output (B, ...), place) -> (B,), or (B, R) for R scalars a sample, each with a gradient of its own."""
+Objective = Callable[[Tensor, SampleInfo], Tensor]
+"""(output (B, ...), info) -> (B,), or (B, R) for R scalars a sample, each with a gradient of its own."""
 
 
-def squared_l2_norm(output: Tensor, place: Place) -> Tensor:
+def squared_l2_norm(output: Tensor, info: SampleInfo) -> Tensor:
     """s_k = ||y_k||^2, over all of a sample's output: the objective of MAS (Aljundi et al. 2018, section 4.1)."""
     return output.square().flatten(1).sum(1)
 
 
-def squared_l2_norm_of_probabilities(output: Tensor, place: Place) -> Tensor:
+def squared_l2_norm_of_probabilities(output: Tensor, info: SampleInfo) -> Tensor:
     """s_k = ||softmax(y_k)||^2, classes last: MAS on what a softmax makes of the output."""
     return output.softmax(-1).square().flatten(1).sum(1)
 
 
-def each_output(output: Tensor, place: Place) -> Tensor:
+def each_output(output: Tensor, info: SampleInfo) -> Tensor:
     """Every output on its own, (B, R): as many backward passes as outputs."""
     return output.flatten(1)
 
 
-def log_likelihood(output: Tensor, place: Place) -> Tensor:
+def log_likelihood(output: Tensor, info: SampleInfo) -> Tensor:
     """log p(label_k | x_k) of logits (B, classes): the empirical Fisher's objective (Kirkpatrick et al. 2017)."""
-    labels = place.labels
+    labels = info.labels
     if labels is None or labels.is_floating_point() or labels.shape != output.shape[:1]:
         given = "none" if labels is None else f"{labels.dtype} of shape {tuple(labels.shape)}"
         raise BatchError(
@@ -102,7 +107,7 @@ def log_likelihood(output: Tensor, place: Place) -> Tensor:
     return _log_probabilities(output).gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
-def sampled_log_likelihood(output: Tensor, place: Place) -> Tensor:
+def sampled_log_likelihood(output: Tensor, info: SampleInfo) -> Tensor:
     """log p(c_k | x_k) for a class c_k drawn from p(. | x_k): an unbiased estimate of the Fisher information.
 
     Sample number k draws with a generator seeded by k, so that neither batch size nor split change what it draws.
@@ -110,11 +115,11 @@ def sampled_log_likelihood(output: Tensor, place: Place) -> Tensor:
     log_p = _log_probabilities(output)
     drawn = []
     for k, row in enumerate(log_p.detach().exp().cpu()):
-        drawn.append(torch.multinomial(row, 1, generator=torch.Generator().manual_seed(place.first_sample + k)))
+        drawn.append(torch.multinomial(row, 1, generator=torch.Generator().manual_seed(info.first_sample + k)))
     return log_p.gather(1, torch.stack(drawn).to(log_p.device)).squeeze(1)
 
 
-def expected_log_likelihood(output: Tensor, place: Place) -> Tensor:
+def expected_log_likelihood(output: Tensor, info: SampleInfo) -> Tensor:
     """sqrt(p_c) log p_c for every class c, (B, classes), with p_c held: squares sum to sum_c p_c (d log p_c)^2."""
     log_p = _log_probabilities(output)
     return (0.5 * log_p.detach()).exp() * log_p
@@ -134,7 +139,7 @@ class Estimator:
     """What is measured: sum_k sum_r f(d s_kr / d theta), a magnitude f of the gradients of an objective s.
 
     Attributes:
-        objective: (output (B, ...), place) -> (B,) or (B, R). Its name goes into the memory: give custom ones a name.
+        objective: (output (B, ...), info) -> (B,) or (B, R). Its name goes into the memory: give custom ones a name.
         magnitude: "abs" or "square".
         local: take the objective of every layer's own output, differentiated by that layer's parameters alone. Only for
             the squared L2 norm.
@@ -152,6 +157,11 @@ class Estimator:
             raise OptionError(f"only squared_l2_norm can be taken layer by layer, not {self.name}.")
         if self.magnitude not in ("abs", "square"):
             raise OptionError(f"magnitude must be 'abs' or 'square', got {self.magnitude!r}.")
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether batches must give labels."""
+        return self.objective is log_likelihood
 
     @property
     def name(self) -> str:
@@ -186,7 +196,7 @@ def find_estimator(estimator: str | Estimator) -> Estimator:
 def scores(
     objective: Objective,
     output: Tensor,
-    place: Place,
+    info: SampleInfo,
     *,
     num_samples: int | None,
     mask: Tensor | None,
@@ -198,7 +208,7 @@ def scores(
     Args:
         objective: what to compute.
         output: (samples, ...), the raw output; half precision is widened to float32.
-        place: for the objective.
+        info: for the objective.
         num_samples: the samples that went in, if known.
         mask: (samples, tokens): where an output (samples, tokens, ...) counts.
         batch_index, first_in_batch: where this is, for errors.
@@ -228,7 +238,7 @@ def scores(
         output = torch.where(counts, output, torch.zeros((), dtype=output.dtype, device=output.device))
     if output.ndim == 1:
         output = output.unsqueeze(1)
-    values = objective(output, place)
+    values = objective(output, info)
     if values.shape[:1] != output.shape[:1] or values.ndim > 2:
         raise OutputError(
             f"{where}: the objective must give one scalar per sample, or a row of them; for {len(output)} samples its "
@@ -243,3 +253,174 @@ def scores(
             "out: one such sample would spoil the whole importance."
         )
     return values.reshape(len(values), -1)
+
+
+# Running a model
+
+
+Forward = Callable[[nn.Module, Any], Any]
+"""(model, batch) -> output: how to run a model that does not take the batch itself."""
+
+
+class Position(NamedTuple):
+    """Where some samples are in the data."""
+
+    batch_index: int
+    first_sample: int
+    """The number of the first of them since measuring began."""
+    first_in_batch: int = 0
+    """The number of the first of them in their batch."""
+
+    def moved(self, num_samples: int) -> "Position":
+        """That of samples which come so much later in the same batch."""
+        return Position(self.batch_index, self.first_sample + num_samples, self.first_in_batch + num_samples)
+
+
+class Scorer(ABC):
+    """Runs a model on a batch and gives the objectives of its samples."""
+
+    tells_samples_apart: bool
+    """Whether row k of the scores is sample k's own; else their sum is that of all samples, and only the sum counts."""
+
+    def __init__(self, forward: Forward | None, estimator: "Estimator") -> None:
+        self.forward: Forward = forward or call
+        self.masks_padding = forward is None
+        self.estimator = estimator
+
+    @abstractmethod
+    def scores(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        batch: Batch,
+        position: Position,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        """(B, R), the objectives of each sample.
+
+        Args:
+            model: what is measured, or another clone of the user's.
+            parameters: of the model, those that are measured.
+            batch: its inputs may be changed by the forward pass.
+            position: of the batch's first sample.
+            recorder: what records the uses of parameters, if one does.
+        """
+
+    @abstractmethod
+    def check_complete(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, batch_index: int
+    ) -> None:
+        """Refuse parameters that matter to the output, though the objectives say nothing about them."""
+
+    def output(self, model: nn.Module, inputs: Any, batch_index: int) -> Any:
+        """What the model gives; any error of its own becomes a BatchError."""
+        try:
+            return self.forward(model, inputs)
+        except MemsynError:
+            raise
+        except Exception as error:
+            raise BatchError(
+                f"batch {batch_index}: the model failed on it: {type(error).__name__}: {error}. If it wants to be "
+                "called in another way, say how: forward=lambda model, batch: ..."
+            ) from error
+
+
+@final
+class OutputScorer(Scorer):
+    """Objectives of the model's output."""
+
+    tells_samples_apart = True
+
+    def scores(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        batch: Batch,
+        position: Position,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        """(B, R), the estimator's objective of each sample's output."""
+        mask = token_mask(batch.inputs) if self.masks_padding else None
+        output = self.output(model, batch.inputs, position.batch_index)
+        with without_function_modes():  # no parameter is used any more
+            return scores(
+                self.estimator.objective,
+                output_tensor(output),
+                SampleInfo(position.first_sample, batch.labels),
+                num_samples=batch.num_samples,
+                mask=mask,
+                batch_index=position.batch_index,
+                first_in_batch=position.first_in_batch,
+            )
+
+    def check_complete(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, batch_index: int
+    ) -> None:
+        """Nothing to refuse: the objectives are made of the whole output."""
+
+
+# What scores must depend on: the weights of the clone they were asked of, through paths that autograd sees
+
+
+class ConstantError(OutputError):
+    """The objective does not depend on any weight."""
+
+
+def check_dependence(values: Tensor, own: Iterable[nn.Parameter]) -> None:
+    """The objective must depend on the clone it was asked of, and not on the user's model."""
+    if values.requires_grad:
+        _check_graph(values)
+        strays = torch.autograd.grad(values.sum(), list(own), retain_graph=True, allow_unused=True)
+        if any(stray is not None for stray in strays):
+            raise ModelError(
+                "the forward pass uses your model itself in place of the one it is given: in forward=lambda model, "
+                "batch: ..., use that model; in a module, a hook or a patched method, use self in place of a name "
+                "from outside."
+            )
+    else:
+        raise OutputError(
+            "the model's output has no gradient with respect to any trainable parameter. Does its forward run "
+            "under torch.no_grad(), detach the output, or skip the trainable part?"
+        )
+
+
+def check_cached(values: Tensor, cached: Mapping[str, Tensor]) -> None:
+    """Refuse the use of what was computed of weights before and cached: it is a constant in the clone."""
+    if cached:
+        grads = torch.autograd.grad(values.sum(), list(cached.values()), retain_graph=True, allow_unused=True)
+        used = [name for name, grad in zip(cached, grads, strict=True) if grad is not None]
+        if used:
+            raise ModelError(
+                f"{', '.join(used)} was computed of weights before the forward pass and kept; how much those weights "
+                "matter through it cannot be measured. Compute it in the forward pass, or register it as a parameter."
+            )
+
+
+def _check_graph(values: Tensor) -> None:
+    """Reentrant checkpoints hide their parameters from autograd.grad."""
+    seen, nodes = set(), [values.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            raise ModelError(
+                "the forward pass uses reentrant checkpoints, whose parameters cannot be measured: call "
+                "torch.utils.checkpoint with use_reentrant=False."
+            )
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+
+
+def check_not_constant(values: Tensor, parameters: Mapping[str, nn.Parameter], whole: float) -> None:
+    """A squared norm that no weight can change has only rounding for a gradient."""
+    least, size = 1e-9 * float(values.detach().abs().sum()), 0.0
+    for parameter in sorted(parameters.values(), key=Tensor.numel):
+        size = math.hypot(size, whole * float(parameter.detach().norm()))
+        if size >= least:
+            return
+    if size > 0:
+        raise ConstantError(
+            "the squared norm of the output is the same whatever the weights are, as of outputs that were normalised, "
+            "so it says nothing about their importance. Measure an earlier output: forward=lambda model, batch: ..."
+        )

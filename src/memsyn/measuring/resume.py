@@ -1,7 +1,7 @@
 """The file that lets a measuring pass go on after it was cut off.
 
 Owns when it is written, what must be the same to go on, and how the user is told. What is held in it comes from
-`run`. It is an importance file: of the samples so far, with an entry `checkpoint` beside.
+`measurement`. It is an importance file: of the samples so far, with an entry `checkpoint` beside.
 """
 
 import hashlib

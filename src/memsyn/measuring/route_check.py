@@ -1,19 +1,21 @@
 """The check that each route computes what it should, on a few samples, in float64 on a clone of its own.
 
-Owns the comparison of every route with autograd, and of samples alone with the same samples together. Must not add
-to any importance, nor leave anything on the user's model.
+Owns what is known about how each parameter is measured (the route table), and the comparison by which it is learned: of
+every route with autograd, and of samples alone with the same samples together. Must not add to any importance, nor
+leave anything on the user's model.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from enum import IntEnum
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
 
-from memsyn.batches import map_tensors, num_samples, take, tensors
-from memsyn.engine.calls import Call, Path, Split, path_of
+from memsyn.batches import Batch
+from memsyn.engine.calls import Call, Split, ValuePath, path_of, split_from
 from memsyn.engine.passes import (
     TOLERANCE,
     backward_to_activations,
@@ -24,64 +26,161 @@ from memsyn.engine.passes import (
     samples_interact,
     score_alone,
 )
-from memsyn.engine.recorder import Group, Plans, Recorder
+from memsyn.engine.recorder import ParameterGroup, Plans, Recorder
 from memsyn.engine.routes import (
     BY_OPERATION,
     BY_RULE,
     BY_SAMPLE,
     UNUSED,
     Sums,
+    Uses,
     add_by_operation,
     add_by_rule,
 )
-from memsyn.engine.tracer import Observer, compare, guess
+from memsyn.engine.tracer import ShapeTracer, compare, guess, merge
 from memsyn.errors import BatchError, ModelError, OutputError
 from memsyn.kernels.rules import Axis, NoRuleError, signed
-from memsyn.measuring.dependence import ConstantError, check_cached, check_dependence, check_not_constant
-from memsyn.measuring.model_copy import cached_values, shadow
+from memsyn.measuring.model_copy import cached_values, model_copy
+from memsyn.measuring.objectives import (
+    ConstantError,
+    Position,
+    Scorer,
+    check_cached,
+    check_dependence,
+    check_not_constant,
+)
 from memsyn.parameters import named_parameters, trainable_parameters, wide_dtype
+from memsyn.torch_private import has_own_parameter, version_of
 
-NUM_SAMPLES = 2
+NUM_SAMPLES: Final = 2
 """Enough to tell samples apart, and half the cost of four."""
 
-FLOAT32 = math.sqrt(torch.finfo(torch.float32).eps)
-"""What parts of a model that insist on float32 may differ by, in and out of company."""
+FLOAT32: Final = math.sqrt(torch.finfo(torch.float32).eps)
+"""By how much a sample's scores may differ alone and among others where a part of the model insists on float32."""
 
-CHUNK = 2**20
-"""Numbers of a parameter that are looked at together."""
-
-Run = Callable[[nn.Module, Any, int], Tensor]
-"""(model, batch, place of the first sample) -> (B, R), the objectives of each sample."""
+CHUNK: Final = 2**20
+"""Numbers of a parameter that are compared at once."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the guard saw."""
+    """What one check found."""
 
     routes: dict[str, str]
     """Parameter -> the best route that gave autograd's gradient."""
-    splits: dict[Path, Split | None]
+    splits: dict[ValuePath, Split | None]
     """What the operations at each path do with samples."""
     unproven: set[str]
     """Parameters whose gradient was zero on these samples: that their route gave zero says little."""
     written: set[str]
     """Parameters to which the forward pass writes."""
-    once: frozenset[str]
-    """Parameters with a single use, in one operation on nothing but them."""
+    changes_inputs: bool
+    """Whether the forward pass wrote to its batch."""
 
 
-def choices(batch: Any) -> Iterator[Any]:
-    """Samples to look at, from the start, the end and the middle of a batch: the next when the last were not enough."""
-    total = num_samples(batch)
+class Seen(IntEnum):
+    """What the checks so far have looked at.
+
+    With a batch of one sample it cannot be seen where the samples are. The first check may have to make do with it;
+    until a larger batch comes, every batch is measured by ordinary backward passes. Then the check runs again, once.
+    """
+
+    NOTHING = 0
+    ONE_SAMPLE = 1
+    SEVERAL_SAMPLES = 2
+
+
+@final
+class RouteTable:
+    """How each parameter is measured, and what has been learned of the model for that.
+
+    Attributes:
+        routes: parameter -> route.
+        splits: path of a use -> what the operations there do with samples; None if that is not known.
+        plans: what to do with each operation, made of the splits.
+        unproven: parameters whose route has given nothing but zeros so far.
+        written: parameters to which the forward pass writes.
+        changes_inputs: whether the forward pass writes to its batch.
+        seen: what the checks so far have looked at.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.routes = dict.fromkeys(names, BY_SAMPLE)
+        self.splits: dict[ValuePath, Split | None] = {}
+        self.plans = Plans(self.splits)
+        self.unproven: set[str] = set()
+        self.written: set[str] = set()
+        self.changes_inputs = False
+        self.seen = Seen.NOTHING
+
+    @property
+    def slow(self) -> set[str]:
+        """The parameters that need one sample at a time."""
+        return {name for name, route in self.routes.items() if route == BY_SAMPLE}
+
+    def should_check(self, num_samples: int | None, batch_index: int) -> bool:
+        """Whether to check this batch: the first; the first of several samples; and batches 1, 2, 4, 8, ... while some
+        parameter is unproven.
+        """
+        if self.seen < Seen.SEVERAL_SAMPLES:
+            return self.seen == Seen.NOTHING or num_samples != 1
+        return bool(self.unproven) and batch_index & (batch_index - 1) == 0
+
+    def learn(self, verdict: Verdict, num_samples: int | None, only: set[str] | None) -> None:
+        """Take over what a check of so many samples has shown: of all parameters at first, later of `only` these.
+
+        A later check also counts where it shows that another parameter's route does not hold.
+        """
+        self.changes_inputs = self.changes_inputs or verdict.changes_inputs
+        if self.seen < Seen.SEVERAL_SAMPLES:
+            self.routes, self.splits, self.unproven = dict(verdict.routes), verdict.splits, verdict.unproven
+        else:
+            names = only or self.unproven
+            for path, split in verdict.splits.items():
+                self.splits[path] = merge(self.splits[path], split) if path in self.splits else split
+            for name, route in verdict.routes.items():
+                if name in names or route == BY_SAMPLE:
+                    self.routes[name] = route
+            self.unproven = {n for n in self.unproven if n in verdict.unproven} | (names & verdict.unproven)
+        self.plans = Plans(self.splits)
+        self.seen = max(self.seen, Seen.ONE_SAMPLE if num_samples == 1 else Seen.SEVERAL_SAMPLES)
+
+    def state(self) -> dict[str, Any]:
+        """All of it, in plain values."""
+        return {
+            "routes": self.routes,
+            "splits": list(self.splits.items()),
+            "unproven": sorted(self.unproven),
+            "written": sorted(self.written),
+            "changes_inputs": self.changes_inputs,
+            "num_guarded": int(self.seen),
+        }
+
+    def restore(self, known: Mapping[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises:
+            LookupError, TypeError, ValueError: it is none.
+        """
+        self.routes = {name: known["routes"][name] for name in self.routes}
+        self.splits = {tuple(path): split_from(plain) for path, plain in known["splits"]}
+        self.plans = Plans(self.splits)
+        self.unproven, self.written = set(known["unproven"]), set(known["written"])
+        self.changes_inputs, self.seen = bool(known["changes_inputs"]), Seen(min(known["num_guarded"], 2))
+
+
+def choices(batch: Batch) -> Iterator[Batch]:
+    """Samples to check, from the start, the end and the middle of a batch: the next when the last were not enough."""
+    total = batch.num_samples
     if total is None:
         yield batch
         return
     for start in dict.fromkeys((0, max(0, total - NUM_SAMPLES), total // 2)):
-        yield take(batch, start, start + NUM_SAMPLES)
+        yield batch.take(start, start + NUM_SAMPLES)
 
 
 def check(
-    model: nn.Module, measured: Iterable[str], run: Run, batch: Any, *, local: bool = False, served: bool = False
+    model: nn.Module, measured: Iterable[str], scorer: Scorer, batch: Batch, position: Position, *, served: bool = False
 ) -> Verdict:
     """Find the best route for every parameter, and see that it holds for a few samples.
 
@@ -96,12 +195,12 @@ def check(
     Args:
         model: the user's; it is not changed.
         measured: the parameters to measure.
-        run: (model, batch, place of the first sample) -> the objectives of each sample.
+        scorer: gives the objectives. If it does not tell samples apart, what the routes give must equal what autograd
+            gives for the samples alone.
         batch: a few samples.
-        local: the objectives are sums over layers, of which the first row holds those of all samples. What the routes
-            give must equal what autograd gives for the samples alone.
+        position: of the first of them.
         served: others use the model meanwhile, and may write to it: its buffers are not put back after a failure, and
-            hooks of which nobody knows what they do are not called.
+            hooks that may not be part of what the model computes are not called.
 
     Raises:
         ModelError: the forward pass uses the user's model in place of the one it is given.
@@ -112,13 +211,13 @@ def check(
     measured = list(measured)
     try:
         try:
-            return _Check(model, _private(model, torch.float64, served), measured, run, local).verdict(
-                map_tensors(batch, _double)
-            )
+            clone = _private(model, torch.float64, served)
+            return _Check(model, clone, measured, scorer, position).verdict(batch.map(_double))
         except ConstantError:
             raise
         except (BatchError, OutputError):  # a forward pass with a precision of its own
-            return _Check(model, _private(model, None, served), measured, run, local).verdict(batch)
+            clone = _private(model, None, served)
+            return _Check(model, clone, measured, scorer, position).verdict(batch)
     except ModelError:
         with torch.no_grad():
             for buffer, value in before:  # it may have been the user's own model that ran
@@ -134,9 +233,10 @@ class _Check:
     model: nn.Module
     clone: nn.Module
     measured: list[str]
-    run: Run
-    local: bool
-    splits: dict[Path, Split | None] = field(default_factory=dict)
+    scorer: Scorer
+    position: Position
+    splits: dict[ValuePath, Split | None] = field(default_factory=dict)
+    changes_inputs: bool = False
 
     def __post_init__(self) -> None:
         own = named_parameters(self.clone)
@@ -145,170 +245,203 @@ class _Check:
             parameter.requires_grad_()
         self.precise = all(p.dtype == torch.float64 for p in self.parameters.values())
 
-    def scores(self, batch: Any, first_sample: int = 0) -> Tensor:
-        return self.run(self.clone, batch, first_sample)
+    def scores(self, batch: Batch, first_sample: int = 0) -> Tensor:
+        """The objectives of some of the samples; the forward pass may write to a copy of them."""
+        own = batch.copied()
+        values = self.scorer.scores(self.clone, self.parameters, own, self.position.moved(first_sample))
+        self.changes_inputs = self.changes_inputs or _differ(batch.tensors, own.tensors)
+        return values
 
-    def verdict(self, batch: Any) -> Verdict:
-        values, written = self._observe(batch)
+    def verdict(self, batch: Batch) -> Verdict:
+        """Look at them."""
+        values, written = self._trace(batch)
         groups = self._record(batch) if len(values) > 1 else {}
-        once = frozenset(name for name, group in groups.items() if len(group.names) == len(group.uses) == 1)
-        routes, unproven, slow = self._compare(values, groups)
+        comparison = _Comparison(self, groups, _weights(len(values)).to(values))
+        comparison.run(values)
         if self.precise:
-            check_not_constant(values, self.parameters, self.whole)
-        if slow and len(values) > 1 and num_samples(batch) is not None:
-            self._check_slow(batch, len(values), slow)
+            check_not_constant(values, self.parameters, comparison.whole)
+        slow = comparison.waiting
+        if slow and len(values) > 1 and batch.num_samples is not None:
+            self._check_slow(batch, len(values), slow, comparison.whole)
         own = named_parameters(self.model)
         written |= {name for name, p in named_parameters(self.clone).items() if not _same_numbers(p, own[name])}
-        return Verdict(routes, self.splits, unproven, written, once)
+        return Verdict(comparison.routes, self.splits, comparison.unproven(), written, self.changes_inputs)
 
-    def _observe(self, batch: Any) -> tuple[Tensor, set[str]]:
-        """Find what each operation does with samples; returns their objectives, and the parameters written to."""
-        observer = Observer(self.parameters, tensors(batch))
+    def _trace(self, batch: Batch) -> tuple[Tensor, set[str]]:
+        """Find what each operation does with samples; returns the samples' scores, and the parameters written to."""
+        together = ShapeTracer(self.parameters, batch.tensors)
         cached = {name: tensor.requires_grad_() for name, tensor in cached_values(self.model, self.clone).items()}
-        with observer:
+        with together:
             values = self.scores(batch)
         check_dependence(values.sum(1), trainable_parameters(self.model).values())
         check_cached(values.sum(1), cached)
-        if num_samples(batch) is None:
-            self.splits = guess(observer, len(values))
+        if batch.num_samples is None:
+            self.splits = guess(together, len(values))
         elif len(values) > 1:
-            alone = self._compare_with_single(observer, batch, values.detach())
-            values = alone if self.local else values
-        return values, observer.written
+            alone = self._compare_with_single(together, batch, values.detach())
+            values = values if self.scorer.tells_samples_apart else alone
+        return values, together.written
 
-    def _compare_with_single(self, observer: Observer, batch: Any, together: Tensor) -> Tensor:
+    def _compare_with_single(self, traced: ShapeTracer, batch: Batch, together: Tensor) -> Tensor:
         """Run every sample alone, to see what each operation does with samples, and that they do not interact."""
         tolerance = FLOAT32 if self.precise else TOLERANCE
+        apart = self.scorer.tells_samples_apart
         found = []
         for k in range(len(together)):
-            sample = take(batch, k, k + 1)
-            single = Observer(self.parameters, tensors(sample))
+            sample = batch.take(k, k + 1)
+            single = ShapeTracer(self.parameters, sample.tensors)
             with single:
                 alone = score_alone(self.scores, sample, k)
-            if not self.local:
+            if apart:
                 check_same_alone(alone.detach(), together, k, tolerance)
-            found.append(alone if self.local else alone.detach())
-            for path, split in compare(single, observer).items():  # a sample may take a short cut: no padding, no mask
+            found.append(alone.detach() if apart else alone)
+            for path, split in compare(single, traced).items():  # a sample may take a short cut: no padding, no mask
                 if self.splits.get(path) is None:
                     self.splits[path] = split
         values = torch.cat(found)
-        if self.local:
+        if not apart:
             check_same_alone(values.detach().sum(0, keepdim=True), together, 0, tolerance)
         return values
 
-    def _record(self, batch: Any) -> dict[str, Group]:
+    def _record(self, batch: Batch) -> dict[str, ParameterGroup]:
         """The uses of every parameter, with the gradients of what came of them."""
-        groups: list[Group] = []
+        groups: list[ParameterGroup] = []
         recorder = Recorder(self.parameters, Plans(self.splits), groups.append, keeps=True)
         with torch.autograd.set_multithreading_enabled(False), recorder:
             values = self.scores(batch)
             backward_to_activations(recorder, values.sum(1, keepdim=True), self.parameters.values())
         return {name: group for group in groups for name in group.names}
 
-    def _compare(self, values: Tensor, group_of: dict[str, Group]) -> tuple[dict[str, str], set[str], Sums]:
-        """Compare each group's routes with autograd as soon as its gradients are there.
-
-        Returns:
-            The routes found; the parameters whose gradient is zero; the gradients of those for which none was.
-        """
-        weights = _weights(len(values)).to(values)
-        routes: dict[str, str] = {}
-        norms: dict[str, float] = {}
-        waiting: Sums = {}
-        broken: list[str] = []
-
-        def arrived(name: str, parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            expected = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-            parameter.grad = None
-            norms[name] = float(expected.norm())
-            if not math.isfinite(norms[name]):
-                broken.append(name)
-            waiting[name] = expected
-            group = group_of.get(name)
-            if group is not None and group.names <= waiting.keys():
-                route = self._route(group, waiting, norms, weights, 0.0)
-                if route is not None:
-                    routes.update(dict.fromkeys(group.names, route))
-                    for done in group.names:
-                        del waiting[done], group_of[done]
-
-        hooks = []
-        for name, parameter in self.parameters.items():
-            hooks.append(parameter.register_post_accumulate_grad_hook(lambda p, name=name: arrived(name, p)))
-        try:
-            run_backward((weights * values.sum(1)).sum(), list(self.parameters.values()), retain_graph=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        refuse_broken([name for name in self.parameters if name in broken])
-        self.whole = math.hypot(*norms.values())
-        for name in self.parameters.keys() - waiting.keys() - routes.keys():
-            waiting[name] = torch.zeros_like(self.parameters[name])
-        for name in [name for name in self.parameters if name in waiting]:  # zero up to rounding, or not ruled
-            group = group_of.get(name, Group(frozenset((name,))))
-            own = self._route(group, waiting, norms, weights, self.whole) if name in waiting else None
-            for member in group.names & waiting.keys() if own is not None else ():
-                routes[member] = (own if group.uses else UNUSED) or BY_SAMPLE
-                del waiting[member]
-        routes.update(dict.fromkeys(waiting, BY_SAMPLE))
-        zero = {n for n, parameter in self.parameters.items() if not norms.get(n) and parameter.numel()}
-        unproven = {n for n in zero if routes[n] not in (BY_SAMPLE, UNUSED)}
-        return routes, unproven, waiting
-
-    def _route(
-        self, group: Group, expected: Sums, norms: Mapping[str, float], weights: Tensor, whole: float
-    ) -> str | None:
-        """The first route that gives a group's expected gradients, up to rounding relative to them or the `whole`."""
-        names = sorted(group.names)
-        original = list(group.uses)
-        for minor in (False, True):
-            uses = _with_minor(original, len(weights)) if minor else original
-            if uses is None:
-                break
-            group.uses = uses
-            for route in (BY_RULE, BY_OPERATION):
-                found = {name: torch.zeros_like(expected[name], dtype=wide_dtype(expected[name])) for name in names}
-                try:
-                    if route == BY_OPERATION:
-                        if uses:
-                            add_by_operation(found, self.parameters, group, len(weights), signed, weights=weights)
-                    elif len(group.names) == 1:
-                        own = self.parameters[names[0]]
-                        add_by_rule(found[names[0]], own, uses, len(weights), signed, weights=weights)
-                    else:
-                        continue
-                except (NoRuleError, RuntimeError):
-                    continue
-                if not any(
-                    _differs(found[name], expected[name], norms.get(name, 0.0), whole, exactly=self.precise)
-                    for name in names
-                ):
-                    if minor:
-                        self._note_minor(uses)
-                    return route
-        group.uses = original
-        return None
-
-    def _note_minor(self, uses: list[tuple[Call, str]]) -> None:
-        for call, place in uses:
-            self.splits[path_of(call.values[place], call.function, place)] = call.splits[place]
-
-    def _check_slow(self, batch: Any, size: int, expected: Sums) -> None:
+    def _check_slow(self, batch: Batch, size: int, expected: Sums, whole: float) -> None:
         """Where no route gave autograd's gradients, those of the samples alone must."""
         found = {name: torch.zeros_like(grad) for name, grad in expected.items()}
         parameters = {name: self.parameters[name] for name in expected}
         for k, weight in enumerate(_weights(size)):
-            value = score_alone(self.scores, take(batch, k, k + 1), k)
+            value = score_alone(self.scores, batch.take(k, k + 1), k)
             for name, grad in gradients(value.sum(), parameters).items():
                 found[name] += weight * grad
         differing = sorted(
             name
             for name, grad in found.items()
-            if _differs(grad, expected[name], float(expected[name].norm()), self.whole, exactly=False)
+            if _differs(grad, expected[name], float(expected[name].norm()), whole, exactly=False)
         )
         if differing:
             raise samples_interact(f"the gradient of {', '.join(differing[:3])}")
+
+
+@dataclass(eq=False)
+class _Comparison:
+    """Of each group's routes with autograd's gradients, group by group as the gradients come.
+
+    For two parameters W and b, each a group of its own, and a third one without gradient:
+
+        autograd gives b's gradient    -> expected; the rule gives the same: routes = {b: rule}, let go of
+        autograd gives W's gradient    -> expected; the rule differs, the operation's derivative agrees: {W: operation}
+        the end                        -> the third one expects zeros; nothing used it: {third: unused}
+    """
+
+    check: _Check
+    group_of: dict[str, ParameterGroup]
+    weights: Tensor
+    routes: dict[str, str] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict)
+    """Of autograd's gradients."""
+    waiting: Sums = field(default_factory=dict)
+    """Autograd's gradients that no route has given so far."""
+    whole: float = 0.0
+    """The norm of all gradients together."""
+
+    def run(self, values: Tensor) -> None:
+        """Differentiate, compare each gradient as it comes, and then those that did not come."""
+        parameters = self.check.parameters
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._arrived(name, p))
+            for name, parameter in parameters.items()
+        ]
+        try:
+            run_backward((self.weights * values.sum(1)).sum(), list(parameters.values()), retain_graph=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        refuse_broken([name for name in parameters if not math.isfinite(self.norms.get(name, 0.0))])
+        self.whole = math.hypot(*self.norms.values())
+        self._finish()
+
+    def _arrived(self, name: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        expected = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+        parameter.grad = None
+        self.norms[name] = float(expected.norm())
+        self.waiting[name] = expected
+        group = self.group_of.get(name)
+        if group is not None and group.names <= self.waiting.keys():
+            route = self._route(group)
+            if route is not None:
+                self.routes.update(dict.fromkeys(group.names, route))
+                for done in group.names:
+                    del self.waiting[done], self.group_of[done]
+
+    def _finish(self) -> None:
+        """What got no gradient expects zeros; and what was not given relative to itself, relative to the whole."""
+        parameters = self.check.parameters
+        for name in parameters.keys() - self.waiting.keys() - self.routes.keys():
+            self.waiting[name] = torch.zeros_like(parameters[name])
+        for name in [name for name in parameters if name in self.waiting]:
+            group = self.group_of.get(name, ParameterGroup(frozenset((name,))))
+            route = self._route(group) if name in self.waiting else None
+            for member in group.names & self.waiting.keys() if route is not None else ():
+                self.routes[member] = (route if group.uses else UNUSED) or BY_SAMPLE
+                del self.waiting[member]
+        self.routes.update(dict.fromkeys(self.waiting, BY_SAMPLE))
+
+    def unproven(self) -> set[str]:
+        """The parameters whose gradient is zero, though some fast route is taken."""
+        zero = {n for n, parameter in self.check.parameters.items() if not self.norms.get(n) and parameter.numel()}
+        return {n for n in zero if self.routes[n] not in (BY_SAMPLE, UNUSED)}
+
+    def _route(self, group: ParameterGroup) -> str | None:
+        """The first route that gives a group's expected gradients, up to rounding.
+
+        Where a dimension holds more than samples, neighbours in it may be of one sample or of different ones: both are
+        tried, and the calls keep the one that holds.
+        """
+        for uses in (group.uses, _with_minor(group.uses, len(self.weights))):
+            if uses is None:
+                continue
+            for route in (BY_RULE, BY_OPERATION):
+                found = self._signed_sums(route, ParameterGroup(group.names, list(uses)))
+                if found is not None and self._agrees(found):
+                    if uses is not group.uses:
+                        self._note_splits(uses)
+                    return route
+        return None
+
+    def _signed_sums(self, route: str, group: ParameterGroup) -> Sums | None:
+        """sum_k w_k g_k of a group's parameters by a route; None if it knows no such uses."""
+        size, parameters = len(self.weights), self.check.parameters
+        found = {n: torch.zeros_like(self.waiting[n], dtype=wide_dtype(self.waiting[n])) for n in sorted(group.names)}
+        try:
+            if route == BY_OPERATION:
+                if group.uses:
+                    add_by_operation(found, parameters, group, size, signed, weights=self.weights)
+            elif len(group.names) == 1:
+                (name,) = group.names
+                add_by_rule(found[name], parameters[name], group.uses, size, signed, weights=self.weights)
+            else:
+                return None
+        except (NoRuleError, RuntimeError):
+            return None
+        return found
+
+    def _agrees(self, found: Sums) -> bool:
+        return not any(
+            _differs(total, self.waiting[n], self.norms.get(n, 0.0), self.whole, exactly=self.check.precise)
+            for n, total in found.items()
+        )
+
+    def _note_splits(self, uses: Uses) -> None:
+        for call, place in uses:
+            self.check.splits[path_of(call.values[place], call.function, place)] = call.splits[place]
 
 
 def _weights(num_samples: int) -> Tensor:
@@ -316,7 +449,7 @@ def _weights(num_samples: int) -> Tensor:
     return torch.tensor([1.0, 4.0, 2.0, 8.0]).repeat(num_samples // 4 + 1)[:num_samples]
 
 
-def _with_minor(uses: list[tuple[Call, str]], num_samples: int) -> list[tuple[Call, str]] | None:
+def _with_minor(uses: Uses, num_samples: int) -> list[tuple[Call, str]] | None:
     """The same uses, if some dimension holds more than samples, with neighbours in it from different samples."""
 
     def turned(axis: Axis | None) -> Axis | None:
@@ -337,12 +470,12 @@ def _with_minor(uses: list[tuple[Call, str]], num_samples: int) -> list[tuple[Ca
 
 def _private(model: nn.Module, dtype: torch.dtype | None, served: bool) -> nn.Module:
     """A clone that shares nothing with the model, in another precision if one is given."""
-    clone = shadow(model, private=named_parameters(model), dtype=dtype, served=served)
+    clone = model_copy(model, private=named_parameters(model), dtype=dtype, served=served)
     for buffer in clone.buffers():
         if buffer.is_floating_point():
             buffer.data = buffer.data.to(dtype or buffer.dtype)
     for module in clone.modules():
-        if isinstance(module, nn.Embedding) and "weight" in module._parameters:
+        if isinstance(module, nn.Embedding) and has_own_parameter(module, "weight"):
             module.sparse = True  # autograd's gradient of a large table would be mostly zeros
     return clone
 
@@ -357,14 +490,19 @@ def _same_numbers(left: Tensor, right: Tensor) -> bool:
     return all(torch.equal(part, other.to(part.dtype)) for part, other in parts)
 
 
-def _differs(found: Tensor, expected: Tensor, norm: float, whole: float, *, exactly: bool) -> bool:
-    """Whether an error is beyond rounding: relative to the gradient's norm, or to a part of the model's.
+def _differ(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    """Whether a forward pass has written to the tensors that it was given."""
+    return any(
+        version_of(new) > 0 or (old.layout == torch.strided and not torch.equal(old, new))
+        for old, new in zip(before, after, strict=True)
+    )
 
-    What was found is overwritten with the difference.
-    """
+
+def _differs(found: Tensor, expected: Tensor, norm: float, whole: float, *, exactly: bool) -> bool:
+    """Whether an error is beyond rounding: relative to the gradient's norm, or to a part of the model's."""
     tolerance, floor = (1e-6, 1e-4) if exactly else (_rounding(expected),) * 2
     scale = max(norm, floor * whole)  # a gradient of zero in exact arithmetic is only rounding
-    return not float(found.sub_(expected).norm()) <= tolerance * scale
+    return not float(torch.dist(found, expected.to(found.dtype))) <= tolerance * scale
 
 
 def _rounding(gradient: Tensor) -> float:

@@ -154,7 +154,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     sizes = list(itertools.product((2**17, 2**18, 2**19, 2**20), (96, 192, 384), (384, 1024)))
-    with tqdm(total=len(options.shapes) * options.rounds, unit="round") as bar, products.workspace():
+    with tqdm(total=len(options.shapes) * options.rounds, unit="round") as bar, products.Workspace():
         if options.tiles:
             print(f"| shape | {' | '.join(f'2^{int(math.log2(t))} {h} {w}' for t, h, w in sizes)} |")
             print(f"|---|{'---|' * len(sizes)}")

@@ -1,11 +1,12 @@
-"""Every torch API that is not public, one small function each.
+"""Every torch API that is not public, under a name of ours, one small function each.
 
 Owns the use of names that torch may change without notice. Each has a test in tests/test_torch_private.py, so a new
 torch shows at once what it has changed. Must not import anything else of the package.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from operator import attrgetter, methodcaller
 from typing import Any, Final
 
 import torch
@@ -19,25 +20,17 @@ PACKED_SEQUENCES: Final = (torch._pack_padded_sequence, torch._pad_packed_sequen
 """What torch.nn.utils.rnn calls to pack and unpack sequences, as a function mode sees it."""
 
 
-def without_function_modes() -> AbstractContextManager[None]:
-    """While open, no TorchFunctionMode sees what this thread computes."""
-    context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
-    return context
+without_function_modes: Final[Callable[[], AbstractContextManager[None]]] = torch._C.DisableTorchFunction
+"""A context manager: while open, no TorchFunctionMode sees what this thread computes."""
 
+version_of: Final[Callable[[Tensor], int]] = attrgetter("_version")
+"""How often the tensor's memory was written to in place, as autograd counts it."""
 
-def version_of(tensor: Tensor) -> int:
-    """How often the tensor's memory was written to in place, as autograd counts it."""
-    return tensor._version
+is_view: Final[Callable[[Tensor], bool]] = methodcaller("_is_view")
+"""Whether autograd takes the tensor for a view of another one."""
 
-
-def is_view(tensor: Tensor) -> bool:
-    """Whether autograd takes the tensor for a view of another one."""
-    return bool(tensor._is_view())
-
-
-def base_of(view: Tensor) -> Tensor | None:
-    """The tensor that a view is a view of."""
-    return view._base
+base_of: Final[Callable[[Tensor], Tensor | None]] = attrgetter("_base")
+"""The tensor that a view is a view of; None if it is no view."""
 
 
 def unviewed(tensor: Tensor) -> Tensor:

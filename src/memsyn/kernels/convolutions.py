@@ -196,6 +196,14 @@ def _rows(inputs: Tensor, geometry: Geometry, size: Sequence[int], use: str) -> 
 
     The copy holds, for each row of the padded input, what each output position of the row sees of it. Rows that lie a
     stride apart stand together, so that each slice is one block.
+
+    For a kernel of 3 rows, stride 2 and 3 output rows, output row t sees the padded input rows 2t, 2t + 1 and 2t + 2:
+
+        padded rows             0 1 2 3 4 5 6
+        phase 0 (shifts 0, 2)   0 2 4 6             kernel offset 0 is the slice 0:3 (rows 0 2 4), offset 2 is 1:4
+        phase 1 (shift 1)       1 3 5 (7)           kernel offset 1 is the slice 0:3 (rows 1 3 5)
+
+    `unfold` would copy 3 x 3 rows; here 4 + 4 are copied, and the third offset is a slice of the first one's block.
     """
     groups, (batch, channels) = geometry.groups, inputs.shape[:2]
     stride, shifts = geometry.stride[0], [o * geometry.dilation[0] for o in range(geometry.kernel[0])]

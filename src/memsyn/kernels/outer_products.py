@@ -7,9 +7,8 @@ Knows nothing of layers. `benchmarks/products.py` measures the numbers again.
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
@@ -43,27 +42,45 @@ HEIGHT, WIDTH = 192, 1024
 INPUTS = 2**21
 """Inputs copied at once to make rights of them, in numbers: 8 MiB of float32."""
 
-_held = threading.local()
+_open = threading.local()
+"""`workspace`: the one that is open in this thread, if one is."""
 
 
-@contextmanager
-def workspace() -> Iterator[None]:
-    """Keep the memory for tiles from call to call, in this thread: asking for it each time costs page faults."""
-    outer = getattr(_held, "tensors", None)
-    _held.tensors, _held.last = {}, None
-    try:
-        yield
-    finally:
-        _held.tensors, _held.last = outer, None
+@final
+class Workspace:
+    """Memory for tiles that is kept from call to call while this is open: asking for it each time costs page faults.
+
+    Each thread has its own open workspace, so two measurements in two threads never write to the same memory. Without
+    one, every call gets memory of its own: the same results, slower.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        """By use: one flat tensor each, of the largest size that was asked for."""
+        self.last: tuple[weakref.ref[Tensor], int, Magnitude, Tensor] | None = None
+        """Gradients, their version, f, and f(gradients) in the scratch memory of "magnitudes"."""
+
+    def __enter__(self) -> None:
+        self._outer: Workspace | None = getattr(_open, "workspace", None)
+        _open.workspace = self
+
+    def __exit__(self, *_: object) -> None:
+        _open.workspace = self._outer
 
 
 def scratch(use: str, shape: Sequence[int], like: Tensor) -> Tensor:
-    """Uninitialised memory, of the dtype and device of `like`, that the next call for the same use hands out again."""
-    size = math.prod(shape)
-    tensors = getattr(_held, "tensors", None)
-    if tensors is None or size > 4 * INPUTS:
+    """Uninitialised memory, of the dtype and device of `like`, that the next call for the same use hands out again.
+
+    So what it returns is valid until then, and two tensors that live at the same time need two names. For instance
+
+        a = scratch("products", (4, 10), x)     # 40 numbers
+        b = scratch("products", (2, 10), x)     # the first 20 of them again: a's are overwritten
+        c = scratch("folded", (2, 10), x)       # others
+    """
+    size, workspace = math.prod(shape), getattr(_open, "workspace", None)
+    if workspace is None or size > 4 * INPUTS:
         return like.new_empty(shape)
-    key = (use, like.dtype, like.device)
+    key, tensors = (use, like.dtype, like.device), workspace.tensors
     if key not in tensors or len(tensors[key]) < size:
         tensors[key] = like.new_empty(size)
     found: Tensor = tensors[key][:size].view(shape)
@@ -71,14 +88,19 @@ def scratch(use: str, shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def magnitudes(gradients: Tensor, magnitude: Magnitude) -> Tensor:
-    """f(gradients), to be read at once; made once for a weight and a bias, which ask one after the other."""
-    last = getattr(_held, "last", None)
+    """f(gradients), to be read before the next call.
+
+    The rules of a layer's weight and of its bias ask for the same one after the other: |d| for `|d|^T |a|`, and for the
+    sum of |d|. So the last result is kept while its argument is the same tensor, unchanged.
+    """
+    workspace: Workspace | None = getattr(_open, "workspace", None)
+    if workspace is None:
+        return magnitude(gradients, torch.empty_like(gradients))
+    last = workspace.last
     if last is not None and last[0]() is gradients and last[1:3] == (version_of(gradients), magnitude):
-        found: Tensor = last[3]
-        return found
+        return last[3]
     found = magnitude(gradients, scratch("magnitudes", gradients.shape, gradients))
-    if getattr(_held, "tensors", None) is not None:
-        _held.last = (weakref.ref(gradients), version_of(gradients), magnitude, found)
+    workspace.last = (weakref.ref(gradients), version_of(gradients), magnitude, found)
     return found
 
 
@@ -171,7 +193,11 @@ def _add_tiles(pairs: Sequence[tuple[Tensor, Tensor]], total: Tensor, magnitude:
 def _add_samples(parts: Sequence[tuple[Tensor, Tensor]], depth: int, total: Tensor, magnitude: Magnitude) -> None:
     """Add up all samples of one tile's rows and columns (per use: B * G rows-by-tokens, B * G tokens-by-columns).
 
-    Nothing but three calls for every `depth` samples: calls cost as much as small products.
+    For each `depth` samples there are three calls, and no more: calls cost as much as small products.
+
+        products[k] = left_k right_k        (depth, rows, columns), in the scratch memory of one tile
+        products = f(products)              in place, still in the cache
+        total += sum over k of products[k]  as a product with a vector of ones
     """
     groups, flat = len(total), total.view(-1)
     buffer = scratch("products", (depth, *total.shape), total)

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from memsyn.batches import Batch, check_iterable, first_samples, labels_of, model_input
 from memsyn.errors import ModelError, OptionError, SlowParametersWarning
-from memsyn.kernels.outer_products import workspace
 from memsyn.measuring.distributed import ProcessGroup, all_or_none, group_of, place_in
 from memsyn.measuring.measurement import Measurement
 from memsyn.measuring.model_copy import check_measurable
@@ -120,7 +119,6 @@ def measure(
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
-        workspace(),
     ):
         measurement = Measurement(model, trainable, device, forward, chosen, batched=batched)
         if kept is not None:

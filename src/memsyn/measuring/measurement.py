@@ -16,6 +16,7 @@ from memsyn.engine.passes import Passed, Scores, add_batched, add_by_samples, ad
 from memsyn.engine.recorder import Recorder
 from memsyn.engine.routes import BY_SAMPLE, UNUSED
 from memsyn.errors import BatchError
+from memsyn.kernels.outer_products import Workspace
 from memsyn.kernels.rules import MAGNITUDES
 from memsyn.kernels.running_sums import RunningSums
 from memsyn.measuring import route_check
@@ -35,7 +36,7 @@ from memsyn.parameters import (
     wide_dtype,
 )
 from memsyn.storage.reading_and_writing import Groups, checked_count
-from memsyn.torch_private import version_of
+from memsyn.torch_private import version_of, without_function_modes
 from memsyn.values.importance import Importance, check_same_shapes
 
 
@@ -76,6 +77,7 @@ class Measurement:
         """Of the copy's weights, if they are private."""
         self.sums: RunningSums | None = None
         self.num_samples = 0
+        self._workspace = Workspace()
 
     @property
     def estimator(self) -> Estimator:
@@ -92,8 +94,9 @@ class Measurement:
         if self.table.should_check(batch.num_samples, index):
             self._check(batch, index)
         assert self.sums is not None
-        self.num_samples += self._add(batch, index, self.sums.recent)
-        self.sums.end_batch(self.num_samples)
+        with self._workspace:
+            self.num_samples += self._add(batch, index, self.sums.recent)
+            self.sums.end_batch(self.num_samples)
         is_checked = self.table.seen == Seen.SEVERAL_SAMPLES
         return self.table.slow - known if is_checked and not self.batched else set()
 
@@ -172,8 +175,9 @@ class Measurement:
         position = Position(batch_index, self.num_samples).moved(first_sample)
         if self.table.changes_inputs:
             return self.scorer.scores(self.copy, self.parameters, batch.copied(), position, recorder)
-        versions = [version_of(tensor) for tensor in batch.tensors]
-        own_containers = batch.map(lambda tensor: tensor)
+        with without_function_modes():
+            versions = [version_of(tensor) for tensor in batch.tensors]
+            own_containers = batch.map(lambda tensor: tensor)
         values = self.scorer.scores(self.copy, self.parameters, own_containers, position, recorder)
         if versions != [version_of(tensor) for tensor in batch.tensors]:
             raise BatchError(

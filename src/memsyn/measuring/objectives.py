@@ -25,8 +25,8 @@ HIDDEN = "last_hidden_state"
 def output_tensor(output: object) -> Tensor:
     """The tensor that counts in a model's output.
 
-    The output itself, if it is a tensor. Of a mapping (a ModelOutput is one) its `logits`, else its embeddings, else its
-    `last_hidden_state`; else the only tensor in it.
+    The output itself, if it is a tensor; of a mapping (a ModelOutput is one) its `logits`, or its embeddings, or its
+    `last_hidden_state`, whichever is there first; else the only tensor in it.
     """
     if isinstance(output, Tensor):
         return output

@@ -195,6 +195,7 @@ class _Recurrence(torch.autograd.Function):
     def forward(
         ctx: Any, gates: Tensor, recurrent: Tensor, hidden: Tensor, cell: Tensor, weight: Tensor, steps: _Steps
     ) -> tuple[Tensor, Tensor]:
+        # The steps ran before, without a graph; this gives their results one node, whose derivative is below.
         ctx.save_for_backward(weight, cell, steps.active, steps.cells)
         return steps.outputs, steps.cells[-1].clone()
 
@@ -204,6 +205,8 @@ class _Recurrence(torch.autograd.Function):
             weight, first, active, cells = ctx.saved_tensors
             entry, forget, candidate, exit_ = active.unbind(2)
             before, squashed = torch.cat([first.unsqueeze(0), cells[:-1]]), torch.tanh(cells)
+            # c_t = f c_{t-1} + i g and h_t = o tanh(c_t), with i, f, o = sigmoid and g = tanh of the gates' inputs.
+            # factors: d c_t / d (inputs of i, f, g), and d h_t / d (input of o), (T, B, 4, H).
             factors = torch.stack(
                 [
                     candidate * entry * (1 - entry),
@@ -215,6 +218,7 @@ class _Recurrence(torch.autograd.Function):
             )
             to_cell = exit_ * (1 - squashed.square())
             grads = torch.empty_like(factors)
+            # From the last step back: of_hidden and of_cell are the gradients of h_t and c_t from all later steps.
             of_cell, of_hidden = from_cell.clone(), torch.zeros_like(first)
             for t in range(len(grads) - 1, -1, -1):
                 of_hidden = of_hidden + from_outputs[t]
@@ -228,6 +232,7 @@ class _Recurrence(torch.autograd.Function):
 
 
 def _run_lstm(gates: Tensor, hidden: Tensor, cell: Tensor, weight: Tensor, bias: Tensor | None) -> _Steps:
+    """All steps in place: `active` begins as the gates' inputs, and each step's part becomes its activations."""
     with torch.no_grad(), without_function_modes():  # no mode need see the steps
         active = (gates if bias is None else gates + bias).unflatten(-1, (4, -1)).clone()
         outputs, cells = torch.empty_like(active[:, :, 0]), torch.empty_like(active[:, :, 0])
@@ -244,7 +249,11 @@ def _run_lstm(gates: Tensor, hidden: Tensor, cell: Tensor, weight: Tensor, bias:
 def _lstm(
     gates: Tensor, state: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None, *, backwards: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One layer in one direction over the gates' inputs (T, B, 4 H)."""
+    """One layer in one direction over the gates' inputs (T, B, 4 H).
+
+    The hidden state of every step is known after the forward pass, so the recurrent weight has one use for all steps,
+    `F.linear` of (T, B, H), and is measured like any other Linear over T tokens.
+    """
     hidden, cell = state
     ordered = gates.flip(0) if backwards else gates
     steps = _run_lstm(ordered, hidden, cell, weight, bias)

@@ -207,12 +207,14 @@ class Recorder(Tracer):
         if call is not None and changed:  # its rules need the input as it is now
             first = args[0].data_ptr()
             call.tensors = {place: t.clone() if t.data_ptr() == first else t for place, t in call.tensors.items()}
+        # The operation runs on detached values, so autograd computes no weight gradient and keeps nothing for one.
         cut = {place: value.tensor.detach() for place, value in met.items()}
         new_args, new_kwargs = with_tensors(function, args, kwargs, cut)
         output = function(*new_args, **new_kwargs)
         saves_output = operation_of(function).saves_output
         result = rooted(args[0] if output is None else output, self.root, changed=changed, saves_output=saves_output)
         if call is not None:
+            # What the rules will read must not change until then: their versions tell (see Call.is_intact).
             call.versions = {place: version_of(tensor) for place, tensor in call.tensors.items()}
             result.register_hook(partial(self._on_grad, call))
             self._calls.append(call)

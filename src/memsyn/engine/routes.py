@@ -54,6 +54,7 @@ def add_by_rule(
         return
     if all(call.values[place].tensor is parameter for call, place in uses):
         return _join(uses, total, num_samples, magnitude, weights)
+    # Parts: `W[:8]` and `W[8:]` are views of one W with other shapes or offsets. Uses of the same part are joined.
     parts: dict[tuple[Any, ...], list[tuple[Call, str]]] = {}
     for call, place in uses:
         value = call.values[place].tensor
@@ -151,6 +152,8 @@ def add_by_operation(
     names = sorted(group.names)
     found = {name: torch.zeros_like(totals[name]) for name in names}
     for k in range(num_samples):
+        # First the gradient for each value (a normalised weight, say), summed over its uses; then from the values on
+        # to the parameters, by the graph that the forward pass has left between them.
         values = {id(call.values[place]): call.values[place].tensor for call, place in group.uses}
         grads: dict[int, Tensor] = {}
         for call, place in group.uses:

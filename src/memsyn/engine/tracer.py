@@ -16,6 +16,7 @@ the same path was seen with different axes; if the data chose or reordered the r
 value was written to in place; or if samples went in and nothing of their size came out.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
@@ -30,7 +31,7 @@ from memsyn.kernels.operations import Function, name_of, operation_of
 from memsyn.kernels.rules import Axis
 
 
-class Tracer(TorchFunctionMode):
+class Tracer(TorchFunctionMode, ABC):
     """Sees every operation; `meet` handles those that take a value."""
 
     decompositions: Mapping[Function, Callable[..., Any]] = DECOMPOSITIONS
@@ -60,9 +61,9 @@ class Tracer(TorchFunctionMode):
                 return True
         return False
 
+    @abstractmethod
     def meet(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """An operation that takes a value."""
-        raise NotImplementedError
 
     def pass_by(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Any other operation."""
@@ -124,6 +125,7 @@ class ShapeTracer(Tracer):
             return output
         if function in (F.embedding, F.embedding_bag) and arguments(function, args, kwargs).get("max_norm") is not None:
             self.written.update(*(value.names for value in met.values()))
+        # A value that is written to in place is no longer what its path says, whatever its shape.
         spoilt = changed and id(args[0]) in self.values
         in_order = not any(id(tensor) in self._selected for tensor in (*tensors.values(), *tensors_of(result)))
         out = result.shape if isinstance(result, Tensor) and not spoilt else None

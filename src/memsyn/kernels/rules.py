@@ -29,16 +29,25 @@ class UnseenError(NoRuleError):
 
 
 class Axis(NamedTuple):
-    """Where a tensor keeps its samples."""
+    """The batch axis of a tensor.
+
+    Three samples a, b, c with two windows each, folded into a dimension of six:
+
+        a1 a2 b1 b2 c1 c2    Axis(0, folded=True): the samples are the major part
+        a1 b1 c1 a2 b2 c2    Axis(0, folded=True, minor=True): neighbours belong to different samples
+    """
 
     dim: int
     folded: bool = False
-    """Whether the dimension was seen to be longer than there are samples: else it may not be."""
+    """Whether the dimension was seen to be longer than there are samples; if not, it must not be later."""
     minor: bool = False
     """If it is longer: whether neighbours in it belong to different samples."""
 
     def first(self, tensor: Tensor, num_samples: int) -> Tensor:
-        """The tensor as (B, ...); a dimension that held more than samples keeps the rest in its old place."""
+        """The tensor as (B, ...); a folded dimension keeps the rest in its old place.
+
+        For B = 3: Axis(1) of (5, 3, 8) gives (3, 5, 8), Axis(0, folded) of (6, 8) gives (3, 2, 8).
+        """
         if self._size(tensor, num_samples) == num_samples:
             return tensor.movedim(self.dim, 0) if self.dim else tensor
         sizes = (-1, num_samples) if self.minor else (num_samples, -1)
@@ -63,7 +72,7 @@ class Axis(NamedTuple):
 
 
 class Use(NamedTuple):
-    """One call of an operation: what a parameter met, and the objective's gradient with respect to what came out."""
+    """One call of an operation with the parameter: its operand, and the objective's gradient for its output."""
 
     options: Mapping[str, Any]
     """The call's other arguments by name, as far as they were given."""
@@ -129,7 +138,10 @@ def _grads(uses: Sequence[Use], num_samples: int) -> list[Tensor]:
 
 
 def per_sample(terms: Sequence[tuple[Tensor, Axis]], shape: torch.Size, num_samples: int, *, channels: bool) -> Tensor:
-    """g_k = sum_t term_kt, (B, *shape): the terms of every use summed to the parameter's place in them.
+    """g_k = sum_t term_kt, (B, *shape): the terms of every use, summed over all that the parameter was broadcast to.
+
+    For B = 4, a bias (8,) of a Linear over (4, 10, 8) sums the 10 tokens; one of a Conv2d over (4, 8, 5, 5), with
+    `channels`, the 25 pixels; a position table (10, 8) added to (4, 10, 8) sums nothing.
 
     Args:
         terms: per use a tensor of its output's shape, and where the samples are in it.
@@ -143,11 +155,13 @@ def per_sample(terms: Sequence[tuple[Tensor, Axis]], shape: torch.Size, num_samp
         first = axis.first(term, num_samples)
         if len(terms) == 1 and first.shape == (num_samples, *shape):
             return first
-        if first.ndim == term.ndim:  # the samples had a dimension of their own: leave one in its place
+        # An unfolded batch axis is now in front, so what was to its left has moved: put a 1 where it was.
+        if first.ndim == term.ndim:
             first = first.unsqueeze(axis.dim + 1)
         extra = first.ndim - 1 - len(aligned)
         if extra < 0:
             raise NoRuleError
+        # The parameter's shape as it lines up with the rest: 1 where it was broadcast, and there tokens are summed.
         kept = (*[1] * extra, *aligned)
         if any(k not in (1, size) for k, size in zip(kept, first.shape[1:], strict=True)):
             raise NoRuleError

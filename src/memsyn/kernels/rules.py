@@ -25,7 +25,7 @@ class NoRuleError(Exception):
 
 
 class UnseenError(NoRuleError):
-    """The guard has not seen such a call: it must look at it first."""
+    """The route check has not seen such a call: it must look at it first."""
 
 
 class Axis(NamedTuple):

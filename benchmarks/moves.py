@@ -39,16 +39,20 @@ class Moves:
         self._stack: list[tuple[str, str]] = []
         self._known: dict[str, tuple[str, str] | None] = {}
 
-    def _note(self, frame: FrameType, event: str, argument: Any) -> None:
+    def _profile(self, frame: FrameType, event: str, argument: Any) -> None:
         if event not in ("call", "return"):
             return
         name = frame.f_code.co_filename
         if name not in self._known:
             self._known[name] = place_of(name)
         place = self._known[name]
-        if place is None:
-            return
+        if place is not None:
+            self.note(event, place)
+
+    def note(self, event: str, place: tuple[str, str] | None) -> None:
+        """A call of a function at a place, or the return from the last one that was called."""
         if event == "call":
+            assert place is not None
             if self._stack:
                 self._count(self._stack[-1], place)
             self._stack.append(place)
@@ -64,7 +68,7 @@ class Moves:
                 counter[a, b] += 1
 
     def __enter__(self) -> "Moves":
-        sys.setprofile(self._note)
+        sys.setprofile(self._profile)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from memsyn.engine.decompositions import DECOMPOSITIONS, PLAIN_DECOMPOSITIONS
 from torch import Tensor, nn
+
+from memsyn.engine.decompositions import DECOMPOSITIONS, PLAIN_DECOMPOSITIONS
 
 T, S, B, E, H = 5, 6, 3, 8, 2
 attention = DECOMPOSITIONS[F.multi_head_attention_forward]
@@ -116,7 +117,7 @@ def test_recurrent_networks_are_torchs_up_to_rounding(kind: type[nn.RNNBase], de
     start = torch.zeros(4, B, 6, dtype=torch.float64)
     state = (start, start) if kind is nn.LSTM else start
     function = {nn.LSTM: torch.lstm, nn.GRU: torch.gru, nn.RNN: torch.rnn_tanh}[kind]
-    weights = [parameter for parameter in network.parameters()]
+    weights = list(network.parameters())
     found = decompositions[function](x, state, weights, True, 2, 0.0, False, True, False)
     expected = function(x, state, weights, True, 2, 0.0, False, True, False)
     for one, other in zip(found, expected, strict=True):

@@ -3,13 +3,14 @@
 import ast
 from pathlib import Path
 
-import memsyn
 import pytest
 import torch
-from memsyn import torch_private
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, rnn
 from torch.overrides import TorchFunctionMode
+
+import memsyn
+from memsyn import torch_private
 
 PACKAGE = Path(memsyn.__file__).parent
 
@@ -149,8 +150,9 @@ def test_a_dispatch_mode_sees_random_numbers() -> None:
 
 def test_a_backward_pass_on_edges_stays_inside_the_function_mode() -> None:
     """Public, but only as of torch's behaviour: what a checkpoint runs again must be seen."""
-    from memsyn.engine.passes import run_backward
     from torch.utils.checkpoint import checkpoint
+
+    from memsyn.engine.passes import run_backward
 
     weight = torch.ones(3, requires_grad=True)
     with Seen() as seen:

@@ -1,6 +1,7 @@
-"""What the files in tests/golden hold. Each was written once by the version in its name, and must load for ever.
+"""The values in the files of tests/golden. Each was written once, by the version in its name, and must load for ever.
 
-`python -m tests.golden VERSION` writes those of a version that is about to be released.
+`python -m tests.golden VERSION` writes the files of a version or format that is about to be released; then `LATEST` is
+its name. `0.1.0-first-*` and `0.1.0-*` are of format 1, where an importance file calls its sums `importance/`.
 """
 
 import sys
@@ -11,6 +12,8 @@ import torch
 from memsyn import Consolidation, Importance, Memory
 
 FOLDER = Path(__file__).parent / "golden"
+LATEST = "0.1.0-format2"
+"""The files that this version writes byte for byte."""
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)
 BIAS = torch.tensor([0.5, 0.25], dtype=torch.bfloat16)

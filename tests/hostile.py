@@ -21,7 +21,8 @@ def nested(depth: int) -> Any:
 VALUES: list[Any] = [
     None, True, False, -1, 0, 1, 7, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**40, 0.5, -0.0, 1e308, float("nan"),
     float("inf"), "", "x", "../../../etc/passwd", "anchor/../w", "/", "\x00", "\x1b[2J", "\ud800", "é" * 9, "F32",
-    "F64", "BF16", "BOOL", "I64", "C64", "memory", "importance", "importance/layer.weight", "sha256:" + "0" * 64, [],
+    "F64", "BF16", "BOOL", "I64", "C64", "memory", "importance", "importance/layer.weight",
+    "sum", "sum/layer.weight", "sha256:" + "0" * 64, [],
     {}, [[]], [0, 0], [0, 8], [8, 4], [-8, 0], [2**62, 2**62, 0], [1] * 65, ["layer.weight"], {"w": "w"}, nested(300),
 ]  # fmt: skip
 NUMBERS = [float("nan"), float("inf"), -float("inf"), -1.0, -1e-45, -0.0, 1e-45, 3e38, 1e30]

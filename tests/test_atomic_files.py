@@ -227,7 +227,7 @@ def test_a_folder_that_cannot_be_synced(number: int, path: Path, monkeypatch: py
     if number == 22:  # the file system does not do it
         save(path, 2)
     else:
-        with pytest.raises(memsyn.MemoryFileError, match=r"is written and whole, but its folder could not be synced"):
+        with pytest.raises(memsyn.MemoryFileError, match=r"is written completely, but its folder could not be synced"):
             save(path, 2)
     assert (load(path), names(path)) == (2, ["it"])
 
@@ -311,7 +311,7 @@ def test_writers_at_once(path: Path) -> None:
 
 
 def test_a_living_writer_keeps_its_temporary_file(path: Path) -> None:
-    with atomic_files.replaced(path) as file:
+    with atomic_files.replace_file(path) as file:
         file.write(b"the slower one")
         save(path, 2)
         assert load(path) == 2

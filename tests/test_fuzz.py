@@ -13,7 +13,8 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from memsyn import Importance, Memory, MemoryFileError, storage
+from memsyn import Importance, Memory, MemoryFileError
+from memsyn.storage.reading_and_writing import write
 from tests import golden, hostile
 from tests.sealing import put_together, sealed, taken_apart
 
@@ -41,11 +42,12 @@ def path(tmp_path: Path) -> Path:
 def whole_files(path: Path) -> list[bytes]:
     found = []
     for kind, header, groups in hostile.sources():
-        storage.write(path, kind, header, groups)
+        write(path, kind, header, groups)
         found.append(path.read_bytes())
     for value in (golden.importance(), golden.memory()):
         value.save(path)
         found.append(path.read_bytes())
+    found += [(golden.FOLDER / f"0.1.0-{kind}.safetensors").read_bytes() for kind in ("importance", "memory")]
     return found
 
 
@@ -107,10 +109,16 @@ def test_damaged_and_forged_files(path: Path, soak: bool, monkeypatch: pytest.Mo
     assert {entry.name for entry in path.parent.iterdir()} <= {"it", "again"}
 
 
-def forge(path: Path, tensors: dict[str, object], data: bytes = bytes(8), **changes: object) -> None:
-    names = [name.removeprefix("importance/") for name in tensors]
+GROUPS = {1: "importance", 2: "sum"}
+"""Format -> the group of an importance file's sums."""
+
+
+def forge(path: Path, tensors: dict[str, object], data: bytes = bytes(8), written: int = 2, **changes: object) -> None:
+    """An importance file with the right checksum; the tensors' names begin with `sum/`, which format 1 has not."""
+    tensors = {name.replace("sum/", f"{GROUPS[written]}/"): place for name, place in tensors.items()}
+    names = [name.removeprefix(f"{GROUPS[written]}/") for name in tensors]
     entry = {
-        "checksum": "", "format": 1, "groups": {"importance": names}, "kind": "importance", "magnitude": "abs",
+        "checksum": "", "format": written, "groups": {GROUPS[written]: names}, "kind": "importance", "magnitude": "abs",
         "memsyn": "0.1.0", "num_samples": 3, "objective": "o", "routes": {}, **changes,
     }  # fmt: skip
     path.write_bytes(put_together(entry, tensors, data))
@@ -121,38 +129,39 @@ def tensor(*offsets: object, dtype: object = "F32", shape: object = (1,)) -> dic
 
 
 FORGED = {
-    "overlap": ({"importance/a": tensor(0, 4), "importance/b": tensor(0, 4)}, "should take 4 bytes from 4 on"),
+    "overlap": ({"sum/a": tensor(0, 4), "sum/b": tensor(0, 4)}, "should take 4 bytes from 4 on"),
     "inside": (
-        {"importance/a": tensor(0, 8, shape=[2]), "importance/b": tensor(4, 8)},
+        {"sum/a": tensor(0, 8, shape=[2]), "sum/b": tensor(4, 8)},
         "should take 4 bytes from 8 on",
     ),
-    "gap": ({"importance/a": tensor(4, 8)}, "should take 4 bytes from 0 on; its offsets are 4 and 8"),
-    "before the start": ({"importance/a": tensor(-4, 8, shape=[3])}, "should take 12 bytes from 0 on"),
-    "backwards": ({"importance/a": tensor(8, 0, shape=[2])}, "should take 8 bytes from 0 on"),
-    "too short": ({"importance/a": tensor(0, 8)}, "should take 4 bytes from 0 on"),
-    "too long": ({"importance/a": tensor(0, 2**40, shape=[2**38])}, r"is truncated.*expected 109951162\d+ bytes"),
-    "overflow": ({"importance/a": tensor(0, 8, shape=[2**62, 4])}, "should take 73786976294838206464 bytes"),
-    "floats": ({"importance/a": tensor(0, 8.0, shape=[2])}, "should take 8 bytes"),
-    "negative": ({"importance/a": tensor(0, 8, shape=[-1, -2])}, r"is of dtype 'F32' and shape \[-1, -2\]"),
-    "true": ({"importance/a": tensor(0, 8, shape=[True, 2])}, r"shape \[True, 2\]"),
-    "dimensions": ({"importance/a": tensor(0, 8, shape=[2] + [1] * 64)}, "shape"),
-    "unknown dtype": ({"importance/a": tensor(0, 8, dtype="F7")}, "is of dtype 'F7'"),
-    "integers": ({"importance/a": tensor(0, 8, dtype="I64")}, "is torch.int64; expected a floating point type"),
+    "gap": ({"sum/a": tensor(4, 8)}, "should take 4 bytes from 0 on; its offsets are 4 and 8"),
+    "before the start": ({"sum/a": tensor(-4, 8, shape=[3])}, "should take 12 bytes from 0 on"),
+    "backwards": ({"sum/a": tensor(8, 0, shape=[2])}, "should take 8 bytes from 0 on"),
+    "too short": ({"sum/a": tensor(0, 8)}, "should take 4 bytes from 0 on"),
+    "too long": ({"sum/a": tensor(0, 2**40, shape=[2**38])}, r"is truncated.*expected 109951162\d+ bytes"),
+    "overflow": ({"sum/a": tensor(0, 8, shape=[2**62, 4])}, "should take 73786976294838206464 bytes"),
+    "floats": ({"sum/a": tensor(0, 8.0, shape=[2])}, "should take 8 bytes"),
+    "negative": ({"sum/a": tensor(0, 8, shape=[-1, -2])}, r"has dtype 'F32' and shape \[-1, -2\]"),
+    "true": ({"sum/a": tensor(0, 8, shape=[True, 2])}, r"shape \[True, 2\]"),
+    "dimensions": ({"sum/a": tensor(0, 8, shape=[2] + [1] * 64)}, "shape"),
+    "unknown dtype": ({"sum/a": tensor(0, 8, dtype="F7")}, "has dtype 'F7'"),
+    "integers": ({"sum/a": tensor(0, 8, dtype="I64")}, "is torch.int64; expected a floating point type"),
     "no integers": (
-        {"importance/a": tensor(0, 8, shape=[2]), "importance/b": tensor(8, 8, shape=[0, 3], dtype="I64")},
+        {"sum/a": tensor(0, 8, shape=[2]), "sum/b": tensor(8, 8, shape=[0, 3], dtype="I64")},
         "is torch.int64; expected a floating point type",
     ),
-    "no object": ({"importance/a": 3}, "could not be read: TypeError"),
-    "no dtype": ({"importance/a": {"shape": [2], "data_offsets": [0, 8]}}, "could not be read: KeyError"),
+    "no object": ({"sum/a": 3}, "could not be read: TypeError"),
+    "no dtype": ({"sum/a": {"shape": [2], "data_offsets": [0, 8]}}, "could not be read: KeyError"),
     "other names": ({"elsewhere/a": tensor(0, 8, shape=[2])}, "are not those that its metadata names"),
-    "surrogate": ({"importance/\ud800": tensor(0, 8, shape=[2])}, "has no memsyn metadata"),
+    "surrogate": ({"sum/\ud800": tensor(0, 8, shape=[2])}, "has no memsyn metadata"),
 }
 
 
+@pytest.mark.parametrize("written", GROUPS)
 @pytest.mark.parametrize("case", FORGED)
-def test_forged_headers(case: str, path: Path) -> None:
+def test_forged_headers(case: str, written: int, path: Path) -> None:
     tensors, message = FORGED[case]
-    forge(path, tensors)
+    forge(path, tensors, written=written)
     with no_more_memory_than(2**27), pytest.raises(MemoryFileError, match=message):
         Importance.load(path)
 
@@ -160,11 +169,14 @@ def test_forged_headers(case: str, path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"groups": {"importance": ["a", "a"]}}, "are not those that its metadata names"),
+        ({"groups": {"sum": ["a", "a"]}}, "are not those that its metadata names"),
         ({"groups": {}}, "are not those that its metadata names"),
-        ({"groups": {"importance": "a"}}, "are not those that its metadata names"),
-        ({"format": True}, "names no format"),
-        ({"format": 0}, "names no format"),
+        ({"groups": {"sum": "a"}}, "are not those that its metadata names"),
+        ({"groups": {"importance": ["a"]}}, "are not those that its metadata names"),
+        ({"format": 1}, "is not as memsyn writes it: KeyError: 'importance'"),
+        ({"format": True}, "has no format number"),
+        ({"format": 0}, "has no format number"),
+        ({"format": 3}, "has format 3"),
         ({"kind": ["importance"]}, r"is of kind \['importance'\]; expected 'importance'"),
         ({"num_samples": 0}, "is not as memsyn writes it: OptionError"),
         ({"routes": []}, "is not as memsyn writes it: AttributeError"),
@@ -173,7 +185,7 @@ def test_forged_headers(case: str, path: Path) -> None:
     ],
 )
 def test_forged_metadata(change: dict[str, object], message: str, path: Path) -> None:
-    forge(path, {"importance/a": tensor(0, 8, shape=[2])})
+    forge(path, {"sum/a": tensor(0, 8, shape=[2])})
     assert Importance.load(path).num_samples == 3
     entry, header, data = taken_apart(path.read_bytes())
     text = json.dumps({"__metadata__": {"memsyn": json.dumps({**entry, **change})}, **header})
@@ -197,7 +209,7 @@ def test_what_is_said_twice_is_refused(path: Path) -> None:
     text = json.dumps({"__metadata__": {"memsyn": json.dumps(entry)}, **header})
     for once, twice in (
         (r"\"num_samples\": 4", r"\"num_samples\": 4, \"num_samples\": 5"),
-        ('"importance/layer.bias"', '"importance/layer.bias": 1, "importance/layer.bias"'),
+        ('"sum/layer.bias"', '"sum/layer.bias": 1, "sum/layer.bias"'),
     ):
         assert text.count(once) == 1
         path.write_bytes(sealed(text.replace(once, twice).encode(), data))
@@ -241,9 +253,9 @@ def test_a_huge_header(length: int, path: Path) -> None:
 def test_a_million_tensors(path: Path, soak: bool) -> None:
     num_tensors = 1_000_000 if soak else 20_000
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    forge(path, {f"importance/{number}": entry for number in range(num_tensors)}, b"")
+    forge(path, {f"sum/{number}": entry for number in range(num_tensors)}, b"")
     with no_more_memory_than(64 * path.stat().st_size + 2**27):
         assert len(Importance.load(path).sums) == num_tensors
-    forge(path, {f"importance/{number}": entry for number in range(num_tensors)}, b"", groups={"importance": []})
+    forge(path, {f"sum/{number}": entry for number in range(num_tensors)}, b"", groups={"sum": []})
     with pytest.raises(MemoryFileError, match="are not those that its metadata names"):
         Importance.load(path)

@@ -5,7 +5,6 @@ import json
 import os
 import struct
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -38,15 +37,15 @@ def rewrite(path: Path, tensors: dict[str, torch.Tensor] | None = None, **change
 
 def test_any_safetensors_reader_reads_it(path: Path) -> None:
     tensors = load_file(path)
-    assert set(tensors) == {"importance/a.w", "importance/a.b"}
-    assert torch.equal(tensors["importance/a.w"], IMPORTANCE.sums["a.w"])
+    assert set(tensors) == {"sum/a.w", "sum/a.b"}
+    assert torch.equal(tensors["sum/a.w"], IMPORTANCE.sums["a.w"])
 
 
 def test_the_same_content_gives_the_same_bytes(path: Path, tmp_path: Path) -> None:
     IMPORTANCE.save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
     header = path.read_bytes()[8 : 8 + struct.unpack("<Q", path.read_bytes()[:8])[0]]
-    assert json.loads(json.loads(header)["__metadata__"]["memsyn"])["format"] == 1
+    assert json.loads(json.loads(header)["__metadata__"]["memsyn"])["format"] == 2
 
 
 def test_no_flipped_bit_loads(path: Path) -> None:
@@ -81,7 +80,7 @@ def test_messages(path: Path, tmp_path: Path) -> None:
     ):
         memsyn.Importance.load(path)
     path.write_bytes(whole[:-1] + b"\x01")
-    with pytest.raises(memsyn.MemoryFileError, match=r"is damaged: its checksum is not that of its content"):
+    with pytest.raises(memsyn.MemoryFileError, match=r"is damaged: its checksum does not match its content"):
         memsyn.Importance.load(path)
     path.write_bytes(b"PK\x03\x04" * 40)
     with pytest.raises(memsyn.MemoryFileError, match=r"truncated, or was not written by memsyn"):
@@ -90,19 +89,19 @@ def test_messages(path: Path, tmp_path: Path) -> None:
     with pytest.raises(memsyn.MemoryFileError, match=r"was not written by memsyn: it has no memsyn metadata"):
         memsyn.Importance.load(path)
     save_file({"w": torch.ones(2)}, path, {"memsyn": "[1]"})
-    with pytest.raises(memsyn.MemoryFileError, match=r"its memsyn metadata is no object"):
+    with pytest.raises(memsyn.MemoryFileError, match=r"its memsyn metadata is not a JSON object"):
         memsyn.Importance.load(path)
     save_file({"w": torch.ones(2)}, path, {"memsyn": "{}"})
-    with pytest.raises(memsyn.MemoryFileError, match=r"its metadata names no format"):
+    with pytest.raises(memsyn.MemoryFileError, match=r"its metadata has no format number"):
         memsyn.Importance.load(path)
     with pytest.raises(memsyn.MemoryFileError, match=r"Is a directory"):
         memsyn.Importance.load(tmp_path)
 
 
 def test_a_newer_format_says_to_upgrade(path: Path) -> None:
-    rewrite(path, format=2, memsyn="9.9")
+    rewrite(path, format=3, memsyn="9.9")
     with pytest.raises(
-        memsyn.MemoryFileError, match=r"format 2, written by memsyn 9.9; .* up to format 1. Upgrade memsyn"
+        memsyn.MemoryFileError, match=r"format 3, written by memsyn 9.9; .* up to format 2. Upgrade memsyn"
     ):
         memsyn.Importance.load(path)
 
@@ -117,8 +116,43 @@ def test_an_importance_is_no_memory(path: Path) -> None:
     [(float("nan"), "NaN or infinite"), (float("inf"), "NaN or infinite"), (-1.0, "holds negative values")],
 )
 def test_values_are_checked(path: Path, value: float, message: str) -> None:
-    rewrite(path, {"importance/a.w": torch.tensor([0.5, value]), "importance/a.b": torch.ones(2)})
-    with pytest.raises(memsyn.MemoryFileError, match=f"importance/a.w .*{message}"):
+    rewrite(path, {"sum/a.w": torch.tensor([0.5, value]), "sum/a.b": torch.ones(2)})
+    with pytest.raises(memsyn.MemoryFileError, match=f"sum/a.w .*{message}"):
+        memsyn.Importance.load(path)
+
+
+def test_a_sum_and_a_mean_have_different_names(tmp_path: Path) -> None:
+    """Format 1 called both `importance/`: a file of it loads, and is written again in format 2."""
+    old = golden.FOLDER / "0.1.0-importance.safetensors"
+    assert {key.partition("/")[0] for key in load_file(old)} == {"importance"}
+    memsyn.Importance.load(old).save(tmp_path / "it")
+    assert {key.partition("/")[0] for key in load_file(tmp_path / "it")} == {"sum"}
+    golden.memory().save(tmp_path / "it")
+    assert {key.partition("/")[0] for key in load_file(tmp_path / "it")} == {"importance", "anchor"}
+
+
+@pytest.mark.parametrize("written", [1, 2])
+def test_other_groups_of_an_importance_file_keep_their_names(written: int, tmp_path: Path) -> None:
+    """Stores of an observer and checkpoints hold some: they go on from files of both formats."""
+    path, tensors = tmp_path / "it", {"w": torch.ones(2)}
+    groups = {"importance": tensors, "remainder": {"w": -torch.ones(2)}, "3": tensors}
+    reading_and_writing.write(path, "importance", {}, groups)
+    if written == 1:
+        whole, blank = taken_apart(path.read_bytes()), {"importance": ["w"], "remainder": ["w"], "3": ["w"]}
+        header = {key.replace("sum/", "importance/"): place for key, place in whole[1].items()}
+        path.write_bytes(put_together({**whole[0], "format": 1, "groups": blank}, header, whole[2]))
+    found = reading_and_writing.read(path, "importance")[1]
+    assert set(found) == {"importance", "remainder", "3"}
+    assert_same(found["remainder"], groups["remainder"])
+
+
+def test_a_mean_in_an_importance_file_of_format_2_is_refused(path: Path) -> None:
+    tensors = {"importance/a.w": torch.ones(2), "importance/a.b": torch.ones(2)}
+    rewrite(path, tensors, groups={"importance": ["a.w", "a.b"]})
+    with pytest.raises(memsyn.MemoryFileError, match=r"of format 2 holds a group importance; expected sum"):
+        memsyn.Importance.load(path)
+    rewrite(path, tensors | {"sum/a.w": torch.ones(2)}, groups={"importance": ["a.w", "a.b"], "sum": ["a.w"]})
+    with pytest.raises(memsyn.MemoryFileError, match=r"of format 2 holds a group importance; expected sum"):
         memsyn.Importance.load(path)
 
 
@@ -136,7 +170,7 @@ def test_odd_metadata_is_refused(path: Path) -> None:
 
 def test_what_could_not_be_loaded_is_not_saved(path: Path) -> None:
     before = path.read_bytes()
-    with pytest.raises(memsyn.MemoryFileError, match=r"importance/w holds NaN"):
+    with pytest.raises(memsyn.MemoryFileError, match=r"sum/w holds NaN"):
         memsyn.Importance({"w": torch.tensor([float("nan")])}, 1).save(path)
     assert path.read_bytes() == before
 
@@ -160,7 +194,7 @@ def test_a_file_cut_off_while_it_is_read_does_not_load(path: Path, monkeypatch: 
 
     real = reading_and_writing._read_tensor
     monkeypatch.setattr(reading_and_writing, "_read_tensor", cut)
-    rewrite(path, {"importance/a.w": torch.ones(2**17), "importance/a.b": torch.ones(2)})  # more than is read ahead
+    rewrite(path, {"sum/a.w": torch.ones(2**17), "sum/a.b": torch.ones(2)})  # more than is read ahead
     with pytest.raises(memsyn.MemoryFileError, match=r"became shorter while it was read. Read it again"):
         memsyn.Importance.load(path)
 
@@ -250,7 +284,7 @@ def test_what_every_version_wrote_loads(file: Path) -> None:
 @pytest.mark.parametrize("kind", ["importance", "memory"])
 def test_the_bytes_of_this_version_are_the_golden_ones(kind: str, tmp_path: Path) -> None:
     getattr(golden, kind)().save(tmp_path / "it")
-    assert (tmp_path / "it").read_bytes() == (golden.FOLDER / f"{version('memsyn')}-{kind}.safetensors").read_bytes()
+    assert (tmp_path / "it").read_bytes() == (golden.FOLDER / f"{golden.LATEST}-{kind}.safetensors").read_bytes()
 
 
 def test_the_format_is_what_it_is_said_to_be(tmp_path: Path) -> None:
@@ -339,9 +373,9 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     "tensor", [torch.ones(2, dtype=torch.complex64), torch.ones(2).to_sparse()], ids=["complex", "sparse"]
 )
 def test_a_tensor_that_no_file_can_hold(tensor: torch.Tensor, path: Path) -> None:
-    with pytest.raises(memsyn.MemoryFileError, match=r"cannot hold importance/w, which is torch.*dense tensors of"):
+    with pytest.raises(memsyn.MemoryFileError, match=r"cannot hold sum/w, which is torch.*dense tensors of"):
         memsyn.Importance({"w": tensor}, 1).save(path)
-    with pytest.raises(memsyn.MemoryFileError, match=r"importance/w is torch.int64; expected a floating point type"):
+    with pytest.raises(memsyn.MemoryFileError, match=r"sum/w is torch.int64; expected a floating point type"):
         memsyn.Importance({"w": torch.ones(2, dtype=torch.int64)}, 1).save(path)
     with pytest.raises(memsyn.MemoryFileError, match=r"could not be written: .*surrogates"):
         memsyn.Importance({"\ud800": torch.ones(2)}, 1).save(path)
@@ -350,7 +384,7 @@ def test_a_tensor_that_no_file_can_hold(tensor: torch.Tensor, path: Path) -> Non
 
 def test_a_header_that_nobody_could_read_is_not_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(safetensors_header, "MAX_HEADER", 400)
-    with pytest.raises(memsyn.MemoryFileError, match=r"would need a header of \d+ bytes, and 400 are the most"):
+    with pytest.raises(memsyn.MemoryFileError, match=r"would need a header of \d+ bytes; at most 400 are allowed"):
         IMPORTANCE.save(path)
 
 

@@ -29,7 +29,7 @@ def test_what_is_uploaded_is_what_a_file_would_be(kind: str, tmp_path: Path, mon
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     value = getattr(golden, kind)()
     value.save(URL)
-    assert content() == (golden.FOLDER / f"0.1.0-{kind}.safetensors").read_bytes()
+    assert content() == (golden.FOLDER / f"{golden.LATEST}-{kind}.safetensors").read_bytes()
     assert list(MemoryFileSystem.store) == ["/bucket/folder/it.safetensors"]
     assert list(tmp_path.iterdir()) == []
     loaded = type(value).load(URL)
@@ -72,7 +72,7 @@ def test_an_upload_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: py
         (golden.importance() + golden.importance()).save(URL)
     assert content() == before
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(memsyn.MemoryFileError, match=r"importance/w holds NaN"):
+    with pytest.raises(memsyn.MemoryFileError, match=r"sum/w holds NaN"):
         memsyn.Importance({"w": torch.tensor([float("nan")])}, 1).save(URL)
     assert content() == before
 
@@ -82,8 +82,10 @@ def test_an_upload_that_does_not_arrive_is_noticed(monkeypatch: pytest.MonkeyPat
         self.pipe_file(rpath, Path(lpath).read_bytes()[:-3])
 
     monkeypatch.setattr(MemoryFileSystem, "put_file", loses_the_end)
-    size = len((golden.FOLDER / "0.1.0-importance.safetensors").read_bytes())
-    with pytest.raises(memsyn.MemoryFileError, match=rf"could not be written: of {size} bytes, {size - 3} arrived"):
+    size = len((golden.FOLDER / f"{golden.LATEST}-importance.safetensors").read_bytes())
+    with pytest.raises(
+        memsyn.MemoryFileError, match=rf"could not be written: {size} bytes were sent, {size - 3} arrived"
+    ):
         golden.importance().save(URL)
 
 
@@ -104,7 +106,9 @@ def test_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(memsyn.MemoryFileError, match=r"no://such could not be written: .*Protocol not known: no"):
         golden.memory().save("no://such")
     monkeypatch.setattr(MemoryFileSystem, "size", lambda *args: None)
-    with pytest.raises(memsyn.MemoryFileError, match=r"could not be read: .*its size is unknown; download it first"):
+    with pytest.raises(
+        memsyn.MemoryFileError, match=r"could not be read: .*the store does not say its size; download it first"
+    ):
         memsyn.Memory.load(URL)
 
 

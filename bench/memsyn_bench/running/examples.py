@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from memsyn.errors import MemsynError
-from memsyn.storage.atomic_files import replaced
+from memsyn.storage.atomic_files import replace_file
 from memsyn_bench.task import Task
 
 FILE = "examples.json"
@@ -55,7 +55,7 @@ def add_examples(path: Path, model: nn.Module, task: Task, method: str, *, last:
         found: Mapping[str, tuple[str, ...]] = example.last if last else example.first
         assert isinstance(found, dict)
         found[method] = texts
-    with replaced(path) as file:
+    with replace_file(path) as file:
         file.write(json.dumps([asdict(example) for example in examples], indent=1).encode())
 
 

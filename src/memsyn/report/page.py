@@ -14,7 +14,7 @@ from memsyn.errors import MemsynError
 from memsyn.report.names import json_in_html, needed, printable
 from memsyn.report.parts import Page
 from memsyn.report.pictures import write_pictures
-from memsyn.storage.atomic_files import replaced
+from memsyn.storage.atomic_files import replace_file
 
 START = b"<!DOCTYPE html>"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -42,7 +42,7 @@ def write_page(page: Page, path: Path) -> None:
     try:
         if path.is_file() and path.stat().st_size and not path.read_bytes().startswith(START):
             raise MemsynError(f"{path} is there already and is no HTML page: it stays. Name another file.")
-        with replaced(path) as file:
+        with replace_file(path) as file:
             file.write(text.encode())
     except OSError as error:
         raise MemsynError(f"{path} cannot be written: {error.strerror}. Name another file.") from error

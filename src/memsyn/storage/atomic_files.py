@@ -1,6 +1,14 @@
-"""Local files: read in one pass, replaced whole or not at all.
+"""Local files: read in one pass, replaced completely or not at all.
 
-Owns atomicity, durability, and what killed writers left behind. Must not know what is in a file.
+Owns atomic and durable writing, and removes the temporary files of killed writers. Must not know what is in a file.
+
+Temporary files are locked, so that a writer can tell a dead writer's file from a living one's. While two processes write
+`m.safetensors`, and after a third one was killed, the folder holds
+
+    m.safetensors                             the old file, complete
+    .m.safetensors.1f0c9a7be2d4365a.tmp       locked by the first writer: left alone
+    .m.safetensors.77ab01c2d9e8f034.tmp       locked by the second writer: left alone
+    .m.safetensors.c05e9d3b6a1f2487.tmp       not locked, its writer is dead: the next writer removes it
 """
 
 from __future__ import annotations
@@ -19,11 +27,11 @@ from memsyn.errors import MemoryFileError
 
 
 @contextmanager
-def opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, int]]:
-    """A file to be read from its start, and its size in bytes.
+def open_file(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a file for reading; gives the file and its size in bytes.
 
     Raises:
-        OSError: it cannot be opened, or is a folder, a device or a pipe.
+        OSError: the file cannot be opened, or is a folder, a device or a pipe.
     """
     _check_regular(Path(path))
     with open(path, "rb") as file:
@@ -31,31 +39,31 @@ def opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, int]]:
 
 
 @contextmanager
-def replaced(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to be written, which takes the place of `path`, whole, when the block ends; not if it raises.
+def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a temporary file for writing; it becomes `path` when the block ends without an error.
 
-    A temporary file beside it, fsync, rename, fsync of the folder. A crash leaves the old file or the new one; what a
-    killed writer left is removed by the next one. A link is followed, and an old file's mode kept.
+    The temporary file lies beside `path`: fsync, rename, fsync of the folder. A crash leaves the old file or the new
+    one. A symbolic link is followed, and the old file's mode is kept.
 
     Raises:
-        OSError: it cannot be written; an old file is as it was.
+        OSError: the file cannot be written; an old file is as it was.
         MemoryFileError: the new file is in its place, but may not survive a power cut.
     """
     path = Path(path)
     path = path.resolve() if path.is_symlink() else path
     _check_regular(path)
     if path.exists():
-        os.close(os.open(path, os.O_WRONLY))  # may it be written? A rename does not ask
+        os.close(os.open(path, os.O_WRONLY))  # rename does not check the permission to write the old file
     _remove_leftovers(path)
     file = _temporary(path)
     try:
         with file:
-            with suppress(OSError):  # there is no old file, or no modes on its file system
+            with suppress(OSError):  # no old file, or a file system without modes
                 os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)  # while the lock is held
+            os.replace(file.name, path)  # before the lock is released, else another writer may remove the file
     finally:
         with suppress(OSError):
             os.unlink(file.name)
@@ -72,20 +80,20 @@ def _temporary(path: Path) -> BinaryIO:
     """A new file beside `path`, locked for as long as it is open."""
     while True:
         file = open(path.with_name(f".{_stem(path)}.{secrets.token_hex(8)}.tmp"), "xb")  # noqa: SIM115
-        with suppress(OSError):  # where there are no locks, leftovers stay
+        with suppress(OSError):  # on a file system without locks nothing is removed either
             _lock(file.fileno(), wait=True)
         if os.path.exists(file.name):
             return file
-        file.close()  # between its creation and its lock, another writer took it for a leftover
+        file.close()  # another writer removed it between creation and lock: try another name
 
 
 def _stem(path: Path) -> str:
-    """Its name, shortened so that 22 more bytes fit."""
+    """The file's name, cut to 200 bytes: ".", ".", 16 digits and ".tmp" are added, and a name may have 255 bytes."""
     return path.name.encode(errors="surrogateescape")[:200].decode(errors="ignore")
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary files of writers that were killed: nobody holds a lock on theirs."""
+    """Remove the temporary files of killed writers: those that no process has locked."""
     pattern = re.compile(rf"\.{re.escape(_stem(path))}\.[0-9a-f]{{16}}\.tmp")
     for name in filter(pattern.fullmatch, os.listdir(path.parent)):
         with suppress(OSError):
@@ -111,8 +119,8 @@ def _sync_folder(path: Path) -> None:
         finally:
             os.close(handle)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot sync folders
+        if error.errno != errno.EINVAL:  # raised by file systems that cannot sync folders
             raise MemoryFileError(
-                f"{path} is written and whole, but its folder could not be synced ({error}): a power cut may bring the "
-                "old file back. Save again."
+                f"{path} is written completely, but its folder could not be synced ({error}): after a power cut the "
+                "old file may be back. Save again."
             ) from error

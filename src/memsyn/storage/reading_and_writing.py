@@ -1,12 +1,18 @@
-"""Reading and writing of memsyn files: one safetensors file each, nothing pickled.
+"""Reads and writes memsyn files: one safetensors file each, nothing pickled.
 
-Owns the format, its checksum and its version, and the checks on the way in. A file holds tensors named
-`<group>/<parameter>` and one metadata entry, `memsyn`, a JSON object: kind, format, version of memsyn, checksum, and
-what the caller gave. Must not know what the tensors mean.
+Owns the format, its checksum and version, and the checks of what is read. Must not know parameters or models. A file
+holds tensors named `<group>/<parameter>` and one metadata entry `memsyn`, a JSON object with the kind, the format, the
+version of memsyn, the checksum, and the caller's own entries:
 
-The rule of formats: a memsyn reads every format up to its own, and refuses a newer one. `FORMAT` is raised when what an
-older memsyn would read is not what was meant. Within a format, entries of the header and fields of its records may be
-added, never removed; a reader ignores those that it does not know, and those that were added have defaults.
+    importance file    sum/0.weight            the sum over samples of |gradient|, not divided
+    memory file        importance/0.weight     Omega, the mean over samples
+                       anchor/0.weight         theta*, the weights at the last consolidation
+
+Callers say `importance` for both; `_stored_name` translates. Format 1 wrote `importance/` for the sum too.
+
+The rule of formats: each memsyn reads every format up to its own and refuses a newer one. `FORMAT` is raised when an
+older memsyn would misread the file. Within a format, entries of the header and fields of its records may be added,
+never removed; a reader ignores entries it does not know, and added ones have defaults.
 """
 
 from __future__ import annotations
@@ -17,29 +23,32 @@ import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import MISSING, fields
 from importlib.metadata import version
-from types import ModuleType
 from typing import Any, BinaryIO, Final, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
 from memsyn.errors import MemoryFileError, MissingFileError
-from memsyn.storage import atomic_files
-from memsyn.storage.safetensors_header import MAX_HEADER, Place, arranged, header_bytes, laid_out, parse
+from memsyn.storage.atomic_files import open_file, replace_file
+from memsyn.storage.safetensors_header import MAX_HEADER, StoredTensor, arranged, header_bytes, laid_out, parse
 
-FORMAT: Final = 1
-"""What is written; see the rule above."""
+FORMAT: Final = 2
+"""The format that is written; see the rule above."""
 
 IMPORTANCE: Final = "importance"
 MEMORY: Final = "memory"
 
+_SUM: Final = "sum"
+_ANCHOR: Final = "anchor"
+
 _PREFIX: Final = "sha256:"
 _BLANK: Final = _PREFIX + "0" * 64
+"""What stands in the header while the checksum is computed."""
 _CHUNK: Final = 2**20
-"""How many weights are looked at together."""
+"""How many weights are checked, hashed and written at a time."""
 _BAD_INPUT: Final = (
     OSError,
     LookupError,
@@ -50,9 +59,10 @@ _BAD_INPUT: Final = (
     MemoryError,
     RuntimeError,
 )
-"""What Python and torch raise on a file that is not as it should be."""
+"""What Python and torch raise on a damaged or hostile file."""
 
 Groups = dict[str, dict[str, Tensor]]
+"""Group -> parameter name -> tensor."""
 Record = TypeVar("Record")
 
 
@@ -64,15 +74,21 @@ def write(
 ) -> None:
     """Write a file atomically, tensor by tensor.
 
-    A local one through a temporary file beside it, fsync, rename, fsync of the folder: a crash leaves the old file or
-    the new one, whole. One at a URL is written to a local temporary file, then uploaded: object stores (`s3://`,
-    `gs://`) show the old one until all of the new one has arrived; a server without that (`sftp://`, `ftp://`) may be
-    left with half a file, which does not load. The checksum is the SHA-256 of all bytes of the file with the
-    checksum's own digits set to zero. Memory needed: one tensor's, if it is not contiguous on the CPU.
+    A local file is written to a temporary file beside it, synced and renamed: a crash leaves the old file or the new
+    one, whole. A file at a URL is written to a local temporary file, then uploaded: object stores (`s3://`, `gs://`)
+    show the old file until the new one has arrived completely; a server without that (`sftp://`, `ftp://`) may be left
+    with half a file, which does not load. Memory needed: a copy of one tensor, if it is not contiguous on the CPU.
+
+    Args:
+        path: the file, or its URL.
+        kind: `IMPORTANCE`, `MEMORY`, or another.
+        header: the caller's entries of the metadata.
+        groups: the tensors. The group `importance` holds sums in a file of kind `IMPORTANCE`, means in others.
 
     Raises:
-        MemoryFileError: it cannot be written, or holds what could not be read again; an old file stays whole.
+        MemoryFileError: the file cannot be written, or holds tensors that no file may hold; an old file stays whole.
     """
+    groups = {_stored_name(kind, group): members for group, members in groups.items()}
     tensors = {f"{group}/{name}": tensor for group, members in groups.items() for name, tensor in members.items()}
     entry = {
         **header,
@@ -83,12 +99,16 @@ def write(
         "checksum": _BLANK,
     }
     try:
-        places = arranged(path, tensors)
-        head = header_bytes(path, json.dumps(entry, sort_keys=True, allow_nan=False), places)
-        with _where(path).replaced(path) as file:
+        stored = arranged(path, tensors)
+        head = header_bytes(path, json.dumps(entry, sort_keys=True, allow_nan=False), stored)
+        with _replace(path) as file:
+            # The checksum stands inside the bytes it covers. So the file is hashed with a blank in its place:
+            #   written and hashed   ..."checksum": "sha256:0000...0000"...tensors
+            #   then overwritten     ..."checksum": "sha256:9f3c...51aa"...
+            # A reader puts the blank back before it hashes.
             digest = hashlib.sha256(head)
             file.write(head)
-            for key, _, _ in places:
+            for key, _, _ in stored:
                 _check_dtype(path, key, tensors[key].dtype)
                 for piece in _pieces(tensors[key]):
                     _check_values(path, key, piece)
@@ -99,42 +119,42 @@ def write(
             file.write(f"{_PREFIX}{digest.hexdigest()}".encode())
     except MemoryFileError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:  # of the disk, of a name, of moving a tensor to the CPU
+    except (OSError, ValueError, RuntimeError) as error:  # the disk, a name, or moving a tensor to the CPU failed
         raise MemoryFileError(
             f"{path} could not be written: {error}. A file that was there before is whole."
         ) from error
 
 
 def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[str, Any], Groups]:
-    """Read and check a file, in one pass: version, kind, names, shapes, checksum, finite values.
+    """Read and check a file, in one pass: format, kind, names, shapes, checksum, finite values.
 
-    Memory needed: that of the tensors, and some 50 bytes for each of the header's, whatever is in the file.
+    Memory needed: the tensors' own, and about 50 bytes for each byte of the header, whatever is in the file.
 
     Args:
         path: the file, or its URL.
-        kind: what it must be, `IMPORTANCE` or `MEMORY`; None for either.
+        kind: the kind that is expected; None for any.
 
     Returns:
-        Its header, and its tensors by group and parameter name, on the CPU.
+        The header, and the tensors by group and parameter name, on the CPU. The groups are named as `write` takes them.
 
     Raises:
-        MemoryFileError: anything is not as it must be; says what.
+        MemoryFileError: the file is missing, damaged, of another kind or of a newer format; says which.
     """
     try:
-        with _where(path).opened(path) as (file, size):
-            head, header, places = _read_header(path, file, size)
+        with _open(path) as (file, size):
+            head, header, stored = _read_header(path, file, size)
             _check_header(path, header, kind)
             digest = hashlib.sha256(head.replace(header["checksum"].encode(), _BLANK.encode(), 1))
-            tensors = {place.key: _read_tensor(path, place, file, digest) for place in places}
+            tensors = {each.key: _read_tensor(path, each, file, digest) for each in stored}
         if header["checksum"] != f"{_PREFIX}{digest.hexdigest()}":
             raise MemoryFileError(
-                f"{path} is damaged: its checksum is not that of its content. Restore it from a copy."
+                f"{path} is damaged: its checksum does not match its content. Restore it from a copy."
             )
         for key, tensor in tensors.items():
             _check_dtype(path, key, tensor.dtype)
             for piece in _pieces(tensor):
                 _check_values(path, key, piece)
-        return header, _grouped(path, header["groups"], tensors)
+        return header, _grouped(path, header, tensors)
     except MemoryFileError:
         raise
     except FileNotFoundError:
@@ -145,7 +165,7 @@ def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[st
 
 @contextmanager
 def well_formed(path: str | os.PathLike[str]) -> Iterator[None]:
-    """While open, a header or tensors that are not as they should be are the file's fault."""
+    """In this block, what Python raises on unexpected headers or tensors becomes an error about the file."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
@@ -156,7 +176,7 @@ def record(kind: type[Record], values: Mapping[str, Any]) -> Record:
     """A dataclass from a header, by the rule of formats: unknown fields are ignored, missing ones get their defaults.
 
     Raises:
-        ValueError: a field without a default is missing, or one is of another type, not finite, or no count.
+        ValueError: a field without a default is missing, or a field has another type, is not finite, or is not a count.
     """
     hints, found = get_type_hints(kind), {}
     for field in fields(kind):  # type: ignore[arg-type]
@@ -173,27 +193,45 @@ def record(kind: type[Record], values: Mapping[str, Any]) -> Record:
 
 
 def checked_count(value: Any) -> int:
-    """A number of samples from a header: from 0 to 2^63 - 1.
+    """A number of samples from a header, from 0 to 2^63 - 1.
 
     Raises:
-        ValueError: it is anything else.
+        ValueError: the value is anything else.
     """
     if type(value) is not int or not 0 <= value < 2**63:
         raise ValueError(f"expected a count, got {value!r:.40}")
     return value
 
 
-def _where(path: str | os.PathLike[str]) -> ModuleType:
-    """The module that opens and replaces what is at a path or a URL."""
+def _stored_name(kind: object, group: str, written: int = FORMAT) -> str:
+    """The name in a file for a caller's group.
+
+    kind of file   caller's group   format 1      format 2
+    importance     importance       importance    sum
+    memory         importance       importance    importance
+    any            any other        unchanged     unchanged
+    """
+    return _SUM if written >= 2 and kind == IMPORTANCE and group == IMPORTANCE else group
+
+
+def _open(path: str | os.PathLike[str]) -> AbstractContextManager[tuple[BinaryIO, int]]:
     if "://" not in str(path):
-        return atomic_files
-    from memsyn.storage import urls  # needs fsspec, which plain paths do not
+        return open_file(path)
+    from memsyn.storage.urls import open_url  # needs fsspec, which plain paths do not
 
-    return urls
+    return open_url(str(path))
 
 
-def _read_header(path: object, file: BinaryIO, size: int) -> tuple[bytes, dict[str, Any], list[Place]]:
-    """The bytes before the tensors, the metadata in them, and the tensors they name, in the file's order."""
+def _replace(path: str | os.PathLike[str]) -> AbstractContextManager[BinaryIO]:
+    if "://" not in str(path):
+        return replace_file(path)
+    from memsyn.storage.urls import replace_url
+
+    return replace_url(str(path))
+
+
+def _read_header(path: object, file: BinaryIO, size: int) -> tuple[bytes, dict[str, Any], list[StoredTensor]]:
+    """The bytes before the tensors, the metadata in them, and the tensors they describe, in the file's order."""
     start = file.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     if not 2 <= length <= min(size - 8, MAX_HEADER):
@@ -207,20 +245,20 @@ def _read_header(path: object, file: BinaryIO, size: int) -> tuple[bytes, dict[s
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise MemoryFileError(f"{path} was not written by memsyn: it has no memsyn metadata.") from None
     if not isinstance(entry, dict):
-        raise MemoryFileError(f"{path} was not written by memsyn: its memsyn metadata is no object.")
-    places, end = laid_out(path, header)
+        raise MemoryFileError(f"{path} was not written by memsyn: its memsyn metadata is not a JSON object.")
+    stored, end = laid_out(path, header)
     if 8 + length + end != size:
         raise MemoryFileError(
             f"{path} is truncated, or longer than it was: expected {8 + length + end} bytes, got {size}. Restore it "
             "from a copy."
         )
-    return start + text, entry, places
+    return start + text, entry, stored
 
 
 def _check_header(path: object, header: Mapping[str, Any], kind: str | None) -> None:
     written = header.get("format")
     if type(written) is not int or written < 1:
-        raise MemoryFileError(f"{path} was not written by memsyn: its metadata names no format.")
+        raise MemoryFileError(f"{path} was not written by memsyn: its metadata has no format number.")
     if written > FORMAT:
         raise MemoryFileError(
             f"{path} has format {written}, written by memsyn {header.get('memsyn')!s:.40}; this memsyn "
@@ -230,9 +268,9 @@ def _check_header(path: object, header: Mapping[str, Any], kind: str | None) -> 
         raise MemoryFileError(f"{path} is of kind {header['kind']!r:.40}; expected {kind!r}.")
 
 
-def _read_tensor(path: object, place: Place, file: BinaryIO, digest: Any) -> Tensor:
-    """The next tensor of a file, whose bytes are added to `digest`."""
-    tensor = torch.empty(place.shape, dtype=place.dtype, device="cpu")
+def _read_tensor(path: object, stored: StoredTensor, file: BinaryIO, digest: Any) -> Tensor:
+    """The next tensor of a file; its bytes are added to `digest`."""
+    tensor = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
     for piece in _pieces(tensor):
         data = _bytes_of(piece)
         if file.readinto(data) != len(data):  # type: ignore[attr-defined]
@@ -241,18 +279,27 @@ def _read_tensor(path: object, place: Place, file: BinaryIO, digest: Any) -> Ten
     return tensor
 
 
-def _grouped(path: object, names: Mapping[str, list[str]], tensors: Mapping[str, Tensor]) -> Groups:
-    """The tensors of a file by group, in the order of `names`, all of them and no others."""
+def _grouped(path: object, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Groups:
+    """The tensors of a file by the caller's group names, in the order of the header, all of them and no others."""
+    names: Mapping[str, list[str]] = header["groups"]
     keys = [f"{group}/{name}" for group, members in names.items() for name in members]
     lists = all(isinstance(members, list) for members in names.values())
     if not lists or len(set(keys)) != len(keys) or set(keys) != set(tensors):
         raise MemoryFileError(f"{path}: its tensors are not those that its metadata names.")
-    return {group: {name: tensors[f"{group}/{name}"] for name in members} for group, members in names.items()}
+    sums = _stored_name(header.get("kind"), IMPORTANCE, header["format"])
+    if sums != IMPORTANCE and IMPORTANCE in names:
+        raise MemoryFileError(
+            f"{path}: an importance file of format {header['format']} holds a group {IMPORTANCE}; expected {sums}."
+        )
+    return {
+        IMPORTANCE if group == sums else group: {name: tensors[f"{group}/{name}"] for name in members}
+        for group, members in names.items()
+    }
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor's numbers in order, flat, on the CPU, some at a time; no copy is made of what is contiguous there."""
-    if type(tensor).__name__ == "DTensor":  # its class is slow to import
+    """A tensor's numbers in order, flat, on the CPU, `_CHUNK` at a time; no copy if it is contiguous on the CPU."""
+    if type(tensor).__name__ == "DTensor":  # the class itself is slow to import
         tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     for start in range(0, len(flat), _CHUNK):
@@ -264,7 +311,7 @@ def _bytes_of(piece: Tensor) -> memoryview:
 
 
 def _check_dtype(path: object, key: str, dtype: torch.dtype) -> None:
-    if not dtype.is_floating_point and key.startswith(("importance/", "anchor/")):
+    if not dtype.is_floating_point and key.startswith((f"{_SUM}/", f"{IMPORTANCE}/", f"{_ANCHOR}/")):
         raise MemoryFileError(f"{path}: {key} is {dtype}; expected a floating point type.")
 
 
@@ -274,5 +321,5 @@ def _check_values(path: object, key: str, piece: Tensor) -> None:
     low, high = (piece if piece.dtype.itemsize > 2 else piece.float()).aminmax()
     if not math.isfinite(low) or not math.isfinite(high):
         raise MemoryFileError(f"{path}: {key} holds NaN or infinite values; all must be finite.")
-    if key.startswith("importance/") and low < 0:
+    if key.startswith((f"{_SUM}/", f"{IMPORTANCE}/")) and low < 0:
         raise MemoryFileError(f"{path}: {key} holds negative values; importance is never negative.")

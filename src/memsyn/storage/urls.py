@@ -1,4 +1,4 @@
-"""Files at a URL, by fsspec (the extra `remote`): read in one pass, replaced by an upload.
+"""Files at a URL, through fsspec (the extra `remote`): read in one pass, replaced by an upload.
 
 Owns all use of fsspec, and turns whatever its file systems raise into OSError. Must not know what is in a file.
 """
@@ -12,38 +12,38 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
 from memsyn.errors import MemoryFileError
-from memsyn.storage import atomic_files
+from memsyn.storage.atomic_files import replace_file
 
 
 @contextmanager
-def opened(url: str) -> Iterator[tuple[BinaryIO, int]]:
-    """A remote file to be read from its start, block by block, and its size in bytes.
+def open_url(url: str) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a remote file for reading, block by block; gives the file and its size in bytes.
 
     Raises:
-        OSError: it cannot be opened or read.
+        OSError: the file cannot be opened or read.
         MemoryFileError: fsspec is missing.
     """
     with _only_os_errors():
         store, path = _find(url)
         size = store.size(path)
         if size is None:
-            raise OSError("its size is unknown; download it first")
+            raise OSError("the store does not say its size; download it first")
         with store.open(path, "rb") as file:
             yield file, size
 
 
 @contextmanager
-def replaced(url: str) -> Iterator[BinaryIO]:
-    """A local temporary file to be written, which is uploaded to `url`, whole, when the block ends; not if it raises.
+def replace_url(url: str) -> Iterator[BinaryIO]:
+    """Open a local temporary file for writing; it is uploaded to `url` when the block ends without an error.
 
     Raises:
-        OSError: it cannot be written or uploaded.
+        OSError: the file cannot be written or uploaded.
         MemoryFileError: fsspec is missing.
     """
     with _only_os_errors():
         store, path = _find(url)
         if _is_local(store):
-            with atomic_files.replaced(path) as file:
+            with replace_file(path) as file:
                 yield file
             return
         with tempfile.NamedTemporaryFile(prefix="memsyn-") as copy:
@@ -53,7 +53,7 @@ def replaced(url: str) -> Iterator[BinaryIO]:
                 store.put_file(copy.name, path)
             sent, arrived = os.path.getsize(copy.name), store.size(path)
         if arrived != sent:
-            raise OSError(f"of {sent} bytes, {arrived} arrived")
+            raise OSError(f"{sent} bytes were sent, {arrived} arrived")
 
 
 def _find(url: str) -> tuple[Any, str]:
@@ -62,7 +62,7 @@ def _find(url: str) -> tuple[Any, str]:
         from fsspec.core import url_to_fs
     except ModuleNotFoundError:
         raise MemoryFileError(f"{url} is a URL, and those need fsspec: pip install 'memsyn[remote]'.") from None
-    found: tuple[Any, str] = url_to_fs(url, skip_instance_cache=True)  # others' threads share cached ones
+    found: tuple[Any, str] = url_to_fs(url, skip_instance_cache=True)  # a cached one may be in use by another thread
     return found
 
 
@@ -74,7 +74,7 @@ def _is_local(store: Any) -> bool:
 
 @contextmanager
 def _only_os_errors() -> Iterator[None]:
-    """Every store has errors of its own, and fsspec an ImportError that says what to install."""
+    """In this block, the stores' own errors, and fsspec's ImportError that says what to install, become OSError."""
     try:
         yield
     except OSError:

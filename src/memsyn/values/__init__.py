@@ -1,1 +1,1 @@
-"""What is kept: importances, memories, and what can be done with them. Plain frozen values; nothing measures here."""
+"""Importances and memories as frozen values: their arithmetic, comparison and conversion. Nothing is measured here."""

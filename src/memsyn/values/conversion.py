@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from memsyn.errors import MemoryFileError, OptionError
 from memsyn.parameters import canonical_name, wide_dtype
-from memsyn.storage.atomic_files import replaced
+from memsyn.storage.atomic_files import replace_file
 from memsyn.values.consolidation import Consolidation
 from memsyn.values.importance import MAGNITUDE, OBJECTIVE, Importance, check_same_shapes
 from memsyn.values.memory import Memory
@@ -79,7 +79,7 @@ def write_plain(path: str | os.PathLike[str], held: Memory | Importance) -> None
         plain = {"importance": held.mean(), "num_samples": held.num_samples}
         plain |= {"objective": held.objective, "magnitude": held.magnitude}
     try:
-        with replaced(path) as file:
+        with replace_file(path) as file:
             torch.save(plain, file)
     except OSError as error:
         raise MemoryFileError(

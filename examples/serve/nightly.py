@@ -20,7 +20,6 @@ import torch
 from safetensors import safe_open
 
 import memsyn
-from memsyn.parameters import fingerprint, weights
 from memsyn_bench.data.drawings import normalise
 from model import FILE, Served, drawings, grown, load, save
 from train import learn, num_right, optimizer_of
@@ -29,7 +28,7 @@ from users import YESTERDAY
 
 def observed(folder: Path, served: Served) -> memsyn.Importance:
     """What all replicas observed of this version: their stores hold files of other versions, too."""
-    mark = fingerprint(weights(served.network))
+    mark = memsyn.fingerprint(served.network)
     stores = [memsyn.Importance.load(path) for path in sorted(folder.glob("traffic-*.safetensors"))]
     stores = [store for store in stores if store.fingerprint == mark]
     if not stores:

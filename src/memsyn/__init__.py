@@ -19,7 +19,9 @@ from memsyn.errors import (
 )
 from memsyn.live.observer import Observer, Stats
 from memsyn.measuring.measure import measure
+from memsyn.measuring.objectives import Forward
 from memsyn.measuring.objectives import Estimator
+from memsyn.parameters import fingerprint
 from memsyn.protecting.penalty import penalty
 from memsyn.protecting.protect import Protection, Report, protect
 from memsyn.protecting.strength import Relative
@@ -32,6 +34,7 @@ __all__ = [
     "BatchError",
     "Consolidation",
     "Estimator",
+    "Forward",
     "Importance",
     "LayerSummary",
     "LostParametersWarning",
@@ -56,6 +59,7 @@ __all__ = [
     "StrengthWarning",
     "Trial",
     "Tuned",
+    "fingerprint",
     "measure",
     "penalty",
     "protect",

@@ -1,7 +1,7 @@
 """The names of a model's parameters, the same in memory, in errors and on disk.
 
-Owns unwrapping (DataParallel, DistributedDataParallel, torch.compile), the canonical name of every parameter, and the
-fingerprint of named tensors. Must not change the model.
+Owns unwrapping (DataParallel, DistributedDataParallel, torch.compile), the canonical name of every parameter, its
+layer, and the fingerprint of weights. Must not change the model.
 """
 
 import hashlib
@@ -40,31 +40,49 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in named_parameters(model).items() if p.requires_grad}
 
 
+def layer_of(name: str) -> str:
+    """The layer of a parameter, for tables and reports: its name up to the last dot.
+
+    A parameter of the model itself has no dot in its name and is a layer of its own: an empty name would hide it.
+
+    Example:
+        >>> layer_of("encoder.0.weight"), layer_of("position_table")
+        ('encoder.0', 'position_table')
+    """
+    return name.rpartition(".")[0] or name
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """All numbers that what the model computes depends on: its parameters, and its buffers of floating point."""
+    """All tensors that the model's output depends on: its parameters, and its floating point buffers."""
     buffers = {canonical_name(name): buffer for name, buffer in unwrap(model).named_buffers()}
     return {**named_parameters(model), **{name: b for name, b in buffers.items() if b.is_floating_point()}}
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """What sums and penalties are computed in: float32 at least, since half precision overflows."""
+    """The dtype for sums and penalties of a tensor: float32 at least, since half precision overflows."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors, bit for bit: "sha256:" and 64 hexadecimal digits.
+def fingerprint(of: nn.Module | Mapping[str, Tensor]) -> str:
+    """SHA-256 of a model's weights, bit for bit: "sha256:" and 64 hexadecimal digits.
 
-    Names, dtypes, shapes and bytes count; the order in the mapping, the device and the strides do not. No more than one
-    tensor is copied at a time.
+    Two models with the same fingerprint compute the same. `Importance.fingerprint` says at which weights an importance
+    was measured, if it is known. Names, dtypes, shapes and bytes count; the order, the device and the strides do not.
+    At most one tensor is copied at a time.
+
+    Args:
+        of: a model, of which parameters and floating point buffers count; or tensors by name.
 
     Example:
-        >>> import torch
-        >>> ones = torch.ones(2, 3)
-        >>> fingerprint({"a": ones, "b": ones}) == fingerprint({"b": ones.clone(), "a": ones})
-        True
-        >>> fingerprint({"a": ones}) == fingerprint({"a": ones.half()})
+        >>> import torch, memsyn
+        >>> model = torch.nn.Linear(2, 1)
+        >>> before = memsyn.fingerprint(model)
+        >>> with torch.no_grad():
+        ...     _ = model.bias.add_(1)
+        >>> memsyn.fingerprint(model) == before
         False
     """
+    tensors = weights(of) if isinstance(of, nn.Module) else of
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach()

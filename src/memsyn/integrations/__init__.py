@@ -1,1 +1,1 @@
-"""Trainers that own the loop: one thin file each, imported by nobody else."""
+"""Callbacks for trainers that own the loop, and metrics: one thin file each. No other room imports them."""

@@ -1,28 +1,27 @@
-"""Lightning: a callback that protects, and measures in the end. Needs the extra `lightning`."""
+"""A callback for Lightning that protects a memory and measures at the end. Needs the extra `lightning`."""
 
 from typing import Any, final
 
 import lightning.pytorch as pl
 
-from memsyn import Memory, Protection, Relative, measure, protect
-from memsyn.measuring.distributed import everyone
-from memsyn.measuring.objectives import Forward
+from memsyn import Forward, Memory, Protection, Relative, measure, protect
+from memsyn.integrations.processes import all_processes
 
 
 @final
 class MemsynCallback(pl.Callback):
-    """Protects a memory while a Trainer trains, and folds what was learned into it.
+    """Protects a memory while a Trainer trains, and consolidates it when training ends.
 
     Every optimizer that holds parameters of the memory is protected. The penalty is logged as `penalty`. When training
-    ends, the importance is measured on the training set, and `memory` holds what to keep from then on. Resuming from a
-    checkpoint needs nothing more than the same memory.
+    ends, the importance is measured on the training set and consolidated into `memory`. To resume from a checkpoint,
+    give the same memory again.
 
     Args:
-        memory: what to keep; `Memory.empty()` for a first task, after which there is something to keep.
+        memory: the memory to protect; `Memory.empty()` for a first task.
         strength, form: as `protect` takes them.
-        max_samples: measure on so many samples in each process; on all unless told, and on none if 0. With several
-            processes the Trainer's sampler repeats a few samples to make their shares even, and these count twice.
-        forward: (module, batch) -> output, as `measure` takes it; the module's `forward` on the inputs unless told.
+        max_samples: how many samples to measure on, in each process; None for all, 0 for no measuring. With several
+            processes the Trainer's sampler repeats a few samples to make the shares equal, and these count twice.
+        forward: (module, batch) -> output, as `measure` takes it; by default the module is called on the inputs.
 
     Example:
         >>> callback = MemsynCallback(memory)                                 # doctest: +SKIP
@@ -44,8 +43,8 @@ class MemsynCallback(pl.Callback):
         self._strength, self._form, self._max_samples, self._forward = strength, form, max_samples, forward
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Protect what there is."""
-        self._stop()  # if the training before was broken off
+        """Protect the memory."""
+        self._stop()  # a training before this one may have been interrupted
         held = {id(p) for name, p in pl_module.named_parameters() if name in self.memory.importance}
         for optimizer in trainer.optimizers:
             if any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
@@ -56,7 +55,7 @@ class MemsynCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note the penalty as often as the Trainer logs."""
+        """Log the penalty as often as the Trainer logs."""
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.protections and trainer.global_step % every == 0:
             pl_module.log("penalty", sum(protection.value() for protection in self.protections))
@@ -72,7 +71,7 @@ class MemsynCallback(pl.Callback):
             trainer.train_dataloader,
             forward=self._forward,
             max_samples=self._max_samples,
-            group=everyone(),
+            group=all_processes(),
             progress=trainer.progress_bar_callback is not None,
         )
         self.memory = self.memory.consolidate(pl_module, importance)

@@ -1,4 +1,4 @@
-"""Prometheus: what an observer has done, as metrics. Needs the extra `observe`."""
+"""An observer's counters as Prometheus metrics. Needs the extra `observe`."""
 
 import math
 from collections.abc import Iterable
@@ -11,27 +11,27 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from memsyn import Observer
 
 GAUGES: Final = {
-    "waiting": "Samples that are in the queue or being measured",
-    "lag": "Seconds that the oldest sample in the queue has been waiting",
-    "stored": "When the sums were last written, in seconds since 1970",
+    "waiting": "Samples in the queue or being measured",
+    "lag": "Seconds that the oldest sample in the queue has waited",
+    "stored": "Time of the last write of the sums, in seconds since 1970",
 }
 COUNTERS: Final = {
-    "seen": "Samples of the requests that were shown",
-    "sampled": "Samples that were chosen",
-    "measured": "Samples whose importance is in the sums",
-    "dropped": "Samples not measured, for want of room or because something failed",
-    "stale": "Samples not measured because the weights that answered them were gone",
-    "invalid": "Samples left out: NaN or infinite, or the model failed on them",
+    "seen": "Samples of all requests",
+    "sampled": "Samples chosen to be measured",
+    "measured": "Samples measured",
+    "dropped": "Samples not measured because the queue was full or measuring failed",
+    "stale": "Samples not measured because the model was reloaded before",
+    "invalid": "Samples left out because they gave NaN or infinite values, or an error",
     "capped": "Samples scaled down to the cap",
-    "errors": "How often something failed",
-    "seconds": "Time spent measuring and storing",
-    "versions": "Sets of weights that were measured",
+    "errors": "Errors while measuring or storing",
+    "seconds": "Seconds spent measuring and storing",
+    "versions": "Versions of the weights that were measured",
 }
 
 
 @final
 class ObserverCollector:
-    """An observer's `stats()` as `memsyn_observer_*`, read when they are asked for.
+    """An observer's `stats()` as metrics `memsyn_observer_*`, read at each scrape.
 
     Example:
         >>> export(observer)                                                  # doctest: +SKIP
@@ -51,5 +51,5 @@ class ObserverCollector:
 
 
 def export(observer: Observer, registry: CollectorRegistry = REGISTRY) -> None:
-    """Add an observer's metrics to a registry; one observer for each."""
+    """Add an observer's metrics to a registry. A registry holds one observer."""
     registry.register(ObserverCollector(observer))

@@ -1,29 +1,29 @@
-"""Hugging Face Trainer: a callback that protects, and measures in the end. Needs the extra `transformers`."""
+"""A callback for Hugging Face's Trainer that protects a memory and measures at the end. Needs `transformers`."""
 
 from typing import Any, final
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from memsyn import Memory, Protection, Relative, measure, protect
-from memsyn.measuring.distributed import everyone
+from memsyn.integrations.processes import all_processes
 
 
 @final
-class MemsynCallback(TrainerCallback):
-    """Protects a memory while a Trainer trains, and folds what was learned into it.
+class MemsynTrainerCallback(TrainerCallback):
+    """Protects a memory while a Trainer trains, and consolidates it when training ends.
 
-    The penalty goes into the Trainer's logs as `penalty`. When training ends, the importance is measured on the
-    training set, through the Trainer's own loader and collator, and `memory` holds what to keep from then on. Resuming
-    from a checkpoint needs nothing more than the same memory.
+    The penalty is logged as `penalty`. When training ends, the importance is measured on the training set, through the
+    Trainer's own loader and collator, and consolidated into `memory`. To resume from a checkpoint, give the same memory
+    again.
 
     Args:
-        memory: what to keep; `Memory.empty()` for a first task, after which there is something to keep.
+        memory: the memory to protect; `Memory.empty()` for a first task.
         strength, form: as `protect` takes them.
-        max_samples: measure on so many samples in each process; on all unless told, and on none if 0. With several
-            processes the Trainer's sampler repeats a few samples to make their shares even, and these count twice.
+        max_samples: how many samples to measure on, in each process; None for all, 0 for no measuring. With several
+            processes the Trainer's sampler repeats a few samples to make the shares equal, and these count twice.
 
     Example:
-        >>> callback = MemsynCallback(memory)                                 # doctest: +SKIP
+        >>> callback = MemsynTrainerCallback(memory)                          # doctest: +SKIP
         >>> Trainer(model, arguments, ..., callbacks=[callback]).train()      # doctest: +SKIP
         >>> callback.memory.save("model.memsyn.safetensors")                  # doctest: +SKIP
     """
@@ -43,15 +43,17 @@ class MemsynCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Protect what there is."""
-        self._stop()  # if the training before was broken off
+        """Protect the memory."""
+        self._stop()  # a training before this one may have been interrupted
         if self.memory.importance:
             optimizer = given["optimizer"]
-            own = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper calls its step
+            own = getattr(
+                optimizer, "optimizer", optimizer
+            )  # accelerate wraps it, and calls the inner step with its hooks
             self.protection = protect(own, given["model"], self.memory, strength=self._strength, form=self._form)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Note the penalty beside the loss, for other callbacks to log and in the history."""
+        """Add the penalty to the logs, beside the loss, and to the history."""
         logs = given["logs"]
         if self.protection is not None and "loss" in logs:
             logs["penalty"] = state.log_history[-1]["penalty"] = self.protection.value()
@@ -64,7 +66,7 @@ class MemsynCallback(TrainerCallback):
                 given["model"],
                 given["train_dataloader"],
                 max_samples=self._max_samples,
-                group=everyone(),
+                group=all_processes(),
                 progress=not args.disable_tqdm,
             )
             self.memory = self.memory.consolidate(given["model"], importance)

@@ -41,8 +41,8 @@ class Relative:
     Example:
         >>> import torch, memsyn
         >>> memory = memsyn.Memory({"weight": torch.zeros(3)}, {"weight": torch.tensor([0.0, 2.0, 4.0])})
-        >>> memsyn.Relative(0.3).of(memory)  # 0.3 / 3
-        0.1
+        >>> memsyn.Relative(0.75).of(memory)  # 0.75 / 3
+        0.25
     """
 
     value: float = DEFAULT

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memsyn.values.importance import layer_of
+from memsyn.parameters import layer_of
 
 DECADES = 10
 """Powers of ten below the largest importance that a histogram tells apart."""

@@ -2,8 +2,8 @@
 
 Owns atomic and durable writing, and removes the temporary files of killed writers. Must not know what is in a file.
 
-Temporary files are locked, so that a writer can tell a dead writer's file from a living one's. While two processes write
-`m.safetensors`, and after a third one was killed, the folder holds
+Temporary files are locked, so that a writer can tell a dead writer's file from a living one's. While two processes
+write `m.safetensors`, and after a third one was killed, the folder holds
 
     m.safetensors                             the old file, complete
     .m.safetensors.1f0c9a7be2d4365a.tmp       locked by the first writer: left alone

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memsyn.values.importance import Importance, layer_of
+from memsyn.parameters import layer_of
+from memsyn.values.importance import Importance
 from memsyn.values.memory import Memory
 
 

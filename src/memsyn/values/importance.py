@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from memsyn.errors import MismatchError, OptionError
+from memsyn.parameters import layer_of
 from memsyn.storage.reading_and_writing import IMPORTANCE, Groups, checked_count, read, well_formed, write
 
 OBJECTIVE = "squared_l2_norm"
@@ -148,11 +149,6 @@ class Importance:
             if not isinstance(of, str | None):
                 raise TypeError(f"fingerprint is {of!r:.40}")
             return cls(groups["importance"], checked_count(header["num_samples"]), routes, *quantity, of)
-
-
-def layer_of(name: str) -> str:
-    """The layer of a parameter: its name up to the last dot, or the whole name."""
-    return name.rpartition(".")[0] or name
 
 
 def summarize(omega: Mapping[str, Tensor]) -> list[LayerSummary]:

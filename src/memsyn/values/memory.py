@@ -22,7 +22,7 @@ from memsyn.errors import (
     NewParametersWarning,
     OptionError,
 )
-from memsyn.parameters import fingerprint, named_parameters, trainable_parameters, weights
+from memsyn.parameters import fingerprint, named_parameters, trainable_parameters
 from memsyn.storage.reading_and_writing import (
     IMPORTANCE,
     MEMORY,
@@ -127,7 +127,7 @@ class Memory:
         check_fit(importance.sums, parameters, "the importance")
         check_fit(self.importance, parameters, "the memory", may_change=True)
         _check_same_quantity(self.quantity or importance.quantity, importance.quantity, "the importance", "folded")
-        if importance.fingerprint is not None and importance.fingerprint != fingerprint(weights(model)):
+        if importance.fingerprint is not None and importance.fingerprint != fingerprint(model):
             warnings.warn(
                 "the importance was measured at other weights than the model has now, or at fewer: the anchor would "
                 "be where it was not measured. Consolidate with the model that was observed, before it is trained.",

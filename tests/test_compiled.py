@@ -29,12 +29,12 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler: apt install gcc")
 
 
-def held(dtype: torch.dtype = torch.float32) -> list[arithmetic.Held]:
+def held(dtype: torch.dtype = torch.float32) -> list[arithmetic.ProtectedWeights]:
     torch.manual_seed(0)
-    return [arithmetic.Held(torch.randn(s), torch.randn(s), torch.rand(s).to(dtype)) for s in SHAPES]
+    return [arithmetic.ProtectedWeights(torch.randn(s), torch.randn(s), torch.rand(s).to(dtype)) for s in SHAPES]
 
 
-def updated(form: str, items: list[arithmetic.Held]) -> list[Tensor]:
+def updated(form: str, items: list[arithmetic.ProtectedWeights]) -> list[Tensor]:
     factors = [0.1 * (index - 1) if form == "gradient" else 0.1 * index for index in range(len(items))]
     if form == "proximal":
         arithmetic.pull_(items, factors, None)
@@ -48,7 +48,7 @@ def updated(form: str, items: list[arithmetic.Held]) -> list[Tensor]:
     return gradients
 
 
-def plainly(form: str, items: list[arithmetic.Held], monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+def plainly(form: str, items: list[arithmetic.ProtectedWeights], monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     with monkeypatch.context() as patched:
         patched.setattr(compiled, "SMALLEST", float("inf"))
         return updated(form, items)
@@ -75,7 +75,7 @@ def test_a_weight_at_its_anchor_or_without_importance_does_not_move_by_a_bit() -
     anchor = torch.where(torch.arange(1000) < 500, weight, torch.randn(1000))
     omega = torch.where(torch.arange(1000) < 500, torch.rand(1000), 0.0)
     found = weight.clone()
-    arithmetic.pull_([arithmetic.Held(found, anchor, omega)], [0.7], None)
+    arithmetic.pull_([arithmetic.ProtectedWeights(found, anchor, omega)], [0.7], None)
     assert torch.equal(found, weight)
 
 
@@ -83,20 +83,20 @@ def test_a_weight_at_its_anchor_or_without_importance_does_not_move_by_a_bit() -
 @pytest.mark.parametrize("omega", [1e30, 3e38])
 def test_overwhelming_importance_pins_to_the_anchor(omega: float) -> None:
     weight, anchor = torch.randn(100), torch.randn(100)
-    arithmetic.pull_([arithmetic.Held(weight, anchor, torch.full((100,), omega))], [1e6], None)
+    arithmetic.pull_([arithmetic.ProtectedWeights(weight, anchor, torch.full((100,), omega))], [1e6], None)
     assert torch.equal(weight, anchor)
 
 
 @needs_compiler
 @pytest.mark.parametrize("form", ["gradient", "proximal", "preconditioned"])
 def test_what_it_cannot_take_is_updated_plainly_beside_it(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def mixed() -> list[arithmetic.Held]:
+    def mixed() -> list[arithmetic.ProtectedWeights]:
         first, second, third = held()[0], held()[4], held()[5]
         return [
             first,
-            arithmetic.Held(second.parameter.t(), second.anchor.t(), second.omega.t()),
-            arithmetic.Held(third.parameter.half(), third.anchor, third.omega),
-            arithmetic.Held(first.parameter.double(), first.anchor.double(), first.omega.double()),
+            arithmetic.ProtectedWeights(second.parameter.t(), second.anchor.t(), second.omega.t()),
+            arithmetic.ProtectedWeights(third.parameter.half(), third.anchor, third.omega),
+            arithmetic.ProtectedWeights(first.parameter.double(), first.anchor.double(), first.omega.double()),
         ]
 
     for found, expected in zip(updated(form, mixed()), plainly(form, mixed(), monkeypatch), strict=True):
@@ -107,7 +107,7 @@ def test_what_it_cannot_take_is_updated_plainly_beside_it(form: str, monkeypatch
 def test_autograd_sees_that_a_weight_was_changed() -> None:
     weight = torch.randn(5, 5, requires_grad=True)
     loss = weight.square().sum()
-    arithmetic.pull_([arithmetic.Held(weight.detach(), torch.zeros(5, 5), torch.ones(5, 5))], [1.0], None)
+    arithmetic.pull_([arithmetic.ProtectedWeights(weight.detach(), torch.zeros(5, 5), torch.ones(5, 5))], [1.0], None)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

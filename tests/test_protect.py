@@ -1,7 +1,10 @@
 """The penalty and its gradient, against each other and in the loops people write."""
 
 import copy
+import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import memsyn
+from memsyn.protecting import compiled
 
 
 def start() -> tuple[nn.Module, memsyn.Memory, Tensor, Tensor]:
@@ -240,7 +244,7 @@ def test_sparse_gradients_are_refused() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     memsyn.protect(optimizer, model, memory)
     model(torch.tensor([1])).sum().backward()
-    with pytest.raises(memsyn.ProtectionError, match=r"sparse gradient: build its embedding with sparse=False"):
+    with pytest.raises(memsyn.ProtectionError, match=r"sparse gradient: make its embedding with sparse=False"):
         optimizer.step()
 
 
@@ -262,23 +266,51 @@ def test_what_does_not_fit_together() -> None:
         memsyn.protect(torch.optim.LBFGS(model.parameters()), model, memory, form="proximal")
 
 
-def test_a_protected_step_runs_through_four_of_our_files() -> None:
-    import sys
-    from pathlib import Path
-
+@pytest.mark.parametrize("form", ["gradient", "proximal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("smallest", [0, math.inf])
+def test_a_protected_step_runs_through_three_of_our_files(
+    kind: Any, dtype: torch.dtype, form: str, smallest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four with the compiled update."""
+    monkeypatch.setattr(compiled, "SMALLEST", smallest)
     model, memory, data, _ = start()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    memsyn.protect(optimizer, model, memory)
-    model(data).sum().backward()
-    package, files = str(Path(memsyn.__file__).parent), set()
+    optimizer = kind(model.to(dtype).parameters(), lr=0.01)
+    memsyn.protect(optimizer, model, memory, strength=0.1, form=form)
+    model(data.to(dtype)).sum().backward()
+    optimizer.step()
+    package, files = Path(memsyn.__file__).parent, set()
 
     def trace(frame: Any, event: str, argument: Any) -> None:
-        if frame.f_code.co_filename.startswith(package):
-            files.add(Path(frame.f_code.co_filename).name)
+        if Path(frame.f_code.co_filename).is_relative_to(package):
+            files.add(Path(frame.f_code.co_filename).relative_to(package).as_posix())
 
     sys.setprofile(trace)
     try:
         optimizer.step()
     finally:
         sys.setprofile(None)
-    assert files == {"protect.py", "penalty.py", "compiled.py", "steps.py"}
+    few = {"protecting/protect.py", "protecting/penalty.py", "protecting/optimizers.py"}
+    assert files == (few if smallest else few | {"protecting/compiled.py"})
+
+
+def test_a_parameter_of_the_model_itself_is_a_layer_of_the_report() -> None:
+    """Under its own name, the same as in `Memory.summary`; all others go by the name of their module."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.linear = nn.Parameter(torch.ones(2)), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) * self.scale
+
+    model = Scaled()
+    memory = memsyn.Memory.empty().consolidate(model, memsyn.measure(model, [torch.ones(3, 2)], progress=False))
+    with torch.no_grad():
+        model.scale.add_(1.0)
+    handle = memsyn.protect(torch.optim.SGD(model.parameters(), lr=0.1), model, memory)
+    layers = handle.report().layers
+    assert list(layers) == ["scale", "linear"] == [layer.layer for layer in memory.summary()]
+    assert layers == {"scale": pytest.approx(float(memory.importance["scale"].sum())), "linear": 0.0}

@@ -1,7 +1,7 @@
-"""The two updates of protection in one pass over memory, by the C compiler of the machine, if it has one.
+"""The two updates of protection in C: one pass over memory, compiled on this machine if it has a C compiler.
 
-Owns how the source beside this file is compiled, loaded and called, and which tensors it can take. `penalty` has the
-same arithmetic in torch, for all others.
+Owns how the source beside this file is compiled, loaded and called, and which tensors it can update. `penalty` has the
+same arithmetic in torch, for all other tensors.
 """
 
 import ctypes
@@ -22,31 +22,35 @@ SOURCE: Final = Path(__file__).with_suffix(".c")
 FLAGS: Final = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 
 SMALLEST: float = 2**20
-"""Fewer weights in all are updated sooner than the source is compiled, which takes a third of a second."""
+"""The number of weights from which C is used: compiling takes a third of a second, which fewer weights do not repay."""
 
 
-def add_gradients_(items: Sequence[tuple[Tensor, ...]], factors: Sequence[float]) -> set[int]:
-    """gradient += factor (theta - anchor) Omega for (gradient, theta, anchor, Omega); which of them it did."""
+def add_gradients_in_c_(items: Sequence[tuple[Tensor, ...]], factors: Sequence[float]) -> set[int]:
+    """gradient += factor (theta - anchor) Omega for items (gradient, theta, anchor, Omega).
+
+    Returns:
+        The indices of the items that were updated.
+    """
     return _update("add_gradients", items, 3, [factors])
 
 
-def pull_(items: Sequence[tuple[Tensor, ...]], offsets: Sequence[Any], scales: Sequence[Any]) -> set[int]:
-    """theta += Omega / (Omega + offset + scale sqrt(v)) (anchor - theta) for (theta, anchor, Omega, v), or without v.
+def pull_in_c_(items: Sequence[tuple[Tensor, ...]], offsets: Sequence[Any], scales: Sequence[Any]) -> set[int]:
+    """theta += Omega / (Omega + offset + scale sqrt(v)) (anchor - theta) for items (theta, anchor, Omega[, v]).
 
     Returns:
-        Which of them it did.
+        The indices of the items that were updated.
     """
     return _update("pull", items, 2, [offsets, scales])
 
 
 def _update(
-    name: str, items: Sequence[tuple[Tensor, ...]], place_of_omega: int, numbers: Sequence[Sequence[Any]]
+    name: str, items: Sequence[tuple[Tensor, ...]], index_of_omega: int, numbers: Sequence[Sequence[Any]]
 ) -> set[int]:
-    """Call a function of the source with those of the items that it can take, if they are enough to compile it."""
+    """Call a function of the source on the items that it can update, if they hold at least `SMALLEST` weights."""
     chosen = [
         index
         for index, item in enumerate(items)
-        if _can_take(item, item[place_of_omega]) and all(isinstance(own[index], (int, float)) for own in numbers)
+        if _can_update(item, item[index_of_omega]) and all(isinstance(own[index], (int, float)) for own in numbers)
     ]
     if sum(items[i][0].numel() for i in chosen) < SMALLEST or torch.compiler.is_compiling():
         return set()
@@ -55,27 +59,27 @@ def _update(
         return set()
     count = len(chosen)
 
-    def pointers(place: int) -> Any:
-        return (ctypes.c_void_p * count)(*(items[i][place].data_ptr() for i in chosen))
+    def pointers(part: int) -> Any:
+        return (ctypes.c_void_p * count)(*(items[i][part].data_ptr() for i in chosen))
 
-    tensors = [pointers(place) for place in range(len(items[0]))]
+    tensors = [pointers(part) for part in range(len(items[0]))]
     if name == "pull" and len(tensors) == 3:
-        tensors.append((ctypes.c_void_p * count)())
+        tensors.append((ctypes.c_void_p * count)())  # null pointers: no squares
     library[name](
         ctypes.c_int64(count),
         (ctypes.c_int64 * count)(*(items[i][0].numel() for i in chosen)),
         *tensors,
-        (ctypes.c_int32 * count)(*(items[i][place_of_omega].dtype == torch.bfloat16 for i in chosen)),
+        (ctypes.c_int32 * count)(*(items[i][index_of_omega].dtype == torch.bfloat16 for i in chosen)),
         *((ctypes.c_float * count)(*(own[i] for i in chosen)) for own in numbers),
         ctypes.c_int(torch.get_num_threads()),
     )
     for i in chosen:
-        torch.autograd.graph.increment_version(items[i][0])
+        torch.autograd.graph.increment_version(items[i][0])  # autograd did not see the write
     return set(chosen)
 
 
-def _can_take(item: tuple[Tensor, ...], omega: Tensor) -> bool:
-    """Whether all lie in a row on the CPU, in float32, the importance perhaps in bfloat16."""
+def _can_update(item: tuple[Tensor, ...], omega: Tensor) -> bool:
+    """Whether all tensors are contiguous, on the CPU and in float32; the importance may be in bfloat16."""
     return omega.dtype in (torch.float32, torch.bfloat16) and all(
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.shape == omega.shape
@@ -88,7 +92,7 @@ def _can_take(item: tuple[Tensor, ...], omega: Tensor) -> bool:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """The source, compiled by CC (cc, unless the environment says otherwise) for this processor; None if it cannot."""
+    """The source, compiled for this processor by the command in CC, by default cc; None if that fails."""
     try:
         command = shlex.split(os.environ.get("CC", "cc"))
         if not command or shutil.which(command[0]) is None:

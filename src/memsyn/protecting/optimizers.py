@@ -1,6 +1,6 @@
-"""What torch's optimizers make of a gradient: how far it moves a weight, and which form of protection suits that.
+"""How far torch's optimizers move a weight for a gradient, and which form of protection suits each.
 
-Owns what is known of single optimizers.
+Owns all knowledge of single optimizers.
 """
 
 from typing import Any, Final, NamedTuple
@@ -15,7 +15,7 @@ GRADIENT: Final = "gradient"
 PROXIMAL: Final = "proximal"
 
 ADAPTIVE: Final = (torch.optim.Adam, torch.optim.AdamW)
-"""They divide a gradient by the root of the mean of its squares, kept as `exp_avg_sq`; so the proximal step does."""
+"""They divide a gradient by the root of its mean square, kept as `exp_avg_sq`; the proximal step does the same."""
 
 NORMALISING: Final = (
     torch.optim.Adadelta,
@@ -26,33 +26,33 @@ NORMALISING: Final = (
     torch.optim.Rprop,
     *(getattr(torch.optim, name) for name in ("Adafactor", "Muon") if hasattr(torch.optim, name)),
 )
-"""Others whose steps do not grow with the gradient: the gradient form cannot diverge."""
+"""Other optimizers whose steps do not grow with the gradient, so that the gradient form cannot diverge."""
 
 
 def best_form(optimizer: Optimizer) -> str:
-    """The form that `protect` takes unless told: the measurements are in docs/decisions.md."""
+    """The form for form="auto"; the measurements are in docs/decisions.md."""
     has_rates = all("lr" in group for group in optimizer.param_groups)
     if not has_rates or isinstance(optimizer, (torch.optim.LBFGS, *NORMALISING)):
         return GRADIENT
     return PROXIMAL
 
 
-class Step(NamedTuple):
+class StepSize(NamedTuple):
     """A constant gradient g moves a weight by size * g in a step, or by size * g / preconditioner."""
 
     size: float | Tensor
     preconditioner: Preconditioner | None
 
 
-def step_of(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step | None:
-    """How far a unit of gradient moves a parameter now, its momentum (mu) and dampening (d) included.
+def step_size(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> StepSize | None:
+    """How far a unit of gradient moves a parameter now, momentum (mu) and dampening (d) included.
 
-    SGD: lr (1 - d) / (1 - mu), since that is what the buffer adds up to. Adam and AdamW: lr, over
+    SGD: lr (1 - d) / (1 - mu), the sum of the momentum buffer's geometric series. Adam and AdamW: lr, divided by
     sqrt(v / (1 - beta2^t)) + eps; None before a parameter's first step. Any other optimizer: lr.
     """
     size: float | Tensor = group["lr"]
     if isinstance(optimizer, torch.optim.SGD) and group["momentum"]:
-        return Step(size * ((1 - group["dampening"]) / (1 - group["momentum"])), None)
+        return StepSize(size * ((1 - group["dampening"]) / (1 - group["momentum"])), None)
     if isinstance(optimizer, ADAPTIVE):
         state = optimizer.state.get(parameter)
         if not state:
@@ -62,18 +62,18 @@ def step_of(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> S
             steps = steps.clamp_min(1.0)
         else:
             steps = float(steps)
-            if steps < 1:  # GradScaler made it skip its first
+            if steps < 1:  # GradScaler made it skip its first step
                 return None
         squares = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-        return Step(size, Preconditioner(squares, (1 - beta**steps) ** -0.5, group["eps"]))
-    return Step(size, None)
+        return StepSize(size, Preconditioner(squares, (1 - beta**steps) ** -0.5, group["eps"]))
+    return StepSize(size, None)
 
 
 def largest_stable_pull(optimizer: Optimizer, group: dict[str, Any]) -> float:
-    """The largest curvature that gradient descent with momentum can follow: infinite if its steps are normalised.
+    """The largest curvature at which gradient descent is stable; infinite if the optimizer normalises its steps.
 
     SGD on a quadratic of curvature h is stable while lr h (1 - d) < 2 (1 + mu), with Nesterov's momentum while lr h <
-    2 (1 + mu) / (1 + 2 mu) (both are the largest eigenvalue of its two-step recursion at -1); weight decay adds to h.
+    2 (1 + mu) / (1 + 2 mu): at the limit, an eigenvalue of its two-step recursion is -1. Weight decay adds to h.
     """
     if not isinstance(optimizer, torch.optim.SGD):
         return float("inf")

@@ -1,7 +1,7 @@
 """The arithmetic of protection: the loss term, its gradient, and its proximal step.
 
-Owns the formulas, as plain functions on parameters and lists. Must not know optimizers. Works on a bucket of numbers
-at a time, so that nothing is ever held but the parameters, the anchor and the importance.
+Owns the formulas, as plain functions on tensors. Must not know optimizers. Works on a bucket of weights at a time, so
+that the temporary tensors stay small, whatever the size of the model.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -15,17 +15,18 @@ from memsyn.protecting import compiled
 from memsyn.values.memory import Memory, check_fit
 
 BUCKET: Final = 2**19
-"""How many weights are worked on at once: 2 MiB of float32 for each thing computed of them."""
+"""How many weights are updated at a time: 2 MiB of float32 for each temporary tensor."""
 
-_MOST: Final = 1e36
-"""What takes the place of 1 / 0: infinity times a square of 0 would be NaN."""
+_LARGEST: Final = 1e36
+"""Stands for 1 / 0: an infinity times a square of 0 would be NaN."""
 
 
-class Held(NamedTuple):
-    """A parameter, or those of its rows that the memory knows, and what the memory holds of it."""
+class ProtectedWeights(NamedTuple):
+    """A parameter, or the rows of it that the memory knows, with the memory's values beside it."""
 
     parameter: Tensor
     anchor: Tensor
+    """theta*, in the dtype of all computation: float32 at least."""
     omega: Tensor
 
 
@@ -40,10 +41,10 @@ class Preconditioner(NamedTuple):
 def penalty(model: nn.Module, memory: Memory) -> Tensor:
     """The term to add to a loss, times your strength lambda: sum Omega (theta - theta*)^2.
 
-    Aljundi et al. 2018, Eq. 3; no factor 1/2. Parameters, or rows of them, that the memory does not know are free.
+    Aljundi et al. 2018, Eq. 3; no factor 1/2. Parameters and rows that the memory does not know are free to change.
 
     Returns:
-        A scalar, differentiable by the model's parameters, on their device; 0 for an empty memory.
+        A scalar on the device of the parameters, differentiable; 0 for an empty memory.
 
     Raises:
         MismatchError: the memory is of another architecture.
@@ -71,89 +72,112 @@ def penalty(model: nn.Module, memory: Memory) -> Tensor:
 
 
 def known_rows(parameter: Tensor, held: Tensor) -> Tensor:
-    """What of a parameter, or of its gradient, the memory holds: all but the rows it has grown by."""
+    """The rows of a parameter, or of its gradient, that the memory holds: all but those added since.
+
+    A head that had 10 classes and has 12 now: (12, 64) beside a memory of (10, 64) gives parameter[:10].
+    """
     return parameter if parameter.shape == held.shape else parameter[: len(held)]
 
 
 @torch.no_grad()
-def distances(held: Sequence[Held]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Per bucket and parameter in it: which of `held`, theta - theta*, and Omega, in wide precision."""
-    for index, item in enumerate(held):
-        for parts in _split(*item):
-            theta, anchor, omega = (_wide(part, item.parameter) for part in parts)
-            yield index, theta - anchor, omega
+def distances(protected: Sequence[ProtectedWeights]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """theta - theta* and Omega, bucket by bucket, each with the index of its parameter in `protected`."""
+    for index, weights in enumerate(protected):
+        for theta, anchor, omega in _split(*weights):
+            wide, wide_anchor, wide_omega = (_wide(part, theta, anchor) for part in (theta, anchor, omega))
+            yield index, wide - wide_anchor, wide_omega
 
 
 @torch.no_grad()
 def add_gradients_(
-    gradients: Sequence[Tensor], held: Sequence[Held], factors: Sequence[float], scale: Tensor | None = None
+    gradients: Sequence[Tensor],
+    protected: Sequence[ProtectedWeights],
+    factors: Sequence[float],
+    scale: Tensor | None = None,
 ) -> None:
-    """gradient += scale * factor * 2 Omega (theta - theta*), in place; rounded once if in half precision.
+    """gradient += scale * factor * 2 Omega (theta - theta*), in place; half precision is rounded once.
 
     Args:
         gradients: one per parameter, of its shape.
-        held: the parameters, with anchors and importance.
+        protected: the parameters, with anchors and importance.
         factors: one per parameter: the strength.
-        scale: by which a GradScaler has scaled the gradients, if it has.
+        scale: by which a GradScaler has scaled the gradients; None for 1.
     """
-    items = [(gradient, *item) for gradient, item in zip(gradients, held, strict=True)]
-    done = compiled.add_gradients_(items, [2 * factor for factor in factors]) if scale is None else set()
+    items = [(gradient, *weights) for gradient, weights in zip(gradients, protected, strict=True)]
+    done = set()
+    if scale is None and _num_weights(items) >= compiled.SMALLEST:
+        done = compiled.add_gradients_in_c_(items, [2 * factor for factor in factors])
     for bucket in _buckets(items, done):
         grads, thetas, anchors, omegas = (list(parts) for parts in zip(*(parts for _, parts in bucket), strict=True))
-        moved = list(torch._foreach_sub(_all_wide(thetas, thetas), _all_wide(anchors, thetas)))
+        moved = list(torch._foreach_sub(_all_wide(thetas, thetas, anchors), _all_wide(anchors, thetas, anchors)))
         if scale is not None:
             torch._foreach_mul_(moved, scale.to(moved[0].device))
-        wide = _all_wide(grads, thetas)
-        torch._foreach_addcmul_(wide, moved, _all_wide(omegas, thetas), [2 * factors[index] for index, _ in bucket])
-        _give_back(grads, wide)
+        wide = _all_wide(grads, thetas, anchors)
+        twice = [2 * factors[index] for index, _ in bucket]
+        torch._foreach_addcmul_(wide, moved, _all_wide(omegas, thetas, anchors), twice)
+        _copy_back(grads, wide)
 
 
 @torch.no_grad()
 def pull_(
-    held: Sequence[Held], factors: Sequence[float | Tensor], preconditioners: Sequence[Preconditioner] | None
+    protected: Sequence[ProtectedWeights],
+    factors: Sequence[float | Tensor],
+    preconditioners: Sequence[Preconditioner] | None,
 ) -> None:
     """theta <- (theta + k theta*) / (1 + k), k = 2 factor Omega / (root sqrt(v) + eps): the proximal step, in place.
 
-    It minimises factor Omega (x - theta*)^2 + 1/2 (root sqrt(v) + eps) (x - theta)^2 over x, so no factor is too large;
-    and it leaves exactly alone a weight at its anchor, or one of no importance.
+    This is the minimum over x of factor Omega (x - theta*)^2 + 1/2 (root sqrt(v) + eps) (x - theta)^2, so that no
+    factor is too large. A weight at its anchor, or without importance, stays bit for bit.
 
     Args:
-        held: the parameters, with anchors and importance.
+        protected: the parameters, with anchors and importance.
         factors: one per parameter: the strength times the size of a step.
-        preconditioners: one per parameter; without them, the divisor is 1.
+        preconditioners: one per parameter; None: the divisor is 1.
     """
     moving = [index for index, factor in enumerate(factors) if isinstance(factor, Tensor) or factor]
-    held, factors = [held[i] for i in moving], [factors[i] for i in moving]
+    protected, factors = [protected[i] for i in moving], [factors[i] for i in moving]
     preconditioners = preconditioners and [preconditioners[i] for i in moving]
-    items, offsets, scales = _divisors(held, factors, preconditioners)
-    done = compiled.pull_(items, offsets, scales)
+    items, offsets, scales = _divisors(protected, factors, preconditioners)
+    done = compiled.pull_in_c_(items, offsets, scales) if _num_weights(items) >= compiled.SMALLEST else set()
     for thetas, anchors, shares in _shares(items, offsets, scales, done):
-        wide = _all_wide(thetas, thetas)
-        torch._foreach_lerp_(wide, _all_wide(anchors, thetas), shares)
-        _give_back(thetas, wide)
+        # (theta + k theta*) / (1 + k) lies between theta and theta*, at the share k / (1 + k) of the way:
+        #   theta 1, theta* 0, k 3: share 0.75, and theta becomes 0.25
+        #   k 0: share 0, theta stays bit for bit; k infinite: share 1, theta becomes theta* bit for bit
+        wide = _all_wide(thetas, thetas, anchors)
+        torch._foreach_lerp_(wide, _all_wide(anchors, thetas, anchors), shares)
+        _copy_back(thetas, wide)
 
 
 @torch.no_grad()
 def num_held(
-    held: Sequence[Held], factors: Sequence[float | Tensor], preconditioners: Sequence[Preconditioner] | None
+    protected: Sequence[ProtectedWeights],
+    factors: Sequence[float | Tensor],
+    preconditioners: Sequence[Preconditioner] | None,
 ) -> int:
-    """How many weights a step, as of `pull_`, brings more than half of the way to their anchor: k > 1."""
-    parts = (share for *_, shares in _shares(*_divisors(held, factors, preconditioners)) for share in shares)
+    """How many weights `pull_` would bring more than half of the way to their anchor: k > 1."""
+    parts = (share for *_, shares in _shares(*_divisors(protected, factors, preconditioners)) for share in shares)
     return sum(int((share > 0.5).sum()) for share in parts)
 
 
 def _divisors(
-    held: Sequence[Held], factors: Sequence[float | Tensor], preconditioners: Sequence[Preconditioner] | None
+    protected: Sequence[ProtectedWeights],
+    factors: Sequence[float | Tensor],
+    preconditioners: Sequence[Preconditioner] | None,
 ) -> tuple[list[tuple[Tensor, ...]], list[float | Tensor], list[float | Tensor]]:
-    """Per parameter (theta, anchor, Omega and v if any), offset and scale: 1 / k = (offset + scale sqrt(v)) / Omega."""
-    inverse = [
-        (0.5 / f).clamp_max(_MOST) if isinstance(f, Tensor) else min(0.5 / f, _MOST) if f else _MOST for f in factors
-    ]
+    """Per parameter (theta, anchor, Omega[, v]), offset and scale, so that 1 / k = (offset + scale sqrt(v)) / Omega."""
+    inverse = [_half_inverse(factor) for factor in factors]
     if preconditioners is None:
-        return list(held), inverse, [0.0] * len(held)
-    items: list[tuple[Tensor, ...]] = [(*item, own.squares) for item, own in zip(held, preconditioners, strict=True)]
+        return list(protected), inverse, [0.0] * len(protected)
+    items: list[tuple[Tensor, ...]] = [(*p, own.squares) for p, own in zip(protected, preconditioners, strict=True)]
     both = list(zip(preconditioners, inverse, strict=True))
     return items, [own.eps * one for own, one in both], [own.root * one for own, one in both]
+
+
+def _half_inverse(factor: float | Tensor) -> float | Tensor:
+    """0.5 / factor, at most `_LARGEST`."""
+    if isinstance(factor, Tensor):
+        return (0.5 / factor).clamp_max(_LARGEST)
+    return min(0.5 / factor, _LARGEST) if factor else _LARGEST
 
 
 def _shares(
@@ -165,9 +189,9 @@ def _shares(
     """Per bucket parts of parameters, of anchors, and k / (1 + k) = Omega / (Omega + offset + scale sqrt(v))."""
     for bucket in _buckets(items, done):
         thetas, anchors, omegas, *squares = (list(parts) for parts in zip(*(parts for _, parts in bucket), strict=True))
-        wide, own = _all_wide(omegas, thetas), [offsets[index] for index, _ in bucket]
+        wide, own = _all_wide(omegas, thetas, anchors), [offsets[index] for index, _ in bucket]
         if squares:
-            divisors = list(torch._foreach_sqrt(_all_wide(squares[0], thetas)))
+            divisors = list(torch._foreach_sqrt(_all_wide(squares[0], thetas, anchors)))
             divisors = _with(torch._foreach_mul, divisors, [scales[index] for index, _ in bucket])
             divisors = _with(torch._foreach_add, divisors, own)
             torch._foreach_add_(divisors, wide)
@@ -177,30 +201,39 @@ def _shares(
 
 
 def _with(operation: Callable[..., Any], tensors: list[Tensor], numbers: Sequence[float | Tensor]) -> list[Tensor]:
-    """Each with its number, which is a tensor where an optimizer keeps its learning rate or its steps on a device."""
+    """A foreach operation of each tensor with its number.
+
+    A number is a tensor if an optimizer keeps its learning rate or its step count on a device (`capturable=True`). The
+    foreach operations take no list of such scalars, so each is expanded to its tensor's shape.
+    """
     if not any(isinstance(number, Tensor) for number in numbers):
         return list(operation(tensors, list(numbers)))
     like = zip(numbers, tensors, strict=True)
     return list(operation(tensors, [torch.as_tensor(n, dtype=t.dtype, device=t.device).expand_as(t) for n, t in like]))
 
 
-def _wide(tensor: Tensor, beside: Tensor) -> Tensor:
-    return tensor.to(beside.device, wide_dtype(beside))
+def _wide(tensor: Tensor, theta: Tensor, anchor: Tensor) -> Tensor:
+    """A tensor beside its parameter, in the anchor's dtype: itself if it is there already."""
+    return tensor.to(theta.device, anchor.dtype)
 
 
-def _all_wide(tensors: Sequence[Tensor], beside: Sequence[Tensor]) -> list[Tensor]:
-    return [_wide(tensor, other) for tensor, other in zip(tensors, beside, strict=True)]
+def _all_wide(tensors: Sequence[Tensor], thetas: Sequence[Tensor], anchors: Sequence[Tensor]) -> list[Tensor]:
+    return [_wide(*parts) for parts in zip(tensors, thetas, anchors, strict=True)]
 
 
-def _give_back(tensors: Sequence[Tensor], wide: Sequence[Tensor]) -> None:
-    """What was computed in wide precision, rounded once."""
+def _copy_back(tensors: Sequence[Tensor], wide: Sequence[Tensor]) -> None:
+    """Results in wide precision, rounded once; nothing to do where `_wide` gave the tensor itself."""
     for tensor, found in zip(tensors, wide, strict=True):
         if tensor is not found:
             tensor.copy_(found)
 
 
+def _num_weights(items: Sequence[tuple[Tensor, ...]]) -> int:
+    return sum(item[0].numel() for item in items)
+
+
 def _split(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of one shape, in parts of a bucket's size."""
+    """Tensors of one shape, in parts of at most `BUCKET` numbers."""
     first = tensors[0]
     if first.numel() <= BUCKET:
         yield tensors
@@ -215,7 +248,10 @@ def _split(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def _buckets(
     items: Sequence[tuple[Tensor, ...]], done: Collection[int]
 ) -> Iterator[list[tuple[int, tuple[Tensor, ...]]]]:
-    """Parts of all items but those done, as many at a time as fill a bucket, with the place of their item."""
+    """Parts of all items but those in `done`, as many at a time as fill a bucket, each with the index of its item.
+
+    With room for 100 numbers, items of 30, 250 and 10 make the buckets [30], [100], [100], [50, 10].
+    """
     bucket: list[tuple[int, tuple[Tensor, ...]]] = []
     size = 0
     for index, item in ((index, item) for index, item in enumerate(items) if index not in done):

@@ -1,7 +1,7 @@
-"""protect(optimizer, model, memory): ties the penalty to an optimizer the user already has.
+"""protect(optimizer, model, memory): adds the penalty to the step of an optimizer that the user already has.
 
-Owns the hooks and their life. The arithmetic is in `penalty`, what is known of optimizers in `steps`; must not keep
-state on the model or its parameters.
+Owns the hooks and their removal. The arithmetic is in `penalty`, all knowledge of single optimizers in `optimizers`.
+Must not keep state on the model or its parameters.
 """
 
 import math
@@ -16,31 +16,31 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memsyn.errors import OptionError, ProtectionError, StrengthWarning
-from memsyn.parameters import named_parameters, wide_dtype
-from memsyn.protecting.optimizers import GRADIENT, PROXIMAL, best_form, largest_stable_pull, step_of
+from memsyn.parameters import layer_of, named_parameters, wide_dtype
+from memsyn.protecting.optimizers import GRADIENT, PROXIMAL, best_form, largest_stable_pull, step_size
 from memsyn.protecting.penalty import (
-    Held,
     Preconditioner,
+    ProtectedWeights,
     add_gradients_,
     distances,
     known_rows,
     num_held,
     pull_,
 )
-from memsyn.protecting.strength import Relative, checked
+from memsyn.protecting.strength import Relative, checked_strength
 from memsyn.values.memory import Memory, check_fit
 
 AUTO: Final = "auto"
 FORMS: Final = {
     GRADIENT: "add the penalty's gradient to .grad just before the optimizer's step",
-    PROXIMAL: "pull the weights back just after it, by the penalty's proximal step",
+    PROXIMAL: "pull the weights back just after the optimizer's step, by the penalty's proximal step",
 }
 
 IMPORTANCE_DTYPES: Final = (None, torch.bfloat16, torch.float32, torch.float64)
-"""Half precision proper is not among them: an importance of 65,520 would be infinite."""
+"""float16 is not among them: an importance of 65,520 would be infinite."""
 
 _protected: "WeakSet[Optimizer]" = WeakSet()
-"""Which optimizers have a handle in force."""
+"""The optimizers with a handle that was not removed."""
 
 
 def protect(
@@ -53,29 +53,32 @@ def protect(
     device: torch.device | str | None = None,
     importance_dtype: torch.dtype | None = None,
 ) -> "Protection":
-    """Keep what the memory holds while `optimizer` trains `model`: nothing else in the training loop changes.
+    """Protect the weights in the memory while `optimizer` trains `model`. The training loop stays as it is.
 
-    Trains on L_new + lambda sum Omega (theta - theta*)^2 (Aljundi et al. 2018, Eq. 3). The loss you compute stays
-    L_new; the penalty acts inside `optimizer.step()`, once per step however many backward passes came before, after
-    any clipping of yours. A parameter without a gradient in a step is left alone.
+    The training minimises L_new + lambda sum Omega (theta - theta*)^2 (Aljundi et al. 2018, Eq. 3). The loss you
+    compute stays L_new; the penalty acts inside `optimizer.step()`, once per step, however many backward passes came
+    before, and after your own gradient clipping. A parameter without a gradient is not touched in that step.
 
-    In the gradient form, 2 lambda Omega (theta - theta*) is added to `.grad` before the step. In the proximal form,
-    theta <- (theta + k theta*) / (1 + k) after it, with k = 2 s lambda Omega and s how far a unit of gradient moves the
-    weight in a step: lr / (1 - momentum) with SGD, lr / (sqrt(v) + eps) with Adam, else lr. Both come to rest where the
-    loss's gradient balances the penalty's, so that a strength means the same; the proximal step cannot diverge.
+    There are two forms; the same strength has the same effect in both. The gradient form adds
+    2 lambda Omega (theta - theta*) to `.grad` before the step. The proximal form sets theta to
+    (theta + k theta*) / (1 + k) after the step, with k = 2 s lambda Omega, where s is how far a unit of gradient moves
+    the weight in a step: lr / (1 - momentum) for SGD, lr / (sqrt(v) + eps) for Adam, lr for others. No strength makes
+    the proximal form diverge.
 
     Args:
-        optimizer: any torch optimizer that holds parameters of the model. Parameters and groups may come and go.
-        model: the model the memory is of. Parameters that the memory does not know are free, with a warning; so are
-            the new rows of one that has grown. What the model has lost is left out, with a warning.
-        memory: anchor and importance. They are used as they are now; protect again after consolidating.
+        optimizer: any torch optimizer that holds parameters of the model. Parameters and groups may be added and
+            removed later.
+        model: the model of the memory. Parameters that the memory does not know are free to change, with a warning, and
+            so are new rows of a parameter. Parameters that the model has lost are left out, with a warning.
+        memory: anchor and importance as they are now; protect again after consolidating.
         strength: a number is lambda as in the paper, which uses 1, untuned; `Relative`, the default, is in units of the
             mean importance of a task. 0 turns protection off.
-        form: "gradient", "proximal", or "auto": gradient for LBFGS and for optimizers whose normalised steps are not
-            known here (RMSprop, Adagrad, RAdam, ...), proximal for SGD, Adam, AdamW and all others.
-        device: where anchor and importance are held; with the weights, unless told. "cpu" saves an accelerator's memory
-            for the price of sending them there in every step.
-        importance_dtype: what the importance is held in; torch.bfloat16 halves it, and is off by 0.4% at most.
+        form: "gradient", "proximal", or "auto": gradient for LBFGS and for optimizers that normalise their steps in
+            another way than Adam (RMSprop, Adagrad, ...), proximal for SGD, Adam, AdamW and all others.
+        device: where anchor and importance are held; by default beside the weights. "cpu" saves memory of an
+            accelerator, and costs a transfer in every step.
+        importance_dtype: the dtype in which the importance is held; torch.bfloat16 halves its memory, with an error of
+            at most 0.4%.
 
     Returns:
         A handle, with `value()`, `report()`, `state_dict()`, `load_state_dict()` and `remove()`.
@@ -98,19 +101,19 @@ def protect(
     if not (isinstance(optimizer, Optimizer) and isinstance(model, nn.Module) and isinstance(memory, Memory)):
         given = ", ".join(type(value).__name__ for value in (optimizer, model, memory))
         raise OptionError(f"expected protect(optimizer, model, memory), got ({given}).")
-    raw = strength if isinstance(strength, Relative) else checked(strength)
+    raw = strength if isinstance(strength, Relative) else checked_strength(strength)
     form = _checked_form(best_form(optimizer) if form == AUTO else form, optimizer)
     if importance_dtype not in IMPORTANCE_DTYPES:
         allowed = ", ".join(map(str, IMPORTANCE_DTYPES))
         raise OptionError(f"importance_dtype must be one of {allowed}; got {importance_dtype!r}.")
     if optimizer in _protected:
-        raise ProtectionError("this optimizer is protected already: call remove() on the first handle before.")
+        raise ProtectionError("this optimizer is protected already: call remove() on its first handle.")
     if not memory.importance:
         raise ProtectionError(
-            "the memory is empty, there is nothing to protect: measure the model and consolidate first."
+            "the memory is empty and there is nothing to protect: measure the model and consolidate first."
         )
     memory.check(model)
-    raw = checked(raw.of(memory)) if isinstance(raw, Relative) else raw
+    raw = checked_strength(raw.of(memory)) if isinstance(raw, Relative) else raw
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(name in memory.importance and id(p) in held for name, p in named_parameters(model).items()):
         raise ProtectionError(
@@ -133,18 +136,18 @@ def _checked_form(form: object, optimizer: Optimizer) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """Where the weights have gone since the anchor, in units of importance."""
+    """How far the weights are from the anchor, in units of importance."""
 
     penalty: float
     """lambda sum Omega (theta - theta*)^2."""
     bound: float
-    """sum Omega |theta - theta*|: to first order, the mean change of the squared output norm on the data measured is at
-    most this. It says nothing of single outputs."""
+    """sum Omega |theta - theta*|: to first order, the mean squared output norm on the measured data has changed by at
+    most this. It does not bound the change of single outputs."""
     layers: dict[str, float]
-    """Layer -> its part of the bound."""
+    """Layer -> its part of the bound. A parameter of the model itself is a layer by its own name."""
     held: float
-    """The share of the protected weights that a step pulls back by more than half of what would bring them to their
-    anchor: 0 when nothing is held, 1 when nothing can move."""
+    """The share of the protected weights that a step pulls back by more than half of their distance to the anchor: 0 if
+    all weights are free, 1 if none can move."""
 
 
 class _Slot(NamedTuple):
@@ -153,11 +156,11 @@ class _Slot(NamedTuple):
     name: str
     parameter: nn.Parameter
     group: dict[str, Any]
-    held: Held
+    protected: ProtectedWeights
 
 
-_Steps = tuple[list[Held], list[float | Tensor], list[Preconditioner] | None]
-"""Parameters, for each the strength times the size of its step, and what the optimizer divides its gradient by."""
+_Pulls = tuple[list[ProtectedWeights], list[float | Tensor], list[Preconditioner] | None]
+"""The arguments of `pull_`: parameters, for each the strength times its step size, and its preconditioner if any."""
 
 
 @final
@@ -178,50 +181,49 @@ class Protection:
         self._model = model
         self._device, self._importance_dtype = device, importance_dtype
         self._take(memory)
-        self._optimizer = ref(optimizer)  # which holds this object by its hooks
+        self._optimizer = ref(optimizer)  # the optimizer's hooks refer to this object: no reference cycle
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        self._in_force = True
         _protected.add(optimizer)
         self._find_slots(optimizer)
 
     def value(self) -> float:
         """The penalty now: lambda sum Omega (theta - theta*)^2 over the protected parameters."""
         slots = self._now()
-        terms = (float((omega * moved.square_()).sum()) for _, moved, omega in distances([s.held for s in slots]))
+        terms = (float((omega * moved.square_()).sum()) for _, moved, omega in distances([s.protected for s in slots]))
         return self.strength * sum(terms)
 
     def report(self) -> Report:
-        """How far the weights have moved, layer by layer, and how many are held."""
+        """How far the weights have moved, layer by layer, and the share that is held in place."""
         slots, optimizer = self._now(), self._optimizer()
         penalty, stiff = 0.0, 0
         layers: dict[str, float] = {}
-        for index, moved, omega in distances([slot.held for slot in slots]):
-            layer = slots[index].name.rpartition(".")[0]
+        for index, moved, omega in distances([slot.protected for slot in slots]):
+            layer = layer_of(slots[index].name)
             layers[layer] = layers.get(layer, 0.0) + float((omega * moved.abs()).sum())
             penalty += float((omega * moved.square_()).sum())
         if optimizer is not None:
-            stiff = sum(num_held(*parts) for parts in self._steps(optimizer, slots, self.strength))
-        count = sum(slot.held.omega.numel() for slot in slots)
+            stiff = sum(num_held(*pulls) for pulls in self._pulls(optimizer, slots, self.strength))
+        count = sum(slot.protected.omega.numel() for slot in slots)
         return Report(self.strength * penalty, sum(layers.values()), layers, stiff / max(1, count))
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on: strength, form, anchor and importance, as tensors and plain values."""
+        """Strength, form, anchor and importance, as tensors and plain values, for `load_state_dict`."""
         return {
             "strength": self.strength,
             "form": self.form,
-            "anchor": dict(self._anchor),
-            "importance": dict(self._importance),
+            "anchor": dict(self._memory.anchor),
+            "importance": dict(self._memory.importance),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the strength, form, anchor and importance of a handle that was saved.
+        """Take over the strength, form, anchor and importance of a saved handle.
 
         Raises:
-            OptionError: it is not what `state_dict` gave.
-            MismatchError: it is of another architecture.
+            OptionError: the state did not come from `state_dict`.
+            MismatchError: the state is of another architecture.
         """
         if not state.keys() >= {"strength", "form", "anchor", "importance"}:
             raise OptionError(f"expected the state of a Protection, got the keys {', '.join(map(str, state))}.")
@@ -229,22 +231,22 @@ class Protection:
         memory.check(self._model)
         optimizer = self._optimizer()
         form = str(state["form"]) if optimizer is None else _checked_form(state["form"], optimizer)
-        self.strength, self.form = checked(state["strength"]), form
+        self.strength, self.form = checked_strength(state["strength"]), form
         self._take(memory)
 
     def remove(self) -> None:
-        """Stop protecting; may be called twice."""
+        """Stop protecting; a second call does nothing."""
         optimizer = self._optimizer()
-        if self._in_force and optimizer is not None:
+        if self._hooks and optimizer is not None:
             for hook in self._hooks:
                 hook.remove()
             _protected.discard(optimizer)
-        self._in_force = False
+        self._hooks = []
 
     def _take(self, memory: Memory) -> None:
         dtype = self._importance_dtype
-        self._anchor = dict(memory.anchor)
-        self._importance = {name: omega.to(dtype or omega.dtype) for name, omega in memory.importance.items()}
+        importance = {name: omega.to(dtype or omega.dtype) for name, omega in memory.importance.items()}
+        self._memory = Memory(dict(memory.anchor), importance)
         self._slots: list[_Slot] = []
         self._seen: list[Any] = []
 
@@ -255,12 +257,15 @@ class Protection:
         return self._slots
 
     def _find_slots(self, optimizer: Optimizer) -> None:
-        """Look for the protected parameters again, if the optimizer's are others now or lie elsewhere."""
+        """Look for the protected parameters again if the optimizer's parameters have changed.
+
+        They have changed if one was added, removed, moved to another device, reshaped, or put into another group.
+        """
         groups = optimizer.param_groups
         seen = [key for group in groups for p in group["params"] for key in (id(p), p.data_ptr(), p.shape, id(group))]
         if seen == self._seen:
             return
-        names = {id(p): name for name, p in named_parameters(self._model).items() if name in self._importance}
+        names = {id(p): name for name, p in named_parameters(self._model).items() if name in self._memory.importance}
         self._slots = []
         for group in groups:
             for parameter in group["params"]:
@@ -271,15 +276,15 @@ class Protection:
         self._most: dict[int, float] = {}
         self._warned: set[int] = set()
 
-    def _hold(self, name: str, parameter: nn.Parameter) -> Held:
-        """Anchor and importance in float32 at least, beside the parameter unless they are to be elsewhere."""
-        check_fit({name: self._importance[name]}, {name: parameter}, "the memory", may_change=True)
+    def _hold(self, name: str, parameter: nn.Parameter) -> ProtectedWeights:
+        """Anchor and importance in float32 at least, on the parameter's device or on `device`."""
+        check_fit({name: self._memory.importance[name]}, {name: parameter}, "the memory", may_change=True)
         device, dtype = self._device or parameter.device, wide_dtype(parameter)
-        omega = self._importance[name].to(device, self._importance_dtype or dtype)
-        anchor = self._anchor[name].to(device, dtype)
+        omega = self._memory.importance[name].to(device, self._importance_dtype or dtype)
+        anchor = self._memory.anchor[name].to(device, dtype)
         if anchor.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr():
-            anchor = anchor.clone()  # of a memory made by hand, which would move with the weights
-        return Held(known_rows(parameter.detach(), omega), anchor, omega)
+            anchor = anchor.clone()  # a memory made by hand may hold the weights themselves, which move
+        return ProtectedWeights(known_rows(parameter.detach(), omega), anchor, omega)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.form != GRADIENT or not self.strength:
@@ -288,14 +293,17 @@ class Protection:
         if closure is None:
             self._add_gradients(optimizer)
             return None
-        # It runs after this hook, and its zero_grad would discard what is added here.
+        # optimizer.step(closure) runs this hook, then closure(), then the update:
+        #   hook        adds 2 lambda Omega (theta - theta*) to .grad
+        #   closure()   calls zero_grad(), which discards it, and backward()
+        # So the closure is replaced by one that adds the gradient at its end. The hook's args are (optimizer, closure).
         penalised = self._penalised(optimizer, closure)
         if "closure" in kwargs:
             return args, {**kwargs, "closure": penalised}
         return (args[0], penalised, *args[2:]), kwargs
 
     def _penalised(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """The closure of the penalised loss: its gradients, and its value, which a line search looks at."""
+        """A closure of the penalised loss: it adds the gradient, and returns the value, which a line search needs."""
 
         def run() -> Any:
             loss = closure()
@@ -309,10 +317,10 @@ class Protection:
         if not slots:
             return
         self._check_stable(optimizer)
-        gradients = [known_rows(slot.parameter.grad, slot.held.omega) for slot in slots]  # type: ignore[arg-type]
+        gradients = [known_rows(slot.parameter.grad, slot.protected.omega) for slot in slots]  # type: ignore[arg-type]
         factors = [-self.strength if slot.group.get("maximize") else self.strength for slot in slots]
         scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler when a fused optimizer unscales
-        add_gradients_(gradients, [slot.held for slot in slots], factors, scale)
+        add_gradients_(gradients, [slot.protected for slot in slots], factors, scale)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.form != PROXIMAL or not self.strength:
@@ -322,40 +330,41 @@ class Protection:
             return
         found_inf = getattr(optimizer, "found_inf", None)  # GradScaler made a fused optimizer skip this step
         strength = self.strength if found_inf is None else self.strength * (1 - found_inf)
-        for parts in self._steps(optimizer, slots, strength):
-            pull_(*parts)
+        for pulls in self._pulls(optimizer, slots, strength):
+            pull_(*pulls)
 
     @staticmethod
-    def _steps(optimizer: Optimizer, slots: Sequence[_Slot], strength: float | Tensor) -> Iterator[_Steps]:
-        """What was stepped: all that have a preconditioner, then all that have none."""
-        known = [(slot, step) for slot in slots if (step := step_of(optimizer, slot.group, slot.parameter)) is not None]
+    def _pulls(optimizer: Optimizer, slots: Sequence[_Slot], strength: float | Tensor) -> Iterator[_Pulls]:
+        """The parameters that were stepped: first those with a preconditioner, then those without."""
+        sizes = [(slot, step_size(optimizer, slot.group, slot.parameter)) for slot in slots]
+        known = [(slot, step) for slot, step in sizes if step is not None]
         for chosen in (
             [(slot, step) for slot, step in known if step.preconditioner is not None],
             [(slot, step) for slot, step in known if step.preconditioner is None],
         ):
             preconditioners = [
-                own._replace(squares=known_rows(own.squares, slot.held.omega))
+                own._replace(squares=known_rows(own.squares, slot.protected.omega))
                 for slot, step in chosen
                 if (own := step.preconditioner) is not None
             ]
             if chosen:
                 factors = [step.size * strength for _, step in chosen]
-                yield [slot.held for slot, _ in chosen], factors, preconditioners or None
+                yield [slot.protected for slot, _ in chosen], factors, preconditioners or None
 
     def _with_gradients(self, optimizer: Optimizer) -> list[_Slot]:
         self._find_slots(optimizer)
         slots = [slot for slot in self._slots if slot.parameter.grad is not None]
         if any(slot.parameter.grad.is_sparse for slot in slots):  # type: ignore[union-attr]
-            raise ProtectionError("a protected parameter has a sparse gradient: build its embedding with sparse=False.")
+            raise ProtectionError("a protected parameter has a sparse gradient: make its embedding with sparse=False.")
         return slots
 
     def _check_stable(self, optimizer: Optimizer) -> None:
-        """Warn before the gradient form diverges, once for each time that a group comes to where it would."""
+        """Warn before the gradient form diverges: once per group, and again if a group was stable in between."""
         for index, group in enumerate(optimizer.param_groups):
             limit = largest_stable_pull(optimizer, group)
             if index not in self._most and math.isfinite(limit):
                 self._most[index] = max(
-                    (float(s.held.omega.max()) for s in self._slots if s.group is group), default=0.0
+                    (float(s.protected.omega.max()) for s in self._slots if s.group is group), default=0.0
                 )
             most = self._most.get(index, 0.0)
             if 2 * self.strength * most <= limit:

@@ -1,6 +1,6 @@
-"""The value Relative: a strength that means the same whatever the scale of the importance.
+"""The value Relative: a strength that has the same effect whatever the scale of the importance.
 
-Owns the default strength of memsyn and its reason. How a strength acts is in `protect`.
+Owns the default strength and the checks of a strength. How a strength acts is in `protect`.
 """
 
 import math
@@ -15,9 +15,10 @@ from memsyn.errors import MismatchError, OptionError, StrengthWarning
 from memsyn.values.memory import RULES, Memory
 
 DEFAULT: Final = 0.01
-"""The relative strength unless told: chosen on three sequences of tasks (docs/decisions.md)."""
+"""The relative strength by default: chosen on three sequences of tasks (docs/decisions.md)."""
 
 LARGEST: Final = 1e37
+"""The largest absolute strength: protection computes in float32."""
 
 
 @final
@@ -25,15 +26,15 @@ LARGEST: Final = 1e37
 class Relative:
     """A strength in units of the mean importance of one task: lambda = value T / mean(Omega).
 
-    The mean is over the weights that have any importance, so that neither unused rows of a table nor dead units count.
-    T is how many tasks' worth of importance the memory holds: what the rules of its consolidations make of importances
-    of one, so with `sum` as many as there were, and 1 with `mean`, `max` and `ema`. Whatever multiplies Omega (the
-    scale of the outputs, the objective) drops out, and the pull of one task stays what it was when others come; where
-    each has a head of its own, it grows by about the share of the weights that are heads. A memory made by hand,
-    without a history, counts as one task. The paper's own lambda is a plain number.
+    The mean is over the weights with an importance above 0, so that unused rows of a table and dead units do not count.
+    T is the number of tasks whose importance the memory holds: the number of consolidations with rule `sum`, 1 with
+    `mean`, `max` and `ema`. Any factor of Omega (the scale of the outputs, the objective) cancels, and the pull towards
+    one task stays the same when other tasks are added; if each task has its own head, it grows by about the heads'
+    share of the weights. A memory without a history, made by hand, counts as one task. A plain number in place of
+    `Relative` is lambda as in the paper.
 
     Attributes:
-        value: positive, or 0 for no protection; 0.01 unless told, which is the default of `protect`.
+        value: positive, or 0 for no protection. The default 0.01 is also the default of `protect`.
 
     Raises:
         OptionError: the value is negative or not finite.
@@ -48,10 +49,10 @@ class Relative:
     value: float = DEFAULT
 
     def __post_init__(self) -> None:
-        checked(self.value)
+        checked_strength(self.value)
 
     def of(self, memory: Memory) -> float:
-        """The paper's lambda with this memory; 0, with a warning, if none of its weights has any importance.
+        """The paper's lambda for this memory; 0, with a warning, if no weight has any importance.
 
         Raises:
             MismatchError: an importance is not finite.
@@ -70,7 +71,7 @@ class Relative:
 
 
 def _num_tasks(memory: Memory) -> float:
-    """What the rules of the memory's consolidations make of importances of one."""
+    """T: the memory's consolidations, applied to an importance of 1 each. Rule `sum`, three times: 1 + 1 + 1 = 3."""
     found, one, num_samples = torch.ones(()), torch.ones(()), 0
     for entry in memory.history:
         if num_samples and entry.rule in RULES:
@@ -79,11 +80,11 @@ def _num_tasks(memory: Memory) -> float:
     return float(found)
 
 
-def checked(strength: object) -> float:
-    """A strength as it must be: finite, not negative.
+def checked_strength(strength: object) -> float:
+    """A strength as a float.
 
     Raises:
-        OptionError: it is not.
+        OptionError: it is not a number, or is negative, not finite or above `LARGEST`.
     """
     if isinstance(strength, bool) or not isinstance(strength, Real):
         raise OptionError(f"strength must be a number or memsyn.Relative(...), got {strength!r}.")
@@ -91,5 +92,5 @@ def checked(strength: object) -> float:
     if not (math.isfinite(strength) and strength >= 0):
         raise OptionError(f"strength must be finite and not negative, got {strength}.")
     if strength > LARGEST:
-        raise OptionError(f"strength must be at most {LARGEST:g}, for it is used in float32; got {strength}.")
+        raise OptionError(f"strength must be at most {LARGEST:g}, since it is used in float32; got {strength}.")
     return strength

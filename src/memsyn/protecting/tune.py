@@ -1,6 +1,6 @@
 """tune(train): choose a strength without any old data.
 
-Owns the search. What is trained, and how it is judged on the new task, is its caller's.
+Owns the search. The caller trains the model and scores it on the new task.
 """
 
 import math
@@ -14,9 +14,9 @@ from tqdm import tqdm
 from memsyn.errors import OptionError, StrengthWarning
 
 DROP: Final = 0.2
-DECAY: Final = 0.5
+STRENGTH_DECAY: Final = 0.5
 BUDGET: Final = 11
-"""As De Lange et al. have them: a fifth of the reachable score may go, strengths are halved, ten of them at most."""
+"""As in De Lange et al.: a fifth of the reachable score may be lost; each strength is half of the last; ten at most."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What the search found."""
+    """The result of `tune`."""
 
     strength: float
     """The largest strength tried that leaves the new task learnable; the smallest tried if none does."""
@@ -44,26 +44,27 @@ def tune(
     *,
     start: float,
     drop: float = DROP,
-    decay: float = DECAY,
+    decay: float = STRENGTH_DECAY,
     budget: int = BUDGET,
     progress: bool = True,
 ) -> Tuned:
-    """The largest strength with which the new task can still be learned; nothing of the old tasks is looked at.
+    """The largest strength with which the new task can still be learned; no data of the old tasks are needed.
 
-    First the score A that the new task can reach is found, by training without protection; then, from `start` on, the
-    strength is lowered until the score is at least (1 - drop) A (De Lange et al., TPAMI 2021, their "stability decay").
+    First the model is trained without protection, which gives the score A that the new task can reach. Then the
+    strength is lowered from `start` until the score is at least (1 - drop) A (De Lange et al., TPAMI 2021, "stability
+    decay").
 
     Args:
         train: strength -> score. It trains a fresh copy of the model on the new task under `protect` with that strength
-            (0 stands for no protection), and returns how good it is on held-out data of the new task: higher is better.
+            (0 means no protection), and returns a score on held-out data of the new task; higher is better.
         start: the highest strength, where the search begins.
-        drop: the part of the reachable score that may be given up, from 0 to 1.
-        decay: each strength over the one before it, between 0 and 1.
-        budget: how often to call `train` at most, the first time without protection included; at least 2.
+        drop: the share of the reachable score that may be lost, from 0 to below 1.
+        decay: the ratio of each strength to the one before, between 0 and 1.
+        budget: how often to call `train` at most, the first call without protection included; at least 2.
         progress: show a progress bar.
 
     Returns:
-        The strength, the reachable score, and all trials. If no strength tried is small enough there is a warning.
+        The strength, the reachable score, and all trials. There is a warning if no strength tried is small enough.
 
     Raises:
         OptionError: an option is out of its range, or a score is not a positive number.

@@ -141,7 +141,7 @@ def test_verify(folder) -> None:
     Path("damaged").write_bytes(damaged)
     lines = call("verify", "n", "damaged", "none", "i", code=1).output.splitlines()
     assert [line[:6] for line in lines] == ["OK    ", "FAILED", "FAILED", "OK    "]
-    assert lines[1].startswith("FAILED  damaged is damaged: its checksum is not that of its content.")
+    assert lines[1].startswith("FAILED  damaged is damaged: its checksum does not match its content.")
     assert lines[2] == "FAILED  none does not exist."
     assert as_json("verify", "n", "none", code=1) == {
         "ok": False,
@@ -221,10 +221,10 @@ def test_merge_is_one_observer_of_all_samples(folder, model) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["i"], "there is nothing to merge: name at least two files."),
-        (["i", "j", "i"], "i is named more than once: its samples would count twice."),
-        (["i", "./i"], "i, ./i is named more than once: its samples would count twice."),
-        (["m", "i"], "memories and importances cannot be merged with each other: name files of one kind."),
+        (["i"], "there is nothing to merge: give at least two files."),
+        (["i", "j", "i"], "i is given more than once: its samples would count twice."),
+        (["i", "./i"], "i, ./i is given more than once: its samples would count twice."),
+        (["m", "i"], "a memory and an importance cannot be merged: give files of one kind."),
         (["m", "n"], "only memories of one consolidation each can be merged, and one has 2"),
         (["i", "none"], "none does not exist."),
     ],

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +13,10 @@ from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 import memsyn
 from memsyn.protecting import compiled
+from memsyn.protecting import penalty as arithmetic
 from tests.training import a_task, assert_close, train
 
 Make = Callable[[Any], Optimizer]
-arithmetic = sys.modules["memsyn.protecting.penalty"]  # the package has a function of this name
 
 
 def of_one_weight(theta: float, anchor: float, omega: float) -> tuple[nn.Module, memsyn.Memory]:

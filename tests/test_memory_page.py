@@ -67,7 +67,7 @@ def test_what_moved_since_the_anchor():
     assert "farthest off in 0: 212.1%" in found.title
     page = memory_page(make(), "m", {"0.weight": torch.ones(1, 2)})
     assert "Not among the weights, and left out: 1.weight." in page.sections[3].parts
-    with pytest.raises(MismatchError, match=r"0\.weight is not, for one\. Give the state_dict of the same model"):
+    with pytest.raises(MismatchError, match=r"0\.weight is missing, for example\. Give the state_dict of the same model"):
         memory_page(make(), "m", {"other": torch.ones(1)})
 
 
@@ -128,7 +128,7 @@ def test_charts_show_the_layers_with_most_and_tables_all():
     assert len(tables(page)["Layers"][0].rows) == MOST_ROWS + 5
     shares = chart(page, "layers-share")
     assert [row[0] for row in cells(shares.table)] == [f"l{n}" for n in range(5, MOST_ROWS + 5)]
-    assert f"The charts show the {MOST_ROWS} layers with most; 5 are left out." in page.sections[0].parts
+    assert f"The charts show the {MOST_ROWS} layers with the largest share; 5 are left out." in page.sections[0].parts
 
 
 def test_every_chart_is_one_of_plotlys_with_units_and_numbers():
@@ -192,7 +192,7 @@ def test_what_cannot_be_written_or_read_says_so(folder):
     said = call("inspect", "a", "--html", "nowhere/a.html", code=1).stderr
     assert "nowhere/a.html cannot be written: No such file or directory. Name another file." in " ".join(said.split())
     assert "a cannot be written" in call("inspect", "a", "--png", "a", code=1).stderr
-    assert "--weights belongs to a memory's" in call("inspect", "a", "--weights", "b", code=1).stderr
+    assert "--weights needs a memory file" in call("inspect", "a", "--weights", "b", code=1).stderr
     said = call("inspect", "a", "--html", "a.html", "--weights", "c.safetensors", code=1).stderr
     assert "c.safetensors could not be read" in said
 

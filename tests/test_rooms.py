@@ -167,6 +167,24 @@ def test_functions_stay_small() -> None:
                 assert length <= 50, f"{path.name}: {node.name} has {length} lines"
 
 
+LARGE = {"Run", "Observer", "Worker", "Segment", "Ledger", "Process", "Recorder"}
+"""Classes that still hold more than a dozen attributes. Remove each when it is cut."""
+
+
+def test_classes_hold_at_most_a_dozen_attributes() -> None:
+    """Fields, and what methods set on `self`."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and node.name not in LARGE:
+                found = {
+                    n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+                }
+                for n in ast.walk(node):
+                    if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store) and ast.unparse(n.value) == "self":
+                        found.add(n.attr)
+                assert len(found) <= 12, f"{path.name}: {node.name} holds {len(found)} attributes: {sorted(found)}"
+
+
 def test_the_examples_in_the_docstrings_run() -> None:
     import doctest
     import importlib

@@ -1,7 +1,7 @@
-"""The command `memsyn`: what one can do with memory and importance files.
+"""The command `memsyn` for memory and importance files.
 
-Owns options, texts and exit codes: 0 done, 1 an error of ours (on stderr) or what the command's help says, 2 wrong
-usage, 130 interrupted.
+Owns the list of commands, their options and exit codes: 0 done, 1 an error of memsyn (on stderr) or as the command's
+help says, 2 wrong usage, 130 interrupted.
 """
 
 from importlib.metadata import version
@@ -16,8 +16,11 @@ __all__ = ["app"]
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
-for command in (files.inspect, files.verify, files.diff, files.merge, files.convert):
-    app.command()(command)
+app.command("inspect")(files.inspect_file)
+app.command("verify")(files.verify_files)
+app.command("diff")(files.diff_files)
+app.command("merge")(files.merge_files)
+app.command("convert")(files.convert_file)
 
 
 def _print_version(wanted: bool) -> None:

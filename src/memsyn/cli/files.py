@@ -1,6 +1,7 @@
 """The commands on memory files: inspect, verify, diff, merge, convert.
 
-With --json each prints one JSON object, whose keys stay: docs/commands.md. Errors go to stderr either way.
+With --json each prints one JSON object, whose keys are stable: docs/commands.md. Errors go to stderr either way. Pages
+and pictures are imported only for --html and --png: they need the extra `report`, the commands do not.
 """
 
 from __future__ import annotations
@@ -24,12 +25,10 @@ from memsyn.cli.screen import (
     say,
     say_json,
 )
-from memsyn.report.memory_page import difference_page, memory_page
-from memsyn.report.page import write_report
-from memsyn.storage.reading_and_writing import IMPORTANCE, MEMORY, read
+from memsyn.storage.reading_and_writing import read
 from memsyn.values import comparison
 from memsyn.values.conversion import PLAIN, STRUCTURES, is_plain, read_plain, read_weights, write_plain
-from memsyn.values.memory import KINDS, load
+from memsyn.values.memory import KINDS, kind_of, load
 
 File = Annotated[str, typer.Argument(metavar="FILE", help="A memory or importance file of memsyn, or its URL.")]
 Files = Annotated[list[str], typer.Argument(metavar="FILE", help="Files of memsyn, or their URLs.")]
@@ -39,12 +38,12 @@ Png = Annotated[Path | None, typer.Option(metavar="DIR", help="Write the charts 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def inspect(
+def inspect_file(
     path: File,
     html: Html = None,
     png: Png = None,
     weights: Annotated[
-        Path | None, typer.Option(help="A model's state_dict; the page then shows what moved since the anchor.")
+        Path | None, typer.Option(help="A model's state_dict: the page also shows how far it is from the anchor.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -55,8 +54,11 @@ def inspect(
     with plain_errors():
         held = load(path)
         if weights is not None and not (isinstance(held, Memory) and (html or png)):
-            raise OptionError("--weights belongs to a memory's --html or --png: add one, or leave it out.")
+            raise OptionError("--weights needs a memory file and --html or --png: add one of them, or leave it out.")
         if html or png:
+            from memsyn.report.memory_page import memory_page
+            from memsyn.report.page import write_report
+
             page = memory_page(held, os.path.basename(path), read_weights(weights) if weights else None)
             write_report(page, html, png)
     if as_json:
@@ -70,7 +72,7 @@ def inspect(
 def _facts(held: Memory | Importance) -> dict[str, Any]:
     objective, magnitude = held.quantity or (None, None)
     facts = {
-        "kind": _kind(held),
+        "kind": kind_of(held),
         "num_samples": held.num_samples,
         "objective": objective,
         "magnitude": magnitude,
@@ -81,11 +83,7 @@ def _facts(held: Memory | Importance) -> dict[str, Any]:
     return {**facts, "routes": by_route(held)}
 
 
-def _kind(held: Memory | Importance) -> str:
-    return MEMORY if isinstance(held, Memory) else IMPORTANCE
-
-
-def verify(paths: Files, as_json: Json = False) -> None:
+def verify_files(paths: Files, as_json: Json = False) -> None:
     """Check files: checksum, format, shapes, finite values, no negative importance. One line a file.
 
     Exits with 0 if all are whole, with 1 if one is damaged, missing or not of memsyn.
@@ -114,7 +112,7 @@ def _verified(path: str) -> dict[str, Any]:
     return {"path": path, "ok": True, "kind": kind, "error": None}
 
 
-def diff(
+def diff_files(
     a: Annotated[str, typer.Argument(metavar="A", help="The older file.")],
     b: Annotated[str, typer.Argument(metavar="B", help="The newer file.")],
     html: Html = None,
@@ -130,6 +128,9 @@ def diff(
     with plain_errors():
         one, other = load(a), load(b)
         if html or png:
+            from memsyn.report.memory_page import difference_page
+            from memsyn.report.page import write_report
+
             write_report(difference_page(one, other, (os.path.basename(a), os.path.basename(b))), html, png)
     found = comparison.diff(one, other)
     if as_json:
@@ -140,7 +141,7 @@ def diff(
         raise typer.Exit(1)
 
 
-def merge(paths: Files, out: Out, as_json: Json = False) -> None:
+def merge_files(paths: Files, out: Out, as_json: Json = False) -> None:
     """Add up what replicas of one model measured: the result is that of one which saw all samples.
 
     Importance files are added up. Memory files are merged if each holds one consolidation and all have the same anchor;
@@ -150,11 +151,11 @@ def merge(paths: Files, out: Out, as_json: Json = False) -> None:
     """
     with plain_errors():
         if len(paths) < 2:
-            raise OptionError("there is nothing to merge: name at least two files.")
-        places = {path: path if "://" in path else os.path.realpath(path) for path in paths}
-        twice = [path for path in places if list(map(places.get, paths)).count(places[path]) > 1]
+            raise OptionError("there is nothing to merge: give at least two files.")
+        found = [path if "://" in path else os.path.realpath(path) for path in paths]
+        twice = [path for path, real in dict(zip(paths, found, strict=True)).items() if found.count(real) > 1]
         if twice:
-            raise OptionError(f"{', '.join(twice)} is named more than once: its samples would count twice.")
+            raise OptionError(f"{', '.join(twice)} is given more than once: its samples would count twice.")
         merged = reduce(_added, (load(path) for path in paths))
         merged.save(out)
     if as_json:
@@ -168,10 +169,10 @@ def _added(one: Memory | Importance, other: Memory | Importance) -> Memory | Imp
         return one.merge(other)
     if isinstance(one, Importance) and isinstance(other, Importance):
         return one + other
-    raise MismatchError("memories and importances cannot be merged with each other: name files of one kind.")
+    raise MismatchError("a memory and an importance cannot be merged: give files of one kind.")
 
 
-def convert(
+def convert_file(
     path: Annotated[str, typer.Argument(metavar="FILE", help="A file of memsyn, or a dict saved by torch.")],
     out: Out,
     num_samples: Annotated[
@@ -206,4 +207,4 @@ def convert(
 
 
 def _written(out: str, held: Memory | Importance) -> dict[str, Any]:
-    return {"out": out, "kind": _kind(held), "num_samples": held.num_samples}
+    return {"out": out, "kind": kind_of(held), "num_samples": held.num_samples}

@@ -1,7 +1,7 @@
 """What the commands print: errors, JSON, tables.
 
-Owns layout and words. Names and labels come out of files that strangers may have written: control characters and markup
-in them are shown, never obeyed.
+Owns layout and words. Names and labels come from files that strangers may have written: control characters and markup
+in them are printed as text, never interpreted.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from memsyn import Consolidation, Importance, LayerSummary, Memory, MemsynError
-from memsyn.report.names import printable
+from memsyn.report.names import printable, short_fingerprint
 from memsyn.values.comparison import Difference, LayerChange
+from memsyn.values.memory import kind_of
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def plain_errors() -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """Print one line as it is."""
+    """Print one line of text, without markup."""
     typer.echo(printable(line))
 
 
@@ -42,39 +43,39 @@ def say_json(value: dict[str, Any]) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
-def samples(count: int) -> str:
-    """A count in words."""
+def count_of_samples(count: int) -> str:
+    """A count for people: "1 sample", "1,200 samples"."""
     return f"{count:,} sample{'' if count == 1 else 's'}"
 
 
 def describe(held: Memory | Importance) -> str:
-    """What kind of thing it is, and of how much."""
-    return f"{'memory' if isinstance(held, Memory) else 'importance'} of {samples(held.num_samples)}"
+    """A file in a few words: "memory of 1,200 samples"."""
+    return f"{kind_of(held)} of {count_of_samples(held.num_samples)}"
 
 
 def print_memory(memory: Memory) -> None:
-    """Its layers, and where it comes from."""
+    """Print a memory's layers and history."""
     console = Console(highlight=False)
-    console.print(_layers(f"Memory of {samples(memory.num_samples)}", memory.summary()))
+    console.print(_layers(f"Memory of {count_of_samples(memory.num_samples)}", memory.summary()))
     if memory.history:
         say(f"Measured: {_quantity(memory)}.")
         console.print(_history(memory.history))
 
 
 def print_importance(importance: Importance) -> None:
-    """Its layers, and how they were measured."""
+    """Print an importance's layers, and how it was measured."""
     console = Console(highlight=False)
-    console.print(_layers(f"Importance over {samples(importance.num_samples)}", importance.summary()))
+    console.print(_layers(f"Importance over {count_of_samples(importance.num_samples)}", importance.summary()))
     known = f", at the weights {importance.fingerprint[:15]}" if importance.fingerprint else ""
     say(f"Measured: {_quantity(importance)}, a mean over samples{known}.")
     routes = sorted(by_route(importance).items(), key=lambda item: -len(item[1]))
-    for place, (route, names) in enumerate(routes):
-        listed = f": {', '.join(names)}" if place else ""  # the many need no list
+    for rank, (route, names) in enumerate(routes):
+        listed = f": {', '.join(names)}" if rank else ""  # the most frequent route needs no list
         say(f"Computed by {route!r}: {len(names)} of {len(importance.sums)} parameters{listed}")
 
 
 def by_route(importance: Importance) -> dict[str, list[str]]:
-    """How it was computed -> the parameters that were."""
+    """Route -> the parameters that were measured by it."""
     routes: dict[str, list[str]] = {}
     for name in importance.sums:
         if name in importance.routes:
@@ -122,7 +123,7 @@ def _history(history: Sequence[Consolidation]) -> Table:
     for entry in history:
         rule = entry.rule if entry.decay is None else f"{entry.rule} {entry.decay:g}"
         versions = ", ".join(part.partition("+")[0] for part in (entry.memsyn, entry.torch) if part)
-        cells = (rule, entry.label or "", short(entry.fingerprint), versions)
+        cells = (rule, entry.label or "", short_fingerprint(entry.fingerprint), versions)
         table.add_row(
             Text(printable(entry.when[:16].replace("T", " "))),
             f"{entry.num_samples:,}",
@@ -131,13 +132,8 @@ def _history(history: Sequence[Consolidation]) -> Table:
     return table
 
 
-def short(fingerprint: str | None) -> str:
-    """The first digits of a fingerprint: enough to tell two apart at a glance."""
-    return (fingerprint or "").partition(":")[2][:8]
-
-
 def print_difference(a: Memory | Importance, b: Memory | Importance, found: Difference) -> None:
-    """What is where, layer by layer."""
+    """Print a comparison, layer by layer."""
     say(f"A: {describe(a)}. B: {describe(b)}.")
     if a.quantity != b.quantity:
         say(f"They are of different quantities: {_quantity(a)}, and {_quantity(b)}. Compare shares, not totals.")

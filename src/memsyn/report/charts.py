@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from memsyn.report.names import inert, shortened
-from memsyn.report.parts import Cell, Chart, Entry, Table, brief
+from memsyn.report.parts import Cell, Chart, LegendEntry, Table, brief
 from memsyn.report.styles import INK, OPEN, Style
 
-Axis = dict[str, Any]
+PlotlyAxis = dict[str, Any]
 
 APART, REACH = 0.1, 0.3
 """Of marks at one place, how far neighbours stand apart, and how far from the place any stands at most."""
@@ -40,12 +40,12 @@ class Series:
     shown: bool = True
 
 
-def axis(title: str, **more: Any) -> Axis:
+def axis(title: str, **more: Any) -> PlotlyAxis:
     """An axis with its title, which names the unit."""
     return {"title": {"text": inert(title), "standoff": 8}, "automargin": True, **more}
 
 
-def logarithmic(title: str) -> Axis:
+def logarithmic(title: str) -> PlotlyAxis:
     """An axis of powers of ten."""
     return axis(title, type="log", dtick=1, exponentformat="power")
 
@@ -56,7 +56,7 @@ def finite(values: Sequence[float]) -> list[float | None]:
     return [int(value) if value is not None and value.is_integer() else value for value in short]
 
 
-def figure(data: list[dict[str, Any]], x: Axis, y: Axis, height: int) -> dict[str, Any]:
+def figure(data: list[dict[str, Any]], x: PlotlyAxis, y: PlotlyAxis, height: int) -> dict[str, Any]:
     """Data and layout."""
     layout = {
         "height": height,
@@ -73,8 +73,8 @@ def figure(data: list[dict[str, Any]], x: Axis, y: Axis, height: int) -> dict[st
 def lines(
     title: str,
     series: Sequence[Series],
-    x: Axis,
-    y: Axis,
+    x: PlotlyAxis,
+    y: PlotlyAxis,
     *,
     name: str,
     mode: str = "lines+markers",
@@ -110,10 +110,10 @@ def lines(
     return Chart(title, figure(data, x, y, height), points_table(series, x, y), name, shown, note)
 
 
-def _entry(one: Series, *, marks: bool, line: bool) -> Entry:
+def _entry(one: Series, *, marks: bool, line: bool) -> LegendEntry:
     """Of a legend, with what is drawn alone."""
     style = one.style._replace(marker=one.style.marker if marks else "", dash=one.style.dash if line else "")
-    return Entry(one.name, style, one.shown)
+    return LegendEntry(one.name, style, one.shown)
 
 
 def _shifts(shown: Sequence[bool]) -> list[float]:
@@ -127,7 +127,7 @@ def _shifts(shown: Sequence[bool]) -> list[float]:
     return [2 * reach * slots[place] / last - reach for place in range(len(shown))]
 
 
-def points_table(series: Sequence[Series], x: Axis, y: Axis) -> Table:
+def points_table(series: Sequence[Series], x: PlotlyAxis, y: PlotlyAxis) -> Table:
     """A row for each point."""
     columns = [
         "Series",
@@ -148,7 +148,7 @@ def bars(
     title: str,
     labels: Sequence[str],
     series: Sequence[Series],
-    unit: Axis,
+    unit: PlotlyAxis,
     *,
     name: str,
     rows: str = "layer",
@@ -201,8 +201,8 @@ def heat(
     rows: Sequence[str],
     columns: Sequence[str],
     values: Sequence[Sequence[float]],
-    x: Axis,
-    y: Axis,
+    x: PlotlyAxis,
+    y: PlotlyAxis,
     *,
     name: str,
     hover: str,
@@ -248,12 +248,12 @@ def heat(
     )
 
 
-def _names(names: Sequence[str]) -> Axis:
+def _names(names: Sequence[str]) -> PlotlyAxis:
     """Ticks with names."""
     return {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": [inert(shortened(n)) for n in names]}
 
 
-def _words(found: Axis) -> str:
+def _words(found: PlotlyAxis) -> str:
     text: str = found["title"]["text"]
     return text
 

@@ -1,6 +1,6 @@
-"""The page of a memory or an importance, and that of two side by side.
+"""The page of a memory or an importance, and the page of two of them side by side.
 
-Owns which charts there are and their words; the numbers come from `summary`, `compare` and `distribution`.
+Owns the choice of charts and their texts; the numbers come from `summary`, `comparison` and `distribution`.
 """
 
 from __future__ import annotations
@@ -14,45 +14,49 @@ from torch import Tensor
 from memsyn.errors import MismatchError
 from memsyn.report.charts import Series, axis, bars, heat, lines, logarithmic
 from memsyn.report.distribution import Lorenz, histograms, lorenz, top_units
+from memsyn.report.names import short_fingerprint
 from memsyn.report.parts import Cell, Chart, Page, Part, Section, Table, number_cell
 from memsyn.report.styles import BLUE, GREY, VERMILLION, Style
 from memsyn.values.comparison import Difference, LayerChange, diff
 from memsyn.values.consolidation import Consolidation
 from memsyn.values.importance import Importance, LayerSummary
-from memsyn.values.memory import Memory
+from memsyn.values.memory import Memory, kind_of, omega_of
 
 MOST_ROWS = 40
-"""Layers in a chart; tables have all."""
+"""The most layers in a chart; tables have all layers."""
 NUM_UNITS = 20
-PLAIN, OTHER, EVEN = Style(BLUE, "circle", "solid"), Style(VERMILLION, "square", "dash"), Style(GREY, "x", "dot")
+FIRST_STYLE, SECOND_STYLE, EVEN_STYLE = (
+    Style(BLUE, "circle", "solid"),
+    Style(VERMILLION, "square", "dash"),
+    Style(GREY, "x", "dot"),
+)
 SHARE = "share of all importance (%)"
-UNITS_SAY = (
-    "A unit is a row of a layer's parameters: a neuron or a filter with its bias, a token of an embedding; where "
-    "weights are stored (inputs, outputs), an input."
+UNITS_NOTE = (
+    "A unit is one row of a layer's parameters: a neuron or a filter with its bias, or a token of an embedding. If "
+    "weights are stored as (inputs, outputs), a row is an input."
 )
 
-Held = Memory | Importance
 
-
-def memory_page(held: Held, name: str, weights: Mapping[str, Tensor] | None = None) -> Page:
-    """All about one file; with a model's `weights`, also how far they are from the anchor."""
-    layers, curve = held.summary(), lorenz(_omega(held))
+def memory_page(held: Memory | Importance, name: str, weights: Mapping[str, Tensor] | None = None) -> Page:
+    """The page of one file; with a model's `weights`, also how far they are from the anchor."""
+    layers, curve = held.summary(), lorenz(omega_of(held))
     sections = [
         Section("Layers", _layers(layers)),
         Section("How the importance is spread", _spread(held, curve)),
-        Section("The most important units", [UNITS_SAY, _units(held)] if curve else ["No unit is important yet."]),
+        Section("The most important units", [UNITS_NOTE, _units(held)] if curve else ["No unit is important yet."]),
     ]
     if isinstance(held, Memory):
         if weights is not None:
             sections.append(Section("What moved since the anchor", _moved_since(held, weights)))
         sections.append(Section("Consolidations", _history(held.history)))
     num_weights = sum(layer.num_weights for layer in layers)
-    lead = f"{kind(held)} of {num_weights:,} weights in {len(layers)} layers, measured on {held.num_samples:,} samples"
-    return Page(name, _headline(curve, layers), f"{lead}{_quantity(held)}.", sections)
+    size = f"{num_weights:,} weights in {len(layers)} layers"
+    lead = f"{kind_of(held).capitalize()} of {size}, measured on {held.num_samples:,} samples{_quantity(held)}."
+    return Page(name, _headline(curve, layers), lead, sections)
 
 
-def difference_page(a: Held, b: Held, names: tuple[str, str]) -> Page:
-    """Two files side by side, A and B."""
+def difference_page(a: Memory | Importance, b: Memory | Importance, names: tuple[str, str]) -> Page:
+    """The page of two files, A and B."""
     found = diff(a, b)
     most = max(found.layers, key=lambda layer: abs(layer.share_b - layer.share_a), default=None)
     headline = "A and B hold the same, bit for bit." if found.same else "A and B differ."
@@ -66,7 +70,7 @@ def difference_page(a: Held, b: Held, names: tuple[str, str]) -> Page:
         Section(
             "How the importance is spread", [_both_lorenz(a, b), *(_of(w, _histogram(held)) for w, held in important)]
         ),
-        Section("The most important units", [UNITS_SAY, *(_of(w, _units(held)) for w, held in important)]),
+        Section("The most important units", [UNITS_NOTE, *(_of(w, _units(held)) for w, held in important)]),
     ]
     if any(layer.moved is not None for layer in found.layers):
         sections.append(Section("Where the anchors moved", _moved(found.layers, "the anchor of B", "A's anchor")))
@@ -74,23 +78,14 @@ def difference_page(a: Held, b: Held, names: tuple[str, str]) -> Page:
         if isinstance(held, Memory):
             sections.append(Section(f"Consolidations of {which}", _history(held.history)))
     lead = " ".join(
-        f"{which}: {name}, {kind(held).lower()} on {held.num_samples:,} samples{_quantity(held)}."
+        f"{which}: {name}, {kind_of(held)} on {held.num_samples:,} samples{_quantity(held)}."
         for which, name, held in (("A", names[0], a), ("B", names[1], b))
     )
     return Page(" and ".join(names), headline, lead, sections)
 
 
-def kind(held: Held) -> str:
-    """What sort of file it is."""
-    return "Memory" if isinstance(held, Memory) else "Importance"
-
-
-def _quantity(held: Held) -> str:
+def _quantity(held: Memory | Importance) -> str:
     return f": {held.quantity[1]} of {held.quantity[0]}" if held.quantity else ""
-
-
-def _omega(held: Held) -> dict[str, Tensor]:
-    return held.importance if isinstance(held, Memory) else held.mean()
 
 
 def _headline(curve: Lorenz | None, layers: Sequence[LayerSummary]) -> str:
@@ -128,7 +123,7 @@ def _layers(layers: Sequence[LayerSummary]) -> list[Part]:
     shares = bars(
         f"{first.layer} holds {100 * first.share:.0f}% of all importance",
         names,
-        [Series("share", PLAIN, [100 * layer.share for layer in shown], [])],
+        [Series("share", FIRST_STYLE, [100 * layer.share for layer in shown], [])],
         axis(SHARE),
         name="layers-share",
     )
@@ -136,8 +131,8 @@ def _layers(layers: Sequence[LayerSummary]) -> list[Part]:
         f"A weight of {top.layer} matters most on average: {top.mean:.3g}",
         names,
         [
-            Series("mean over the weights", PLAIN, [layer.mean or math.nan for layer in shown], []),
-            Series("largest", OTHER, [layer.max or math.nan for layer in shown], []),
+            Series("mean over the weights", FIRST_STYLE, [layer.mean or math.nan for layer in shown], []),
+            Series("largest", SECOND_STYLE, [layer.max or math.nan for layer in shown], []),
         ],
         logarithmic("importance of a weight (units of the objective per unit of weight)"),
         name="layers-size",
@@ -146,38 +141,39 @@ def _layers(layers: Sequence[LayerSummary]) -> list[Part]:
     left = len(layers) - len(shown)
     return [
         whole,
-        *([f"The charts show the {MOST_ROWS} layers with most; {left} are left out."] if left else []),
+        *([f"The charts show the {MOST_ROWS} layers with the largest share; {left} are left out."] if left else []),
         shares,
         sizes,
     ]
 
 
 def _largest(layers: Sequence[LayerSummary], numbers: Sequence[float]) -> list[LayerSummary]:
-    """Those with the largest numbers, in the model's order."""
+    """The `MOST_ROWS` layers with the largest numbers, in the model's order."""
     kept = sorted(sorted(range(len(layers)), key=lambda place: -numbers[place])[:MOST_ROWS])
     return [layers[place] for place in kept]
 
 
-def _spread(held: Held, curve: Lorenz | None) -> list[Part]:
+def _spread(held: Memory | Importance, curve: Lorenz | None) -> list[Part]:
     if curve is None:
-        return ["There is no importance to be spread."]
+        return ["No weight is important yet."]
     return [
         _lorenz_chart(
-            [("all weights", PLAIN, curve)], f"Half of the importance lies in {100 * curve.half:.1f}% of the weights"
+            [("all weights", FIRST_STYLE, curve)],
+            f"Half of the importance lies in {100 * curve.half:.1f}% of the weights",
         ),
         _histogram(held),
     ]
 
 
-def _both_lorenz(a: Held, b: Held) -> Chart:
-    one, other = (lorenz(_omega(held)) for held in (a, b))
+def _both_lorenz(a: Memory | Importance, b: Memory | Importance) -> Chart:
+    one, other = (lorenz(omega_of(held)) for held in (a, b))
     ginis = [curve.gini if curve else 0.0 for curve in (one, other)]
     title = f"Gini coefficient {ginis[0]:.2f} in A and {ginis[1]:.2f} in B"
-    return _lorenz_chart([("A", PLAIN, one), ("B", OTHER, other)], title)
+    return _lorenz_chart([("A", FIRST_STYLE, one), ("B", SECOND_STYLE, other)], title)
 
 
 def _of(which: str, chart: Chart) -> Chart:
-    """A chart of one of two files."""
+    """A chart of file A or B, with its letter in the title and the name."""
     return replace(chart, title=f"{which}: {chart.title}", name=f"{chart.name} {which}")
 
 
@@ -192,7 +188,7 @@ def _lorenz_chart(curves: Sequence[tuple[str, Style, Lorenz | None]], title: str
             [Cell(name), number_cell(f"{curve.gini:.3f}"), number_cell(f"{100 * curve.half:.2f}")]
             + [number_cell(f"{100 - y[round(share * (len(y) - 1))]:.1f}") for share in (0.5, 0.9, 0.99)]
         )
-    series.append(Series("if all weights mattered alike", EVEN, [0, 100], [0, 100]))
+    series.append(Series("if all weights mattered alike", EVEN_STYLE, [0, 100], [0, 100]))
     chart = lines(
         title,
         series,
@@ -205,8 +201,8 @@ def _lorenz_chart(curves: Sequence[tuple[str, Style, Lorenz | None]], title: str
     return replace(chart, table=Table(["Weights", "Gini coefficient", "weights that hold half (%)", *top], rows))
 
 
-def _histogram(held: Held) -> Chart:
-    found = histograms(_omega(held))
+def _histogram(held: Memory | Importance) -> Chart:
+    found = histograms(omega_of(held))
     layers = held.summary()
     names = [layer.layer for layer in _largest(layers, [layer.share for layer in layers])]
     ends = ("less", *(f"{10**exponent:.3g}" for exponent in found.exponents))
@@ -238,15 +234,15 @@ def _span(shares: Sequence[float]) -> float:
     return (places[-1] - places[0]) / 2 if places else 0.0
 
 
-def _units(held: Held) -> Chart:
-    units = [unit for unit in top_units(_omega(held), NUM_UNITS) if unit.total]
+def _units(held: Memory | Importance) -> Chart:
+    units = [unit for unit in top_units(omega_of(held), NUM_UNITS) if unit.total]
     labels = [f"{unit.name} [{unit.row}]" for unit in units]
     together = 100 * sum(unit.share for unit in units)
     title = f"The {len(units)} most important units hold {together:.1f}% of all importance"
     return bars(
         title,
         labels,
-        [Series("share", PLAIN, [100 * unit.share for unit in units], [])],
+        [Series("share", FIRST_STYLE, [100 * unit.share for unit in units], [])],
         axis(SHARE),
         name="units",
         rows="unit",
@@ -262,19 +258,19 @@ def _history(history: Sequence[Consolidation]) -> list[Part]:
             Cell(entry.rule if entry.decay is None else f"{entry.rule} {entry.decay:g}"),
             Cell(entry.label or ""),
             Cell(f"{entry.magnitude} of {entry.objective}"),
-            Cell((entry.fingerprint or "").partition(":")[2][:8]),
+            Cell(short_fingerprint(entry.fingerprint)),
             Cell(", ".join(part for part in (entry.memsyn, entry.torch) if part)),
         ]
         for entry in history
     ]
     if not rows:
-        return ["None is written down."]
+        return ["The file has no history."]
     caption = "Oldest first. Weights: the first digits of the anchor's fingerprint. Versions: of memsyn and torch."
     return [Table(columns, rows, caption)]
 
 
 def _moved_since(memory: Memory, weights: Mapping[str, Tensor]) -> list[Part]:
-    """The weights take the place of another memory's anchor, that of the parameters which are among them."""
+    """How far the model's weights are from the anchor: compared as the anchor of a second memory."""
     present = {n: weights[n] for n in memory.anchor if n in weights and weights[n].shape == memory.anchor[n].shape}
     found = diff(memory, replace(memory, anchor=present, importance={n: memory.importance[n] for n in present}))
     reshaped = [name for name in memory.anchor if name in weights and name not in present]
@@ -289,8 +285,8 @@ def _moved_since(memory: Memory, weights: Mapping[str, Tensor]) -> list[Part]:
     ]
     if memory.anchor and len(missing) == len(memory.anchor):
         raise MismatchError(
-            f"none of the memory's parameters is among the weights: {missing[0]} is not, for one. Give the state_dict "
-            "of the same model."
+            f"the weights hold none of the memory's parameters: {missing[0]} is missing, for example. Give the "
+            "state_dict of the same model."
         )
     return [*said, *_moved(found.layers, "the model", "the anchor")]
 
@@ -306,7 +302,7 @@ def _moved(layers: Sequence[LayerChange], what: str, whose: str) -> list[Part]:
     chart = bars(
         f"{what[0].upper()}{what[1:]} is farthest off in {far.layer}: {farthest:.1f}% of its length",
         [known[place].layer for place in places],
-        [Series("distance", PLAIN, [ratios[place] for place in places], [])],
+        [Series("distance", FIRST_STYLE, [ratios[place] for place in places], [])],
         axis(f"distance, in % of the length of {whose}"),
         name="moved",
     )
@@ -347,8 +343,8 @@ def _changes(found: Difference) -> list[Part]:
                 f"The share of {most.layer} goes from {100 * most.share_a:.1f}% to {100 * most.share_b:.1f}%",
                 [layer.layer for layer in shown],
                 [
-                    Series("A", PLAIN, [100 * layer.share_a for layer in shown], []),
-                    Series("B", OTHER, [100 * layer.share_b for layer in shown], []),
+                    Series("A", FIRST_STYLE, [100 * layer.share_a for layer in shown], []),
+                    Series("B", SECOND_STYLE, [100 * layer.share_b for layer in shown], []),
                 ],
                 axis(SHARE),
                 name="shares",

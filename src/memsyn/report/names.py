@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from memsyn.errors import MemsynError
 
-LONGEST: Final = 24
+LONGEST_LABEL: Final = 24
 """Characters of a name on an axis."""
 LONGEST_FILE: Final = 100
 """Characters of a file's name; most file systems take 255 bytes."""
@@ -43,8 +43,13 @@ def file_name(text: str) -> str:
 def shortened(text: str) -> str:
     """A name for an axis: what is long loses its middle."""
     shown = printable(text)
-    half = LONGEST // 2
-    return shown if len(shown) <= LONGEST else f"{shown[: half - 1]}…{shown[-half:]}"
+    half = LONGEST_LABEL // 2
+    return shown if len(shown) <= LONGEST_LABEL else f"{shown[: half - 1]}…{shown[-half:]}"
+
+
+def short_fingerprint(fingerprint: str | None) -> str:
+    """The first digits of a fingerprint, enough to tell two apart: "sha256:66080fca91..." gives "66080fca"."""
+    return (fingerprint or "").partition(":")[2][:8]
 
 
 def json_in_html(value: Any) -> str:

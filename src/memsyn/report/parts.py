@@ -49,7 +49,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Entry:
+class LegendEntry:
     """One of a legend."""
 
     name: str
@@ -76,7 +76,7 @@ class Chart:
     figure: dict[str, Any]
     table: Table
     name: str
-    series: Sequence[Entry] = ()
+    series: Sequence[LegendEntry] = ()
     note: str = ""
 
 
@@ -88,7 +88,7 @@ class Panels:
     title: str
     charts: Sequence[Chart]
     note: str = ""
-    series: Sequence[Entry] = ()
+    series: Sequence[LegendEntry] = ()
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from typing import Any
 
 from memsyn.errors import MemsynError
 from memsyn.report.names import file_name, needed, printable
-from memsyn.report.parts import Chart, Entry
+from memsyn.report.parts import Chart, LegendEntry
 from memsyn.report.styles import OPEN
 
-MARKERS = {
+MATPLOTLIB_MARKERS = {
     "circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v", "cross": "P", "x": "X",
     "star": "*", "square-open": "s", "": "",
 }  # fmt: skip
-DASHES: dict[str, Any] = {
+MATPLOTLIB_DASHES: dict[str, Any] = {
     "solid": "-", "dash": (0, (6, 3)), "dot": ":", "dashdot": "-.", "longdash": (0, (10, 3)), "": "",
 }  # fmt: skip
 
@@ -71,11 +71,11 @@ def _draw(figure: Any, chart: Chart) -> None:
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
 
 
-def _handle(entry: Entry) -> Any:
+def _handle(entry: LegendEntry) -> Any:
     """Of a legend."""
     style = entry.style
     return needed("matplotlib.lines").Line2D(
-        [], [], color=style.colour, marker=MARKERS[style.marker], linestyle=DASHES[style.dash],
+        [], [], color=style.colour, marker=MATPLOTLIB_MARKERS[style.marker], linestyle=MATPLOTLIB_DASHES[style.dash],
         label=_plain(entry.name), fillstyle="none" if style.marker == OPEN else "full",
     )  # fmt: skip
 
@@ -88,12 +88,12 @@ def _points(axes: Any, trace: dict[str, Any], _: int) -> None:
     if isinstance(marker["color"], list):
         for place, (colour, symbol) in enumerate(zip(marker["color"], marker["symbol"], strict=True)):
             half = [error["x"][place]] if error["x"] else None
-            axes.errorbar(x[place], y[place], xerr=half, color=colour, marker=MARKERS[symbol], capsize=3)
+            axes.errorbar(x[place], y[place], xerr=half, color=colour, marker=MATPLOTLIB_MARKERS[symbol], capsize=3)
         return
     axes.errorbar(
         x, y, xerr=error["x"], yerr=error["y"], color=marker["color"], capsize=2, elinewidth=0.8,
-        marker=MARKERS[marker["symbol"]] if "markers" in trace["mode"] else "",
-        linestyle=DASHES[trace["line"]["dash"]] if "lines" in trace["mode"] else "",
+        marker=MATPLOTLIB_MARKERS[marker["symbol"]] if "markers" in trace["mode"] else "",
+        linestyle=MATPLOTLIB_DASHES[trace["line"]["dash"]] if "lines" in trace["mode"] else "",
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memsyn.parameters import layer_of
 from memsyn.values.importance import Importance
-from memsyn.values.memory import Memory
+from memsyn.values.memory import Memory, omega_of
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def diff(a: Memory | Importance, b: Memory | Importance) -> Difference:
     Importances are compared as means over samples, Omega, as memories hold them. A layer is a parameter's name up to
     its last dot. Layers come in A's order, then those of B alone.
     """
-    omega_a, omega_b = _omega(a), _omega(b)
+    omega_a, omega_b = omega_of(a), omega_of(b)
     total_a, total_b = _sums_by_layer(omega_a), _sums_by_layer(omega_b)
     all_a, all_b = sum(total_a.values()), sum(total_b.values())
     both = [name for name in omega_a if name in omega_b]
@@ -91,10 +91,6 @@ def _same_facts(a: Memory | Importance, b: Memory | Importance) -> bool:
     if isinstance(a, Memory) and isinstance(b, Memory) and a.counts != b.counts:
         return False
     return type(a) is type(b) and a.quantity == b.quantity and a.num_samples == b.num_samples
-
-
-def _omega(held: Memory | Importance) -> dict[str, Tensor]:
-    return held.importance if isinstance(held, Memory) else held.mean()
 
 
 def _sums_by_layer(omega: Mapping[str, Tensor]) -> dict[str, float]:

@@ -347,7 +347,17 @@ def has_grown(held: Tensor, parameter: Tensor) -> bool:
 
 
 KINDS: dict[str, type[Memory] | type[Importance]] = {MEMORY: Memory, IMPORTANCE: Importance}
-"""What a file is of -> what it holds."""
+"""Kind of file -> the value that it holds."""
+
+
+def kind_of(held: Memory | Importance) -> str:
+    """The kind of the file that holds a value, a key of `KINDS`."""
+    return MEMORY if isinstance(held, Memory) else IMPORTANCE
+
+
+def omega_of(held: Memory | Importance) -> dict[str, Tensor]:
+    """Omega per parameter: of an importance the mean over its samples."""
+    return held.importance if isinstance(held, Memory) else held.mean()
 
 
 def load(path: str | os.PathLike[str]) -> Memory | Importance:

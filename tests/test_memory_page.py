@@ -67,7 +67,9 @@ def test_what_moved_since_the_anchor():
     assert "farthest off in 0: 212.1%" in found.title
     page = memory_page(make(), "m", {"0.weight": torch.ones(1, 2)})
     assert "Not among the weights, and left out: 1.weight." in page.sections[3].parts
-    with pytest.raises(MismatchError, match=r"0\.weight is missing, for example\. Give the state_dict of the same model"):
+    with pytest.raises(
+        MismatchError, match=r"0\.weight is missing, for example\. Give the state_dict of the same model"
+    ):
         memory_page(make(), "m", {"other": torch.ones(1)})
 
 

@@ -265,7 +265,7 @@ def test_convert_from_other_code(folder) -> None:
     assert Memory.load("w").quantity == ("squared_l2_norm", "abs of the batch mean")
     call("convert", "plain.pt", "-o", "w", "--samples", "7", "--exact")
     assert Memory.load("w").quantity == ("squared_l2_norm", "abs")
-    assert "say so with num_samples (--samples)" in call("convert", "plain.pt", "-o", "x", code=1).stderr
+    assert "give num_samples (--samples)" in call("convert", "plain.pt", "-o", "x", code=1).stderr
     assert "leave --samples and --exact out" in call("convert", "n", "-o", "x", "--exact", code=1).stderr
     assert "none does not exist" in call("convert", "none", "-o", "x", code=1).stderr
     assert not Path("x").exists()

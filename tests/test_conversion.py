@@ -103,7 +103,7 @@ def test_avalanche_importance_alone_by_name_or_by_task(tmp_path) -> None:
         assert importance.sums["a.w"].dtype == torch.float32
         assert (importance.num_samples, importance.quantity) == (4, ("squared_l2_norm", "abs of the batch mean"))
     torch.save({0: weights, 3: weights}, tmp_path / "p.pt")
-    with pytest.raises(memsyn.MemoryFileError, match=r"holds 2 tasks \(0, 3\).*take the last one"):
+    with pytest.raises(memsyn.MemoryFileError, match=r"holds 2 tasks \(0, 3\).*take the last task"):
         read_plain(tmp_path / "p.pt", num_samples=4)
 
 

@@ -82,7 +82,7 @@ def test_bad_options() -> None:
     memory, model = memsyn.Memory.empty(), model_with(1, 2)
     with pytest.raises(memsyn.OptionError, match=r"rule must be one of sum, mean, ema, max; got 'average'"):
         memory.consolidate(model, importance(1, 1, 1), rule="average")
-    with pytest.raises(memsyn.OptionError, match=r"decay belongs to rule='ema'; got decay=0.5 with rule='sum'"):
+    with pytest.raises(memsyn.OptionError, match=r"decay is only for rule='ema'; got decay=0.5 with rule='sum'"):
         memory.consolidate(model, importance(1, 1, 1), decay=0.5)
     with pytest.raises(memsyn.OptionError, match=r"decay must be from 0 to 1, got 1.5"):
         memory.consolidate(model, importance(1, 1, 1), rule="ema", decay=1.5)

@@ -1,6 +1,6 @@
-"""Two memories or importances side by side: a layer's part in each, and how far its anchor moved.
+"""Compares two memories or importances: each layer's share in both, and how far its anchor moved.
 
-Owns the comparison's numbers. Must not know files or print.
+Owns the numbers of the comparison. Must not know files or print.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from memsyn.values.memory import Memory, omega_of
 
 @dataclass(frozen=True)
 class LayerChange:
-    """One layer in both, A and B; what is only in one of them is zero in the other."""
+    """One layer in A and B; a layer that only one of them has counts as zero in the other."""
 
     layer: str
     share_a: float
@@ -29,31 +29,30 @@ class LayerChange:
     """The sum of Omega over the layer's weights."""
     total_b: float
     moved: float | None
-    """||theta*_B - theta*_A||, over the parameters that both hold in one shape; None without two anchors."""
+    """||theta*_B - theta*_A||, over the parameters that both hold in the same shape; None without two anchors."""
     moved_relative: float | None
-    """The same divided by ||theta*_A||; None if that is zero."""
+    """moved / ||theta*_A||; None if ||theta*_A|| is zero."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What B has become of A."""
+    """How B differs from A."""
 
     same: bool
-    """Whether they hold the same parameters with the same importance and anchors, bit for bit, in the same precision,
-    of the same quantity, on as many samples."""
+    """Whether both have the same parameters, importance and anchors bit for bit, dtypes, quantity and sample counts."""
     layers: tuple[LayerChange, ...]
     only_in_a: tuple[str, ...]
     """Names of parameters."""
     only_in_b: tuple[str, ...]
     reshaped: tuple[str, ...]
-    """Names of parameters that are in both, in different shapes: their anchors are not compared."""
+    """Names of parameters that both have, in different shapes: their anchors are not compared."""
 
 
 def diff(a: Memory | Importance, b: Memory | Importance) -> Difference:
     """Which layers gained or lost importance from A to B, and where the anchors moved.
 
-    Importances are compared as means over samples, Omega, as memories hold them. A layer is a parameter's name up to
-    its last dot. Layers come in A's order, then those of B alone.
+    Importances are compared as Omega, the mean over samples, as memories hold them. Layers are in A's order, followed
+    by those that only B has.
     """
     omega_a, omega_b = omega_of(a), omega_of(b)
     total_a, total_b = _sums_by_layer(omega_a), _sums_by_layer(omega_b)
@@ -87,7 +86,7 @@ def diff(a: Memory | Importance, b: Memory | Importance) -> Difference:
 
 
 def _same_facts(a: Memory | Importance, b: Memory | Importance) -> bool:
-    """Kind, quantity and numbers of samples."""
+    """Whether kind, quantity and numbers of samples are the same."""
     if isinstance(a, Memory) and isinstance(b, Memory) and a.counts != b.counts:
         return False
     return type(a) is type(b) and a.quantity == b.quantity and a.num_samples == b.num_samples

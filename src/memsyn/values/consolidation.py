@@ -1,6 +1,6 @@
-"""The value Consolidation: where a part of a memory comes from.
+"""The value Consolidation: one entry of a memory's history.
 
-Owns what is written down of it: when, from how much, how, by which versions, at which weights.
+Owns what is recorded: when, from how many samples, by which rule and versions, at which weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from memsyn.parameters import fingerprint
 
 MERGED: Final = "merge"
-"""What stands for a rule in the history of a memory that another one was merged into."""
+"""The rule of entries that came from another memory by `Memory.merge`."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,17 @@ class Consolidation:
     objective: str
     magnitude: str
     label: str | None = None
-    """What its author called it."""
+    """The name that `consolidate` was given."""
     memsyn: str | None = None
-    """The version that consolidated."""
+    """The version of memsyn that consolidated."""
     torch: str | None = None
-    """The version that consolidated."""
+    """The version of torch that consolidated."""
     fingerprint: str | None = None
-    """Of the anchor: SHA-256 over its names, dtypes, shapes and bytes."""
+    """Of the anchor: SHA-256 over its names, dtypes, shapes and bytes; see `memsyn.fingerprint`."""
 
     @classmethod
     def now(cls, anchor: Mapping[str, Tensor], **what: Any) -> Consolidation:
-        """An entry for what happens at this moment, with this software."""
+        """An entry with the present time and versions."""
         return cls(
             when=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             memsyn=version("memsyn"),

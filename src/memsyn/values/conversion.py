@@ -1,7 +1,7 @@
-"""Memories and importances as plain dicts in files of torch, to and from other code.
+"""Converts memories and importances to and from plain dicts of tensors in files of `torch.save`.
 
-Owns the structures that others use (Avalanche's MAS plugin, the official code of MAS) and our own plain one. Such
-files are read here alone, with `weights_only=True`, which makes nothing but tensors and plain containers.
+Owns three structures: Avalanche's MAS plugin, the official code of MAS, and memsyn's own. No other module reads such
+files. They are read with `weights_only=True`, which creates only tensors and plain containers.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ STRUCTURES: Final = {
     AVALANCHE: "Avalanche's MAS plugin",
     OFFICIAL: "the official MAS code's reg_params",
 }
-"""Whose structures are known."""
+"""Structure -> its description in messages."""
 
 CONVERTED: Final = "convert"
-"""What stands for a rule in the history of a memory that came from other code."""
+"""The rule in the history of a memory that was converted from other code."""
 
 BATCHED: Final = f"{MAGNITUDE} of the batch mean"
-"""What the other two compute: a batch's gradient before the absolute value, as `measure(..., batched=True)` does."""
+"""The magnitude in the other two: the absolute value of a batch's mean gradient, as in `measure(..., batched=True)`."""
 
 EXPORTS: Final = {
     AVALANCHE: (
@@ -50,26 +50,27 @@ EXPORTS: Final = {
         "torch.save(plain, 'plain.pt')",
     ),
 }
-"""Whose -> two lines that write a file `read_plain` accepts, to be run where the old code can be imported."""
+"""Structure -> two lines that write a file for `read_plain`, to be run where the old code can be imported."""
 
 
 def is_plain(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is one of torch's, by its first bytes: every safetensors file has a brace in its ninth byte."""
+    """Whether a file is one of torch's: the ninth byte of every safetensors file is the brace of its JSON header."""
     try:
         with open(path, "rb") as file:
             return file.read(9)[8:] != b"{"
     except OSError:
-        return False  # a URL, or not there: for `storage` to say
+        return False  # a URL or a missing file: `storage` raises the error
 
 
 def write_plain(path: str | os.PathLike[str], held: Memory | Importance) -> None:
-    """Write a dict with `torch.save`: "importance" (Omega, a mean over samples), what it is of, a memory's "anchor".
+    """Write a plain dict with `torch.save`.
 
-    A memory's has importance, anchor, counts, history; an importance's has importance, num_samples, objective,
-    magnitude. Tensors by parameter name. Everything is a plain container, number, text or tensor.
+    The dict of a memory has the keys importance, anchor, counts, history; the dict of an importance has importance,
+    num_samples, objective, magnitude. `importance` is Omega, the mean over samples, in both. Tensors are by parameter
+    name; all other values are plain containers, numbers and text.
 
     Raises:
-        MemoryFileError: it cannot be written.
+        MemoryFileError: the file cannot be written.
     """
     plain: dict[str, Any]
     if isinstance(held, Memory):
@@ -88,10 +89,10 @@ def write_plain(path: str | os.PathLike[str], held: Memory | Importance) -> None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A model's weights by parameter name, of its state_dict in a file of safetensors or of torch.
+    """A model's weights by parameter name, from a state_dict in a file of safetensors or of torch.
 
     Raises:
-        MemoryFileError: the file is missing or damaged, or holds something else.
+        MemoryFileError: the file is missing, damaged, or not a state_dict.
     """
     if is_plain(path):
         state: Mapping[Any, Any] = _load(path)
@@ -99,7 +100,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         try:
             state = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise MemoryFileError(f"{path} could not be read: {error}. Name a file of the model's weights.") from error
+            raise MemoryFileError(f"{path} could not be read: {error}. Give a file of the model's weights.") from error
     return {
         canonical_name(name).removeprefix("module."): values
         for name, values in state.items()
@@ -108,24 +109,27 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_plain(path: Path, *, num_samples: int | None = None, exact: bool = False) -> tuple[Memory | Importance, str]:
-    """Read a dict that `torch.save` wrote; returns what it holds and whose structure it is, of `STRUCTURES`.
+    """Read a dict that `torch.save` wrote; returns its memory or importance, and its structure, a key of `STRUCTURES`.
 
-    Three structures are known: what `write_plain` writes; the attributes `importance` and `params` of Avalanche's MAS
-    plugin, or the first alone, tensors by name, or by task (one) and name; the official code's `reg_params` by name,
-    each with `omega` and `init_val`. With an anchor it is a memory, without one an importance. Both other codes
-    penalise with lambda * sum Omega (theta - theta*)^2, as memsyn does, so a strength stays what it was (older versions
-    of Avalanche: half of it).
+    Three structures are known, w standing for a parameter's name:
+
+        memsyn       {"importance": {w: tensor}, "anchor": {w: tensor}, ...}, as `write_plain` writes it
+        avalanche    {"importance": {w: tensor}, "params": {w: tensor}}, or {w: tensor}; with one task, {0: {w: tensor}}
+        official     {w: {"omega": tensor, "init_val": tensor}}, which is `reg_params` by name
+
+    A dict with an anchor is a memory, without one an importance. All three penalise with
+    lambda * sum Omega (theta - theta*)^2, so that a strength keeps its effect (older versions of Avalanche: half).
 
     Args:
         path: the file.
-        num_samples: on how many samples it was measured, if the file does not say.
-        exact: it was measured with batches of one sample. Else it counts as "abs of the batch mean", as
-            `measure(..., batched=True)` gives, and is not folded with exact importances.
+        num_samples: the number of samples, if the file does not say.
+        exact: whether it was measured with batches of one sample. If not, its magnitude is "abs of the batch mean", as
+            of `measure(..., batched=True)`, and it is not consolidated with exact importances.
 
     Raises:
-        MemoryFileError: the file is missing or damaged, holds more than plain containers of tensors, or is of another
-            structure; says how to write one that can be read.
-        OptionError: `num_samples` is missing, or given though the file has it.
+        MemoryFileError: the file is missing or damaged, holds more than plain containers of tensors, or has another
+            structure; the error says how to write a file that can be read.
+        OptionError: `num_samples` is missing, or is given although the file has it.
     """
     plain = _load(path)
     if (num_samples is not None or exact) and ("history" in plain or "num_samples" in plain):
@@ -136,9 +140,7 @@ def read_plain(path: Path, *, num_samples: int | None = None, exact: bool = Fals
     whose, omega, anchor = _groups(path, plain)
     count = plain.get("num_samples", num_samples)
     if count is None:
-        raise OptionError(
-            f"{path} does not say on how many samples it was measured: say so with num_samples (--samples)."
-        )
+        raise OptionError(f"{path} does not say on how many samples it was measured: give num_samples (--samples).")
     if type(count) is not int or not 1 <= count < 2**63:
         raise OptionError(f"num_samples must be a whole number, at least 1 and below 2^63; got {count!r:.40}.")
     objective, magnitude = plain.get("objective", OBJECTIVE), plain.get("magnitude", MAGNITUDE if exact else BATCHED)
@@ -160,7 +162,7 @@ def read_plain(path: Path, *, num_samples: int | None = None, exact: bool = Fals
 
 
 def _groups(path: Path, plain: Mapping[Any, Any]) -> tuple[str, dict[str, Tensor], dict[str, Tensor] | None]:
-    """Whose structure it is, the importance, and the anchor if there is one."""
+    """The structure of a dict, its importance, and its anchor if it has one."""
     if "importance" in plain:
         key = "params" if "params" in plain else "anchor"
         anchor = _tensors(path, plain[key]) if key in plain else None
@@ -175,11 +177,11 @@ def _groups(path: Path, plain: Mapping[Any, Any]) -> tuple[str, dict[str, Tensor
 
 
 def _tensors(path: Path, group: Any, kind: str = "anchor") -> dict[str, Tensor]:
-    """Tensors by name, or by one task and name."""
+    """Copies of tensors by name, from a group by name or by one task and name."""
     if isinstance(group, Mapping) and group and all(isinstance(task, int) for task in group):
         if len(group) > 1:
             tasks = ", ".join(map(str, group))
-            raise _refusal(path, f"holds {len(group)} tasks ({tasks}), and a memory has one anchor: take the last one")
+            raise _refusal(path, f"holds {len(group)} tasks ({tasks}), but a memory has one anchor: take the last task")
         (group,) = group.values()
     if not isinstance(group, Mapping):
         raise _refusal(path, "holds something else where tensors by name should be")
@@ -191,13 +193,13 @@ def _tensors(path: Path, group: Any, kind: str = "anchor") -> dict[str, Tensor]:
         if not _is_dense(value):
             raise _refusal(path, f"holds something else than a dense tensor of real numbers as {name}")
         num_bytes += value.numel() * value.element_size()
-        if num_bytes > size:  # views of one storage, repeated without end
+        if num_bytes > size:  # many views of one storage would need more memory than the file has bytes
             raise _refusal(path, f"has {size} bytes and holds tensors of more")
-        found[name] = value.detach().clone()  # shares its storage with no other
+        found[name] = value.detach().clone()  # views of one storage become tensors of their own
         if kind == "importance" and bool((value < 0).any()):
             raise MemoryFileError(
-                f"{path}: {name} holds negative values, and importance is never negative. Is this a model's "
-                "state_dict? That holds none: measure the model."
+                f"{path}: {name} holds negative values, but importance is never negative. If this is a model's "
+                "state_dict, measure the model: a state_dict holds no importance."
             )
     return found
 
@@ -217,7 +219,7 @@ def _load(path: Path) -> Mapping[Any, Any]:
         plain = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise MemoryFileError(f"{path} does not exist.") from None
-    except Exception as error:  # whatever a damaged or hostile file makes of torch's reader
+    except Exception as error:  # a damaged or hostile file can make torch raise anything
         raise _refusal(path, f"could not be read by torch ({type(error).__name__})") from error
     if not isinstance(plain, Mapping) or not plain:
         raise _refusal(path, "holds no dict of tensors")
@@ -227,7 +229,7 @@ def _load(path: Path) -> Mapping[Any, Any]:
 def _refusal(path: Path, what: str) -> MemoryFileError:
     lines = [
         f"{path} {what}.",
-        "Only plain dicts of tensors are read, never a pickled model or plugin: those can run code. Two lines",
+        "Only plain dicts of tensors are read, never a pickled model or plugin, which can run code. Two lines",
         "write such a dict, where the old code can be imported:",
     ]
     for whose, export in EXPORTS.items():

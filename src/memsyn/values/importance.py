@@ -1,6 +1,6 @@
 """The value Importance: per weight, a sum over samples and their count.
 
-Owns what can be done with a measured importance. Means are computed on read, so that importances add up exactly.
+Owns addition and summaries of importances. Means are computed on read, so that sums and counts add up exactly.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from memsyn.parameters import layer_of
 from memsyn.storage.reading_and_writing import IMPORTANCE, Groups, checked_count, read, well_formed, write
 
 OBJECTIVE = "squared_l2_norm"
-"""The objective of MAS: what an importance is of unless it says otherwise."""
+"""The objective of MAS, the default."""
 
 MAGNITUDE = "abs"
+"""The magnitude of MAS, the default: the absolute value of each sample's gradient."""
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """What one layer holds of an importance."""
+    """The importance of one layer in numbers."""
 
     layer: str
     num_weights: int
@@ -35,19 +36,21 @@ class LayerSummary:
     mean: float
     max: float
     concentration: float
-    """The share of the layer's importance that its most important tenth of weights holds: 0.1 if spread evenly."""
+    """The share of the layer's importance in its most important tenth of weights: 0.1 if all are equal."""
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Importance:
-    """How much each weight matters: Omega = sums / num_samples, Omega the mean over samples of |g_k|.
+    """How much each weight matters: Omega = sums / num_samples, the mean over samples of |gradient|.
 
     Attributes:
         sums: parameter name -> sum over samples of |d s_k / d theta|, of the parameter's shape.
-        num_samples: how many samples were summed.
+        num_samples: the number of samples.
         routes: parameter name -> how it was computed.
-        fingerprint: of the weights it was measured at, if that is known: an `Observer` says so.
+        objective: s, the function of the output whose gradient was taken.
+        magnitude: what was summed: `abs` of each sample's gradient, or its square.
+        fingerprint: of the weights at which it was measured; known if an `Observer` measured, else None.
     """
 
     sums: dict[str, Tensor]
@@ -63,11 +66,11 @@ class Importance:
         except (TypeError, ValueError):
             raise OptionError(f"num_samples must be a whole number below 2^63, got {self.num_samples!r:.40}.") from None
         if self.num_samples < 1:
-            raise OptionError(f"an importance is over at least one sample, got num_samples={self.num_samples}.")
+            raise OptionError(f"an importance needs at least one sample, got num_samples={self.num_samples}.")
 
     @property
     def quantity(self) -> tuple[str, str]:
-        """What was measured: objective and magnitude. Importances of one quantity can be added."""
+        """Objective and magnitude. Only importances of the same quantity can be added."""
         return self.objective, self.magnitude
 
     def mean(self) -> dict[str, Tensor]:
@@ -75,11 +78,10 @@ class Importance:
         return {name: total / self.num_samples for name, total in self.sums.items()}
 
     def __add__(self, other: Importance) -> Importance:
-        """The importance over the samples of both: exactly what measuring them together gives.
+        """The importance over the samples of both, the same as measuring all samples together.
 
         Raises:
-            MismatchError: the two are of different parameters or of different quantities, or are known to be of
-                different weights.
+            MismatchError: parameters or quantities differ, or both fingerprints are known and differ.
         """
         if self.quantity != other.quantity:
             raise MismatchError(
@@ -88,8 +90,8 @@ class Importance:
             )
         if None not in (self.fingerprint, other.fingerprint) and self.fingerprint != other.fingerprint:
             raise MismatchError(
-                "cannot add importances that were measured at different weights, as before and after a reload: add up "
-                "those of one version."
+                "cannot add importances that were measured at different weights, for example before and after a "
+                "reload. Add importances of one version only."
             )
         check_same_shapes(self.sums, other.sums, "the first importance", "the second importance")
         sums = {name: total + other.sums[name].to(total.device) for name, total in self.sums.items()}
@@ -103,20 +105,18 @@ class Importance:
         return summarize(self.mean())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to one safetensors file, whole or not at all, tensor by tensor.
+        """Write one safetensors file atomically, tensor by tensor. It holds the sums, as `sum/<parameter>`.
 
         Args:
-            path: the file, or any URL that fsspec knows (`s3://`, `gs://`, ...; the extra `remote`): that is written to
-                a local temporary file, then uploaded. Object stores show the old one until the new one is complete; a
-                server that shows files as they arrive (`sftp://`, `ftp://`) may keep half of it, which will not load.
+            path: the file, or a URL, as for `Memory.save`.
 
         Raises:
-            MemoryFileError: the file cannot be written; what was there stays.
+            MemoryFileError: the file cannot be written; an old file stays.
         """
         write(path, IMPORTANCE, self.header(), {"importance": self.sums})
 
     def header(self) -> dict[str, Any]:
-        """What a file says of it beside the sums."""
+        """The entries of a file's metadata."""
         known = {} if self.fingerprint is None else {"fingerprint": self.fingerprint}
         return {
             "objective": self.objective,
@@ -128,7 +128,9 @@ class Importance:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Importance:
-        """Read what `save` wrote, from a path or a URL (`simplecache::s3://...` keeps a copy); tensors are on the CPU.
+        """Read a file that `save` wrote, from a path or a URL (`simplecache::s3://...` keeps a local copy).
+
+        Tensors are on the CPU.
 
         Raises:
             MemoryFileError: the file is missing, damaged, not an importance, or of a newer format.
@@ -137,10 +139,10 @@ class Importance:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], header: Mapping[str, Any], groups: Groups) -> Importance:
-        """What `storage.read` found, as an importance.
+        """The importance in the header and groups that `storage.reading_and_writing.read` returned.
 
         Raises:
-            MemoryFileError: it is not what `save` writes.
+            MemoryFileError: they are not as `save` writes them.
         """
         with well_formed(path):
             routes = {str(name): str(route) for name, route in header["routes"].items()}
@@ -152,7 +154,7 @@ class Importance:
 
 
 def summarize(omega: Mapping[str, Tensor]) -> list[LayerSummary]:
-    """The summary of any importance given per weight, by layer."""
+    """The summary by layer of an importance per weight."""
     layers: dict[str, list[Tensor]] = {}
     for name, values in omega.items():
         layers.setdefault(layer_of(name), []).append(values.detach().flatten())
@@ -176,7 +178,7 @@ def _summarize_layer(layer: str, values: Tensor, total: float) -> LayerSummary:
 def check_same_shapes(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor], of_found: str, of_expected: str
 ) -> None:
-    """Refuse two sets of parameters that are not the same by name and shape, and name every difference.
+    """Check that two sets of parameters have the same names and shapes; the error names every difference.
 
     Raises:
         MismatchError: a parameter is missing on either side, or has another shape.

@@ -1,6 +1,6 @@
 """The value Memory: what a model has learned so far, as an anchor and an importance per weight.
 
-Owns consolidation and its rules, and the question whether a memory fits a model. Never changes a model.
+Owns consolidation and its rules, merging, and the check that a memory fits a model. Never changes a model.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ RULES: dict[str, Fold] = {
     "ema": lambda old, new, num_old, num_new, decay: decay * old + (1 - decay) * new,
     "max": lambda old, new, num_old, num_new, decay: old.maximum(new),
 }
-"""How a new importance is folded into the old one: (old, new, samples of old, samples of new, decay)."""
+"""Rule -> (old, new, samples of old, samples of new, decay) -> the consolidated importance."""
 
 DECAY = 0.5
-"""What `ema` keeps of the old importance unless told otherwise."""
+"""The default share of the old importance in rule `ema`."""
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """Anchor and importance, keyed by parameter name: what `protect` needs, and all that is left of the old data.
+    """Anchor and importance by parameter name: all that `protect` needs of the old data.
 
     Attributes:
         anchor: the weights theta* when the memory was last consolidated.
-        importance: Omega, not negative, of the same names and shapes.
+        importance: Omega, the mean over samples; not negative, with the same names and shapes.
         history: the consolidations, oldest first.
-        counts: on how many samples each parameter's importance was measured: the weights of `mean`.
+        counts: parameter name -> on how many samples its importance was measured: the weights of rule `mean`.
     """
 
     anchor: dict[str, Tensor] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class Memory:
 
     @classmethod
     def empty(cls) -> Memory:
-        """The memory of a model that has nothing to remember yet."""
+        """A memory before the first consolidation."""
         return cls()
 
     @property
@@ -79,7 +79,7 @@ class Memory:
 
     @property
     def quantity(self) -> tuple[str, str] | None:
-        """What was measured: objective and magnitude; None while there is nothing in it."""
+        """Objective and magnitude of the importance; None before the first consolidation."""
         return (self.history[-1].objective, self.history[-1].magnitude) if self.history else None
 
     def consolidate(
@@ -91,32 +91,32 @@ class Memory:
         decay: float | None = None,
         label: str | None = None,
     ) -> Memory:
-        """A new memory with `importance` folded in and the anchor at the model's present weights.
+        """A new memory that includes `importance`, with the anchor at the model's present weights.
 
-        With Omega the old importance, over N samples, and Omega' the mean of the new one, over N':
+        With Omega the old importance, over N samples, and Omega' the mean of the new one, over N' samples:
         `sum`: Omega + Omega' (the paper's code); `mean`: (N Omega + N' Omega') / (N + N'); `ema`: decay Omega +
-        (1 - decay) Omega'; `max`: the larger one. A parameter, or a row of one, that only one side has is taken from
-        there; what the model has lost is dropped, with a warning.
+        (1 - decay) Omega'; `max`: the larger of the two. If only one side has a parameter, or a row of one, its value
+        is kept. Parameters that the model has lost are dropped, with a warning.
 
         Args:
             model: the model the importance was measured on, with the same weights.
-            importance: from `measure`, or of an `Observer`, which knows its weights.
+            importance: from `measure` or from an `Observer`.
             rule: one of `sum`, `mean`, `ema`, `max`.
-            decay: for `ema`, from 0 (only the new) to 1 (only the old); 0.5 unless given.
-            label: a name for what was learned, to find it again in the history.
+            decay: for rule `ema`, from 0 (only the new importance) to 1 (only the old); 0.5 by default.
+            label: a name for what was learned, shown in the history.
 
         Raises:
-            OptionError: an unknown rule, a decay out of place, or a label that is no text.
-            MismatchError: the model lacks a parameter of the importance or all of the memory's, or has one in another
-                shape (a memory's may have more rows now).
+            OptionError: the rule is unknown, decay is given for another rule, or the label is not text.
+            MismatchError: the model lacks a parameter of the importance or all parameters of the memory, or has one in
+                another shape (a parameter may have more rows than in the memory).
 
         Warns:
-            MovedWeightsWarning: the importance is of other weights, or the model has others beside those.
+            MovedWeightsWarning: the importance was measured at other weights than the model has.
         """
         if rule not in RULES:
             raise OptionError(f"rule must be one of {', '.join(RULES)}; got {rule!r}.")
         if decay is not None and rule != "ema":
-            raise OptionError(f"decay belongs to rule='ema'; got decay={decay} with rule={rule!r}.")
+            raise OptionError(f"decay is only for rule='ema'; got decay={decay} with rule={rule!r}.")
         if rule == "ema":
             decay = DECAY if decay is None else decay
             if not 0 <= decay <= 1:
@@ -130,14 +130,14 @@ class Memory:
         if importance.fingerprint is not None and importance.fingerprint != fingerprint(model):
             warnings.warn(
                 "the importance was measured at other weights than the model has now, or at fewer: the anchor would "
-                "be where it was not measured. Consolidate with the model that was observed, before it is trained.",
+                "not be at the measured weights. Consolidate with the model that was observed, before training it.",
                 MovedWeightsWarning,
                 stacklevel=2,
             )
         new, old, count = importance.mean(), self.importance, importance.num_samples
         fold = RULES[rule]
 
-        def folded(name: str) -> Tensor:
+        def folded(name: str) -> Tensor:  # a head that grew from 10 rows to 12: rows 0-9 folded, 10 and 11 from `new`
             if name not in old:
                 return new[name]
             before, whole = old[name].to(parameters[name].device), parameters[name]
@@ -165,21 +165,21 @@ class Memory:
         return Memory(anchor, omega, (*self.history, entry), counts)
 
     def merge(self, other: Memory) -> Memory:
-        """The memory of both's samples, for replicas that each consolidated once, at the same weights.
+        """The memory of the samples of both, for replicas that each consolidated once, at the same weights.
 
-        Omega = (n Omega_1 + n' Omega_2) / (n + n'), with n and n' the samples on which each measured the parameter:
-        what one memory of all samples holds, up to rounding. Several consolidations may have a common past, which would
-        count twice: add importances up in place of such memories, and consolidate once.
+        Omega = (n Omega_1 + n' Omega_2) / (n + n'), with n and n' the samples on which each measured the parameter.
+        This equals one memory of all samples, up to rounding. Memories of several consolidations may share a past,
+        which would count twice: add up their importances instead, and consolidate once.
 
         Raises:
-            MismatchError: the anchors differ, one of them has consolidated more than once or never, or the two are of
-                different quantities.
+            MismatchError: the anchors differ, a memory has consolidated never or more than once, or the quantities
+                differ.
         """
         for memory in (self, other):
             if not memory.history or any(entry.rule != MERGED for entry in memory.history[1:]):
                 raise MismatchError(
-                    f"only memories of one consolidation each can be merged, and one has {len(memory.history)}: what "
-                    "they have in common would count twice. Merge the importances, and consolidate the result once."
+                    f"only memories of one consolidation each can be merged, and one has {len(memory.history)}: a past "
+                    "that they share would count twice. Merge the importances, and consolidate the result once."
                 )
         assert self.quantity is not None
         assert other.quantity is not None
@@ -188,8 +188,8 @@ class Memory:
         moved = [name for name, value in self.anchor.items() if not torch.equal(value, other.anchor[name].to(value))]
         if moved:
             raise MismatchError(
-                f"the anchors of {len(moved)} of {len(self.anchor)} parameters differ (the first is {moved[0]}): the "
-                "memories are of different weights. Only replicas of one model can be merged."
+                f"the anchors of {len(moved)} of {len(self.anchor)} parameters differ (the first is {moved[0]}). Only "
+                "memories of the same weights, from replicas of one model, can be merged."
             )
         n, m = ({name: own.counts.get(name, own.num_samples) for name in self.anchor} for own in (self, other))
         omega = {
@@ -201,21 +201,22 @@ class Memory:
         return Memory(self.anchor, omega, self.history + merged, counts)
 
     def summary(self) -> list[LayerSummary]:
-        """Per layer its share of the total importance, mean, maximum and concentration."""
+        """Per layer its share of the total importance, mean, maximum and concentration, in the model's order."""
         return summarize(self.importance)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to one safetensors file, whole or not at all, tensor by tensor.
+        """Write one safetensors file atomically, tensor by tensor.
 
         Args:
-            path: the file, or any URL that fsspec knows (`s3://`, `gs://`, ...; the extra `remote`): that is written to
-                a local temporary file, then uploaded. Object stores show the old one until the new one is complete; a
-                server that shows files as they arrive (`sftp://`, `ftp://`) may keep half of it, which will not load.
+            path: the file, or any URL that fsspec knows (`s3://`, `gs://`, ...; the extra `remote`). A file at a URL is
+                written to a local temporary file, then uploaded. Object stores show the old file until the upload is
+                complete; a server that shows files as they arrive (`sftp://`, `ftp://`) may keep half a file, which
+                will not load.
 
         Raises:
-            MemoryFileError: the file cannot be written; what was there stays.
-            MismatchError: anchor and importance are not of the same parameters.
-            OptionError: a count is no whole number.
+            MemoryFileError: the file cannot be written; an old file stays.
+            MismatchError: anchor and importance have different parameters.
+            OptionError: a count is not a whole number.
         """
         check_same_shapes(self.anchor, self.importance, "the anchor", "the importance")
         try:
@@ -228,19 +229,19 @@ class Memory:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, like: nn.Module | None = None) -> Memory:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Args:
             path: the file, or its URL (`simplecache::s3://...` keeps a local copy).
-            like: the model it is for: names and shapes are checked, and tensors go where its parameters are.
-                Without it they stay on the CPU.
+            like: the model of the memory: names and shapes are checked, and tensors are put on the devices of its
+                parameters. None: tensors are on the CPU.
 
         Raises:
             MemoryFileError: the file is missing, damaged, not a memory, or of a newer format.
             MismatchError: the memory is of another architecture than `like`.
 
         Warns:
-            MovedWeightsWarning: the weights of `like` are not the anchor.
+            MovedWeightsWarning: the weights of `like` differ from the anchor.
         """
         memory = cls.from_file(path, *read(path, MEMORY))
         if like is None:
@@ -251,8 +252,8 @@ class Memory:
         if moved:
             warnings.warn(
                 f"{len(moved)} of {len(memory.anchor)} parameters (the first is {moved[0]}) have other weights in the "
-                f"model than at the last consolidation of {path}. That is right if the model was trained since; else "
-                "load its weights first, for protect would pull it towards those of another model.",
+                f"model than at the last consolidation of {path}. This is right if the model was trained since. If "
+                "not, load its weights first: protect would pull the model towards the weights of another one.",
                 MovedWeightsWarning,
                 stacklevel=2,
             )
@@ -264,10 +265,10 @@ class Memory:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], header: Mapping[str, Any], groups: Groups) -> Memory:
-        """What `storage.read` found, as a memory.
+        """The memory in the header and groups that `storage.reading_and_writing.read` returned.
 
         Raises:
-            MemoryFileError: it is not what `save` writes.
+            MemoryFileError: they are not as `save` writes them.
         """
         with well_formed(path):
             history = tuple(record(Consolidation, entry) for entry in header["history"])
@@ -277,12 +278,12 @@ class Memory:
             return memory
 
     def check(self, model: nn.Module) -> None:
-        """Refuse a model this memory is not of; warn of trainable parameters it does not know, and of lost ones.
+        """Check that the memory fits a model; warn of parameters that only one of the two has.
 
-        A parameter may have more rows than it had, as a head with more classes does: the new ones are free.
+        A parameter may have more rows than in the memory, as a head with more classes has: the new rows are free.
 
         Raises:
-            MismatchError: the model has none of the memory's parameters, or one in another shape; it is named.
+            MismatchError: the model has no parameter of the memory, or has one in another shape; the error names it.
         """
         check_fit(self.importance, named_parameters(model), "the memory", may_change=True)
         new = [name for name in trainable_parameters(model) if name not in self.importance]
@@ -302,7 +303,7 @@ def _check_same_quantity(mine: tuple[str, str], other: tuple[str, str], whose: s
 
 
 def _stands_at(parameter: Tensor, anchor: Tensor) -> bool:
-    """Whether a parameter, or those of its rows that the memory knows, has the anchor's values."""
+    """Whether a parameter, or the rows of it that the memory knows, has the anchor's values."""
     rows = parameter.detach()[: len(anchor)] if parameter.shape != anchor.shape else parameter.detach()
     return torch.equal(rows, anchor.to(rows))
 
@@ -310,13 +311,16 @@ def _stands_at(parameter: Tensor, anchor: Tensor) -> bool:
 def check_fit(
     tensors: Mapping[str, Tensor], parameters: Mapping[str, Any], whose: str, *, may_change: bool = False
 ) -> None:
-    """Refuse what is not of this model: every one of `tensors` must be there, in its shape.
+    """Check that the model has every one of `tensors`, in the same shape.
 
     Args:
         tensors: by parameter name.
-        parameters: of the model.
-        whose: they are, for the error.
-        may_change: parameters may have more rows, and some (not all) may be gone, which is warned of.
+        parameters: the model's.
+        whose: the owner of the tensors, for the error.
+        may_change: parameters may have more rows; some (not all) may be missing, with a warning.
+
+    Raises:
+        MismatchError: a parameter is missing or has another shape.
     """
     missing = [name for name in tensors if name not in parameters]
     reshaped = [
@@ -331,11 +335,11 @@ def check_fit(
     if reshaped or (missing and not (may_change and len(missing) < len(tensors))):
         raise MismatchError(
             f"{whose} is of another architecture: {'; '.join(problems)}. Use the model it was made with, or measure "
-            "this one."
+            "this model."
         )
     if missing:
         warnings.warn(
-            f"{len(missing)} parameters of {whose} are no longer in the model, and are left out: {', '.join(missing)}",
+            f"{len(missing)} parameters of {whose} are no longer in the model and are left out: {', '.join(missing)}",
             LostParametersWarning,
             stacklevel=4,
         )
@@ -372,6 +376,6 @@ def load(path: str | os.PathLike[str]) -> Memory | Importance:
         raise MemoryFileError(f"{path} is of kind {kind!r}; expected one of {', '.join(KINDS)}.")
     if "checkpoint" in header:
         raise MemoryFileError(
-            f"{path} is the checkpoint of a pass that has not ended: call measure again with checkpoint= to finish it."
+            f"{path} is the checkpoint of an unfinished pass: call measure again with checkpoint= to finish it."
         )
     return KINDS[kind].from_file(path, header, groups)

@@ -202,7 +202,7 @@ def test_what_cannot_be_written_or_read_says_so(folder):
 def test_a_page_replaces_no_file_but_a_page(folder):
     before = (folder / "a").read_bytes()
     said = call("inspect", "a", "--html", "a", code=1).stderr
-    assert "a is there already and is no HTML page: it stays. Name another file." in " ".join(said.split())
+    assert "a exists and is not an HTML page; it was not replaced. Name another file." in " ".join(said.split())
     assert (folder / "a").read_bytes() == before
     call("inspect", "a", "--html", "a.html")
     call("inspect", "b", "--html", "a.html")

@@ -1,1 +1,1 @@
-"""Keeps a memory during later training: the penalty, its two forms in an optimizer's step, and the strength."""
+"""Protects a memory during later training: the penalty, its two forms in an optimizer's step, and the strength."""

@@ -1,1 +1,1 @@
-"""Pages and pictures of results (the extra `report`): all that is drawn comes from files, and nothing measures here."""
+"""Pages and pictures of memories and results (the extra `report`). Everything comes from files; nothing is measured."""

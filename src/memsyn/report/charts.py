@@ -1,6 +1,6 @@
-"""Charts from numbers: lines, marks, bars and heat maps, each with its table.
+"""Makes charts from numbers: lines, marks, bars and heat maps, each with a table of its numbers.
 
-Owns what all pictures have in common: axes with units, hover texts, sizes. Colours of text and grid are the page's.
+Owns axes with units, hover texts and sizes. The page's style sheet owns the colours of text and grid.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from memsyn.report.styles import INK, OPEN, Style
 PlotlyAxis = dict[str, Any]
 
 APART, REACH = 0.1, 0.3
-"""Of marks at one place, how far neighbours stand apart, and how far from the place any stands at most."""
+"""For marks at the same x: the distance between neighbours, and the largest distance of a mark from its x."""
 CLEAR = "rgba(0,0,0,0)"
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one kind. NaN is a gap.
+    """The points of one line or one set of bars. NaN is a gap.
 
     Attributes:
-        halves: of the points' intervals, infinite or NaN for none.
-        words: of each point, what hovering says first; its x unless given.
-        shown: from the start; else once its name in the legend is clicked.
+        halves: half the width of each point's interval; infinite or NaN for no interval.
+        words: the first words of each point's hover text; by default its x.
+        shown: whether it is visible at first; if not, a click on its name in the legend shows it.
     """
 
     name: str
@@ -51,13 +51,13 @@ def logarithmic(title: str) -> PlotlyAxis:
 
 
 def finite(values: Sequence[float]) -> list[float | None]:
-    """As JSON has them, in few digits: what is no finite number is none."""
+    """Values for JSON, in few digits: NaN and infinities become None."""
     short = [brief(value) if math.isfinite(value) else None for value in values]
     return [int(value) if value is not None and value.is_integer() else value for value in short]
 
 
 def figure(data: list[dict[str, Any]], x: PlotlyAxis, y: PlotlyAxis, height: int) -> dict[str, Any]:
-    """Data and layout."""
+    """A Plotly figure: data and layout."""
     layout = {
         "height": height,
         "margin": {"l": 48, "r": 12, "t": 32, "b": 44},
@@ -82,7 +82,7 @@ def lines(
     dodge: bool = False,
     note: str = "",
 ) -> Chart:
-    """A line, or marks, for each series. With `dodge` points at the same x, a whole number, stand side by side."""
+    """A chart with a line, or marks, for each series. With `dodge`, points at the same whole x are put side by side."""
     data, legend = [], []
     shifts = _shifts([one.shown for one in series]) if dodge else [0.0] * len(series)
     for place, (one, shift) in enumerate(zip(series, shifts, strict=True)):
@@ -111,13 +111,13 @@ def lines(
 
 
 def _entry(one: Series, *, marks: bool, line: bool) -> LegendEntry:
-    """Of a legend, with what is drawn alone."""
+    """A legend entry with the mark and the line only if they are drawn."""
     style = one.style._replace(marker=one.style.marker if marks else "", dash=one.style.dash if line else "")
     return LegendEntry(one.name, style, one.shown)
 
 
 def _shifts(shown: Sequence[bool]) -> list[float]:
-    """Of each series, evenly; those that are shown from the start have the whole reach, the others come between."""
+    """How far each series is moved sideways: those visible at first evenly over the whole reach, the others between."""
     last, first = max(1, len(shown) - 1), [place for place, one in enumerate(shown) if one]
     reach = min(REACH, APART * (len(shown) - 1) / 2)
     own = [round(rank * last / max(1, len(first) - 1)) for rank in range(len(first))]
@@ -128,7 +128,7 @@ def _shifts(shown: Sequence[bool]) -> list[float]:
 
 
 def points_table(series: Sequence[Series], x: PlotlyAxis, y: PlotlyAxis) -> Table:
-    """A row for each point."""
+    """A table with a row for each point."""
     columns = [
         "Series",
         _words(x),
@@ -155,10 +155,10 @@ def bars(
     styles: Sequence[Style] = (),
     marks: bool = False,
 ) -> Chart:
-    """Horizontal bars, a row for each label, first on top; the series' x are the lengths and y is not read.
+    """Horizontal bars, a row for each label, the first on top. A series' x are the lengths; its y is not used.
 
-    With `marks` points with their intervals take the bars' place, as on an axis that does not start at zero. `styles`
-    are the rows' own. A series whose marker is `OPEN` has bars that are not filled. `rows` says what a row is.
+    `marks` draws points with intervals in place of bars, for an axis that does not start at zero. `styles` gives each
+    row its own style. A series whose marker is `OPEN` has bars that are not filled. `rows` is the name of a row.
     """
     data, legend = [], []
     for place, one in enumerate(series):
@@ -210,10 +210,10 @@ def heat(
     ticks: Sequence[str] = (),
     written: bool = False,
 ) -> Chart:
-    """A heat map, first row on top; NaN stays empty. Hovering says row, column and `hover`: the number and its unit.
-    The page's script writes the names beside every number.
+    """A heat map, the first row on top; NaN is an empty cell.
 
-    `ticks` are the columns' names on the axis, where those are too long; `written` puts the numbers into the map.
+    The hover text of a cell is its row, its column and `hover`, the number with its unit; the page's script puts in the
+    names. `ticks` are shorter names of the columns for the axis. `written` writes the numbers into the cells.
     """
     title_of_rows = _words(y)
     data = {
@@ -249,7 +249,7 @@ def heat(
 
 
 def _names(names: Sequence[str]) -> PlotlyAxis:
-    """Ticks with names."""
+    """Axis options for ticks with names."""
     return {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": [inert(shortened(n)) for n in names]}
 
 

@@ -1,4 +1,4 @@
-"""How an importance is spread: histograms by layer, the Lorenz curve, and the units that matter most.
+"""How importance is distributed: histograms by layer, the Lorenz curve, and the most important units.
 
 Owns these numbers. Must not know pages.
 """
@@ -15,17 +15,17 @@ from torch import Tensor
 from memsyn.parameters import layer_of
 
 DECADES = 10
-"""Powers of ten below the largest importance that a histogram tells apart."""
+"""The powers of ten below the largest importance that a histogram covers."""
 
 
 @dataclass(frozen=True)
 class Histograms:
-    """For each layer, what share of its weights has an importance in each class."""
+    """For each layer, the share of its weights in each class of importance."""
 
     exponents: tuple[float, ...]
-    """The classes' lower ends as log10 Omega, half a decade wide; lower values and zeros are in a class before them."""
+    """The classes' lower ends as log10 Omega, half a decade wide; lower values and zeros are in one class below them."""
     shares: dict[str, tuple[float, ...]]
-    """Layer -> share of its weights, 0 to 1: first those below all classes, then class by class."""
+    """Layer -> shares of its weights, 0 to 1: first below all classes, then class by class."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,8 @@ class Lorenz:
     """How concentrated an importance is.
 
     Attributes:
-        weights: shares of the weights, the least important first, from 0 to 1.
-        held: what share of all importance they hold: L(p) = sum of the p n smallest / sum of all,
-            straight in between.
+        weights: shares p of the weights, the least important first, from 0 to 1.
+        held: the share of all importance that they hold: L(p) = sum of the p n smallest / sum of all; linear between.
         gini: 1 - 2 int L: 0 if every weight is as important as every other, 1 - 1/n if one holds it all.
         half: the smallest share of weights that together hold at least half of the importance.
     """
@@ -51,7 +50,7 @@ class Unit:
     """One row of parameters, such as a neuron with its incoming weights and bias, or a filter."""
 
     name: str
-    """The layer's; if its parameters have different numbers of rows, the parameter's."""
+    """The name of its layer; of its parameter, if the layer's parameters have different numbers of rows."""
     row: int
     total: float
     """The sum of Omega over its weights."""
@@ -60,7 +59,7 @@ class Unit:
 
 
 def histograms(omega: Mapping[str, Tensor]) -> Histograms:
-    """By layer, over half decades of Omega from the largest down."""
+    """Histograms by layer over half decades of Omega, from the largest down."""
     highest = max((float(values.max()) for values in omega.values() if values.numel()), default=0.0)
     if not highest:
         return Histograms((), {layer_of(name): (1.0,) for name in omega})
@@ -78,9 +77,9 @@ def histograms(omega: Mapping[str, Tensor]) -> Histograms:
 
 
 def lorenz(omega: Mapping[str, Tensor], num_points: int = 201) -> Lorenz | None:
-    """The curve over all weights, and its Gini coefficient, exactly: by sorting. None if nothing is important."""
+    """The curve over all weights and its Gini coefficient, exact, by sorting. None if all importance is zero."""
     values = torch.cat([torch.zeros(1), *(part.detach().flatten().float().cpu() for part in omega.values())])
-    values.numpy().sort()  # in place: the nought stays first, and no place is kept of where a value was
+    values.numpy().sort()  # in place, without the indices that torch.sort would hold; the added 0 stays first
     held = values.cumsum(0, dtype=torch.float64)
     total, num = float(held[-1]), len(values) - 1
     if not total:
@@ -95,7 +94,10 @@ def lorenz(omega: Mapping[str, Tensor], num_points: int = 201) -> Lorenz | None:
 
 
 def top_units(omega: Mapping[str, Tensor], num: int) -> Sequence[Unit]:
-    """The `num` rows with the most importance. Parameters of one layer with as many rows make its rows together."""
+    """The `num` rows with the most importance. Parameters of a layer with the same number of rows share its rows.
+
+    A Linear(64, 10) has 10 units: row i of its weight, (10, 64), and entry i of its bias, (10,).
+    """
     sums: dict[tuple[str, int], Tensor] = {}
     members: dict[tuple[str, int], list[str]] = {}
     for name, values in omega.items():

@@ -1,7 +1,6 @@
-"""Names from files, which strangers may have written, made harmless where they are shown.
+"""Escapes names from files, which strangers may have written, for every place where they are shown.
 
-Owns the escapes of a terminal, of Plotly's text, of file names and of JSON inside HTML; what stands in HTML itself
-jinja2 escapes.
+Owns the escapes for a terminal, Plotly's texts, file names and JSON inside HTML. jinja2 escapes HTML itself.
 """
 
 from __future__ import annotations
@@ -16,23 +15,23 @@ from urllib.parse import quote
 from memsyn.errors import MemsynError
 
 LONGEST_LABEL: Final = 24
-"""Characters of a name on an axis."""
+"""The most characters of a name on an axis."""
 LONGEST_FILE: Final = 100
-"""Characters of a file's name; most file systems take 255 bytes."""
+"""The most characters of a file's name; most file systems allow 255 bytes."""
 
 
 def printable(text: str) -> str:
-    """Text with everything that is no visible character or space written as an escape."""
+    """Text in which every character but visible ones and spaces is an escape: "\\x1b[31m" for a terminal's red."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def inert(text: str) -> str:
-    """A name for Plotly, which takes `<b>` and `<a href>` in any text for markup."""
+    """A name for Plotly, which interprets `<b>` and `<a href>` in any text."""
     return html.escape(printable(text), quote=False)
 
 
 def file_name(text: str) -> str:
-    """Text as one part of a path, whatever is in it and however long it is."""
+    """Text as the name of a file: "a/b" becomes "a%2Fb"; a long text is cut and gets a digest."""
     own = quote(text, safe=" ", errors="surrogatepass")
     own = own.replace(".", "%2E") if own.startswith(".") else own
     if len(own) <= LONGEST_FILE:
@@ -41,7 +40,7 @@ def file_name(text: str) -> str:
 
 
 def shortened(text: str) -> str:
-    """A name for an axis: what is long loses its middle."""
+    """A name for an axis: a long one is cut in its middle."""
     shown = printable(text)
     half = LONGEST_LABEL // 2
     return shown if len(shown) <= LONGEST_LABEL else f"{shown[: half - 1]}…{shown[-half:]}"
@@ -53,16 +52,16 @@ def short_fingerprint(fingerprint: str | None) -> str:
 
 
 def json_in_html(value: Any) -> str:
-    """JSON that cannot end the <script> it stands in. NaN and the infinities must be None already."""
+    """JSON for use inside a <script>, which it cannot end. It must hold no NaN or infinity."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def needed(module: str) -> Any:
-    """An optional module.
+    """An optional module, imported.
 
     Raises:
-        MemsynError: says what to install.
+        MemsynError: it is not installed; says what to install.
     """
     try:
         return import_module(module)

@@ -1,6 +1,7 @@
-"""One self-contained HTML file from a page's parts: opens from disk, without a network.
+"""Writes a page as one self-contained HTML file that opens from disk, without a network.
 
-Owns the template, its style and script, and the policy by which a browser runs those scripts alone and loads nothing.
+Owns the template, its style and script, and the content security policy: the browser runs only these scripts and loads
+nothing.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(page: Page, html: Path | None, png: Path | None) -> None:
-    """Write the page, and its charts as pictures to a folder; either may be None.
+    """Write the page to a file, and its charts as pictures to a folder; either may be None.
 
     Raises:
-        MemsynError: a file cannot be written, or what it needs is missing.
+        MemsynError: a file cannot be written, or a package of the extra `report` is missing.
     """
     if html is not None:
         write_page(page, html)
@@ -33,15 +34,15 @@ def write_report(page: Page, html: Path | None, png: Path | None) -> None:
 
 
 def write_page(page: Page, path: Path) -> None:
-    """Write it, whole or not at all. A file that is there is replaced only if it is a page.
+    """Write the page atomically. An existing file is replaced only if it is an HTML page.
 
     Raises:
-        MemsynError: the file cannot be written, is there and no page, or plotly or jinja2 is missing.
+        MemsynError: the file cannot be written, or exists and is no page; or plotly or jinja2 is missing.
     """
     text = html_of(page)
     try:
         if path.is_file() and path.stat().st_size and not path.read_bytes().startswith(START):
-            raise MemsynError(f"{path} is there already and is no HTML page: it stays. Name another file.")
+            raise MemsynError(f"{path} exists and is not an HTML page; it was not replaced. Name another file.")
         with replace_file(path) as file:
             file.write(text.encode())
     except OSError as error:
@@ -49,7 +50,7 @@ def write_page(page: Page, path: Path) -> None:
 
 
 def html_of(page: Page) -> str:
-    """The page as text; below 6 MB, of which Plotly is 4.8.
+    """The page as text, less than 6 MB, of which Plotly takes 4.8 MB.
 
     Raises:
         MemsynError: plotly or jinja2 is missing.
@@ -78,7 +79,7 @@ def html_of(page: Page) -> str:
 
 
 def _policy(scripts: list[str]) -> str:
-    """A content security policy: these scripts, inline styles and pictures in the page itself; nothing else."""
+    """A content security policy that allows these scripts, inline styles and embedded pictures, and nothing else."""
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
     return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'"

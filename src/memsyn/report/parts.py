@@ -1,6 +1,6 @@
-"""What a page is made of: tables, charts and sections, as plain values.
+"""The parts of a page as plain values: tables, charts and sections.
 
-Owns their form. A chart carries its numbers as a table too, for who cannot see it, and for pages without scripts.
+Owns their fields. A chart also holds its numbers as a table, for readers who cannot see it and pages without scripts.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 from memsyn.report.styles import Style
 
 SHOWN = (".4g", ".1f", ".0f")
-"""The ways in which charts write a number."""
+"""The formats in which charts write a number."""
 BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9}
-"""In one of each unit."""
+"""Unit -> bytes."""
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,18 @@ class Cell:
 
     text: str
     value: float | None = None
-    """What its column is sorted by; None goes last, or for words by the text."""
+    """The number by which its column is sorted; None is sorted last, and a column of words by the text."""
     best: bool = False
 
     @property
     def hidden_value(self) -> float | None:
-        """The value, if the text does not say it."""
+        """The value if the text does not show it exactly."""
         return None if self.value is None or self.text == f"{self.value:.4g}" else brief(self.value)
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table; its first column is words."""
+    """A table; its first column holds words."""
 
     kind: ClassVar[str] = "table"
     columns: Sequence[str]
@@ -44,18 +44,18 @@ class Table:
 
     @property
     def wordy(self) -> list[bool]:
-        """For each column, whether it holds no number."""
+        """For each column, whether it holds only words."""
         return [all(row[place].value is None for row in self.rows) for place in range(len(self.columns))]
 
 
 @dataclass(frozen=True)
 class LegendEntry:
-    """One of a legend."""
+    """One entry of a legend."""
 
     name: str
     style: Style
     shown: bool = True
-    """From the start; else once it is clicked."""
+    """Whether its series is visible at first; if not, a click shows it."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ class Chart:
 
     Attributes:
         title: what it shows, a finding.
-        figure: `data` and `layout` as Plotly has them; the names in them are inert.
+        figure: `data` and `layout` for Plotly; names in them are escaped.
         table: its numbers.
-        series: what its legend toggles: traces whose `legendgroup` is the entry's place in it.
-        name: what the picture's file is called.
+        series: the legend. Entry i shows and hides the traces whose `legendgroup` is i.
+        name: the name of the picture's file.
         note: how to read it.
     """
 
@@ -93,7 +93,7 @@ class Panels:
 
 @dataclass(frozen=True)
 class Lines:
-    """Text as it is, line by line."""
+    """Preformatted text, line by line."""
 
     kind: ClassVar[str] = "lines"
     lines: Sequence[str]
@@ -101,18 +101,18 @@ class Lines:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, what it shows, and what was retrieved for it."""
+    """A picture, a description, and what was retrieved for it."""
 
     image: str
     """PNG, base64."""
     text: str
     found: Sequence[tuple[str, Sequence[str]]]
-    """By whom or when, and the names that were found, the nearest first. The right one is set apart."""
+    """(Who or when, names that were found, the nearest first); the right name is highlighted."""
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """A strip of them."""
+    """A row of scenes."""
 
     kind: ClassVar[str] = "scenes"
     scenes: Sequence[Scene]
@@ -128,17 +128,17 @@ class Section:
     heading: str
     parts: Sequence[Part]
     label: str | None = None
-    """In the list of contents; None: the heading; empty: it is not listed."""
+    """The text in the list of contents; None: the heading; empty: not listed."""
 
     @property
     def link(self) -> str:
-        """What the list of contents says."""
+        """The text in the list of contents."""
         return self.heading if self.label is None else self.label
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page: what it is, the headline, and the rest."""
+    """A page: title, headline, lead and sections."""
 
     title: str
     headline: str
@@ -146,7 +146,7 @@ class Page:
     sections: Sequence[Section]
 
     def charts(self) -> list[Chart]:
-        """All of them, in order."""
+        """All charts, in order."""
         found: list[Chart] = []
         for section in self.sections:
             for part in section.parts:
@@ -155,7 +155,7 @@ class Page:
 
 
 def brief(value: float) -> float:
-    """The number with five digits, or as many more as it takes for charts to write it as they would write it whole."""
+    """The number rounded to five digits, or to more if a chart would otherwise write it differently."""
     return next(
         short
         for digits in range(5, 18)
@@ -164,6 +164,6 @@ def brief(value: float) -> float:
 
 
 def number_cell(text: str, best: bool = False) -> Cell:
-    """A cell that is sorted by the number it starts with, if it does, in bytes if a unit of them follows."""
+    """A cell that is sorted by the number its text starts with; "1.5 MB" is sorted as 1,500,000."""
     found = re.match(r"([+-]?\d[\d,]*\.?\d*(?:e[+-]?\d+)?)(?: ([kMG]?B)\b)?", text)
     return Cell(text, float(found[1].replace(",", "")) * BYTES.get(found[2], 1.0) if found else None, best)

@@ -1,6 +1,6 @@
-"""The same charts as still pictures (PNG), for papers: drawn by matplotlib from a chart's own figure.
+"""Draws charts as PNG pictures with matplotlib, from the Plotly figures that `charts` makes.
 
-Owns the translation of what `charts` makes, and nothing more of Plotly. Uses no window and no global state.
+Owns the translation of those figures, not of Plotly in general. Opens no window and uses no global state.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _draw(figure: Any, chart: Chart) -> None:
 
 
 def _handle(entry: LegendEntry) -> Any:
-    """Of a legend."""
+    """The mark of a legend entry."""
     style = entry.style
     return needed("matplotlib.lines").Line2D(
         [], [], color=style.colour, marker=MATPLOTLIB_MARKERS[style.marker], linestyle=MATPLOTLIB_DASHES[style.dash],
@@ -81,7 +81,7 @@ def _handle(entry: LegendEntry) -> Any:
 
 
 def _points(axes: Any, trace: dict[str, Any], _: int) -> None:
-    """A line with marks; where the marks have colours of their own, a mark at a time."""
+    """Draw a line with marks; if the marks have their own colours, each mark is drawn alone."""
     nan = float("nan")
     x, y = ([nan if value is None else value for value in trace[key]] for key in "xy")
     marker, error = trace["marker"], {key: trace.get(f"error_{key}", {}).get("array") for key in "xy"}
@@ -121,5 +121,5 @@ def _heat(axes: Any, trace: dict[str, Any], _: int) -> None:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib can draw, and takes for no formula."""
+    """Text that matplotlib draws as it is: a $ would begin a formula."""
     return printable(text).replace("$", r"\$")

@@ -1,8 +1,8 @@
-"""How a method looks in every picture: its colour, marker and dash, so that colour never stands alone.
+"""The colour, marker and dash of each method in every chart, so that no two differ by colour alone.
 
-Owns the table by name. Most colours are those of Okabe and Ito (2008), less yellow, which is lost on white; the others
-were searched for: all are told apart with every kind of colour vision, and seen on white and on dark. `INK` becomes the
-text's own colour, which on dark is light.
+Owns the table by method. Most colours are from Okabe and Ito (2008), without yellow, which is too light on white. All
+colours can be distinguished with every kind of colour vision, on white and on dark. `INK` stands for the text's colour,
+which is light on a dark page.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ MARKERS: Final = {
     "x": "M10 1l4 3.5 4-3.5 1.5 1.5-3.8 3.5 3.8 3.5-1.5 1.5-4-3.5-4 3.5-1.5-1.5 3.8-3.5-3.8-3.5z",
     "star": "M14 0l1.6 4.2h4.4l-3.5 2.7 1.3 4.3-3.8-2.6-3.8 2.6 1.3-4.3-3.5-2.7h4.4z",
 }
-"""By Plotly's name, the outline in a legend of 28 by 12."""
+"""Plotly's marker -> its outline as an SVG path, in a legend of 28 by 12."""
 OPEN: Final = "square-open"
-"""The marker of bars that are not filled."""
+"""The marker that stands for bars without a fill."""
 OUTLINES: Final = {**MARKERS, OPEN: "M9 1h10v10h-10zM11 3v6h6v-6z"}
 DASHES: Final = {"solid": "", "dash": "6 3", "dot": "2 2", "dashdot": "6 2 2 2", "longdash": "10 3"}
-"""By Plotly's name, SVG's stroke-dasharray."""
+"""Plotly's dash -> SVG's stroke-dasharray."""
 
 
 class Style(NamedTuple):
-    """How one method, or other series, is drawn; without marks or without a line where that is the empty string."""
+    """How a method or another series is drawn. An empty marker or dash: without marks or without a line."""
 
     colour: str
     marker: str
@@ -44,12 +44,12 @@ class Style(NamedTuple):
 
     @property
     def outline(self) -> str:
-        """Of the marker, for SVG."""
+        """The marker as an SVG path."""
         return OUTLINES[self.marker]
 
     @property
     def dashes(self) -> str:
-        """Of the line, for SVG."""
+        """The dash as SVG's stroke-dasharray."""
         return DASHES[self.dash]
 
 
@@ -77,14 +77,14 @@ METHOD_STYLES: Final = {
     "si": Style(BROWN, "triangle-up", "longdash"),
     "rwalk": Style(GREEN, "triangle-down", "dash"),
 }
-"""Of every method of the benchmark: at most two share a colour, and these neither marker nor dash."""
+"""Method of the benchmark -> style. At most two share a colour, and these differ in marker and dash."""
 
 TAKEN: Final = {(style.colour, style.marker) for style in METHOD_STYLES.values()}
 FREE: Final = [Style(*look) for look in product(COLOURS, MARKERS, DASHES) if look[:2] not in TAKEN]
-"""Of other methods."""
+"""Styles for other methods."""
 
 
 def style_of(name: str) -> Style:
-    """The same for a name always: from the table, or by the name's hash one that no method of the table has."""
+    """The style of a method: from the table, or by the name's hash one that is not in the table."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
     return METHOD_STYLES.get(name) or FREE[int.from_bytes(digest[:4], "big") % len(FREE)]

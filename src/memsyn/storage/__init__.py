@@ -1,4 +1,4 @@
-"""Bytes and files: the safetensors header, atomic replacement, URLs, reading and writing with a checksum.
+"""Files: the safetensors header, atomic replacement, URLs, reading and writing with a checksum.
 
-Does not know what the tensors mean.
+Must not know parameters or models.
 """

@@ -376,6 +376,6 @@ def load(path: str | os.PathLike[str]) -> Memory | Importance:
         raise MemoryFileError(f"{path} is of kind {kind!r}; expected one of {', '.join(KINDS)}.")
     if "checkpoint" in header:
         raise MemoryFileError(
-            f"{path} is the checkpoint of an unfinished pass: call measure again with checkpoint= to finish it."
+            f"{path} is the checkpoint of a pass that has not ended: call measure again with checkpoint= to finish it."
         )
     return KINDS[kind].from_file(path, header, groups)

@@ -23,7 +23,7 @@ class Histograms:
     """For each layer, the share of its weights in each class of importance."""
 
     exponents: tuple[float, ...]
-    """The classes' lower ends as log10 Omega, half a decade wide; lower values and zeros are in one class below them."""
+    """The classes' lower ends as log10 Omega, half a decade wide; lower values and zeros are in a class below them."""
     shares: dict[str, tuple[float, ...]]
     """Layer -> shares of its weights, 0 to 1: first below all classes, then class by class."""
 

@@ -19,8 +19,7 @@ from memsyn.errors import (
 )
 from memsyn.live.observer import Observer, Stats
 from memsyn.measuring.measure import measure
-from memsyn.measuring.objectives import Forward
-from memsyn.measuring.objectives import Estimator
+from memsyn.measuring.objectives import Estimator, Forward
 from memsyn.parameters import fingerprint
 from memsyn.protecting.penalty import penalty
 from memsyn.protecting.protect import Protection, Report, protect

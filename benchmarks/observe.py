@@ -1,11 +1,11 @@
 """What an observer costs the thread that serves: throughput and the 99th percentile of a request's time.
 
-Requests of one sample are served one after the other in the main thread, under inference_mode, in blocks in turn:
-without an observer, with one that measures in a process or in a thread (attached to the model, a tenth of the time),
-and beside a process that does nothing but take a tenth of a core, which shows what the machine itself makes of that.
-Each block is compared with the one without of the same round. Prints a Markdown table: the median of the ratios, and
-the interval that holds the true median with 95%; the processor time of the serving thread per request, likewise; the
-share of its time in which the observer worked; what it measured and dropped.
+Requests of one sample are served one after the other in the main thread, under inference_mode. Three kinds of blocks
+follow each other: without an observer; with an observer that is attached to the model and may work a tenth of the time;
+and beside a process that keeps a tenth of a core busy, which shows what that load alone costs on this machine. Each
+block is compared with the block without an observer of the same round. Prints a Markdown table: the median of the
+ratios with its 95% interval, for throughput, p99 and the serving thread's processor time per request; the share of the
+time in which the observer worked; the numbers of samples that it measured and dropped.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from models import SUBJECTS
 
 RATES = (0.01, 1.0)
 SHARE = 0.1
-WAYS = {"process": True, "thread": False}
+OBSERVED, LOADED = "observer", "a tenth of a core"
 
 
 def serve(model: nn.Module, image: Tensor, seconds: float) -> tuple[float, float, float]:
@@ -64,39 +64,36 @@ def interval(ratios: Sequence[float]) -> str:
 
 
 def compare(model: nn.Module, image: Tensor, rate: float, on: Any, rounds: int, seconds: float, title: str) -> None:
-    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in (*WAYS, "nothing, a tenth of a core")}
-    paused = {name: threading.Event() for name in WAYS}
-    spent = dict.fromkeys(WAYS, 0.0)
-    observers = {name: begun(model, image, rate, process, paused[name]) for name, process in WAYS.items()}
+    ratios: dict[str, list[tuple[float, ...]]] = {OBSERVED: [], LOADED: []}
+    paused, worked = threading.Event(), 0.0
+    observer = begun(model, image, rate, paused)
     for _ in tqdm(range(rounds), f"{title}, {rate:.0%}"):
         without = serve(model, image, seconds)
         on.set()
-        blocks = {"nothing, a tenth of a core": serve(model, image, seconds)}
+        blocks = {LOADED: serve(model, image, seconds)}
         on.clear()
-        for name, observer in observers.items():
-            observer.attach()
-            paused[name].clear()
-            before = observer.stats().seconds
-            blocks[name] = serve(model, image, seconds)
-            spent[name] += observer.stats().seconds - before
-            observer.detach()
-            paused[name].set()
-            time.sleep(0.5)  # until the batch is done that was begun before
+        observer.attach()
+        paused.clear()
+        before = observer.stats().seconds
+        blocks[OBSERVED] = serve(model, image, seconds)
+        worked += observer.stats().seconds - before
+        observer.detach()
+        paused.set()
+        time.sleep(0.5)  # until the observer has finished the batch that it was measuring
         for name, values in blocks.items():
-            found[name].append(tuple(a / b for a, b in zip(values, without, strict=True)))
-    for name, ratios in found.items():
-        cells, more = [interval(column) for column in zip(*ratios, strict=True)], " | | "
-        if name in observers:
-            stats = observers[name].stats()
-            more = f"{spent[name] / (rounds * seconds):.1%} | {stats.measured} | {stats.dropped}"
-            observers[name].close()
-        print(f"| {title} | {rate:.0%} | {name} | {' | '.join(cells)} | {more} |", flush=True)
+            ratios[name].append(tuple(a / b for a, b in zip(values, without, strict=True)))
+    stats = observer.stats()
+    observer.close()
+    counts = {OBSERVED: f"{worked / (rounds * seconds):.1%} | {stats.measured} | {stats.dropped}", LOADED: " | | "}
+    for name, rows in ratios.items():
+        cells = [interval(column) for column in zip(*rows, strict=True)]
+        print(f"| {title} | {rate:.0%} | {name} | {' | '.join(cells)} | {counts[name]} |", flush=True)
 
 
-def begun(model: nn.Module, image: Tensor, rate: float, process: bool, paused: threading.Event) -> memsyn.Observer:
-    """An observer that has had its first look at the model, which is not what is measured, and rests."""
+def begun(model: nn.Module, image: Tensor, rate: float, paused: threading.Event) -> memsyn.Observer:
+    """A paused observer that has checked the routes of the model already: that cost is not what is measured here."""
     store = Path(tempfile.mkdtemp()) / "traffic.safetensors"
-    observer = memsyn.Observer(model, store, rate=rate, budget=100 * SHARE, busy=paused.is_set, process=process)
+    observer = memsyn.Observer(model, store, rate=rate, budget=100 * SHARE, busy=paused.is_set)
     observer.observe(image.repeat(200, *[1] * (image.ndim - 1)))
     observer.flush(600)
     paused.set()

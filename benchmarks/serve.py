@@ -1,11 +1,11 @@
 """What an observer costs a service that speaks HTTP: requests a second, and the 99th percentile of their times.
 
-The service of examples/serve runs in a process of its own, on loopback; users, each in a thread with a connection that
+The service of examples/serve runs in a process of its own, on loopback. Users, each in a thread with a connection that
 stays open, send one drawing after the other. Blocks without and with the observer follow each other in the same
-process, in changing order, and each pair is compared. Prints a Markdown table: what the service does without; the
-median of the ratios, and the interval that holds the true median with 95%; the processor time of the service for a
-request, likewise, without what another process takes; the observer's share of its time, what it measured and dropped;
-resident memory of the service and of what it started, after the first pair and at the end.
+process, in alternating order, and each pair is compared. Prints a Markdown table: requests per second and p99 without
+the observer; the median of the ratios with its 95% interval, for throughput, p99 and the service's processor time per
+request; the share of the time in which the observer worked; the numbers of samples that it measured and dropped; the
+service's resident memory after the first pair and at the end.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import torch
 import uvicorn
 from tqdm import tqdm
 
-from observe import RATES, SHARE, WAYS, interval
+from observe import RATES, SHARE, interval
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "serve"))
 from model import BODIES, FILE, begin, drawings, save
@@ -38,11 +38,11 @@ from users import drawn, png
 SECTION = "animals"
 
 
-def serve(folder: Path, rate: float, way: str, port: Any) -> None:
-    """The example's service, whose observer can be let in and shut out."""
+def serve(folder: Path, rate: float, port: Any) -> None:
+    """The example's service, with a path that attaches the observer or detaches it."""
     torch.set_num_threads(1)
     paused = threading.Event()
-    options = {"rate": rate, "budget": 100 * SHARE, "busy": paused.is_set, "process": WAYS[way]}
+    options = {"rate": rate, "budget": 100 * SHARE, "busy": paused.is_set}
     app = create_app(folder, "1", **options)
     observer = app.state.observer
 
@@ -62,10 +62,8 @@ def serve(folder: Path, rate: float, way: str, port: Any) -> None:
 
 
 def resident() -> float:
-    """MiB of this process and of those it started."""
-    started = [pid for tasks in Path("/proc/self/task").glob("*/children") for pid in tasks.read_text().split()]
-    pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in ("self", *started)]
-    return sum(pages) * resource.getpagesize() / 2**20
+    """MiB of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
 def _port(server: uvicorn.Server) -> int:
@@ -75,10 +73,10 @@ def _port(server: uvicorn.Server) -> int:
 
 
 @contextmanager
-def service(folder: Path, rate: float, way: str) -> Iterator[int]:
+def service(folder: Path, rate: float) -> Iterator[int]:
     """Its port, while it runs."""
     mine, other = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(folder, rate, way, other), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(folder, rate, other), daemon=True)
     process.start()
     try:
         if not mine.poll(300):
@@ -99,7 +97,7 @@ def post(connection: HTTPConnection, path: str, body: bytes = b"") -> bytes:
 
 
 def turned(port: int, state: str) -> dict[str, Any]:
-    """The observer is let in or shut out; what the service says of itself at that moment."""
+    """Attach or detach the observer; returns what the service reports about itself at that moment."""
     connection = HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         return json.loads(post(connection, f"/observer/{state}"))  # type: ignore[no-any-return]
@@ -129,7 +127,7 @@ def block(port: int, state: str, pictures: list[bytes], limits: dict[str, Any]) 
     """Throughput, p99 and processor time per request, and what the service says afterwards."""
     turned(port, state)
     if state == "off":
-        time.sleep(3.0)  # until the batch is done that was begun before
+        time.sleep(3.0)  # until the observer has finished the batch that it was measuring
     before = turned(port, state)
     throughput, p99, count = load(port, pictures, **limits)
     after = turned(port, state)
@@ -137,16 +135,16 @@ def block(port: int, state: str, pictures: list[bytes], limits: dict[str, Any]) 
     return [throughput, p99, (after["cpu"] - before["cpu"]) / count], after
 
 
-def compare(name: str, rate: float, way: str, rounds: int, limits: dict[str, Any]) -> None:
+def compare(name: str, rate: float, rounds: int, limits: dict[str, Any]) -> None:
     folder = Path(tempfile.mkdtemp())
     side = 64 if name == "efficientnet-lite0" else 32
     save(begin(name, side, {SECTION: drawings(side)[SECTION].class_names}), folder / FILE)
     pictures = [png(pixels) for pixels in drawn([SECTION], 64, side, seed=0)[0]]
     ratios, without, worked = [], [], 0.0
-    with service(folder, rate, way) as port:
+    with service(folder, rate) as port:
         warm_up(port, pictures, rate)
         first: dict[str, Any] | None = None
-        for number in tqdm(range(rounds), f"{name}, {rate:.0%}, {way}"):
+        for number in tqdm(range(rounds), f"{name}, {rate:.0%}"):
             found = {}
             for state in ("off", "on") if number % 2 else ("on", "off"):
                 found[state], last = block(port, state, pictures, limits)
@@ -160,7 +158,7 @@ def compare(name: str, rate: float, way: str, rounds: int, limits: dict[str, Any
     cells = [interval(column) for column in zip(*ratios, strict=True)]
     assert first is not None
     print(
-        f"| {name} | {rate:.0%} | {way} | {own[0]:.0f} | {1000 * own[1]:.1f} | {' | '.join(cells)} "
+        f"| {name} | {rate:.0%} | {own[0]:.0f} | {1000 * own[1]:.1f} | {' | '.join(cells)} "
         f"| {worked / (rounds * limits['seconds']):.1%} | {last['stats']['measured']} | {last['stats']['dropped']} "
         f"| {first['memory']:.0f} | {last['memory']:.0f} |",
         flush=True,
@@ -168,7 +166,7 @@ def compare(name: str, rate: float, way: str, rounds: int, limits: dict[str, Any
 
 
 def warm_up(port: int, pictures: list[bytes], rate: float) -> None:
-    """Until the observer has looked at the model for the first time: that is not what is measured."""
+    """Serve until the observer has checked the routes of the model: that cost is not what is measured here."""
     turned(port, "on")
     end = time.monotonic() + 300
     while turned(port, "on")["stats"]["measured"] == 0:
@@ -181,7 +179,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bodies", nargs="+", choices=BODIES, default=list(BODIES))
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="where the observer measures")
     parser.add_argument("--rounds", type=int, default=10, help="pairs of blocks")
     parser.add_argument("--seconds", type=float, default=15.0, help="of a block: more than the observer rests")
     parser.add_argument("--requests", type=int, default=20_000, help="in a block, at most")
@@ -189,14 +186,13 @@ def main() -> None:
     given = parser.parse_args()
     limits = {"num_users": given.users, "seconds": given.seconds, "most": given.requests}
     print(
-        "| body | rate | measured in a | requests/s without | p99 without, ms | throughput | p99 "
+        "| body | rate | requests/s without | p99 without, ms | throughput | p99 "
         "| processor time per request | at work | measured | dropped | MiB after a pair | MiB at the end |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for name in given.bodies:
         for rate in given.rates:
-            for way in given.ways:
-                compare(name, rate, way, given.rounds, limits)
+            compare(name, rate, given.rounds, limits)
 
 
 if __name__ == "__main__":

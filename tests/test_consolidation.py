@@ -114,7 +114,7 @@ def test_other_weights_than_the_anchor_are_warned_of(path, model) -> None:
 
 
 def test_other_weights_than_the_observed_are_warned_of(tmp_path, model) -> None:
-    with memsyn.Observer(model, tmp_path / "traffic.safetensors", rate=1.0, process=False) as observer:
+    with memsyn.Observer(model, tmp_path / "traffic.safetensors", rate=1.0) as observer:
         observer.observe(torch.randn(5, 3))
         assert observer.flush()
         observed = observer.importance()

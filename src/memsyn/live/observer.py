@@ -24,7 +24,6 @@ from torch.utils.hooks import RemovableHandle
 
 from memsyn.batches import model_input, num_samples, picked, tensors
 from memsyn.errors import BatchError, MemoryFileError, ModelError, OptionError
-from memsyn.live.child_process import Process
 from memsyn.live.request_queue import Budget, Taken, Traffic, Watch
 from memsyn.live.segment_sums import Ledger
 from memsyn.live.window import Window
@@ -32,7 +31,7 @@ from memsyn.live.worker import Worker
 from memsyn.measuring.measurement import Forward
 from memsyn.measuring.model_copy import Onlooker, check_measurable, refuse_foreign_hooks
 from memsyn.measuring.objectives import ESTIMATORS, Estimator, find_estimator
-from memsyn.parameters import trainable_parameters, unwrap, weights
+from memsyn.parameters import trainable_parameters, unwrap
 from memsyn.values.importance import Importance
 
 
@@ -103,10 +102,6 @@ class Observer:
         busy: called before each batch; while it says True, nothing is measured.
         onlookers: other forward hooks only look on, as a recorder of requests does, and are left out: it must not see
             samples again. Unless this is said they are an error, since they may be part of what the model computes.
-        process: whether passes run in a process of its own, at the lowest priority, or in a thread, which disturbs the
-            requests of its interpreter. A process needs a model on the CPU that can be pickled with `forward` (so
-            their modules are imported there), and memory for a second interpreter. The first batch is measured in both.
-            None: a process if that gives the same; else a thread, after a warning.
         seed: of the choice of samples.
 
     Raises:
@@ -142,7 +137,6 @@ class Observer:
         interval: float = 60.0,
         busy: Callable[[], bool] | None = None,
         onlookers: bool = False,
-        process: bool | None = None,
         seed: int | None = None,
     ) -> None:
         for name, value, low, high in (
@@ -164,8 +158,6 @@ class Observer:
         if "://" not in str(store) and not Path(store).absolute().parent.is_dir():
             raise MemoryFileError(f"the store {store} cannot be written: its folder does not exist.")
 
-        self._process = _process(model, process)
-
         def begin(fingerprint: str) -> Ledger:
             return Ledger(
                 model,
@@ -175,7 +167,6 @@ class Observer:
                 cap=cap,
                 store=store,
                 fingerprint=fingerprint,
-                process=self._process,
             )
 
         self._model, self._forward = model, forward
@@ -236,8 +227,6 @@ class Observer:
         atexit.unregister(self.close)
         self.detach()
         self._worker.close(timeout)
-        if self._process is not None:
-            self._process.close()
 
     def __enter__(self) -> Observer:
         return self
@@ -333,14 +322,6 @@ def _check(model: nn.Module, onlookers: bool) -> None:
         refuse_foreign_hooks(model)
     if not trainable_parameters(model):
         raise ModelError("the model has no parameter that requires a gradient: there is nothing to measure.")
-
-
-def _process(model: nn.Module, wanted: bool | None) -> Process | None:
-    """Where the passes run, if it may be another process."""
-    on_cpu = all(tensor.device.type == "cpu" for tensor in weights(model).values())
-    if wanted and not on_cpu:
-        raise OptionError("process=True is for a model on the CPU; on a device, a stream of low priority does it.")
-    return Process(required=wanted is True) if on_cpu and wanted is not False else None
 
 
 def _by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

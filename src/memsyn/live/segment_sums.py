@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from memsyn.batches import Given, take
 from memsyn.errors import BatchError, MemoryFileError, MemsynError, MissingFileError, ModelError, OptionError
-from memsyn.live.child_process import Process, ProcessRun
 from memsyn.live.window import Window
 from memsyn.measuring.measurement import Forward, Run
 from memsyn.measuring.objectives import Estimator
@@ -49,8 +48,7 @@ class Ledger:
 
     The first batch copies the weights, and all are measured on that copy: nothing that becomes of the model reaches the
     sums. Memory, in numbers per weight: the copy, a batch's sums, two halves, and two for each segment, or nine if its
-    window slides. While the first batch is looked at, a copy in float64 and its gradients too. A process that measures
-    has its own copies, and a batch's sums once more.
+    window slides. While the first batch is looked at, a copy in float64 and its gradients too.
     """
 
     def __init__(
@@ -63,7 +61,6 @@ class Ledger:
         cap: float | None,
         store: Path,
         fingerprint: str,
-        process: Process | None = None,
     ) -> None:
         trainable = trainable_parameters(model)
         if not trainable:
@@ -76,14 +73,7 @@ class Ledger:
         """What the last sample that was left out failed with."""
         self.lock = threading.Lock()
         """Held while sums are changed or copied."""
-        if process is not None and device.type != "cpu":  # it was moved
-            process.refuse(f"it is on {device}")
-            process = None
-        self.run = (
-            Run(model, trainable, device, forward, estimator, batched=False, private=True)
-            if process is None
-            else ProcessRun(process, model, trainable, forward, estimator)
-        )
+        self.run = Run(model, trainable, device, forward, estimator, batched=False, private=True)
         self._window, self._cap, self._store = window, cap, store
         named = getattr(forward, "__qualname__", type(forward).__qualname__)
         of = [self.fingerprint, sorted(trainable), named, estimator.name, estimator.magnitude, window().rule]

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memsyn.batches import joined, tensors
 from memsyn.errors import ModelError
 from memsyn.kernels.outer_products import workspace
-from memsyn.live.child_process import is_child
 from memsyn.live.request_queue import Budget, Taken, Traffic, Watch
 from memsyn.live.segment_sums import Ledger
 from memsyn.measuring.model_copy import refuse_foreign_hooks
@@ -113,15 +112,14 @@ class Worker:
         self._wake, self._urgent, self._answer = threading.Event(), threading.Event(), threading.Condition()
         self._asked = self._answered = 0
         """Calls of `flush`, and how many of them are done."""
-        self._closed = self._ended = is_child()
+        self._closed = self._ended = False
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._work, name="memsyn-observer", daemon=True)
-        if not self._closed:
-            self._thread.start()
+        self._thread.start()
 
     @property
     def is_open(self) -> bool:
-        """Whether it may be given work: it is not closed, nor in a fork of its process or one that measures."""
+        """Whether it may be given work: it is not closed, nor in a fork of its process."""
         return not self._closed and self._process == os.getpid()
 
     @property

@@ -1,4 +1,4 @@
-"""What is taken of traffic, what waits, and how much time it may cost."""
+"""Which samples are chosen, which wait, and in which order they leave the queue."""
 
 import itertools
 import math
@@ -8,59 +8,80 @@ import time
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from memsyn import batches
-from memsyn.live import request_queue
-from memsyn.live.request_queue import Budget, Taken, Traffic, Watch
+from memsyn.live.request_queue import QueuedSamples, RateSampler, RequestQueue
 
 
-def taken(inputs: object, segment: str | None = None, tag: int = 0) -> Taken:
-    return Taken(inputs, batches.num_samples(inputs) or 0, segment, tag, 0.0)
+def queue_of(room: int, rate: float = 1.0, seed: int | None = None) -> RequestQueue:
+    return RequestQueue(RateSampler(rate, seed), room)
+
+
+def samples(inputs: object, segment: str | None = None, version: int = 0) -> QueuedSamples:
+    return QueuedSamples(inputs, batches.num_samples(inputs) or 0, segment, version, 0.0)
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.5, 0.1, 0.01])
-def test_each_sample_is_taken_on_its_own(rate: float) -> None:
-    """How many are taken is binomial, whatever the sizes of requests; and the next one is as likely after one taken."""
+def test_each_sample_is_chosen_independently(rate: float) -> None:
+    """The number is binomial, whatever the sizes of requests; a chosen sample does not change the odds of the next."""
     sizes, chosen, last = random.Random(0), [], 0
-    own = Traffic(rate, 10**9, seed=1)
+    own = queue_of(10**9, rate, seed=1)
     for _ in range(20_000):
         size = sizes.choice([1, 1, 1, 7, 100])
         chosen += [last + row for row in own.choose(size)]
         last += size
     deviation = math.sqrt(last * rate * (1 - rate))
     assert abs(len(chosen) - last * rate) <= 4 * deviation
-    assert len(set(chosen)) == len(chosen) == own.taken
-    assert (own.seen, own.dropped) == (last, 0)
+    assert len(set(chosen)) == len(chosen) == own.num_sampled
+    assert (own.num_seen, own.num_dropped) == (last, 0)
     neighbours = sum(b - a == 1 for a, b in itertools.pairwise(chosen))
     assert abs(neighbours - len(chosen) * rate) <= 4 * math.sqrt(len(chosen) * rate * (1 - rate)) + 1
 
 
-def test_nobody_elses_generator_is_used() -> None:
+def test_gaps_choose_the_rows_of_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example in the docstring."""
+    gaps = iter([2, 0, 5, 99])
+    monkeypatch.setattr(RateSampler, "_gap", lambda self: next(gaps))
+    sampler = RateSampler(0.25, None)
+    assert [sampler.choose(size) for size in (3, 4, 4)] == [[2], [0], [2]]
+
+
+def test_requests_may_cut_the_stream_anywhere() -> None:
+    """The chosen samples are those of the whole stream."""
+    whole = RateSampler(0.3, seed=2).choose(1000)
+    sampler, sizes, found, start = RateSampler(0.3, seed=2), random.Random(0), [], 0
+    while start < 1000:
+        size = min(sizes.randrange(9), 1000 - start)
+        found += [start + row for row in sampler.choose(size)]
+        start += size
+    assert found == whole
+
+
+def test_other_generators_are_left_alone() -> None:
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    own = Traffic(0.3, 10**9, None)
+    own = queue_of(10**9, 0.3)
     for _ in range(1000):
         own.choose(3)
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
-def test_what_has_no_room_is_dropped() -> None:
-    own = Traffic(1.0, 5, None)
+def test_samples_without_room_are_dropped() -> None:
+    own = queue_of(5)
     assert own.choose(3) == [0, 1, 2]
     assert own.choose(3) == [0, 1]
     assert own.choose(3) == []
-    assert (own.seen, own.taken, own.dropped, own.held) == (9, 9, 4, 5)
+    assert (own.num_seen, own.num_sampled, own.num_dropped, own.num_waiting) == (9, 9, 4, 5)
     own.done(3)
     assert own.choose(4) == [0, 1, 2]
     own.done(5, dropped=2)
-    assert (own.dropped, own.held) == (7, 0)
+    assert (own.num_dropped, own.num_waiting) == (7, 0)
 
 
 def test_it_is_full_when_a_batch_can_be_taken() -> None:
-    own = Traffic(1.0, 8, None)
+    own = queue_of(8)
     for segment, expected in (("a", False), ("b", False), ("b", False), ("a", False), ("a", True)):
         own.choose(1)
-        own.put(taken(torch.zeros(1, 3), segment))
+        own.put(samples(torch.zeros(1, 3), segment))
         assert own.is_full(3) is expected  # three of "b" would have to wait for "a", which was there before
     assert [one.segment for one in own.take(3)] == ["a"] * 3
     own.done(3)
@@ -70,15 +91,15 @@ def test_it_is_full_when_a_batch_can_be_taken() -> None:
 
 
 def test_what_can_be_measured_together_is_taken_together() -> None:
-    own = Traffic(1.0, 100, None)
+    own = queue_of(100)
     entries = [
-        taken(torch.zeros(1, 3)),
-        taken(torch.zeros(1, 4)),
-        taken(torch.ones(2, 3)),
-        taken(torch.ones(1, 3), "a"),
-        taken(torch.ones(1, 3), None, 1),
-        taken(torch.ones(3, 3)),
-        taken(torch.ones(1, 3)),
+        samples(torch.zeros(1, 3)),
+        samples(torch.zeros(1, 4)),
+        samples(torch.ones(2, 3)),
+        samples(torch.ones(1, 3), "a"),
+        samples(torch.ones(1, 3), None, 1),
+        samples(torch.ones(3, 3)),
+        samples(torch.ones(1, 3)),
     ]
     for entry in entries:
         own.put(entry)
@@ -132,46 +153,3 @@ def test_what_is_picked_is_a_copy_without_a_graph() -> None:
         whole.data.add_(1)
         assert own.max() < whole.min()
         assert not own.requires_grad
-
-
-def test_a_change_of_weights_is_seen() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    watch, tags = Watch(model), []
-    tags.append(watch.tag())
-    model.eval()(torch.ones(1, 2))
-    model[0].weight.sum().backward()
-    assert watch.refresh() == tags[0]
-
-    def changed(what: str) -> None:
-        assert watch.refresh() not in tags, what
-        tags.append(watch.tag())
-
-    torch.optim.SGD(model.parameters(), lr=0.1).step()
-    changed("an optimizer")
-    model.load_state_dict(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).state_dict())
-    changed("load_state_dict")
-    model.load_state_dict(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).state_dict(), assign=True)
-    changed("load_state_dict(assign=True)")
-    model[0].weight.data = torch.ones(2, 2)
-    changed("data")
-    model.train()(torch.rand(3, 2))
-    assert watch.refresh() in tags, "torch does not count what moves statistics: that is for the fingerprint"
-    watch.renew()
-    changed("renew")
-    with torch.inference_mode():
-        model[0].weight = nn.Parameter(torch.ones(2, 2), requires_grad=False)
-    changed("a tensor that does not count")
-
-
-def test_rest_keeps_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the work takes."""
-    now, generator = 100.0, random.Random(0)
-    monkeypatch.setattr(request_queue.time, "monotonic", lambda: now)
-    budget, begin = Budget(0.1), now
-    for _ in range(1000):
-        began = now
-        now += generator.choice([0.001, 0.5, 0.02])
-        budget.spend(began)
-        assert budget.ready >= now
-        now = budget.ready
-    assert budget.seconds / (now - begin) == pytest.approx(0.1)

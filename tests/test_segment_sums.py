@@ -108,14 +108,14 @@ def test_the_first_samples_are_limited_by_each_other(odd: list[int], store: Path
 
 
 def test_a_segment_that_cannot_be_written_keeps_no_other(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batch, write = a_model(), requests(1)[0], memsyn.live.segment_sums.write
+    model, batch, write = a_model(), requests(1)[0], memsyn.live.segment_files.write
 
     def failing(path: Any, *args: Any) -> None:
         if "+a." in str(path):
             raise memsyn.MemoryFileError("no room for a")
         write(path, *args)
 
-    monkeypatch.setattr(memsyn.live.segment_sums, "write", failing)
+    monkeypatch.setattr(memsyn.live.segment_files, "write", failing)
     with begin(model, store) as observer:
         for segment in ("a", "b", None):
             observer.observe(batch, segment=segment)
@@ -142,6 +142,43 @@ def test_what_is_not_finite_is_left_out_alone(bad: float, store: Path) -> None:
         assert stats.invalid == 5
         assert "the output" in str(stats.last_error)
         assert_same(observer.importance(), measured(model, good))
+
+
+@pytest.mark.parametrize("cap", [None, 0.05])
+def test_halves_find_the_one_sample_at_fault(cap: float | None, store: Path) -> None:
+    """Seven passes for eight samples, of which only two are measured alone."""
+    model, sizes = nn.Linear(4, 2).double(), []
+
+    def forward(model: nn.Module, inputs: Tensor) -> Tensor:
+        sizes.append(len(inputs))
+        return model(inputs)
+
+    good, odd = torch.ones(8, 4, dtype=torch.float64), torch.ones(8, 4, dtype=torch.float64)
+    odd[5] = math.nan if cap is None else 1e3
+    with begin(model, store, forward=forward, cap=cap, max_batch=8) as observer:
+        for _ in range(40):
+            observer.observe(good)
+        assert observer.flush()
+        sizes.clear()
+        observer.observe(odd)
+        assert observer.flush()
+        stats = observer.stats()
+        assert (stats.invalid, stats.capped, stats.measured) == ((1, 0, 327) if cap is None else (0, 1, 328))
+    assert sizes == [8, 4, 4, 2, 1, 1, 2]
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_without_sums_to_compare_with_the_limit_is_of_the_batch(first: int, store: Path) -> None:
+    """A single first sample is added as it is; of several, the odd one has ten times their median."""
+    model, given = nn.Linear(1, 1, bias=False).double(), torch.ones(first, 1, dtype=torch.float64)
+    given[0] = 1000.0
+    one = 2 * abs(model.weight.item())
+    with begin(model, store, cap=0.01) as observer:
+        observer.observe(given)
+        assert observer.flush()
+        total = float(observer.importance().sums["weight"])
+        assert observer.stats().capped == (first > 1)
+        assert total == pytest.approx(one * 1e6 if first == 1 else one * (10 + 2))
 
 
 def test_a_gradient_that_is_not_finite_is_left_out(store: Path) -> None:

@@ -143,6 +143,6 @@ def test_a_sliding_window_with_a_clock_that_is_set_back() -> None:
     window = Window(last=timedelta(days=7))
     for day in (0, 3, 1, 1, 2):
         add(window, 10.0**day, START + day * DAY)
-    assert [bucket.entry.place for bucket in window.buckets] == [20_000, 20_001, 20_002, 20_003]
+    assert [bucket.header.place for bucket in window.buckets] == [20_000, 20_001, 20_002, 20_003]
     assert held(window, START + 3 * DAY) == (1121.0, 5)
     assert held(window, START + 8 * DAY) == (1100.0, 2)

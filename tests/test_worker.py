@@ -1,26 +1,19 @@
-"""Stores that are there already, that fail, and whose writer is killed."""
+"""The background thread: what it survives, when it answers, and how much time it takes."""
 
 import os
 import random
-import signal
-import subprocess
-import sys
 import threading
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
-from tqdm import tqdm
-from typer.testing import CliRunner
 
-import memsyn
-from memsyn.cli import app
-from memsyn.parameters import fingerprint, weights
-from tests.serving import a_model, assert_same, begin, measured, requests
+from memsyn.live import worker
+from memsyn.live.request_queue import RequestQueue
+from memsyn.live.worker import TimeBudget
+from tests.serving import a_model, begin, requests
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -28,198 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     return tmp_path / "traffic.safetensors"
-
-
-# The store
-
-
-@pytest.mark.parametrize("given", [{}, {"last": timedelta(days=7)}, {"half_life": timedelta(days=365_000)}])
-def test_a_restart_goes_on(given: dict[str, Any], store: Path) -> None:
-    model, batches = a_model(), requests(30)
-    for start in (0, 10, 20):
-        with begin(model, store, **given) as observer:
-            for batch in batches[start : start + 10]:
-                observer.observe(batch)
-            assert observer.flush()
-    assert_same(memsyn.Importance.load(store), measured(model, batches), 1e-5 if "half_life" in given else 1e-12)
-    assert list(store.parent.iterdir()) == [store]
-    header, _ = memsyn.storage.reading_and_writing.read(store)
-    assert memsyn.Importance.load(store).fingerprint == fingerprint(weights(model))
-    assert header["observed"]["first"][:3] == header["observed"]["last"][:3] == "202"
-
-
-def plain(model: nn.Module, batch: Tensor) -> Any:
-    return model(batch)
-
-
-def test_a_restart_keeps_what_is_of_others(store: Path) -> None:
-    """Other weights, estimators, ways to call the model, windows; damaged files, files of somebody else."""
-    batches = requests(5)
-    store.write_bytes(b"not ours")
-    names = {store.name}
-    others = ({"estimator": "fisher"}, {"forward": plain}, {"last": timedelta(days=1)})
-    for seed, given in ((1, {}), (2, {}), *((1, other) for other in others)):
-        before = {path: path.read_bytes() for path in store.parent.iterdir()}
-        with begin(a_model(seed), store, **given) as observer:
-            for batch in batches:
-                observer.observe(batch)
-            assert observer.flush()
-        assert all(path.read_bytes() == data for path, data in before.items())
-        (new,) = set(store.parent.iterdir()) - set(before)
-        names.add(new.name)
-        estimator = given.get("estimator", "mas")
-        assert_same(memsyn.Importance.load(new), measured(a_model(seed), batches, estimator=estimator))
-    assert len(names) == 6
-    new.write_bytes(b"damaged")
-    with begin(a_model(1), store, last=timedelta(days=1)) as observer:
-        observer.observe(batches[0])
-        assert observer.flush()
-        assert "are damaged, or of something else" in str(observer.stats().last_error)
-        assert (observer.stats().measured, observer.stats().dropped) == (0, 1)
-
-
-def test_a_store_that_cannot_be_read_for_a_while(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batches = a_model(), requests(3)
-    with begin(model, store) as observer:
-        observer.observe(batches[0])
-        assert observer.flush()
-
-    def failing(*args: object) -> None:
-        raise OSError(24, "Too many open files")
-
-    with begin(model, store) as observer:
-        with monkeypatch.context() as patch:
-            patch.setattr(memsyn.storage.reading_and_writing, "_read_header", failing)
-            observer.observe(batches[1])
-            assert observer.flush()
-        assert "Too many open files" in str(observer.stats().last_error)
-        assert (observer.stats().measured, observer.stats().dropped) == (0, len(batches[1]))
-        observer.observe(batches[2])
-        assert observer.flush()
-    assert list(store.parent.iterdir()) == [store]
-    assert_same(memsyn.Importance.load(store), measured(model, [batches[0], batches[2]]))
-
-
-def test_a_store_that_fails_for_a_while(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batches = a_model(), requests(4)
-
-    def failing(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with begin(model, store) as observer:
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", failing)
-            observer.observe(batches[0])
-            assert observer.flush()
-            assert "No space left on device" in str(observer.stats().last_error)
-            assert observer.stats().stored is None
-        observer.observe(batches[1])
-        assert observer.flush()
-        assert_same(memsyn.Importance.load(store), measured(model, batches[:2]))
-
-
-def test_a_store_at_a_url(tmp_path: Path) -> None:
-    model, batches, url = a_model(), requests(4), f"memory://{tmp_path}/traffic.safetensors"
-    for part in (batches[:2], batches[2:]):
-        with begin(model, url) as observer:
-            for batch in part:
-                observer.observe(batch)
-            assert observer.flush()
-    assert_same(memsyn.Importance.load(url), measured(model, batches))
-
-
-def test_three_replicas_are_one(store: Path) -> None:
-    model, batches = a_model(), requests(90)
-    stores = [store.with_name(f"replica{k}.safetensors") for k in range(3)]
-    for k, own in enumerate(stores):
-        with begin(model, own) as observer:
-            for batch in batches[k::3]:
-                observer.observe(batch)
-            assert observer.flush()
-    with begin(model, store) as observer:
-        for batch in batches:
-            observer.observe(batch)
-        assert observer.flush()
-    out = store.with_name("all.safetensors")
-    assert CliRunner().invoke(app, ["merge", *map(str, stores), "-o", str(out)]).exit_code == 0
-    assert_same(memsyn.Importance.load(out), memsyn.Importance.load(store))
-
-
-def test_three_replicas_are_one_bit_for_bit_where_sums_are_exact(store: Path) -> None:
-    """With small whole numbers no sum is rounded."""
-    model, generator = nn.Linear(4, 2), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randint(-3, 4, parameter.shape, generator=generator))
-    batches = [torch.randint(-3, 4, (1 + k % 3, 4), generator=generator).float() for k in range(90)]
-    found = []
-    for k, part in enumerate([batches[::3], batches[1::3], batches[2::3], batches]):
-        with begin(model, store.with_name(f"{k}.safetensors")) as observer:
-            for batch in part:
-                observer.observe(batch)
-            assert observer.flush()
-            found.append(observer.importance())
-    merged = found[0] + found[1] + found[2]
-    assert merged.num_samples == found[3].num_samples
-    assert all(torch.equal(merged.sums[name], total) for name, total in found[3].sums.items())
-
-
-def serve_until_killed(store: Path, said: int) -> None:
-    """Observe the same sample over and over; say after each write how many samples had been shown before it began."""
-    observer = begin(a_model(), store, budget=100.0)
-    batch, shown = torch.ones(1, 4, dtype=torch.float64), 0
-    while True:
-        for _ in range(3):
-            observer.observe(batch)
-            shown += 1
-        observer.flush()
-        os.write(said, shown.to_bytes(4, "little"))
-
-
-@pytest.mark.soak
-def test_killed_at_any_moment_it_loses_an_interval_at_most(store: Path, soak: bool) -> None:
-    """What is stored before a kill is there after it: the last interval that ended, or the one it was at."""
-    generator, num_kills, stored, middle = random.Random(0), 1000 if soak else 25, 0, 0
-    one = measured(a_model(), [torch.ones(1, 4, dtype=torch.float64)])
-    for _ in tqdm(range(num_kills), "kills of observers"):
-        read, write = os.pipe()
-        child = os.fork()
-        if not child:
-            torch.set_num_threads(1)
-            os.close(read)
-            try:
-                serve_until_killed(store, write)
-            finally:
-                os._exit(1)
-        os.close(write)
-        with open(read, "rb", buffering=0) as said:
-            reached = said.read(4)
-            time.sleep(generator.uniform(0, 0.02))
-            os.kill(child, signal.SIGKILL)
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-            reached = (reached + said.read())[-4:]
-        finished = stored + int.from_bytes(reached, "little")
-        found = memsyn.Importance.load(store)
-        assert finished <= found.num_samples <= finished + 3
-        middle += found.num_samples > finished
-        middle += len(list(store.parent.iterdir())) > 1
-        for name, total in found.sums.items():
-            assert torch.allclose(total, one.sums[name] * found.num_samples, rtol=1e-9), name
-        stored = found.num_samples
-    tqdm.write(f"{num_kills} observers killed, {middle} of them in the middle of a write; {stored} samples stored")
-
-
-def test_what_is_new_is_stored_at_exit(store: Path) -> None:
-    code = (
-        "import sys, time, torch, memsyn\n"
-        "observer = memsyn.Observer(torch.nn.Linear(4, 2), sys.argv[1], rate=1.0, interval=1e6, max_batch=1)\n"
-        "observer.observe(torch.ones(1, 4))\n"
-        "while not observer.stats().measured: time.sleep(0.01)\n"
-        "print(observer.stats().stored)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, store], capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("None\n", "")
-    assert memsyn.Importance.load(store).num_samples == 1
 
 
 def test_a_fork_of_the_process_does_nothing(store: Path) -> None:
@@ -242,21 +43,18 @@ def test_a_fork_of_the_process_does_nothing(store: Path) -> None:
         assert observer.importance().num_samples == 2
 
 
-# The thread
-
-
 def test_nothing_ends_the_thread(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not an endless interval, nor an error where none is expected."""
     model, batch, failures = a_model(), requests(1)[0], [1, 1, 1]
-    take = memsyn.live.request_queue.Traffic.take
+    take = RequestQueue.take
 
-    def failing(self: memsyn.live.request_queue.Traffic, most: int) -> Any:
+    def failing(self: RequestQueue, most: int) -> Any:
         if failures:
             failures.pop()
             raise RuntimeError("unforeseen")
         return take(self, most)
 
-    monkeypatch.setattr(memsyn.live.request_queue.Traffic, "take", failing)
+    monkeypatch.setattr(RequestQueue, "take", failing)
     with begin(model, store, interval=float("inf"), budget=1e-300) as observer:
         for count in (1, 2):
             observer.observe(batch)
@@ -280,7 +78,7 @@ def test_who_waits_is_told_of_the_end(store: Path) -> None:
     assert busy.wait(10)
     waiting = threading.Thread(target=lambda: answers.append(observer.flush(60)))
     waiting.start()
-    while not observer._worker._asked:
+    while not observer._worker._signals._num_asked:
         time.sleep(0.001)
     observer.close(0.0)
     began = time.monotonic()
@@ -288,3 +86,17 @@ def test_who_waits_is_told_of_the_end(store: Path) -> None:
     waiting.join(30)
     assert answers == [False]
     assert time.monotonic() - began < 20
+
+
+def test_rest_keeps_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the work takes."""
+    now, generator = 100.0, random.Random(0)
+    monkeypatch.setattr(worker.time, "monotonic", lambda: now)
+    budget, begin = TimeBudget(0.1), now
+    for _ in range(1000):
+        began = now
+        now += generator.choice([0.001, 0.5, 0.02])
+        budget.spend(began)
+        assert budget.ready >= now
+        now = budget.ready
+    assert budget.seconds / (now - begin) == pytest.approx(0.1)

@@ -1,7 +1,7 @@
-"""Observer: importance from the traffic that a model serves.
+"""Observer: importance from the requests that a deployed model serves.
 
-Owns what may be asked for, and that nothing of the work reaches the caller. What is taken and where it waits is in
-`traffic`, when it is measured in `worker`, the sums are in `ledger`.
+Owns the arguments, and that the caller neither waits nor sees an error. Sampling and the queue are in `request_queue`,
+the background thread in `worker`, the weights in `weights_versions`, the sums in `segment_sums`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from torch.utils.hooks import RemovableHandle
 
 from memsyn.batches import model_input, num_samples, picked, tensors
 from memsyn.errors import BatchError, MemoryFileError, ModelError, OptionError
-from memsyn.live.request_queue import Budget, Taken, Traffic, Watch
-from memsyn.live.segment_sums import Ledger
+from memsyn.live.request_queue import QueuedSamples, RateSampler, RequestQueue
+from memsyn.live.segment_sums import SegmentSums
+from memsyn.live.weights_versions import VersionedSums, WeightsVersion
 from memsyn.live.window import Window
-from memsyn.live.worker import Worker
+from memsyn.live.worker import ErrorCount, TimeBudget, Worker
 from memsyn.measuring.measurement import Forward
 from memsyn.measuring.model_copy import Onlooker, check_measurable, refuse_foreign_hooks
 from memsyn.measuring.objectives import ESTIMATORS, Estimator, find_estimator
@@ -37,75 +38,77 @@ from memsyn.values.importance import Importance
 
 @dataclass(frozen=True)
 class Stats:
-    """What an observer has done so far. Counts are of samples.
+    """What an observer has done so far. Counts are of samples, unless another unit is given.
 
-    `sampled` are measured, dropped, stale, invalid, or waiting.
+    `sampled` = measured + stale + invalid + dropped + waiting.
     """
 
     seen: int
-    """Samples of the requests that were shown."""
+    """Samples of all requests."""
     sampled: int
-    """Those of them that were chosen."""
+    """Samples that were chosen by `rate`."""
     measured: int
-    """Those of them whose importance is in the sums."""
+    """Samples whose importance is in the sums."""
     waiting: int
-    """Those of them that are in the queue or being measured."""
+    """Samples in the queue or being measured."""
     dropped: int
-    """Not measured, for want of room in the queue or because something failed."""
+    """Chosen samples that were not measured: the queue had no room, or an error occurred."""
     stale: int
-    """Not measured because the weights that answered them were gone."""
+    """Not measured, since the model no longer had the weights that answered them."""
     invalid: int
     """Left out: their output or gradient was NaN or infinite, or the model failed on them."""
     capped: int
-    """Scaled down to `cap`."""
+    """Measured samples that were scaled down to `cap`."""
     errors: int
-    """How often something failed."""
+    """Number of errors."""
     last_error: str | None
+    """Class and message of the last error."""
     seconds: float
-    """Spent measuring and storing; on a busy machine that is more than what it took of a core."""
+    """Seconds spent on measuring and storing, waits for a core included."""
     lag: float
-    """How long the oldest sample in the queue has been waiting, in seconds."""
+    """Seconds that the oldest sample in the queue has waited."""
     versions: int
-    """Sets of weights that were measured."""
+    """Number of sets of weights that were measured."""
     stored: float | None
     """When the sums were last written, in seconds since 1970."""
 
 
 @final
 class Observer:
-    """Measures importance on samples of the traffic that a model serves, off the path of its requests.
+    """Measures importance on a sample of the requests that a model serves, in a background thread.
 
     The sums are those that `memsyn.measure` gives for the samples that were measured: Omega = 1/N sum_k |d s(F(x_k);
-    theta) / d theta|. Inputs are never stored; in memory they wait to be measured. That is done on a private copy of
-    the weights: sums are always of one set of weights, and other weights begin another file.
+    theta) / d theta|. Inputs are never stored; a copy waits in memory until it is measured. Samples are measured on a
+    copy of the weights, so that all sums in a file belong to one set of weights; other weights begin another file.
 
     Args:
-        model: any module that `measure` takes; it stays bit for bit as it was. Of its forward hooks, methods of modules
-            count as what it computes, and those of torch.nn.utils (weight norm, pruning); see `onlookers`.
-        store: the file to keep the sums in, or its URL: an importance file, for `Importance.load` and `memsyn merge`.
-            If it is there, and of the same weights and settings, sums go on from it; if it is of others, it is kept,
-            and another is begun beside it: `name.1a2b3c4d.end`, with eight digits for what they are. Segments have
-            files of their own: `name+segment.end`. Each replica needs a store of its own.
-        rate: the share of samples that are taken, 0 to 1, each on its own.
-        forward: (model, inputs) -> output, as `measure` takes it; inputs is what `observe` was given. By its name the
-            store knows it again.
+        model: any module that `measure` takes; it stays bit for bit as it was. Its forward hooks are part of what is
+            measured if they are methods of modules or come from torch.nn.utils (weight norm, pruning); see `onlookers`.
+        store: path or URL of the file for the sums: an importance file, for `Importance.load` and `memsyn merge`. If it
+            exists and is of the same weights and settings, the sums go on from it. If it is of others, it is kept, and
+            the sums go to `name.1a2b3c4d.end` beside it, with eight digits of a digest. Each segment has a file of its
+            own: `name+segment.end`. Each replica needs a store of its own.
+        rate: the probability with which each sample is chosen, 0 to 1.
+        forward: (model, inputs) -> output, as `measure` takes it; inputs is what `observe` was given. The store is of
+            the same settings only if the function has the same name.
         estimator: one of `ESTIMATORS` by name, or an `Estimator`; "mas-local" needs forward passes only.
-        last: a timedelta: older samples are dropped, a seventh of it at a time.
-        half_life: a timedelta: samples count 2^(-age / half_life). Neither: all samples count.
-        cap: the share of its segment's total that one sample may have, 0 to 1: larger ones are scaled down to it. Until
-            10 / cap samples are measured, the limit is ten times their mean.
-        budget: percent of its time in which the thread may work, so at most as much of one core.
-        room: samples that may wait; others are dropped.
-        max_batch: samples measured at once, when so many wait, or the first has waited for half a minute. Large ones
-            cost less each, and disturb longer.
-        interval: seconds between writes of the store: what a crash may lose, beside the samples that wait.
-        busy: called before each batch; while it says True, nothing is measured.
-        onlookers: other forward hooks only look on, as a recorder of requests does, and are left out: it must not see
-            samples again. Unless this is said they are an error, since they may be part of what the model computes.
+        last: a timedelta: older samples do not count; they expire a seventh of it at a time.
+        half_life: a timedelta: samples count 2^(-age / half_life). With neither, all samples count 1.
+        cap: the share of its segment's total that one sample may have, 0 to 1; larger samples are scaled down to it.
+            Until 10 / cap samples are measured, the limit is ten times their mean.
+        budget: the percentage of time in which the thread may work, and so of one core.
+        room: the number of samples that may wait; further ones are dropped.
+        max_batch: samples are measured in a batch when this many wait, or when the first has waited for half a minute.
+            A sample costs less in a large batch; a large batch disturbs requests for longer.
+        interval: seconds between writes of the store. A crash loses what was measured since, and the samples that wait.
+        busy: called before each batch; while it returns True, nothing is measured.
+        onlookers: whether other forward hooks only look on, as a recorder of requests does. Then they are left out of
+            the measurement, so that they do not see samples twice. Otherwise they are an error, since they may be part
+            of what the model computes.
         seed: of the choice of samples.
 
     Raises:
-        OptionError: an argument is out of place.
+        OptionError: an argument is out of its range.
         ModelError: the model cannot be measured, or has hooks that may compute.
         MemoryFileError: the store's folder does not exist.
 
@@ -139,27 +142,21 @@ class Observer:
         onlookers: bool = False,
         seed: int | None = None,
     ) -> None:
-        for name, value, low, high in (
-            ("rate", rate, 0, 1),
-            ("cap", 1 if cap is None else cap, 0, 1),
-            ("budget", budget, 0, 100),
-            ("interval", interval, 0, float("inf")),
-        ):
-            if not isinstance(value, (int, float)) or not low < value <= high:
-                raise OptionError(f"{name} must be a number above {low}, up to {high}; got {value!r}.")
-        for name, value in (("room", room), ("max_batch", max_batch)):
-            if not isinstance(value, int) or value < 1:
-                raise OptionError(f"{name} must be a whole number, at least 1; got {value!r}.")
+        share = 1 if cap is None else cap
+        _check_numbers(
+            {"rate": (rate, 1), "cap": (share, 1), "budget": (budget, 100), "interval": (interval, math.inf)}
+        )
+        _check_counts({"room": room, "max_batch": max_batch})
         chosen = find_estimator(estimator)
         if chosen == ESTIMATORS["fisher-empirical"]:
             raise OptionError("estimator='fisher-empirical' needs labels, which requests do not have.")
-        _check(model, onlookers)
-        Window(last, half_life)
+        device = _check_model(model, onlookers)
+        Window(last, half_life)  # raises if they are wrong
         if "://" not in str(store) and not Path(store).absolute().parent.is_dir():
             raise MemoryFileError(f"the store {store} cannot be written: its folder does not exist.")
 
-        def begin(fingerprint: str) -> Ledger:
-            return Ledger(
+        def begin(fingerprint: str) -> SegmentSums:
+            return SegmentSums(
                 model,
                 lambda: Window(last, half_life),
                 forward=forward,
@@ -170,59 +167,70 @@ class Observer:
             )
 
         self._model, self._forward = model, forward
-        self._traffic, self._watch, self._budget = Traffic(rate, room, seed), Watch(model), Budget(budget / 100)
-        self._hooks: list[RemovableHandle] = []
+        self._queue, self._version = RequestQueue(RateSampler(rate, seed), room), WeightsVersion(model)
+        self._budget, self._errors = TimeBudget(budget / 100), ErrorCount()
+        self._sums = VersionedSums(model, self._version, begin, self._errors.note, onlookers=onlookers)
         self._worker = Worker(
-            model,
-            self._traffic,
-            self._watch,
+            self._queue,
+            self._sums,
             self._budget,
-            begin,
+            self._errors,
+            device=device,
             max_batch=max_batch,
             interval=interval,
             busy=busy,
-            onlookers=onlookers,
         )
+        self._hook: RemovableHandle | None = None
         atexit.register(self.close)
 
     def observe(self, inputs: Any, *, segment: str | None = None) -> None:
-        """Show what the model is, or was, asked: never blocks, never raises; what is taken is copied at once.
+        """Show the observer the inputs of a request: chosen samples are copied at once. Never blocks, never raises.
 
         Args:
-            inputs: what `measure` takes as a batch, with its samples first; one sample is a batch of one.
-            segment: whose sums these samples belong to. There may be 64.
+            inputs: what `measure` takes as a batch, samples in the first dimension; a single sample is a batch of one.
+            segment: the name of the sums to which these samples are added. There may be 64 segments.
         """
         try:
             if self._worker.is_open:
                 self._offer(inputs, segment)
         except Exception as error:
-            self._worker.note(error)
+            self._errors.note(error)
 
     def attach(self) -> None:
-        """Observe every forward pass of the model, from now on: its inputs as they come, before any hook of others.
+        """Observe every forward pass of the model from now on, with the inputs as they are before any other hook.
 
-        A single tensor is taken as such, anything else as keyword arguments by the names of the model's `forward`: a
-        pass that cannot be called so is left out, as an error. Attached already, this does nothing.
+        A single tensor is taken as it is; other arguments are taken as keyword arguments, by the names in the model's
+        `forward`. A call that cannot be written so is counted as an error. If the observer is attached, this does
+        nothing.
         """
-        if self._hooks:
-            return
-        self._hooks.append(
-            self._model.register_forward_pre_hook(_Hook(self._offer_pass), with_kwargs=True, prepend=True)
-        )
+        if self._hook is None:
+            hook = _RequestHook(self._offer_call)
+            self._hook = self._model.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
 
     def detach(self) -> None:
-        """Observe no more forward passes."""
-        while self._hooks:
-            self._hooks.pop().remove()
+        """Stop observing forward passes."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def flush(self, timeout: float = 60.0) -> bool:
-        """Wait until what is queued is measured and stored, whatever it costs; returns whether it was."""
+        """Wait until all queued samples are measured and stored, regardless of the budget.
+
+        Args:
+            timeout: seconds to wait at most.
+
+        Returns:
+            Whether that was done in time.
+        """
         return self._worker.flush(timeout)
 
     def close(self, timeout: float = 10.0) -> None:
-        """Measure a last batch, store the sums and end: what waits beyond that is dropped. Also done at exit.
+        """Measure one more batch, store the sums and end the thread; other waiting samples are dropped.
 
-        Waits so many seconds at most.
+        This is also done at exit.
+
+        Args:
+            timeout: seconds to wait at most.
         """
         atexit.unregister(self.close)
         self.detach()
@@ -232,115 +240,132 @@ class Observer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
 
     def importance(self, segments: str | Mapping[str, float] | None = None) -> Importance:
-        """What was measured at the present weights: of all samples, of a segment, or of several with weights.
+        """The importance that was measured at the present weights: of all samples, of one segment, or of several.
 
         Args:
-            segments: a segment's name; or names and weights w: Omega = sum_s w_s Omega_s / sum_s w_s, whatever the
-                number of samples of each.
+            segments: the name of a segment; or names and weights w: Omega = sum_s w_s Omega_s / sum_s w_s, whatever
+                the number of samples of each segment. None: all samples.
 
         Raises:
             BatchError: nothing was measured yet.
             OptionError: the weights are negative, not finite, or all zero.
         """
-        ledger = self._worker.ledger
-        if ledger is None:
+        sums = self._sums.current
+        if sums is None:
             raise BatchError("nothing has been measured yet.")
-        return ledger.importance(segments, time.time())
+        return sums.importance(segments, time.time())
 
     def converged(self) -> float:
-        """How settled the weights' ranking is: Spearman's rank correlation between two halves of the samples, -1 to 1.
+        """How settled the ranking of the weights is: Spearman's rank correlation between two halves of the samples.
 
-        The halves are every other batch since the observer met these weights, of all segments, however old. Some 10^6
-        weights at most are ranked, evenly spread. NaN while a half is empty. It costs two numbers per weight.
+        It is between -1 and 1; more samples bring it near to 1. A half is every other batch since the observer met the
+        present weights, of all segments and of any age. At most some 10^6 weights are ranked, evenly spread. NaN while
+        a half is empty. The halves cost two numbers per weight.
         """
-        ledger = self._worker.ledger
-        return math.nan if ledger is None else ledger.converged()
+        sums = self._sums.current
+        return math.nan if sums is None else sums.converged()
 
     def stats(self) -> Stats:
-        """What has been done so far."""
-        traffic, worker = self._traffic, self._worker
-        measured, invalid, capped = worker.counts
+        """Counts of what the observer has done so far."""
+        queue, sums, counts = self._queue, self._sums, self._sums.counts
         return Stats(
-            seen=traffic.seen,
-            sampled=traffic.taken,
-            measured=measured,
-            waiting=traffic.held,
-            dropped=traffic.dropped,
-            stale=worker.stale,
-            invalid=invalid,
-            capped=capped,
-            errors=worker.errors,
-            last_error=worker.last_error or None,
+            seen=queue.num_seen,
+            sampled=queue.num_sampled,
+            measured=counts.measured,
+            waiting=queue.num_waiting,
+            dropped=queue.num_dropped,
+            stale=counts.stale,
+            invalid=counts.invalid,
+            capped=counts.capped,
+            errors=self._errors.num_errors,
+            last_error=self._errors.last,
             seconds=self._budget.seconds,
-            lag=traffic.lag,
-            versions=worker.versions,
-            stored=worker.stored,
+            lag=queue.lag,
+            versions=sums.num_versions,
+            stored=sums.stored_at,
         )
 
     def _offer(self, inputs: Any, segment: str | None) -> None:
+        """Choose samples of a request, and queue a copy of these."""
         given = model_input(inputs) if self._forward is None else inputs
         size = num_samples(given)
         if size is None:
             raise BatchError("expected tensors whose first dimension is the samples, got none.")
         if not isinstance(segment, str | None):
             raise OptionError(f"segment must be text, got {segment!r}.")
-        rows = self._traffic.choose(size)
+        rows = self._queue.choose(size)
         if not rows:
             return
         try:
             own = picked(given, rows)
-            on_device = any(tensor.is_cuda for tensor in tensors(own))
-            arrived = torch.cuda.current_stream().record_event() if on_device else None
-            self._traffic.put(Taken(own, len(rows), segment, self._watch.tag(), time.time(), arrived))
+            is_on_gpu = any(tensor.is_cuda for tensor in tensors(own))
+            copied = torch.cuda.current_stream().record_event() if is_on_gpu else None
+            version, now = self._version.current(), time.time()
+            self._queue.put(QueuedSamples(own, len(rows), segment, version, now, copied))
         except BaseException:
-            self._traffic.done(len(rows), dropped=len(rows))
+            self._queue.done(len(rows), dropped=len(rows))
             raise
-        self._worker.wake()
+        self._worker.wake_if_full()
 
-    def _offer_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pass that is about to happen."""
+    def _offer_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Observe a forward pass that is about to begin, by its arguments."""
         try:
             inputs: Any = kwargs
             if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
                 inputs = args[0]
             elif args:
-                inputs = _by_name(unwrap(self._model).forward, args, kwargs)
+                inputs = _keyword_arguments(unwrap(self._model).forward, args, kwargs)
             self.observe(inputs)
         except Exception as error:
-            self._worker.note(error)
+            self._errors.note(error)
 
 
-def _check(model: nn.Module, onlookers: bool) -> None:
-    """Refuse a model that cannot be measured."""
+def _check_numbers(numbers: dict[str, tuple[float, float]]) -> None:
+    """Refuse numbers that are not above 0 and at most their limit; `numbers` holds name -> (value, limit)."""
+    for name, (value, high) in numbers.items():
+        if not isinstance(value, (int, float)) or not 0 < value <= high:
+            raise OptionError(f"{name} must be a number above 0, up to {high}; got {value!r}.")
+
+
+def _check_counts(counts: dict[str, int]) -> None:
+    """Refuse counts that are not whole numbers of at least 1."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise OptionError(f"{name} must be a whole number, at least 1; got {value!r}.")
+
+
+def _check_model(model: nn.Module, onlookers: bool) -> torch.device:
+    """Refuse a model that cannot be measured; returns the device of its parameters."""
     check_measurable(model)
     if not onlookers:
         refuse_foreign_hooks(model)
-    if not trainable_parameters(model):
-        raise ModelError("the model has no parameter that requires a gradient: there is nothing to measure.")
+    for parameter in trainable_parameters(model).values():
+        return parameter.device
+    raise ModelError("the model has no parameter that requires a gradient: there is nothing to measure.")
 
 
-def _by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call as keyword arguments."""
+def _keyword_arguments(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call as keyword arguments."""
     bound = inspect.signature(forward).bind(*args, **kwargs)
     named: dict[str, Any] = {}
     for name, value in bound.arguments.items():
-        kind = bound.signature.parameters[name].kind
-        if kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL):
+        parameter = bound.signature.parameters[name]
+        if parameter.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL):
             raise BatchError(
                 f"forward takes {name!r} by its place only: call observe, with forward= to say how to run."
             )
-        named |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+        named |= value if parameter.kind is inspect.Parameter.VAR_KEYWORD else {name: value}
     return named
 
 
 @final
-class _Hook(Onlooker):
-    """Sees what a model is called with."""
+class _RequestHook(Onlooker):
+    """A forward pre-hook that passes the arguments of each call on."""
 
     def __init__(self, offer: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
         self._offer = offer

@@ -1,7 +1,7 @@
-"""What a served model is asked: which samples are taken, where they wait, and how much time they may cost.
+"""The requests that wait to be measured: which samples are chosen, and in which order they are measured.
 
-Owns sampling, the bounded queue, the cheap check whether weights have changed, and the share of a core. Must not know
-what is done with samples. Nothing here waits for anything but a lock that is held for some instructions.
+Owns sampling by rate, the bounded queue, and the counts of both. Must not know what happens to the samples. No call
+here blocks, except on a lock that is held for a few instructions.
 """
 
 import math
@@ -13,166 +13,139 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, final
 
-from torch import Tensor, nn
-
 from memsyn.batches import kind
-from memsyn.parameters import weights
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Taken:
-    """Some samples of one request."""
+class QueuedSamples:
+    """The chosen samples of one request."""
 
     inputs: Any
     num_samples: int
     segment: str | None
-    tag: Hashable
-    """Of the weights by which it was answered."""
-    when: float
-    """In seconds since 1970."""
-    arrived: Any = None
-    """A CUDA event after which the inputs are there, if they are on such a device."""
+    version: Hashable
+    """Version of the weights that answered the request."""
+    served_at: float
+    """Seconds since 1970."""
+    copied: Any = None
+    """A CUDA event, after which the copy of the inputs is complete; None for inputs on other devices."""
 
 
 @final
-class Traffic:
-    """Takes each sample with probability `rate`, and keeps up to `room` of those taken until they are measured."""
+class RateSampler:
+    """Chooses each sample of a stream with probability `rate`, independently of all others.
 
-    def __init__(self, rate: float, room: int, seed: int | None) -> None:
-        self.rate, self.room = rate, room
-        self.seen = self.taken = self.dropped = 0
+    The number of samples between two chosen samples is geometric, P(gap = k) = rate (1 - rate)^k. So a random number is
+    drawn for each chosen sample, not for each sample.
+
+    For example, the gaps 2, 0 and 5 choose the samples 2, 3 and 9 of the stream:
+
+        stream:   0 1 2 | 3 4 5 6 | 7 8 9 10     three requests, of 3, 4 and 4 samples
+        chosen:       2   3             9
+        rows:        [2] [0]           [2]       what `choose` returns for each request
+    """
+
+    def __init__(self, rate: float, seed: int | None) -> None:
+        self._rate = rate
         self._random = random.Random(seed)  # not a torch.Generator: the caller's default device or mode would reach it
-        self._lock = threading.Lock()
-        self._queue: deque[tuple[Hashable, Taken, float]] = deque()
-        """With what can be measured together, and since when it waits, by `time.monotonic`."""
-        self._sizes: Counter[Hashable] = Counter()
-        """How many samples wait that can be measured together."""
-        self._held = 0
-        """Samples that are in the queue, on their way into it, or being measured."""
         self._next = self._gap()
-        """How many samples pass until one is taken."""
+        """Samples to pass over until the next chosen one."""
 
     def choose(self, num_samples: int) -> list[int]:
-        """Which of the next samples are taken, and have room: bring them by `put`, or say `done`."""
-        with self._lock:
-            self.seen += num_samples
-            rows = []
-            while self._next < num_samples:
-                rows.append(self._next)
-                self._next += 1 + self._gap()
-            self._next -= num_samples
-            fitting = rows[: max(0, self.room - self._held)]
-            self.taken += len(rows)
-            self.dropped += len(rows) - len(fitting)
-            self._held += len(fitting)
-            return fitting
+        """Which of the next `num_samples` samples are chosen, by their row."""
+        rows = []
+        while self._next < num_samples:
+            rows.append(self._next)
+            self._next += 1 + self._gap()
+        self._next -= num_samples
+        return rows
 
-    def put(self, taken: Taken) -> None:
-        """Queue what was chosen."""
-        key = kind(taken.inputs), taken.segment, taken.tag
-        with self._lock:
-            self._sizes[key] += taken.num_samples
-            self._queue.append((key, taken, time.monotonic()))
+    def _gap(self) -> int:
+        """A geometric random number: floor(log(1 - u) / log(1 - rate)) for u uniform in [0, 1)."""
+        return 0 if self._rate == 1 else int(math.log(1 - self._random.random()) / math.log1p(-self._rate))
 
-    def is_full(self, most: int) -> bool:
-        """Whether so many wait that can be measured with the one that waits longest, or there is no room for more."""
-        with self._lock:
-            return self._held >= self.room or (bool(self._queue) and self._sizes[self._queue[0][0]] >= most)
 
-    def take(self, most: int) -> list[Taken]:
-        """The request that waits longest, and others that can be measured with it, up to so many samples."""
+@final
+class RequestQueue:
+    """Holds up to `room` chosen samples until they are measured; those that find no room are dropped and counted.
+
+    Samples that are in the queue, on their way into it, or being measured take up room.
+
+    Attributes:
+        num_seen: samples of all requests.
+        num_sampled: samples that were chosen.
+        num_dropped: chosen samples that were not measured.
+        num_waiting: samples that take up room.
+    """
+
+    def __init__(self, sampler: RateSampler, room: int) -> None:
+        self.num_seen = self.num_sampled = self.num_dropped = self.num_waiting = 0
+        self._sampler, self._room = sampler, room
+        self._lock = threading.Lock()
+        self._queue: deque[tuple[Hashable, QueuedSamples, float]] = deque()
+        """Each entry with its batch key and the time since when it waits, by `time.monotonic`. Entries of the same key
+        can be measured in one batch."""
+        self._sizes: Counter[Hashable] = Counter()
+        """Batch key -> number of queued samples."""
+
+    def choose(self, num_samples: int) -> list[int]:
+        """The rows of a request that are chosen and have room: give these to `put`, or give the room back by `done`."""
+        with self._lock:
+            self.num_seen += num_samples
+            rows = self._sampler.choose(num_samples)
+            admitted = rows[: max(0, self._room - self.num_waiting)]
+            self.num_sampled += len(rows)
+            self.num_dropped += len(rows) - len(admitted)
+            self.num_waiting += len(admitted)
+            return admitted
+
+    def put(self, samples: QueuedSamples) -> None:
+        """Queue samples that `choose` admitted."""
+        key = kind(samples.inputs), samples.segment, samples.version
+        with self._lock:
+            self._sizes[key] += samples.num_samples
+            self._queue.append((key, samples, time.monotonic()))
+
+    def is_full(self, max_batch: int) -> bool:
+        """Whether the oldest request can be measured in a batch of `max_batch` samples, or there is no more room."""
+        with self._lock:
+            is_batch_full = bool(self._queue) and self._sizes[self._queue[0][0]] >= max_batch
+            return is_batch_full or self.num_waiting >= self._room
+
+    def take(self, max_batch: int) -> list[QueuedSamples]:
+        """Remove the oldest request and others of its batch key, up to `max_batch` samples; the rest keeps its order.
+
+        A request with more samples than `max_batch` is returned alone.
+        """
         with self._lock:
             queue = self._queue
             if not queue:
                 return []
-            key, first, _ = queue.popleft()
-            found, others, size = [first], [], first.num_samples
+            key, oldest, _ = queue.popleft()
+            batch, others, size = [oldest], [], oldest.num_samples
             for _ in range(len(queue)):
                 entry = queue.popleft()
-                if entry[0] == key and size + entry[1].num_samples <= most:
-                    found.append(entry[1])
+                if entry[0] == key and size + entry[1].num_samples <= max_batch:
+                    batch.append(entry[1])
                     size += entry[1].num_samples
                 else:
                     others.append(entry)
             queue.extendleft(reversed(others))
             self._sizes[key] -= size
-            self._sizes += Counter()  # without those of which none is left
-            return found
+            self._sizes += Counter()  # removes keys of which no sample is left
+            return batch
 
     def done(self, num_samples: int, *, dropped: int = 0) -> None:
-        """There is room for as many again, and so many of them were dropped after all."""
+        """Give back the room of `num_samples` samples, of which `dropped` were not measured."""
         with self._lock:
-            self._held -= num_samples
-            self.dropped += dropped
-
-    @property
-    def held(self) -> int:
-        """Samples that wait or are being measured."""
-        return self._held
+            self.num_waiting -= num_samples
+            self.num_dropped += dropped
 
     @property
     def lag(self) -> float:
-        """How long the oldest in the queue has been waiting, in seconds."""
+        """Seconds since the oldest request in the queue was put there; 0 if the queue is empty."""
         try:
             return time.monotonic() - self._queue[0][2]
         except IndexError:
             return 0.0
-
-    def _gap(self) -> int:
-        """Samples that are passed over before one is taken: geometric, so that each is taken on its own."""
-        return 0 if self.rate == 1 else int(math.log(1 - self._random.random()) / math.log1p(-self.rate))
-
-
-@final
-class Watch:
-    """Whether a model's weights are still those they were, without reading them.
-
-    Sees what torch counts (optimizers, `load_state_dict`, anything in place), and tensors and modules that others took
-    the place of; not moving statistics, nor what is written through `.data`. The fingerprint shows those, and then
-    `renew` gives another tag.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._epoch = 0
-        self.refresh()
-
-    def refresh(self) -> Hashable:
-        """Look which tensors the model has now; returns their tag."""
-        self._places = [
-            (owner, name, value)
-            for module in self._model.modules()
-            for owner in (module._modules, module._parameters, module._buffers)
-            for name, value in owner.items()
-        ]
-        self._tensors: list[tuple[Tensor, bool]] = [(t, t.is_inference()) for t in weights(self._model).values()]
-        return self.tag()
-
-    def renew(self) -> None:
-        """Give another tag from now on."""
-        self._epoch += 1
-
-    def tag(self) -> Hashable:
-        """What stays the same while they do; cheap: nothing is looked for that was not there at the last `refresh`."""
-        if any(owner.get(name) is not value for owner, name, value in self._places):
-            return self.refresh()  # a module or a tensor took the place of another
-        return self._epoch, tuple((t.data_ptr(), 0 if uncounted else t._version) for t, uncounted in self._tensors)
-
-
-@final
-class Budget:
-    """A share of the time, kept by resting after work: of one core at most, and less of it where cores are scarce."""
-
-    def __init__(self, share: float) -> None:
-        self.share = share
-        self.seconds = 0.0
-        """Worked so far, or waited for a core while at work."""
-        self.ready = 0.0
-        """When to work again, by `time.monotonic`."""
-
-    def spend(self, began: float) -> None:
-        """Work was done from `began` to now."""
-        seconds = time.monotonic() - began
-        self.seconds += seconds
-        self.ready = began + seconds / self.share

@@ -1,65 +1,96 @@
-"""What was observed of a model at one set of weights: the sums by segment, and the pass that adds to them.
+"""The sums of one set of weights, by segment.
 
-Owns that no sample spoils the others (NaN, errors, one that is too large), and what is read and written of a store.
-Knows nothing of requests, threads or time: it is given batches, and when they were served.
+Owns that no sample spoils or dominates the sums (NaN, errors, samples above the cap), and how segments are combined.
+Must not know requests, threads or the clock: it is given batches, and the times when they were served.
 """
 
-import hashlib
-import json
 import logging
 import math
 import os
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass
 from statistics import median
 from typing import Any, Final, final
-from urllib.parse import quote
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from memsyn.batches import Given, take
-from memsyn.errors import BatchError, MemoryFileError, MemsynError, MissingFileError, ModelError, OptionError
+from memsyn.errors import BatchError, MemsynError, ModelError, OptionError
+from memsyn.live.segment_files import SegmentFiles
 from memsyn.live.window import Window
 from memsyn.measuring.measurement import Forward, Run
 from memsyn.measuring.objectives import Estimator
 from memsyn.parameters import trainable_parameters
-from memsyn.storage.reading_and_writing import IMPORTANCE, Groups, read, well_formed, write
-from memsyn.values.importance import Importance, check_same_shapes
+from memsyn.values.importance import Importance
 
-LOGGER: Final = logging.getLogger("memsyn")
+MAX_SEGMENTS: Final = 64
+"""The most segments. Each has sums of its own, so a segment for each user would take all memory."""
 
-SEGMENTS: Final = 64
-"""Each has sums of its own, so a name per user would take all memory."""
+MAX_RANKED: Final = 2**20
+"""The most weights that are ranked to see whether their order still changes."""
 
-RANKED: Final = 2**20
-"""Weights that are ranked, at most, to see whether their order changes."""
-
-HEAD: Final = 10
-"""Until there are HEAD / cap samples, none counts more than HEAD times their mean."""
-
-Path = str | os.PathLike[str]
+FIRST_MULTIPLE: Final = 10
+"""Until there are FIRST_MULTIPLE / cap samples, one sample may have at most FIRST_MULTIPLE times their mean."""
 
 
 @final
-class Ledger:
-    """Sums over what was observed, by segment, of one set of weights.
+@dataclass(frozen=True)
+class SampleCounts:
+    """Numbers of samples by what became of them."""
 
-    The first batch copies the weights, and all are measured on that copy: nothing that becomes of the model reaches the
-    sums. Memory, in numbers per weight: the copy, a batch's sums, two halves, and two for each segment, or nine if its
-    window slides. While the first batch is looked at, a copy in float64 and its gradients too.
+    measured: int = 0
+    stale: int = 0
+    """Not measured, since the weights that answered them are gone."""
+    invalid: int = 0
+    """Left out: their output or gradient is not finite, or the model failed on them."""
+    capped: int = 0
+    """Those of the measured samples that were scaled down."""
+
+    @property
+    def settled(self) -> int:
+        """Samples that are measured, stale or invalid."""
+        return self.measured + self.stale + self.invalid
+
+    def __add__(self, other: "SampleCounts") -> "SampleCounts":
+        return SampleCounts(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
+
+
+@final
+class SegmentSums:
+    """Sums over the samples of one set of weights, by segment.
+
+    The first batch copies the weights, and all batches are measured on that copy: later changes of the model do not
+    reach the sums. Memory, in numbers per weight: the copy, the sums of a batch, two halves (see `converged`), and two
+    for each segment, or nine if its window slides. The first batch needs another copy in float64, and its gradients.
+
+    Args:
+        model: the user's model; it is only read.
+        new_window: makes an empty window.
+        forward, estimator: as `measure` takes them.
+        cap: the share of a segment's total that one sample may have; None: no limit.
+        store: path or URL of the file for samples without a segment.
+        fingerprint: of the model's weights.
+
+    Attributes:
+        fingerprint: as given.
+        counts: of the samples so far.
+
+    Raises:
+        ModelError: the model has no parameter that requires a gradient.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        window: Callable[[], Window],
+        new_window: Callable[[], Window],
         *,
         forward: Forward | None,
         estimator: Estimator,
         cap: float | None,
-        store: Path,
+        store: str | os.PathLike[str],
         fingerprint: str,
     ) -> None:
         trainable = trainable_parameters(model)
@@ -67,214 +98,243 @@ class Ledger:
             raise ModelError("the model has no parameter that requires a gradient any more: nothing can be measured.")
         device = next(iter(trainable.values())).device
         self.fingerprint = fingerprint
-        self.windows: dict[str | None, Window] = {}
-        self.invalid = self.capped = self.measured = 0
-        self.problem: Exception | None = None
-        """What the last sample that was left out failed with."""
-        self.lock = threading.Lock()
-        """Held while sums are changed or copied."""
-        self.run = Run(model, trainable, device, forward, estimator, batched=False, private=True)
-        self._window, self._cap, self._store = window, cap, store
-        named = getattr(forward, "__qualname__", type(forward).__qualname__)
-        of = [self.fingerprint, sorted(trainable), named, estimator.name, estimator.magnitude, window().rule]
-        self.key = hashlib.sha256(json.dumps(of).encode()).hexdigest()
-        """Of all that must be the same for sums to be added."""
-        self._places: dict[str | None, Path] = {}
-        self._halves: list[dict[str, Tensor]] = [{}, {}]
+        self.counts = SampleCounts()
+        self._measurement = Run(model, trainable, device, forward, estimator, batched=False, private=True)
+        self._new_window, self._cap = new_window, cap
+        called = getattr(forward, "__qualname__", type(forward).__qualname__)
+        settings = [fingerprint, sorted(trainable), called, estimator.name, estimator.magnitude, new_window().rule]
+        self._files = SegmentFiles(store, settings)
+        self._windows: dict[str | None, Window] = {}
         self._unsaved: set[str | None] = set()
+        self._halves = AlternateHalves()
         self._num_batches = 0
+        self._lock = threading.Lock()
+        """Held while sums are changed or copied."""
 
     @property
-    def is_begun(self) -> bool:
+    def has_copy(self) -> bool:
         """Whether the weights are copied."""
-        return self.run.sums is not None
+        return self._measurement.sums is not None
 
     @property
-    def is_sound(self) -> bool:
-        """Whether the weights that were copied are those of the fingerprint."""
-        return self.run.fingerprint in (None, self.fingerprint)
+    def is_of_fingerprint(self) -> bool:
+        """Whether the copied weights have the fingerprint that was given; true before they are copied."""
+        return self._measurement.fingerprint in (None, self.fingerprint)
 
     @property
-    def has_news(self) -> bool:
-        """Whether there is something to save."""
+    def has_unsaved(self) -> bool:
+        """Whether there are sums that are not stored yet."""
         return bool(self._unsaved)
 
-    def add(self, inputs: Any, num_samples: int, segment: str | None, when: float) -> None:
-        """Measure a batch, and add what is sound to the sums of its segment, which go on from what the store holds.
+    def add(self, inputs: Any, num_samples: int, segment: str | None, served_at: float) -> Exception | None:
+        """Measure a batch, and add it to the sums of its segment; these go on from what the segment's file holds.
+
+        Returns:
+            The error of the last sample that was left out; None if all samples were added.
 
         Raises:
             OptionError: there are too many segments.
-            MemsynError: the model cannot be measured.
+            ModelError: the model cannot be measured.
+            MemoryFileError: the segment's file cannot be read.
         """
-        if segment not in self.windows and len(self.windows) == SEGMENTS:
-            raise OptionError(f"there are {SEGMENTS} segments already, so {segment!r} cannot have sums of its own.")
-        self._measure(inputs, num_samples, segment, when)
+        if segment not in self._windows and len(self._windows) == MAX_SEGMENTS:
+            raise OptionError(f"there are {MAX_SEGMENTS} segments already, so {segment!r} cannot have sums of its own.")
+        error = self._add(inputs, num_samples, segment, served_at, None)
         self._num_batches += 1
+        return error
 
-    def _measure(self, inputs: Any, size: int, segment: str | None, when: float, most: float | None = None) -> None:
-        """Add all samples at once if that is right, else in halves; none counts more than `most`, if that is known."""
-        problem = self._stage(inputs)
-        if problem is None:
-            assert self.run.sums is not None
-            staged = self.run.sums.recent
-            total = _total(staged)
-            window = self._open(segment)
-            limit = self._limit(window, when)
-            if self._cap is not None and size > 1 and most is None and limit == math.inf:
-                self._measure(inputs, size, segment, when, self._head(inputs, size))
-                return
-            limit = min(limit, math.inf if most is None else most)
+    def _add(
+        self, inputs: Any, size: int, segment: str | None, served_at: float, first_limit: float | None
+    ) -> Exception | None:
+        """Add samples together if no single one can be at fault; else each half of them on its own.
+
+        A sample is at fault if it cannot be measured, if its gradient is not finite, or if its total is above the limit
+        for one sample. Totals are sums of magnitudes, so that if the total of a batch is within the limit, the total of
+        each of its samples is. If sample 5 of 8 holds a NaN, these parts are measured, in this order:
+
+            0-7 fails
+                0-3 is added
+                4-7 fails
+                    4-5 fails
+                        4 is added
+                        5 fails alone: it is left out
+                    6-7 is added
+
+        A sample above the limit is found in the same way; alone, it is scaled down to the limit and added. The limit is
+
+        - infinite, if there is no cap;
+        - `_limit`, a share of what the segment holds, if it holds anything;
+        - unknown, if the segment holds nothing yet. Then `_first_limit` finds it from the totals of these samples, and
+          it is given to their halves as `first_limit`: these samples are all that the odd one can be compared with. A
+          first batch of one sample is added as it is.
+        """
+        error = self._measure(inputs)
+        if error is None:
+            window, total = self._window_of(segment), _total(self._batch_sums)
+            limit = self._limit(window, served_at)
+            if self._cap is not None and limit == math.inf and first_limit is None and size > 1:
+                return self._add(inputs, size, segment, served_at, self._first_limit(inputs, size))
+            limit = min(limit, math.inf if first_limit is None else first_limit)
             if not math.isfinite(total):
-                problem = MemsynError("a gradient is NaN or infinite, though the output is finite.")
+                error = MemsynError("a gradient is NaN or infinite, though the output is finite.")
             elif total <= limit or size == 1:
-                if total > limit:
-                    self.capped += 1
-                    torch._foreach_mul_(list(staged.values()), limit / total)
-                with self.lock:
-                    window.add(staged, size, min(total, limit), when)
-                    half = self._halves[self._num_batches % 2]
-                    for name, own in staged.items():
-                        half[name] = half[name].add_(own) if name in half else own.clone()
+                self._keep(window, size, total, limit, served_at)
                 self._unsaved.add(segment)
-                self.measured += size
-                return
+                return None
         if size == 1:
-            self.invalid, self.problem = self.invalid + 1, problem
-            return
-        for start, stop in ((0, size // 2), (size // 2, size)):
-            self._measure(take(inputs, start, stop), stop - start, segment, when, most)
+            self.counts += SampleCounts(invalid=1)
+            return error
+        middle = size // 2
+        first = self._add(take(inputs, 0, middle), middle, segment, served_at, first_limit)
+        second = self._add(take(inputs, middle, size), size - middle, segment, served_at, first_limit)
+        return first if second is None else second
 
-    def _head(self, inputs: Any, size: int) -> float:
-        """What one of the first samples may add: there are no sums yet to compare it with."""
-        totals = []
-        for k in range(size):
-            if self._stage(take(inputs, k, k + 1)) is None:
-                assert self.run.sums is not None
-                totals.append(_total(self.run.sums.recent))
-        totals = [total for total in totals if 0 < total < math.inf]
-        return HEAD * median(totals) if totals else math.inf
+    @property
+    def _batch_sums(self) -> dict[str, Tensor]:
+        """The sums of the samples that were measured last, of these alone."""
+        assert self._measurement.sums is not None
+        return self._measurement.sums.recent
 
-    def _stage(self, inputs: Any) -> Exception | None:
-        """Measure a batch into `run.sums`, alone; returns what was wrong with it."""
+    def _measure(self, inputs: Any) -> Exception | None:
+        """Measure samples; returns the error if they cannot be measured together."""
         try:
-            slow = self.run.alone(Given(inputs), self._num_batches)
+            slow = self._measurement.alone(Given(inputs), self._num_batches)
         except ModelError:
             raise
         except MemsynError as error:
             return error
         if slow:
-            LOGGER.warning(self.run.describe(slow))
+            logging.getLogger("memsyn").warning(self._measurement.describe(slow))
         return None
 
-    def _limit(self, window: Window, now: float) -> float:
-        """What one sample may add; anything, while there is nothing to compare it with."""
-        with self.lock:
-            total, weight = window.total(now)
+    def _limit(self, window: Window, served_at: float) -> float:
+        """The largest total that one sample may add to a window; infinite if there is nothing to compare with.
+
+        With a cap of 0.01 and samples of total 2: after 100 samples (total 200) it is 200 max(0.01, 10 / 100) = 20, ten
+        times the mean; from 1,000 samples on (total 2,000) it is 1% of the total, which is 20 there as well.
+        """
+        with self._lock:
+            total, weight = window.total(served_at)
         if self._cap is None or total == 0:
             return math.inf
-        return total * max(self._cap, HEAD / weight)
+        return total * max(self._cap, FIRST_MULTIPLE / weight)
 
-    def _open(self, segment: str | None) -> Window:
-        """The segment's sums; those in the store, if they are of the same."""
-        if segment not in self.windows:
-            assert self.run.sums is not None
-            place, found = self._claim(segment)
-            window, zeros = self._window(), {n: torch.zeros_like(own) for n, own in self.run.sums.recent.items()}
-            if found is not None:
-                header, groups = found
-                with well_formed(place):
-                    for own in groups.values():
-                        check_same_shapes(own, zeros, str(place), "the model")
-                    scaled = {g: {n: t / self.run.factor for n, t in own.items()} for g, own in groups.items()}
-                    window.restore(header["observed"], scaled, zeros)
-            with self.lock:
-                self.windows[segment], self._places[segment] = window, place
-        return self.windows[segment]
+    def _first_limit(self, inputs: Any, size: int) -> float:
+        """The largest total for one of the first samples of a segment: ten times the median of their totals."""
+        totals = []
+        for row in range(size):
+            if self._measure(take(inputs, row, row + 1)) is None:
+                totals.append(_total(self._batch_sums))
+        totals = [total for total in totals if 0 < total < math.inf]
+        return FIRST_MULTIPLE * median(totals) if totals else math.inf
 
-    def _claim(self, segment: str | None) -> tuple[Path, tuple[dict[str, Any], Groups] | None]:
-        """Where to keep a segment's sums, and what is there of the same weights: nobody else's file is written to."""
-        places = [_place(self._store, segment), _place(self._store, segment, self.key[:8])]
-        for place in places:
-            try:
-                header, groups = read(place, IMPORTANCE)
-                with well_formed(place):
-                    if header["observed"]["of"] == self.key:
-                        return place, (header, groups)
-            except MissingFileError:
-                return place, None
-            except MemoryFileError as error:
-                if isinstance(error.__cause__, OSError):  # of the disk or the network: the sums may well be there
-                    raise
-        raise MemoryFileError(
-            f"the sums cannot be stored: {places[0]} and {places[1]} are damaged, or of something else. Move them away."
-        )
+    def _keep(self, window: Window, size: int, total: float, limit: float, served_at: float) -> None:
+        """Add the samples that were measured last to a window, scaled down to the limit if they are above it."""
+        sums, is_capped = self._batch_sums, total > limit
+        if is_capped:
+            torch._foreach_mul_(list(sums.values()), limit / total)
+        with self._lock:
+            window.add(sums, size, min(total, limit), served_at)
+            self._halves.add(sums, self._num_batches % 2)
+        self.counts += SampleCounts(measured=size, capped=int(is_capped))
+
+    def _window_of(self, segment: str | None) -> Window:
+        """The sums of a segment; at first, those of its file."""
+        if segment not in self._windows:
+            window, zeros = self._new_window(), {name: torch.zeros_like(own) for name, own in self._batch_sums.items()}
+            self._files.open(segment, window, zeros, self._measurement.factor)
+            with self._lock:
+                self._windows[segment] = window
+        return self._windows[segment]
 
     def save(self, now: float) -> None:
-        """Write what is new, each segment's file atomically.
+        """Write the sums that are not stored yet, the file of each segment atomically.
 
         Raises:
-            MemoryFileError: one cannot be written; what was there stays, and what is new is written the next time.
+            MemoryFileError: a file cannot be written: its old content stays, and `save` tries it again the next time.
+                The files of the other segments are written.
         """
-        problem: Exception | None = None
+        first_error: Exception | None = None
         for segment in sorted(self._unsaved, key=str):
             try:
                 self._save(segment, now)
                 self._unsaved.discard(segment)
-            except Exception as error:  # others can be written perhaps
-                problem = problem or error
-        if problem is not None:
-            raise problem
+            except Exception as error:  # the files of other segments may be writable
+                first_error = first_error or error
+        if first_error is not None:
+            raise first_error
 
     def _save(self, segment: str | None, now: float) -> None:
-        """Write a segment's file."""
-        with self.lock:
-            window = self.windows[segment]
+        with self._lock:
+            window = self._windows[segment]
             saved = None if window.is_empty(now) else window.saved(now)
         if saved is None:
             return
         header, groups, count = saved
-        whole = self.run.held(groups.pop("importance"), count)
-        groups = {g: {n: t * self.run.factor for n, t in own.items()} for g, own in groups.items()}
-        observed = {**header, "of": self.key, "segment": segment}
-        header = {**whole.header(), "observed": observed}
-        write(self._places[segment], IMPORTANCE, header, {"importance": whole.sums, **groups})
+        whole = self._measurement.held(groups.pop("importance"), count)
+        factor = self._measurement.factor
+        buckets = {group: {n: t * factor for n, t in sums.items()} for group, sums in groups.items()}
+        self._files.write(segment, whole, header, buckets)
 
     def importance(self, segments: str | Mapping[str, float] | None, now: float) -> Importance:
-        """Of all segments, of one, or of some by weights: Omega = sum_s w_s Omega_s / sum_s w_s."""
-        with self.lock:
-            found = {name: window for name, window in self.windows.items() if not window.is_empty(now)}
-            asked = found if segments is None else [segments] if isinstance(segments, str) else segments
-            missing = [name for name in asked if name not in found]
-            if missing or not found:
+        """The importance of all segments (None), of one, or of some by weights: sum_s w_s Omega_s / sum_s w_s.
+
+        Raises:
+            BatchError: nothing was measured yet of a segment.
+            OptionError: the weights are negative, not finite, or all zero.
+        """
+        with self._lock:
+            filled = {name: window for name, window in self._windows.items() if not window.is_empty(now)}
+            chosen = filled if segments is None else [segments] if isinstance(segments, str) else segments
+            missing = [name for name in chosen if name not in filled]
+            if missing or not filled:
                 raise BatchError(f"nothing has been measured yet{f' of {missing[0]!r}' if missing else ''}.")
-            values = {name: found[name].value(now) for name in asked}
-        whole = sum(count for _, count in values.values())
+            values = {name: filled[name].value(now) for name in chosen}
+        num_samples = sum(count for _, count in values.values())
+        scales = dict.fromkeys(values, 1.0)
         if isinstance(segments, Mapping):
             if not all(math.isfinite(w) and w >= 0 for w in segments.values()) or not sum(segments.values()) > 0:
                 raise OptionError(f"weights must be finite, not negative, and not all zero; got {dict(segments)!r}.")
             each = sum(segments.values())
-            scales = {name: segments[str(name)] / each * whole / count for name, (_, count) in values.items()}
-        else:
-            scales = dict.fromkeys(values, 1.0)
+            scales = {name: segments[str(name)] / each * num_samples / count for name, (_, count) in values.items()}
         sums: dict[str, Tensor] = {}
         for name, (own, _) in values.items():
             for key, total in own.items():
                 sums[key] = sums[key] + total * scales[name] if key in sums else total * scales[name]
-        return self.run.held(sums, whole)
+        return self._measurement.held(sums, num_samples)
 
     def converged(self) -> float:
-        """Spearman's rank correlation of the importance between the halves; NaN while one is empty."""
-        with self.lock:
-            halves = [[total.reshape(-1) for total in half.values()] for half in self._halves]
-            if not all(halves):
-                return math.nan
-            step = -(-sum(map(len, halves[0])) // RANKED)
-            one, two = (torch.cat([total[::step] for total in half]).double().cpu().numpy() for half in halves)
-        return spearman(one, two)
+        """Spearman's rank correlation of the sums of every other batch with the rest; NaN while one is empty."""
+        with self._lock:
+            ranked = self._halves.ranked()
+        return math.nan if ranked is None else spearman(*ranked)
+
+
+@final
+class AlternateHalves:
+    """The sums of every other batch, and those of the rest: plain additions, since only their ranks are compared."""
+
+    def __init__(self) -> None:
+        self._sums: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+
+    def add(self, sums: Mapping[str, Tensor], half: int) -> None:
+        """Add the sums of a batch to half 0 or 1."""
+        for name, own in sums.items():
+            totals = self._sums[half]
+            totals[name] = totals[name].add_(own) if name in totals else own.clone()
+
+    def ranked(self) -> "tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None":
+        """Both halves at the same `MAX_RANKED` weights at most, evenly spread; None while a half is empty."""
+        halves = [[total.reshape(-1) for total in half.values()] for half in self._sums]
+        if not all(halves):
+            return None
+        step = -(-sum(map(len, halves[0])) // MAX_RANKED)
+        one, two = (torch.cat([total[::step] for total in half]).double().cpu().numpy() for half in halves)
+        return one, two
 
 
 def spearman(one: np.ndarray[Any, Any], two: np.ndarray[Any, Any]) -> float:
-    """The correlation of ranks, of which equal numbers share the mean; NaN if all numbers of one side are equal."""
+    """The correlation of ranks, -1 to 1; equal numbers share the mean of their ranks. NaN if a side is constant."""
     ranks = []
     for values in (one, two):
         _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
@@ -285,13 +345,5 @@ def spearman(one: np.ndarray[Any, Any], two: np.ndarray[Any, Any]) -> float:
 
 
 def _total(sums: Mapping[str, Tensor]) -> float:
-    """Of all numbers: not finite if one of them is not."""
+    """The sum of all numbers in float64: not finite if one of them is not."""
     return float(torch.stack([own.sum(dtype=torch.float64) for own in sums.values()]).sum())
-
-
-def _place(store: Path, segment: str | None, more: str = "") -> str:
-    """`folder/name.end`, `folder/name+segment.end`, `folder/name.more.end`."""
-    folder, slash, name = str(store).rpartition("/")
-    stem, dot, end = name.partition(".")
-    own = "" if segment is None else "+" + quote(segment, safe="").replace(".", "%2E")
-    return f"{folder}{slash}{stem}{own}{'.' + more if more else ''}{dot}{end}"

@@ -1,7 +1,7 @@
-"""The sums of what was observed: over all time, over the last days, or with a half-life.
+"""The sums of one segment over time: over all samples, over the last days, or with a half-life.
 
-Owns when a sample stops to count, and what of it goes into a file. Must not know models, requests or threads: it is
-given sums, and the time.
+Owns when a sample no longer counts, and what a file says of the window. Must not know models, requests or threads: it
+is given sums, and the time.
 """
 
 import math
@@ -18,50 +18,68 @@ from memsyn.kernels.running_sums import RunningSums
 from memsyn.storage.reading_and_writing import Groups, record
 
 BUCKETS: Final = 7
-"""Parts of a sliding window: the oldest is dropped at once."""
+"""Parts of a sliding window; the samples of the oldest part expire together."""
 
-FAR: Final = 16
-"""Half-lives after which decaying sums are scaled down, so that new weights do not overflow."""
+RESCALE_AFTER: Final = 16
+"""Half-lives after which decaying sums are rescaled, so that the weights of new samples do not overflow."""
 
-GONE: Final = 64
-"""Half-lives after which nothing is left: float32 could not hold much less."""
-
-Sums = dict[str, Tensor]
+ZERO_AFTER: Final = 64
+"""Half-lives after which a sample counts 0: float32 could hold little less."""
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What a file says of a bucket."""
+class BucketHeader:
+    """What a file says of a bucket; the names of the fields are part of the file format."""
 
     place: int
-    """Since 1970, in parts of the window; 0 if it does not slide."""
+    """Number of the bucket since 1970, in units of the bucket's width; 0 if the window does not slide."""
     first: float
-    """When its first sample was served, in seconds since 1970."""
+    """When the first of its samples was served, in seconds since 1970."""
     last: float
+    """When the last one was served."""
     num_samples: int
     weight: float
-    """Of all of its samples: their number, unless they decay."""
+    """Sum of the samples' weights: their number, unless they decay."""
     total: float
-    """Of all of its sums."""
+    """Sum of all of its sums."""
 
-    def scaled(self, factor: float) -> "Entry":
-        """With its samples counting otherwise."""
+    def scaled(self, factor: float) -> "BucketHeader":
+        """The same samples with their weights times `factor`."""
         return replace(self, weight=self.weight * factor, total=self.total * factor)
 
 
 @dataclass
 class _Bucket:
-    entry: Entry
+    header: BucketHeader
     sums: RunningSums
 
 
 @final
 class Window:
-    """Sums over samples, of which the old may count less.
+    """Sums over samples, of which old ones may count less.
 
     Args:
-        last: of samples older than this nothing counts. They are dropped a seventh of it at a time.
-        half_life: a sample counts 2^(-age / half_life). Both None: all count.
+        last: samples older than this do not count; they expire a seventh of it at a time.
+        half_life: a sample counts 2^(-age / half_life). If both are None, all samples count 1.
+
+    A window that slides has up to seven buckets. With `last` of 7 days each is a day, by the clock in UTC; the samples
+    of day 0 expire together when day 7 begins, so that 6 to 7 days count.
+
+    A window that decays has one bucket, in which a sample served at time t is added with the weight
+    2^((t - origin) / half_life): old sums need not be touched when new ones are added. With a half-life of a day:
+
+        served        at the origin    a day later    two days later
+        weight        1                2              4
+        read then     1/4              1/2            1                  all weights times 2^-2
+
+    Weights grow with time, so after 16 half-lives the sums are multiplied by 2^-16, and the origin moves on as far. A
+    product with a power of two changes the exponent only: nothing is rounded.
+
+    Attributes:
+        width: of a bucket in seconds; None if the window does not slide.
+        half_life: in seconds; None if samples do not decay.
+        buckets: from the oldest to the newest.
+        origin: when a new sample has weight 1, in seconds since 1970; used only if samples decay.
 
     Raises:
         OptionError: a duration is not positive, or both are given.
@@ -77,109 +95,110 @@ class Window:
         self.half_life = None if half_life is None else half_life.total_seconds()
         self.buckets: list[_Bucket] = []
         self.origin = 0.0
-        """When a new sample's weight is 1, if samples decay."""
 
     @property
     def rule(self) -> str:
-        """What counts, in words."""
+        """Which samples count, in words; part of the file format."""
         if self.half_life is not None:
             return f"half-life of {self.half_life:g} s"
         return "all" if self.width is None else f"last {self.width * BUCKETS:g} s"
 
     @property
     def num_samples(self) -> int:
-        """The samples in it, however little they count."""
-        return sum(bucket.entry.num_samples for bucket in self.buckets)
+        """The samples in the window, whatever their weights."""
+        return sum(bucket.header.num_samples for bucket in self.buckets)
 
     def total(self, now: float) -> tuple[float, float]:
-        """Of all sums, and of the samples' weights, as they count now."""
+        """The sum of all sums, and the sum of the samples' weights, as they count now."""
         self._expire(now)
-        entries = [bucket.entry.scaled(self._factor(now)) for bucket in self.buckets]
-        return sum(entry.total for entry in entries), sum(entry.weight for entry in entries)
+        headers = [bucket.header.scaled(self._factor(now)) for bucket in self.buckets]
+        return sum(header.total for header in headers), sum(header.weight for header in headers)
 
-    def add(self, sums: Mapping[str, Tensor], num_samples: int, total: float, when: float) -> None:
-        """Add the sums of samples that were served then; `total` is that of all of them."""
-        self._expire(when)
-        self._scale(when)
-        bucket = self._bucket(sums, when)
-        weight = 1 / self._factor(when)
+    def add(self, sums: Mapping[str, Tensor], num_samples: int, total: float, served_at: float) -> None:
+        """Add the sums of samples that were served at a time; `total` is the sum of these sums."""
+        self._expire(served_at)
+        self._rescale(served_at)
+        bucket = self._bucket(sums, served_at)
+        weight = 1 / self._factor(served_at)
         for name, own in sums.items():
             bucket.sums.recent[name].add_(own, alpha=weight)
-        old = bucket.entry
+        old = bucket.header
         count = old.num_samples + num_samples
         bucket.sums.end_batch(count)
-        bucket.entry = replace(
+        bucket.header = replace(
             old,
-            first=min(old.first, when),
-            last=max(old.last, when),
+            first=min(old.first, served_at),
+            last=max(old.last, served_at),
             num_samples=count,
             weight=old.weight + weight * num_samples,
             total=old.total + weight * total,
         )
 
-    def _bucket(self, sums: Mapping[str, Tensor], when: float) -> _Bucket:
-        """That of a moment; late samples may be of one that is not the last."""
-        place = 0 if self.width is None else math.floor(when / self.width)
+    def _bucket(self, sums: Mapping[str, Tensor], served_at: float) -> _Bucket:
+        """The bucket of a time; samples that arrive late may belong to an earlier one than the last."""
+        place = 0 if self.width is None else math.floor(served_at / self.width)
         for bucket in self.buckets:
-            if bucket.entry.place == place:
+            if bucket.header.place == place:
                 return bucket
         if self.buckets:
             self.buckets[-1].sums = RunningSums(self.buckets[-1].sums.totals())
         else:
-            self.origin = when
+            self.origin = served_at
         zeros = {name: torch.zeros_like(own) for name, own in sums.items()}
-        begun = _Bucket(Entry(place, when, when, 0, 0.0, 0.0), RunningSums(zeros))
-        self.buckets = sorted([*self.buckets, begun], key=lambda bucket: bucket.entry.place)
+        begun = _Bucket(BucketHeader(place, served_at, served_at, 0, 0.0, 0.0), RunningSums(zeros))
+        self.buckets = sorted([*self.buckets, begun], key=lambda bucket: bucket.header.place)
         return begun
 
-    def value(self, now: float) -> tuple[Sums, int]:
-        """What counts now, as sums and a number of samples: that of decayed samples is rounded, and the sums with it.
+    def value(self, now: float) -> tuple[dict[str, Tensor], int]:
+        """The sums as they count now, and their number of samples; needs at least one sample.
 
-        Their ratio, the mean Omega = sum_k w_k |g_k| / sum_k w_k, is exact. Needs at least one sample.
+        The weights of decayed samples add up to a fraction. It is rounded to a count, and the sums are scaled with it,
+        so that their ratio, the mean Omega = sum_k w_k |g_k| / sum_k w_k, is exact.
         """
         self._drop_later(now)
         if self.half_life is None:
             return self._sums(), self.num_samples
-        weight = self.buckets[0].entry.weight
+        weight = self.buckets[0].header.weight
         count = max(1, round(weight * self._factor(now)))
         return {name: total * (count / weight) for name, total in self._sums().items()}, count
 
     def is_empty(self, now: float) -> bool:
-        """Whether nothing counts."""
+        """Whether no sample counts now."""
         self._drop_later(now)
         return self.total(now)[1] == 0
 
     def saved(self, now: float) -> tuple[dict[str, Any], Groups, int]:
-        """What a file says of it, its tensors, and the number of samples for which they stand."""
+        """What a file says of the window, its tensors, and the number of samples for which they stand."""
         sums, count = self.value(now)
         factor = self._factor(now)
         groups = {"importance": sums}
         if self.width is not None:
-            groups |= {str(bucket.entry.place): _whole(bucket.sums) for bucket in self.buckets}
+            groups |= {str(bucket.header.place): _whole(bucket.sums) for bucket in self.buckets}
         header = {
             "window": self.rule,
-            "first": _date(self.buckets[0].entry.first),
-            "last": _date(self.buckets[-1].entry.last),
+            "first": _date(self.buckets[0].header.first),
+            "last": _date(self.buckets[-1].header.last),
             "at": now,
-            "buckets": [asdict(bucket.entry.scaled(factor)) for bucket in self.buckets],
+            "buckets": [asdict(bucket.header.scaled(factor)) for bucket in self.buckets],
         }
         return header, groups, count
 
-    def restore(self, header: Mapping[str, Any], groups: Groups, zeros: Sums) -> None:
-        """Go on from what was saved.
+    def restore(self, header: Mapping[str, Any], groups: Groups, zeros: Mapping[str, Tensor]) -> None:
+        """Go on from what `saved` returned; `zeros` has the shapes, dtypes and device of the sums.
 
         Raises:
-            ValueError, KeyError: it is not as it was saved.
+            ValueError, KeyError: the header or the groups are not as `saved` makes them.
         """
         self.origin = float(header["at"])
         for values in header["buckets"]:
-            entry = record(Entry, values)
-            held = groups["importance" if self.width is None else str(entry.place)]
-            ratio = 1.0 if self.half_life is None else entry.weight / max(1, round(entry.weight))
-            own = {name: held[name].to(zero) * ratio for name, zero in zeros.items()}
-            self.buckets.append(_Bucket(entry, RunningSums(own)))
+            own = record(BucketHeader, values)
+            stored = groups["importance" if self.width is None else str(own.place)]
+            ratio = 1.0 if self.half_life is None else own.weight / max(1, round(own.weight))
+            sums = {name: stored[name].to(zero) * ratio for name, zero in zeros.items()}
+            self.buckets.append(_Bucket(own, RunningSums(sums)))
 
-    def _sums(self) -> Sums:
+    def _sums(self) -> dict[str, Tensor]:
+        """The sums of all buckets, without rescaling."""
         first, *others = (_whole(bucket.sums) for bucket in self.buckets)
         for other in others:
             for name, own in first.items():
@@ -187,43 +206,44 @@ class Window:
         return first
 
     def _factor(self, now: float) -> float:
+        """What weights are multiplied by now: 2^(-(now - origin) / half_life)."""
         if self.half_life is None:
             return 1.0
         halvings = (now - self.origin) / self.half_life
-        return 0.0 if halvings > GONE else 2.0 ** min(-halvings, FAR)
+        return 0.0 if halvings > ZERO_AFTER else 2.0 ** min(-halvings, RESCALE_AFTER)
 
     def _expire(self, now: float) -> None:
         if self.width is not None:
             oldest = math.floor(now / self.width) - BUCKETS
-            self.buckets = [bucket for bucket in self.buckets if bucket.entry.place > oldest]
+            self.buckets = [bucket for bucket in self.buckets if bucket.header.place > oldest]
 
     def _drop_later(self, now: float) -> None:
-        """Samples that are served after now were dated by a clock that has been set back: they would never expire."""
+        """Drop samples that were served after now: the clock was set back, and they would never expire."""
         self._expire(now)
         if self.width is not None:
             place = math.floor(now / self.width)
-            self.buckets = [bucket for bucket in self.buckets if bucket.entry.place <= place]
+            self.buckets = [bucket for bucket in self.buckets if bucket.header.place <= place]
 
-    def _scale(self, now: float) -> None:
-        """Count from now on, by a power of two: it rounds nothing. A clock that is set back lets no time pass."""
+    def _rescale(self, now: float) -> None:
+        """Move the origin of decaying weights if it is far away; a clock that was set back lets no time pass."""
         if self.half_life is None:
             return
         halvings = math.floor((now - self.origin) / self.half_life)
-        if halvings > GONE:
+        if halvings > ZERO_AFTER:
             self.buckets = []
-        elif halvings < -FAR:
+        elif halvings < -RESCALE_AFTER:
             self.origin = now
-        elif halvings >= FAR:
+        elif halvings >= RESCALE_AFTER:
             self.origin += halvings * self.half_life
             for bucket in self.buckets:
                 for part in bucket.sums.parts():
                     for total in part.values():
                         total *= 2.0**-halvings
-                bucket.entry = bucket.entry.scaled(2.0**-halvings)
+                bucket.header = bucket.header.scaled(2.0**-halvings)
 
 
-def _whole(sums: RunningSums) -> Sums:
-    """Copies of the sums."""
+def _whole(sums: RunningSums) -> dict[str, Tensor]:
+    """A copy of the sums."""
     folded, recent = sums.parts()
     return {name: total + recent[name] if recent else total.clone() for name, total in folded.items()}
 

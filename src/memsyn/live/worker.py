@@ -1,320 +1,260 @@
-"""The thread of an observer: it measures what was taken, stores the sums, and rests.
+"""The background thread of an observer: it measures queued samples, stores the sums, and rests.
 
-Owns when work is done, what it may cost, and that weights which changed get sums of their own. What fails is noted, and
-never ends the thread.
+Owns when work is done, and how much time it may take. An error is counted, and never ends the thread.
 """
 
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Final, final
+from typing import Final, final
 
 import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from memsyn.batches import joined, tensors
-from memsyn.errors import ModelError
 from memsyn.kernels.outer_products import workspace
-from memsyn.live.request_queue import Budget, Taken, Traffic, Watch
-from memsyn.live.segment_sums import Ledger
-from memsyn.measuring.model_copy import refuse_foreign_hooks
-from memsyn.parameters import fingerprint, trainable_parameters, weights
+from memsyn.live.request_queue import QueuedSamples, RequestQueue
+from memsyn.live.weights_versions import VersionedSums
 
-FAILURES: Final = 8
-"""Batches that fail one after the other until nothing more is tried with these weights."""
-
-PATIENCE: Final = 30.0
+BATCH_WAIT: Final = 30.0
 """Seconds that samples wait for a full batch, in which each costs a fraction of what it costs alone."""
 
-BUSY: Final = 0.02
-"""Seconds between two looks whether a service is busy."""
+BUSY_WAIT: Final = 0.02
+"""Seconds until a busy service is asked again whether it is busy."""
 
-LONGEST: Final = 3600.0
-"""Seconds to wait at most: Python refuses more than some years."""
-
-LOGGER: Final = logging.getLogger("memsyn")
+LONGEST_WAIT: Final = 3600.0
+"""The longest wait in seconds: Python refuses waits of many years."""
 
 
 @final
-class _OwnDraws(TorchDispatchMode):
-    """While open, this thread draws from torch's generators as if they were its own, and leaves them to others."""
+class TimeBudget:
+    """A share of one core's time, kept by resting after each piece of work.
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.num_draws = 0
-        cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
-        self._generators: list[torch.Generator] = [torch.default_generator, *cuda]
-        self._states = [generator.get_state() for generator in self._generators]
+    Work that took `t` seconds is followed by a rest until `t / share` seconds after it began: with a share of 0.1, work
+    from 0 to 2 s is followed by a rest until 20 s. Time counts, not processor time: on a machine whose cores are busy,
+    the same work takes longer, and so does the rest.
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **(kwargs or {}))
-        self.num_draws += 1
-        before = [generator.get_state() for generator in self._generators]
-        for generator, state in zip(self._generators, self._states, strict=True):
-            generator.set_state(state)
-        try:
-            return func(*args, **(kwargs or {}))
-        finally:
-            self._states = [generator.get_state() for generator in self._generators]
-            for generator, state in zip(self._generators, before, strict=True):
-                generator.set_state(state)
-
-
-@final
-class Worker:
-    """Measures a model's traffic in a thread of its own.
-
-    Args:
-        model: the user's; it is only read.
-        traffic, watch, budget: what to measure, whose weights, and for how much time.
-        begin: gives an empty ledger for weights of a fingerprint.
-        max_batch, interval, busy, onlookers: as an observer has them.
+    Attributes:
+        seconds: spent on work so far, waits for a core included.
+        ready: when to work again, by `time.monotonic`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        traffic: Traffic,
-        watch: Watch,
-        budget: Budget,
-        begin: Callable[[str], Ledger],
-        *,
-        max_batch: int,
-        interval: float,
-        busy: Callable[[], bool] | None,
-        onlookers: bool,
-    ) -> None:
-        self.ledger: Ledger | None = None
-        """Of the present weights."""
-        self.errors, self.last_error = 0, ""
-        self.stale = self.versions = 0
-        self.stored: float | None = None
-        """When the sums were last written."""
-        self._model, self._traffic, self._watch, self._budget, self._begin = model, traffic, watch, budget, begin
-        self._max_batch, self._interval, self._busy, self._onlookers = max_batch, interval, busy, onlookers
-        self._device = next(iter(trainable_parameters(model).values())).device
-        self._past = [0, 0, 0]
-        self._draws = False
-        """Whether the forward pass draws random numbers."""
-        self._failures = 0
-        self._tag: Hashable = None
-        """Of the weights that the ledger is of."""
-        self._due = time.monotonic() + interval
+    def __init__(self, share: float) -> None:
+        self.seconds = self.ready = 0.0
+        self._share = share
+
+    def spend(self, began: float) -> None:
+        """Count work that lasted from `began` until now."""
+        seconds = time.monotonic() - began
+        self.seconds += seconds
+        self.ready = began + seconds / self._share
+
+
+@final
+class ErrorCount:
+    """The errors of an observer: their number and the last; the first one is logged as a warning."""
+
+    def __init__(self) -> None:
+        self.num_errors = 0
+        self.last: str | None = None
         self._lock = threading.Lock()
-        self._wake, self._urgent, self._answer = threading.Event(), threading.Event(), threading.Condition()
-        self._asked = self._answered = 0
-        """Calls of `flush`, and how many of them are done."""
-        self._closed = self._ended = False
-        self._process = os.getpid()
-        self._thread = threading.Thread(target=self._work, name="memsyn-observer", daemon=True)
-        self._thread.start()
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it may be given work: it is not closed, nor in a fork of its process."""
-        return not self._closed and self._process == os.getpid()
-
-    @property
-    def counts(self) -> list[int]:
-        """Samples measured, invalid and capped, at all weights."""
-        return [a + b for a, b in zip(self._past, _counts(self.ledger), strict=True)]
-
-    def wake(self) -> None:
-        """More waits than before."""
-        if self._traffic.is_full(self._max_batch) and not self._wake.is_set():
-            self._wake.set()
-
-    def flush(self, timeout: float) -> bool:
-        """Wait until what is queued is measured and stored, whatever it costs; returns whether it was."""
-        if not self.is_open:
-            return False
-        with self._answer:
-            self._asked += 1
-            asked = self._asked
-            self._urgent.set()
-            self._wake.set()
-            self._answer.wait_for(lambda: self._answered >= asked or self._ended, timeout)
-            return self._answered >= asked
-
-    def close(self, timeout: float) -> None:
-        """Store the sums and end, in so many seconds at most."""
-        if self.is_open:
-            self._closed = True
-            self._urgent.set()
-            self._wake.set()
-            self._thread.join(timeout)
 
     def note(self, error: Exception) -> None:
-        """Count what failed, and warn of the first."""
+        """Count an error; called from any thread."""
         with self._lock:
-            self.errors += 1
-            first, self.last_error = not self.last_error, f"{type(error).__name__}: {error}"
-        if first:
-            LOGGER.warning("an observer goes on serving, but something failed: %s", self.last_error)
+            self.num_errors += 1
+            is_first, self.last = self.last is None, f"{type(error).__name__}: {error}"
+        if is_first:
+            logging.getLogger("memsyn").warning("an observer goes on serving, but something failed: %s", self.last)
 
-    def _work(self) -> None:
-        """The thread: measure what is queued, store at intervals, rest to keep the budget."""
-        with _one_core(), workspace(), _own_stream(self._device) as stream:
-            while not self._closed:
-                self._urgent.clear()
-                self._wake.clear()
-                asked = self._asked
-                rest = self._budget.ready - time.monotonic()
-                if rest > 0 and asked == self._answered and not self._closed:
-                    self._urgent.wait(min(rest, LONGEST))
-                    continue
-                try:
-                    self._step(asked, stream)
-                except Exception as error:
-                    self.note(error)
-                    self._urgent.wait(BUSY)
-            self._spend(self._store)  # before a last batch, for which there may be no time
-            if waiting := self._traffic.take(self._max_batch):
-                self._spend(partial(self._measure, waiting, stream))
-            self._spend(self._store)
+
+@final
+class Signals:
+    """What other threads ask of the worker's thread: to wake_if_full at the queue, to flush, or to end.
+
+    Attributes:
+        queue_full: set when a full batch waits.
+        urgent: set when a flush or the end is asked for: it ends any rest.
+        closed: whether the end was asked for.
+    """
+
+    def __init__(self) -> None:
+        self.queue_full, self.urgent = threading.Event(), threading.Event()
+        self.closed = self._ended = False
+        self._answer = threading.Condition()
+        self._num_asked = self._num_answered = 0
+        """Calls of `flush`, and those of them that are answered."""
+
+    def flush(self, timeout: float) -> bool:
+        """Ask for a flush, and wait for it; returns whether it came in time."""
+        with self._answer:
+            self._num_asked += 1
+            asked = self._num_asked
+            self._interrupt()
+            self._answer.wait_for(lambda: self._num_answered >= asked or self._ended, timeout)
+            return self._num_answered >= asked
+
+    def close(self) -> None:
+        """Ask for the end."""
+        self.closed = True
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        self.urgent.set()
+        self.queue_full.set()
+
+    def clear(self) -> int:
+        """Begin another round of work; returns the number of flushes that were asked for before it."""
+        self.urgent.clear()
+        self.queue_full.clear()
+        return self._num_asked
+
+    def is_flush_due(self, asked: int) -> bool:
+        """Whether one of the first `asked` flushes is not answered yet."""
+        return asked > self._num_answered
+
+    def answer(self, asked: int) -> None:
+        """Answer the first `asked` flushes."""
+        with self._answer:
+            self._num_answered = asked
+            self._answer.notify_all()
+
+    def end(self) -> None:
+        """Release all threads that wait: no flush will be answered any more."""
         with self._answer:
             self._ended = True
             self._answer.notify_all()
 
-    def _step(self, asked: int, stream: torch.cuda.Stream | None) -> None:
-        flushing = asked > self._answered
-        if not flushing and self._is_busy():
-            self._urgent.wait(BUSY)
-            return
-        patience = PATIENCE - self._traffic.lag
-        ready = flushing or patience <= 0 or self._traffic.is_full(self._max_batch)
-        waiting = self._traffic.take(self._max_batch) if ready else []
-        if waiting:
-            self._spend(partial(self._measure, waiting, stream))
-        if time.monotonic() >= self._due or (flushing and not waiting):
+
+@final
+class Worker:
+    """Measures queued samples in a thread of its own, which starts at once.
+
+    Args:
+        queue: the samples.
+        sums: where they are added.
+        budget: how much time that may take.
+        errors: counts what fails.
+        device: of the model.
+        max_batch, interval, busy: as `Observer` takes them.
+    """
+
+    def __init__(
+        self,
+        queue: RequestQueue,
+        sums: VersionedSums,
+        budget: TimeBudget,
+        errors: ErrorCount,
+        *,
+        device: torch.device,
+        max_batch: int,
+        interval: float,
+        busy: Callable[[], bool] | None,
+    ) -> None:
+        self._queue, self._sums, self._budget, self._errors = queue, sums, budget, errors
+        self._max_batch, self._interval, self._busy = max_batch, interval, busy
+        self._due = time.monotonic() + interval
+        """When to store the sums again."""
+        self._signals = Signals()
+        self._process_id = os.getpid()
+        self._thread = threading.Thread(target=self._work, args=(device,), name="memsyn-observer", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the thread takes work: it is not closed, and this process is no fork of the one that started it."""
+        return not self._signals.closed and self._process_id == os.getpid()
+
+    def wake_if_full(self) -> None:
+        """Wake the thread if there is now a full batch."""
+        if self._queue.is_full(self._max_batch) and not self._signals.queue_full.is_set():
+            self._signals.queue_full.set()
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until all queued samples are measured and stored, regardless of the budget; returns whether so."""
+        return self.is_open and self._signals.flush(timeout)
+
+    def close(self, timeout: float) -> None:
+        """Measure one more batch, store the sums and end the thread; waits at most `timeout` seconds for that."""
+        if self.is_open:
+            self._signals.close()
+            self._thread.join(timeout)
+
+    def _work(self, device: torch.device) -> None:
+        with _one_core(), workspace(), _own_stream(device) as stream:
+            while not self._signals.closed:
+                asked = self._signals.clear()
+                rest = self._budget.ready - time.monotonic()
+                if rest > 0 and not self._signals.is_flush_due(asked) and not self._signals.closed:
+                    self._signals.urgent.wait(min(rest, LONGEST_WAIT))
+                    continue
+                try:
+                    self._step(asked, stream)
+                except Exception as error:
+                    self._errors.note(error)
+                    self._signals.urgent.wait(BUSY_WAIT)
+            self._spend(self._store)  # before the last batch, for which there may be no time
+            if queued := self._queue.take(self._max_batch):
+                self._spend(partial(self._measure, queued, stream))
             self._spend(self._store)
-        if flushing and not waiting:
-            with self._answer:
-                self._answered = asked
-                self._answer.notify_all()
-        elif not waiting and not self._closed:
-            self._wake.wait(min(max(0.0, self._due - time.monotonic()), max(0.0, patience), LONGEST))
+        self._signals.end()
+
+    def _step(self, asked: int, stream: torch.cuda.Stream | None) -> None:
+        """Measure one batch, or store, or wait for either; a flush repeats this until the queue is empty."""
+        flushing = self._signals.is_flush_due(asked)
+        if not flushing and self._is_busy():
+            self._signals.urgent.wait(BUSY_WAIT)
+            return
+        patience = BATCH_WAIT - self._queue.lag
+        ready = flushing or patience <= 0 or self._queue.is_full(self._max_batch)
+        queued = self._queue.take(self._max_batch) if ready else []
+        if queued:
+            self._spend(partial(self._measure, queued, stream))
+        if time.monotonic() >= self._due or (flushing and not queued):
+            self._spend(self._store)
+        if flushing and not queued:
+            self._signals.answer(asked)
+        elif not queued and not self._signals.closed:
+            until_due = max(0.0, self._due - time.monotonic())
+            self._signals.queue_full.wait(min(until_due, max(0.0, patience), LONGEST_WAIT))
 
     def _is_busy(self) -> bool:
         try:
             return self._busy is not None and self._busy()
         except Exception as error:
-            self.note(error)
+            self._errors.note(error)
             return True
 
     def _spend(self, action: Callable[[], None]) -> None:
-        """Do it, and count what it cost; what fails is noted."""
+        """Run an action at the budget's expense; its error is noted."""
         began = time.monotonic()
         try:
             action()
         except Exception as error:
-            self.note(error)
+            self._errors.note(error)
         self._budget.spend(began)
 
-    def _measure(self, waiting: Sequence[Taken], stream: torch.cuda.Stream | None) -> None:
-        count, before = sum(taken.num_samples for taken in waiting), self.ledger
-        counted = 0 if before is None else before.measured + before.invalid
-        stale, looked = 0, False
+    def _measure(self, queued: Sequence[QueuedSamples], stream: torch.cuda.Stream | None) -> None:
+        """Measure a batch; samples that were neither measured, nor stale, nor invalid count as dropped."""
+        size, before = sum(samples.num_samples for samples in queued), self._sums.counts.settled
         try:
-            if not self._onlookers:
-                refuse_foreign_hooks(self._model)  # no failure of these weights: a hook may go again
-            looked = True
-            if stream is not None:
-                for taken in waiting:
-                    _arrive(taken, stream)
-            stale = self._add(waiting, count)
-        except ModelError:
-            self._failures += looked
-            raise
+            self._sums.add(queued, stream)
         finally:
-            now = self.ledger
-            own = 0 if now is None else now.measured + now.invalid - (counted if now is before else 0)
-            self.stale += stale
-            self._traffic.done(count, dropped=count - stale - own)
-
-    def _add(self, waiting: Sequence[Taken], count: int) -> int:
-        """Add what was taken to the sums of its weights; returns how many samples are of weights that are gone."""
-        first, present = waiting[0], self._watch.refresh()
-        if self.ledger is None or first.tag != self._tag:
-            if first.tag != present:
-                return count
-            self._turn(present)
-        ledger = self.ledger
-        assert ledger is not None
-        if self._failures >= FAILURES:  # it was said what is wrong
-            return 0
-        is_new = not ledger.is_begun
-        try:
-            when = min(first.when, time.time())  # the clock may have been set back
-            inputs = joined([taken.inputs for taken in waiting])
-            with _OwnDraws() if is_new or self._draws else nullcontext() as own:
-                ledger.add(inputs, count, first.segment, when)
-            self._draws = own is not None and own.num_draws > 0
-        finally:
-            if is_new and not (self._watch.refresh() == present and ledger.is_sound):  # changed while they were copied
-                self.ledger = None
-        if self.ledger is None:
-            return count
-        self._failures = 0
-        if ledger.problem is not None:
-            self.note(ledger.problem)
-            ledger.problem = None
-        return 0
-
-    def _turn(self, tag: Hashable) -> None:
-        """Go on with the weights that the model has now, if they are others."""
-        mark, ledger = fingerprint(weights(self._model)), self.ledger
-        if ledger is not None and ledger.fingerprint == mark:
-            self._tag, self._failures = tag, 0
-            return
-        try:
-            self._store()
-        except Exception as error:  # what was new is lost
-            self.note(error)
-        begun = self._begin(mark)
-        self._past, self.ledger = [a + b for a, b in zip(self._past, _counts(ledger), strict=True)], begun
-        self._tag, self._failures = tag, 0
-        self.versions += 1
+            self._queue.done(size, dropped=size - (self._sums.counts.settled - before))
 
     def _store(self) -> None:
-        """Write what is new; and look whether the weights were changed in a way that nobody sees."""
         self._due = time.monotonic() + self._interval
-        ledger = self.ledger
-        if ledger is None or not ledger.has_news:
-            return
-        if self._watch.refresh() == self._tag and fingerprint(weights(self._model)) != ledger.fingerprint:
-            self._watch.renew()
-        ledger.save(time.time())
-        self.stored = time.time()
-
-
-def _counts(ledger: Ledger | None) -> list[int]:
-    return [0, 0, 0] if ledger is None else [ledger.measured, ledger.invalid, ledger.capped]
-
-
-def _arrive(taken: Taken, stream: torch.cuda.Stream) -> None:
-    """Let the stream wait for what was copied on another one, and keep that until it is done."""
-    if taken.arrived is not None:
-        stream.wait_event(taken.arrived)
-        for tensor in tensors(taken.inputs):
-            if tensor.is_cuda:
-                tensor.record_stream(stream)
+        self._sums.store()
 
 
 @contextmanager
 def _one_core() -> Iterator[None]:
-    """Let torch use one core in this thread, and leave it to others what they use."""
+    """Let torch use one core in this thread, and as many as before in others."""
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of this thread, and of all that begin later
-    other = threading.Thread(target=torch.set_num_threads, args=(num_threads,))
+    torch.set_num_threads(1)  # OpenMP's number for this thread, and torch's for all threads that begin later
+    other = threading.Thread(target=torch.set_num_threads, args=(num_threads,))  # sets the latter back
     other.start()
     other.join()
     yield
@@ -322,7 +262,7 @@ def _one_core() -> Iterator[None]:
 
 @contextmanager
 def _own_stream(device: torch.device) -> Iterator[torch.cuda.Stream | None]:
-    """On an NVIDIA device, a stream of the lowest priority."""
+    """On an NVIDIA device, run in a stream of the lowest priority."""
     if device.type != "cuda":
         yield None
         return

@@ -11,12 +11,42 @@ from typer.testing import CliRunner
 
 import memsyn
 from memsyn.cli import app
+from memsyn.live.weights_versions import WeightsVersion
 from tests.serving import a_model, assert_same, begin, measured, requests
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     return tmp_path / "traffic.safetensors"
+
+
+def test_a_change_of_weights_is_seen() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    version, earlier = WeightsVersion(model), []
+    earlier.append(version.current())
+    model.eval()(torch.ones(1, 2))
+    model[0].weight.sum().backward()
+    assert version.refresh() == earlier[0]
+
+    def changed(what: str) -> None:
+        assert version.refresh() not in earlier, what
+        earlier.append(version.current())
+
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    changed("an optimizer")
+    model.load_state_dict(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).state_dict())
+    changed("load_state_dict")
+    model.load_state_dict(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).state_dict(), assign=True)
+    changed("load_state_dict(assign=True)")
+    model[0].weight.data = torch.ones(2, 2)
+    changed("data")
+    model.train()(torch.rand(3, 2))
+    assert version.refresh() in earlier, "torch does not count what moves statistics: that is for the fingerprint"
+    version.renew()
+    changed("renew")
+    with torch.inference_mode():
+        model[0].weight = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+    changed("a tensor that does not count")
 
 
 def test_other_weights_begin_another_file(store: Path) -> None:
@@ -116,6 +146,24 @@ def test_weights_that_change_while_they_are_copied(store: Path) -> None:
         assert_same(observer.importance(), measured(model, [batch]))
 
 
+def test_counts_survive_weights_that_change_while_they_are_copied(store: Path) -> None:
+    model, batch = a_model(), requests(1)[0]
+
+    def forward(clone: nn.Module, inputs: Tensor) -> Tensor:
+        if inputs.isfinite().all() and not changed:
+            changed.append(1)
+            model.load_state_dict(a_model(1).state_dict())
+        return clone(inputs)
+
+    changed: list[int] = []
+    with begin(model, store, forward=forward) as observer:
+        for inputs in (torch.nan * batch, batch, batch):
+            observer.observe(inputs)
+            assert observer.flush()
+        stats = observer.stats()
+        assert (stats.sampled, stats.invalid, stats.stale, stats.measured, stats.dropped) == (3, 1, 1, 1, 0)
+
+
 def test_the_copy_must_be_of_the_fingerprint(store: Path) -> None:
     """What torch does not count may change after the fingerprint was taken, and before the weights are copied."""
     model, batch, changed = a_model(), requests(1)[0], []
@@ -197,7 +245,7 @@ def test_a_reload_that_cannot_be_followed_ends_nothing(store: Path, monkeypatch:
             raise RuntimeError("no such thing")
 
         with monkeypatch.context() as patch:
-            patch.setattr(memsyn.live.segment_sums, "write", failing)
+            patch.setattr(memsyn.live.segment_files, "write", failing)
             model.load_state_dict(a_model(2).state_dict())
             observer.observe(batch)
             while observer.stats().waiting:

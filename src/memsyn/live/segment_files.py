@@ -1,0 +1,99 @@
+"""The files in which an observer keeps its sums: one importance file for each segment and each set of weights.
+
+Owns the files' names, and that no file of other sums is overwritten. Must not know how sums are computed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, final
+from urllib.parse import quote
+
+from torch import Tensor
+
+from memsyn.errors import MemoryFileError, MissingFileError
+from memsyn.live.window import Window
+from memsyn.storage.reading_and_writing import IMPORTANCE, Groups, read, well_formed, write
+from memsyn.values.importance import Importance, check_same_shapes
+
+
+@final
+class SegmentFiles:
+    """Finds, reads and writes the file of each segment.
+
+    Args:
+        store: path or URL of the file for samples without a segment; the other names are made from it.
+        settings: all that must be equal for sums to be added: fingerprint, parameters, estimator, window.
+
+    For the store `traffic.safetensors` the files are
+
+        traffic.safetensors                      samples without a segment
+        traffic+tenant-a.safetensors             segment "tenant-a"
+        traffic+tenant-a.1a2b3c4d.safetensors    the same segment, if the file above holds sums of other settings
+
+    where `1a2b3c4d` begins the SHA-256 of the settings.
+    """
+
+    def __init__(self, store: str | os.PathLike[str], settings: list[Any]) -> None:
+        self._store = store
+        self._digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+        self._paths: dict[str | None, str] = {}
+
+    def open(self, segment: str | None, window: Window, zeros: dict[str, Tensor], factor: float) -> None:
+        """Find a segment's file, and restore its sums into an empty window, if they are of the same settings.
+
+        Args:
+            zeros: for each parameter, a tensor of its shape, in the dtype and on the device of the sums.
+            factor: what sums in files are divided by.
+
+        Raises:
+            MemoryFileError: the file cannot be read, or there is no name for a file of these settings.
+        """
+        path, found = self._find(segment)
+        if found is not None:
+            header, groups = found
+            with well_formed(path):
+                for sums in groups.values():
+                    check_same_shapes(sums, zeros, path, "the model")
+                scaled = {group: {n: t / factor for n, t in sums.items()} for group, sums in groups.items()}
+                window.restore(header["observed"], scaled, zeros)
+        self._paths[segment] = path
+
+    def write(self, segment: str | None, importance: Importance, observed: Mapping[str, Any], buckets: Groups) -> None:
+        """Replace a segment's file, atomically.
+
+        Args:
+            importance: what the file holds.
+            observed: what its header says of the window.
+            buckets: the tensors of the window's parts, if it slides.
+        """
+        header = {**importance.header(), "observed": {**observed, "of": self._digest, "segment": segment}}
+        write(self._paths[segment], IMPORTANCE, header, {"importance": importance.sums, **buckets})
+
+    def _find(self, segment: str | None) -> tuple[str, tuple[dict[str, Any], Groups] | None]:
+        """The path for a segment, and the content of its file if that is of the same settings."""
+        paths = [_path(self._store, segment), _path(self._store, segment, self._digest[:8])]
+        for path in paths:
+            try:
+                header, groups = read(path, IMPORTANCE)
+                with well_formed(path):
+                    if header["observed"]["of"] == self._digest:
+                        return path, (header, groups)
+            except MissingFileError:
+                return path, None
+            except MemoryFileError as error:
+                if isinstance(error.__cause__, OSError):  # of the disk or the network: the file may hold our sums
+                    raise
+        raise MemoryFileError(
+            f"the sums cannot be stored: {paths[0]} and {paths[1]} are damaged, or hold sums of something else. Move "
+            "them away."
+        )
+
+
+def _path(store: str | os.PathLike[str], segment: str | None, digest: str = "") -> str:
+    """`folder/name.end`, `folder/name+segment.end` or `folder/name.digest.end`."""
+    folder, slash, name = str(store).rpartition("/")
+    stem, dot, end = name.partition(".")
+    quoted = "" if segment is None else "+" + quote(segment, safe="").replace(".", "%2E")
+    return f"{folder}{slash}{stem}{quoted}{'.' + digest if digest else ''}{dot}{end}"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import memsyn
-from memsyn.measuring.model_copy import Onlooker, shadow
+from memsyn.measuring.model_copy import Onlooker, model_copy
 from tests.serving import Words, a_model, assert_same, begin, measured, requests
 from tests.test_measure import Snapshot
 
@@ -195,7 +195,7 @@ def test_a_hook_that_only_looks_is_not_in_clones(store: Path) -> None:
         observer.attach()
         model[0].register_forward_pre_hook(Onlooker())
         model[0].register_forward_hook(Onlooker())
-        clone = shadow(model)
+        clone = model_copy(model)
         assert not any(module._forward_pre_hooks or module._forward_hooks for module in clone.modules())
         assert len(model._forward_pre_hooks) == len(model[0]._forward_hooks) == 1
         saved = io.BytesIO()

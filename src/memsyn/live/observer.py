@@ -29,9 +29,8 @@ from memsyn.live.segment_sums import SegmentSums
 from memsyn.live.weights_versions import VersionedSums, WeightsVersion
 from memsyn.live.window import Window
 from memsyn.live.worker import ErrorCount, TimeBudget, Worker
-from memsyn.measuring.measurement import Forward
 from memsyn.measuring.model_copy import Onlooker, check_measurable, refuse_foreign_hooks
-from memsyn.measuring.objectives import ESTIMATORS, Estimator, find_estimator
+from memsyn.measuring.objectives import ESTIMATORS, Estimator, Forward, find_estimator
 from memsyn.parameters import trainable_parameters, unwrap
 from memsyn.values.importance import Importance
 

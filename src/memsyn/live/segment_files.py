@@ -40,12 +40,11 @@ class SegmentFiles:
         self._digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
         self._paths: dict[str | None, str] = {}
 
-    def open(self, segment: str | None, window: Window, zeros: dict[str, Tensor], factor: float) -> None:
+    def open(self, segment: str | None, window: Window, zeros: dict[str, Tensor]) -> None:
         """Find a segment's file, and restore its sums into an empty window, if they are of the same settings.
 
         Args:
             zeros: for each parameter, a tensor of its shape, in the dtype and on the device of the sums.
-            factor: what sums in files are divided by.
 
         Raises:
             MemoryFileError: the file cannot be read, or there is no name for a file of these settings.
@@ -56,8 +55,7 @@ class SegmentFiles:
             with well_formed(path):
                 for sums in groups.values():
                     check_same_shapes(sums, zeros, path, "the model")
-                scaled = {group: {n: t / factor for n, t in sums.items()} for group, sums in groups.items()}
-                window.restore(header["observed"], scaled, zeros)
+                window.restore(header["observed"], groups, zeros)
         self._paths[segment] = path
 
     def write(self, segment: str | None, importance: Importance, observed: Mapping[str, Any], buckets: Groups) -> None:

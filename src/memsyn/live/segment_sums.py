@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from memsyn.batches import Given, take
+from memsyn.batches import Batch
 from memsyn.errors import BatchError, MemsynError, ModelError, OptionError
 from memsyn.live.segment_files import SegmentFiles
 from memsyn.live.window import Window
-from memsyn.measuring.measurement import Forward, Run
-from memsyn.measuring.objectives import Estimator
+from memsyn.measuring.measurement import Measurement
+from memsyn.measuring.objectives import Estimator, Forward
 from memsyn.parameters import trainable_parameters
 from memsyn.values.importance import Importance
 
@@ -99,7 +99,7 @@ class SegmentSums:
         device = next(iter(trainable.values())).device
         self.fingerprint = fingerprint
         self.counts = SampleCounts()
-        self._measurement = Run(model, trainable, device, forward, estimator, batched=False, private=True)
+        self._measurement = Measurement(model, trainable, device, forward, estimator, private=True)
         self._new_window, self._cap = new_window, cap
         called = getattr(forward, "__qualname__", type(forward).__qualname__)
         settings = [fingerprint, sorted(trainable), called, estimator.name, estimator.magnitude, new_window().rule]
@@ -126,7 +126,7 @@ class SegmentSums:
         """Whether there are sums that are not stored yet."""
         return bool(self._unsaved)
 
-    def add(self, inputs: Any, num_samples: int, segment: str | None, served_at: float) -> Exception | None:
+    def add(self, batch: Batch, segment: str | None, served_at: float) -> Exception | None:
         """Measure a batch, and add it to the sums of its segment; these go on from what the segment's file holds.
 
         Returns:
@@ -139,13 +139,11 @@ class SegmentSums:
         """
         if segment not in self._windows and len(self._windows) == MAX_SEGMENTS:
             raise OptionError(f"there are {MAX_SEGMENTS} segments already, so {segment!r} cannot have sums of its own.")
-        error = self._add(inputs, num_samples, segment, served_at, None)
+        error = self._add(batch, segment, served_at, None)
         self._num_batches += 1
         return error
 
-    def _add(
-        self, inputs: Any, size: int, segment: str | None, served_at: float, first_limit: float | None
-    ) -> Exception | None:
+    def _add(self, batch: Batch, segment: str | None, served_at: float, first_limit: float | None) -> Exception | None:
         """Add samples together if no single one can be at fault; else each half of them on its own.
 
         A sample is at fault if it cannot be measured, if its gradient is not finite, or if its total is above the limit
@@ -168,12 +166,13 @@ class SegmentSums:
           it is given to their halves as `first_limit`: these samples are all that the odd one can be compared with. A
           first batch of one sample is added as it is.
         """
-        error = self._measure(inputs)
+        error, size = self._measure(batch), batch.num_samples
+        assert size is not None
         if error is None:
             window, total = self._window_of(segment), _total(self._batch_sums)
             limit = self._limit(window, served_at)
             if self._cap is not None and limit == math.inf and first_limit is None and size > 1:
-                return self._add(inputs, size, segment, served_at, self._first_limit(inputs, size))
+                return self._add(batch, segment, served_at, self._first_limit(batch))
             limit = min(limit, math.inf if first_limit is None else first_limit)
             if not math.isfinite(total):
                 error = MemsynError("a gradient is NaN or infinite, though the output is finite.")
@@ -185,8 +184,8 @@ class SegmentSums:
             self.counts += SampleCounts(invalid=1)
             return error
         middle = size // 2
-        first = self._add(take(inputs, 0, middle), middle, segment, served_at, first_limit)
-        second = self._add(take(inputs, middle, size), size - middle, segment, served_at, first_limit)
+        first = self._add(batch.take(0, middle), segment, served_at, first_limit)
+        second = self._add(batch.take(middle, size), segment, served_at, first_limit)
         return first if second is None else second
 
     @property
@@ -195,10 +194,10 @@ class SegmentSums:
         assert self._measurement.sums is not None
         return self._measurement.sums.recent
 
-    def _measure(self, inputs: Any) -> Exception | None:
+    def _measure(self, batch: Batch) -> Exception | None:
         """Measure samples; returns the error if they cannot be measured together."""
         try:
-            slow = self._measurement.alone(Given(inputs), self._num_batches)
+            slow = self._measurement.alone(batch, self._num_batches)
         except ModelError:
             raise
         except MemsynError as error:
@@ -219,11 +218,11 @@ class SegmentSums:
             return math.inf
         return total * max(self._cap, FIRST_MULTIPLE / weight)
 
-    def _first_limit(self, inputs: Any, size: int) -> float:
+    def _first_limit(self, batch: Batch) -> float:
         """The largest total for one of the first samples of a segment: ten times the median of their totals."""
         totals = []
-        for row in range(size):
-            if self._measure(take(inputs, row, row + 1)) is None:
+        for sample in batch.one_by_one():
+            if self._measure(sample) is None:
                 totals.append(_total(self._batch_sums))
         totals = [total for total in totals if 0 < total < math.inf]
         return FIRST_MULTIPLE * median(totals) if totals else math.inf
@@ -232,7 +231,8 @@ class SegmentSums:
         """Add the samples that were measured last to a window, scaled down to the limit if they are above it."""
         sums, is_capped = self._batch_sums, total > limit
         if is_capped:
-            torch._foreach_mul_(list(sums.values()), limit / total)
+            for own in sums.values():
+                own *= limit / total
         with self._lock:
             window.add(sums, size, min(total, limit), served_at)
             self._halves.add(sums, self._num_batches % 2)
@@ -242,7 +242,7 @@ class SegmentSums:
         """The sums of a segment; at first, those of its file."""
         if segment not in self._windows:
             window, zeros = self._new_window(), {name: torch.zeros_like(own) for name, own in self._batch_sums.items()}
-            self._files.open(segment, window, zeros, self._measurement.factor)
+            self._files.open(segment, window, zeros)
             with self._lock:
                 self._windows[segment] = window
         return self._windows[segment]
@@ -270,10 +270,8 @@ class SegmentSums:
             saved = None if window.is_empty(now) else window.saved(now)
         if saved is None:
             return
-        header, groups, count = saved
-        whole = self._measurement.held(groups.pop("importance"), count)
-        factor = self._measurement.factor
-        buckets = {group: {n: t * factor for n, t in sums.items()} for group, sums in groups.items()}
+        header, buckets, count = saved
+        whole = self._measurement.held(buckets.pop("importance"), count)
         self._files.write(segment, whole, header, buckets)
 
     def importance(self, segments: str | Mapping[str, float] | None, now: float) -> Importance:

@@ -11,14 +11,14 @@ from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from memsyn.batches import joined, tensors
+from memsyn.batches import Batch, joined, tensors
 from memsyn.errors import ModelError
 from memsyn.live.request_queue import QueuedSamples
 from memsyn.live.segment_sums import SampleCounts, SegmentSums
 from memsyn.measuring.model_copy import refuse_foreign_hooks
 from memsyn.parameters import fingerprint, weights
+from memsyn.torch_private import TorchDispatchMode, named_slots, version_of
 
 MAX_FAILURES: Final = 8
 """After this many batches of one version that fail one after the other, its samples are dropped unmeasured."""
@@ -40,12 +40,7 @@ class WeightsVersion:
 
     def refresh(self) -> Hashable:
         """List the model's modules and tensors anew; returns the version."""
-        self._members = [
-            (owner, name, value)
-            for module in self._model.modules()
-            for owner in (module._modules, module._parameters, module._buffers)
-            for name, value in owner.items()
-        ]
+        self._slots = [slot for module in self._model.modules() for slot in named_slots(module)]
         self._tensors: list[tuple[Tensor, bool]] = [(t, t.is_inference()) for t in weights(self._model).values()]
         return self.current()
 
@@ -55,9 +50,9 @@ class WeightsVersion:
 
     def current(self) -> Hashable:
         """A value that is equal while the weights are; made from the tensors that were there at the last `refresh`."""
-        if any(owner.get(name) is not value for owner, name, value in self._members):
+        if any(owner.get(name) is not value for owner, name, value in self._slots):
             return self.refresh()  # a module or a tensor was replaced
-        addresses = tuple((t.data_ptr(), 0 if uncounted else t._version) for t, uncounted in self._tensors)
+        addresses = tuple((t.data_ptr(), 0 if uncounted else version_of(t)) for t, uncounted in self._tensors)
         return self._num_renewals, addresses
 
 
@@ -140,9 +135,9 @@ class VersionedSums:
         is_first, before, problem = not sums.has_copy, sums.counts, None
         try:
             served_at = min(first.served_at, time.time())  # the clock may have been set back
-            inputs = joined([samples.inputs for samples in queued])
+            batch = Batch.of(joined([samples.inputs for samples in queued]))
             with PrivateDraws() if is_first or self._draws else nullcontext() as draws:
-                problem = sums.add(inputs, size, first.segment, served_at)
+                problem = sums.add(batch, first.segment, served_at)
             self._draws = draws is not None and draws.num_draws > 0
         finally:  # the first batch copies the weights: they may have changed in the meantime
             if is_first and not (self._version.refresh() == present and sums.is_of_fingerprint):

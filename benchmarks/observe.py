@@ -5,7 +5,8 @@ follow each other: without an observer; with an observer that is attached to the
 and beside a process that keeps a tenth of a core busy, which shows what that load alone costs on this machine. Each
 block is compared with the block without an observer of the same round. Prints a Markdown table: the median of the
 ratios with its 95% interval, for throughput, p99 and the serving thread's processor time per request; the share of the
-time in which the observer worked; the numbers of samples that it measured and dropped.
+time in which the observer worked; the numbers of samples that it measured and dropped. With `--calls`, another table
+instead: the microseconds that one request of one sample costs the serving thread, beside the forward pass.
 """
 
 import argparse
@@ -15,7 +16,8 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+import timeit
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +102,50 @@ def begun(model: nn.Module, image: Tensor, rate: float, paused: threading.Event)
     return observer
 
 
+class Idle(nn.Module):
+    """Does next to nothing, so that the cost of a hook shows; holds tensors, at each of which the observer looks."""
+
+    def __init__(self, num_tensors: int) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(torch.zeros(1) for _ in range(num_tensors))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output: Tensor = inputs * self.weights[0]
+        return output
+
+
+def microseconds(action: Callable[[], Any], count: int = 20_000) -> float:
+    """The least of five means over `count` calls: other programs can only add to it."""
+    return 1e6 * min(timeit.repeat(action, number=count, repeat=5)) / count
+
+
+def print_costs_of_calls() -> None:
+    image = torch.zeros(1, 784)
+    print("| tensors of the model | rate | `observe` | a pass of an attached model, above one without a hook |")
+    print("|---:|---:|---:|---:|")
+    for num_tensors in (2, 200):
+        for rate in (1e-9, 1.0):
+            model = Idle(num_tensors)
+            store = Path(tempfile.mkdtemp()) / "traffic.safetensors"
+            with memsyn.Observer(model, store, rate=rate, room=10**9, busy=lambda: True) as observer:
+                shown = microseconds(lambda observer=observer: observer.observe(image))  # type: ignore[misc]
+                plain = microseconds(lambda model=model: model(image))  # type: ignore[misc]
+                observer.attach()
+                hooked = microseconds(lambda model=model: model(image))  # type: ignore[misc]
+                print(f"| {num_tensors} | {rate:g} | {shown:.1f} us | {hooked - plain:.1f} us |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--calls", action="store_true", help="time single requests, beside the forward pass")
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=["mlp", "resnet18"])
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=3.0)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if given.calls:
+        print_costs_of_calls()
+        return
     process = multiprocessing.get_context("spawn")
     on = process.Event()
     worker = process.Process(target=take_a_share, args=(on,), daemon=True)

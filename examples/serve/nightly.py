@@ -1,9 +1,9 @@
-"""The nightly job: learn a new section without forgetting what users relied on today; refuse it, or serve it.
+"""The nightly job: learn a new section without forgetting what users relied on today; then serve it, or refuse it.
 
-Adds up what the replicas observed, folds that into the memory, trains under its protection, and asks the new version
-what was asked yesterday. If it answers worse by more than the budget, the old version goes on and the exit code is 1.
-Else it takes the place of the old version, which stays beside it, and the replicas are told to reload; the code is 2 if
-one did not.
+Adds up what the replicas observed, folds the sum into the memory, trains protected by the memory, and sends yesterday's
+requests to the old and the new version. If the new version's accuracy is lower by more than the budget, the old version
+stays and the exit code is 1. Otherwise the new version replaces the old one, which is kept beside it, and the replicas
+are told to reload; the exit code is 2 if one did not.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from users import YESTERDAY
 
 
 def observed(folder: Path, served: Served) -> memsyn.Importance:
-    """What all replicas observed of this version: their stores hold files of other versions, too."""
+    """The importance that all replicas measured at this version; the folder holds stores of other versions, too."""
     mark = memsyn.fingerprint(served.network)
     stores = [memsyn.Importance.load(path) for path in sorted(folder.glob("traffic-*.safetensors"))]
     stores = [store for store in stores if store.fingerprint == mark]
@@ -39,11 +39,11 @@ def observed(folder: Path, served: Served) -> memsyn.Importance:
 
 
 def remembered(folder: Path, served: Served) -> memsyn.Memory:
-    """The memory of this version: half of what was relied on before, half of what was today. Can be done again."""
+    """The memory of this version: half the earlier importance, half today's. It may be made again."""
     before = folder / f"memory-{served.version - 1}.safetensors"
     memory = memsyn.Memory.empty()
     if before.exists():
-        with warnings.catch_warnings():  # it is of the version before: other weights, and one head less
+        with warnings.catch_warnings():  # it is the memory of the version before: other weights, and one head fewer
             warnings.simplefilter("ignore", memsyn.MovedWeightsWarning)
             warnings.simplefilter("ignore", memsyn.NewParametersWarning)
             memory = memsyn.Memory.load(before, like=served.network)
@@ -54,7 +54,7 @@ def remembered(folder: Path, served: Served) -> memsyn.Memory:
 
 
 def forgotten(folder: Path, old: Served, new: Served) -> float:
-    """By how many points of accuracy the new version answers yesterday's requests worse."""
+    """By how many points the new version's accuracy on yesterday's requests is lower."""
     with safe_open(folder / YESTERDAY, framework="pt") as file:
         sections = json.loads(file.metadata()["sections"])
         images, places, labels = (file.get_tensor(name) for name in ("pixels", "places", "labels"))

@@ -1,7 +1,7 @@
-"""A service that names drawings, and learns from its traffic which weights its users rely on.
+"""A service that names drawings, and measures on its requests which weights its users rely on.
 
-One process is one replica: it answers one request after the other on one core, in the event loop. So a reload comes
-between two requests, and nothing needs a lock. For more cores, start more replicas; each has a store of its own.
+One process is one replica: it answers one request after the other on one core, in the event loop. So a reload happens
+between two requests, and needs no lock. For more cores, start more replicas, each with a store of its own.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def drawing(png: bytes, side: int) -> Tensor:
 
 
 async def body(request: Request) -> bytes:
-    """What is sent, whatever it says of its length."""
+    """The body of a request, whatever length its header states."""
     found = bytearray()
     async for part in request.stream():
         found += part
@@ -62,9 +62,9 @@ def create_app(folder: Path, replica: str, **options: Any) -> FastAPI:
     """The service.
 
     Args:
-        folder: where the model is, and the store of what is observed.
-        replica: the name of this process's store.
-        options: of the observer.
+        folder: holds the model and the observers' stores.
+        replica: names the store of this process.
+        options: for the observer.
     """
     served = load(folder / FILE)
     observer = memsyn.Observer(served.network, folder / f"traffic-{replica}.safetensors", **options)

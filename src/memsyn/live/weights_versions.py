@@ -98,7 +98,8 @@ class VersionedSums:
     @property
     def counts(self) -> SampleCounts:
         """Counts of the samples of all versions."""
-        return self._past if self.current is None else self._past + self.current.counts
+        sums = self.current  # read once: the thread may set it to None
+        return self._past if sums is None else self._past + sums.counts
 
     def add(self, queued: Sequence[QueuedSamples], stream: torch.cuda.Stream | None) -> None:
         """Measure queued samples in one batch, and add them to the sums of their version.

@@ -1,5 +1,6 @@
 """The command: what it prints, writes and exits with."""
 
+import sys
 from dataclasses import replace
 
 import pytest

@@ -14,7 +14,6 @@ from typing import Final, final
 
 import torch
 
-from memsyn.kernels.outer_products import workspace
 from memsyn.live.request_queue import QueuedSamples, RequestQueue
 from memsyn.live.weights_versions import VersionedSums
 
@@ -183,7 +182,7 @@ class Worker:
             self._thread.join(timeout)
 
     def _work(self, device: torch.device) -> None:
-        with _one_core(), workspace(), _own_stream(device) as stream:
+        with _one_core(), _own_stream(device) as stream:
             while not self._signals.closed:
                 asked = self._signals.clear()
                 rest = self._budget.ready - time.monotonic()

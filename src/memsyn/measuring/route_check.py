@@ -58,7 +58,7 @@ NUM_SAMPLES: Final = 2
 FLOAT32: Final = math.sqrt(torch.finfo(torch.float32).eps)
 """By how much a sample's scores may differ alone and among others where a part of the model insists on float32."""
 
-CHUNK: Final = 2**20
+COMPARED: Final = 2**20
 """Numbers of a parameter that are compared at once."""
 
 
@@ -486,7 +486,7 @@ def _double(tensor: Tensor) -> Tensor:
 
 def _same_numbers(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors hold the same numbers, in whatever precision; without copies of their size."""
-    parts = zip(left.detach().reshape(-1).split(CHUNK), right.detach().reshape(-1).split(CHUNK), strict=True)
+    parts = zip(left.detach().reshape(-1).split(COMPARED), right.detach().reshape(-1).split(COMPARED), strict=True)
     return all(torch.equal(part, other.to(part.dtype)) for part, other in parts)
 
 

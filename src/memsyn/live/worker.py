@@ -71,7 +71,7 @@ class ErrorCount:
 
 @final
 class Signals:
-    """What other threads ask of the worker's thread: to wake_if_full at the queue, to flush, or to end.
+    """What other threads ask of the worker's thread: to take a full batch, to flush, or to end.
 
     Attributes:
         queue_full: set when a full batch waits.

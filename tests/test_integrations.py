@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 import memsyn
 from memsyn.integrations.lightning import MemsynCallback as LightningCallback
-from memsyn.integrations.transformers import MemsynTrainerCallback as TrainerCallback
+from memsyn.integrations.transformers import MemsynCallback as TrainerCallback
 from tests import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the trainers: many, and not ours

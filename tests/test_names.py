@@ -26,6 +26,8 @@ def names_bound_by(statement: ast.stmt) -> Iterator[str]:
 def test_no_public_name_is_defined_in_two_modules() -> None:
     modules = defaultdict(list)
     for path in sorted(PACKAGE.rglob("*.py")):
+        if path.parent.name == "integrations":  # each is imported alone, by the users of one trainer
+            continue
         for statement in ast.parse(path.read_text()).body:
             for name in names_bound_by(statement):
                 if not name.startswith("_"):

@@ -9,7 +9,7 @@ from memsyn.integrations.processes import all_processes
 
 
 @final
-class MemsynTrainerCallback(TrainerCallback):
+class MemsynCallback(TrainerCallback):
     """Protects a memory while a Trainer trains, and consolidates it when training ends.
 
     The penalty is logged as `penalty`. When training ends, the importance is measured on the training set, through the
@@ -23,7 +23,7 @@ class MemsynTrainerCallback(TrainerCallback):
             processes the Trainer's sampler repeats a few samples to make the shares equal, and these count twice.
 
     Example:
-        >>> callback = MemsynTrainerCallback(memory)                          # doctest: +SKIP
+        >>> callback = MemsynCallback(memory)                          # doctest: +SKIP
         >>> Trainer(model, arguments, ..., callbacks=[callback]).train()      # doctest: +SKIP
         >>> callback.memory.save("model.memsyn.safetensors")                  # doctest: +SKIP
     """

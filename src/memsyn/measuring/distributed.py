@@ -29,11 +29,6 @@ def group_of(model: nn.Module) -> ProcessGroup | None:
     return model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
 
 
-def everyone() -> ProcessGroup | None:
-    """All processes that were started together, if there are several."""
-    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-
-
 def place_in(group: ProcessGroup | None) -> list[int]:
     """Which process this is, and of how many."""
     return [0, 1] if group is None else [dist.get_rank(group), dist.get_world_size(group)]

@@ -16,11 +16,10 @@ EXTRAS = ["plotly", "jinja2", "matplotlib", "PIL", "fsspec", "prometheus_client"
 PROGRAM = f"""
 import json, sys
 sys.modules.update(dict.fromkeys({EXTRAS}))  # None: an import raises ModuleNotFoundError
-from click.testing import CliRunner
-from typer.main import get_command
+from typer.testing import CliRunner
 from memsyn.cli import app
 for arguments in json.loads(sys.argv[1]):
-    result = CliRunner().invoke(get_command(app), arguments)
+    result = CliRunner().invoke(app, arguments)
     print(json.dumps([result.exit_code, " ".join(result.output.split())]))
 print(json.dumps(sorted(sys.modules)))
 """

@@ -383,6 +383,7 @@ def test_a_header_that_nobody_could_read_is_not_written(path: Path, monkeypatch:
         IMPORTANCE.save(path)
 
 
+@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")  # of torch 2.6
 def test_tensors_of_several_devices_are_one_file(path: Path) -> None:
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

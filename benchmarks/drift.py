@@ -2,10 +2,10 @@
 
 A network learns eight tasks together, and serves: for a week its users ask about tasks 1 to 4, for another about 5 to
 8. They are those of emoji8; or, less alike, its first four, and the letters of four alphabets. An observer with a
-half-life sees every request; the clock runs fast. Prints how the ranking of the body's weights agrees (Spearman) with
-what is measured on the tasks of each week directly; then, after learning the letters of one alphabet more under the
-memory of the first week, under the decayed one of the last day, and under none, the accuracy on either week's tasks,
-and the difference seed by seed. Traffic and direct measures are of training drawings, accuracy is of unseen ones.
+half-life sees every request; the clock runs fast. Prints how the ranking of the backbone's weights agrees (Spearman)
+with what is measured on the tasks of each week directly; then, after learning the letters of one alphabet more under
+the memory of the first week, under the decayed one of the last day, and under none, the accuracy on either week's
+tasks, and the difference seed by seed. Traffic and direct measures are of training drawings, accuracy is of unseen ones.
 """
 
 import argparse
@@ -25,10 +25,10 @@ import memsyn
 from memsyn.live.segment_sums import spearman
 from memsyn_bench.data.mixed import among_drawings
 from memsyn_bench.methods.method import Method
-from memsyn_bench.methods.rehearsal import Rehearsing
+from memsyn_bench.methods.rehearsal import Rehearsal
 from memsyn_bench.results.metrics import interval
-from memsyn_bench.running.learners import generator, lesson_of, train
 from memsyn_bench.running.scoring import score
+from memsyn_bench.running.training import generator, task_training, train
 from memsyn_bench.sequences.networks import Network
 from memsyn_bench.sequences.sequences import find_sequence
 from memsyn_bench.settings import Settings
@@ -82,13 +82,13 @@ def served(tasks: Sequence[Task], seed: int, epochs: int) -> Network:
     """A network that has learned the eight tasks together; it has a head for the ninth already."""
     sequence = find_sequence("emoji8")
     model = sequence.build(tasks, generator(seed, 0))
-    settings, together = Settings("emoji8", SIDE, epochs=epochs), Rehearsing(per_task=None)
+    settings, together = Settings("emoji8", SIDE, epochs=epochs), Rehearsal(per_task=None)
     lessons = [
-        lesson_of(model, task, index, settings=settings, augment=sequence.augment, seed=seed)
+        task_training(model, task, index, settings=settings, augment=sequence.augment, seed=seed)
         for index, task in enumerate(tasks[:8])
     ]
-    for lesson in lessons[:-1]:
-        together.end(lesson)
+    for training in lessons[:-1]:
+        together.end(training)
     with tqdm(total=epochs, desc=f"seed {seed}: eight tasks", leave=False) as bar:
         train(lessons[-1], together, bar.update)
     return model.eval()
@@ -130,9 +130,9 @@ def observed(model: Network, tasks: Sequence[Task], seed: int) -> list[memsyn.Im
 
 
 def agreement(one: memsyn.Importance, other: memsyn.Importance) -> float:
-    """Of the ranking of the body's weights."""
+    """Of the ranking of the backbone's weights."""
     ranked = [
-        torch.cat([total.flatten() for name, total in own.sums.items() if name.startswith("body.")]).double().numpy()
+        torch.cat([sums.flatten() for name, sums in own.sums.items() if name.startswith("backbone.")]).double().numpy()
         for own in (one, other)
     ]
     return spearman(*ranked)
@@ -148,7 +148,7 @@ def after_letters(model: Network, tasks: Sequence[Task], method: Method, seed: i
     """A copy that has learned the ninth task."""
     student = copy.deepcopy(model)
     move = find_sequence("scripts8").augment
-    train(lesson_of(student, tasks[8], 8, settings=settings, augment=move, seed=seed), method, lambda: None)
+    train(task_training(student, tasks[8], 8, settings=settings, augment=move, seed=seed), method, lambda: None)
     return student
 
 

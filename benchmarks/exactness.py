@@ -28,8 +28,8 @@ from memsyn import measure
 from memsyn_bench.data.drawings import augment, load_emoji8
 from memsyn_bench.methods.method import Method
 from memsyn_bench.methods.registry import METHODS
-from memsyn_bench.running.learners import generator, lesson_of, train
 from memsyn_bench.running.scoring import score
+from memsyn_bench.running.training import generator, task_training, train
 from memsyn_bench.sequences.networks import MultiHead
 from memsyn_bench.sequences.sequences import pretrained_network
 from memsyn_bench.settings import Settings
@@ -160,9 +160,9 @@ def pretrained_efficientnet(num_samples: int, bar: "tqdm[NoReturn]") -> Iterator
 
 
 def learn(model: nn.Module, task: Task, index: int, settings: Settings, method: Method) -> None:
-    lesson = lesson_of(cast(MultiHead, model), task, index, settings=settings, augment=augment, seed=0)
-    train(lesson, method, after_epoch=lambda: None)
-    method.end(lesson)
+    training = task_training(cast(MultiHead, model), task, index, settings=settings, augment=augment, seed=0)
+    train(training, method, after_epoch=lambda: None)
+    method.end(training)
 
 
 def comparisons(trained: Trained, num_orders: int, bar: "tqdm[NoReturn]") -> dict[int, list[Comparison]]:

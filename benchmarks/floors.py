@@ -26,8 +26,8 @@ def nearest(task: Task, train: Tensor, test: Tensor) -> float:
 
 
 @torch.inference_mode()
-def features(body: nn.Module, images: Tensor) -> Tensor:
-    return F.normalize(torch.cat([body(batch) for batch in images.split(64)]), dim=1)
+def features(backbone: nn.Module, images: Tensor) -> Tensor:
+    return F.normalize(torch.cat([backbone(batch) for batch in images.split(64)]), dim=1)
 
 
 def row(title: str, values: list[float]) -> str:
@@ -46,14 +46,14 @@ def pixels() -> None:
 
 
 def of_efficientnet() -> None:
-    sequence, body = SEQUENCES["emoji8-pretrained"], efficientnet_lite0()
+    sequence, backbone = SEQUENCES["emoji8-pretrained"], efficientnet_lite0()
     print(heading("side", sequence.load(sequence.sizes[0])))
     means: list[Tensor] = []
     for size in sequence.sizes:
         tasks, values = sequence.load(size), []
         means = []
         for task in tasks:
-            train, test = features(body, task.train_images), features(body, task.test_images)
+            train, test = features(backbone, task.train_images), features(backbone, task.test_images)
             values.append(nearest(task, train, test))
             means.append(F.normalize(train.mean(dim=0), dim=0))
         print(row(str(size), values), flush=True)

@@ -83,8 +83,8 @@ class Scaled(nn.Module):
 
 def perceptron(head_sizes: list[int], generator: torch.Generator) -> nn.Module:
     torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-    body = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
-    return MultiHead(body, 256, head_sizes=head_sizes)
+    backbone = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
+    return MultiHead(backbone, 256, head_sizes=head_sizes)
 
 
 def parts_of(tasks: Sequence[Task], *, one_head: bool = False) -> list[Part]:

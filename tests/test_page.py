@@ -13,7 +13,7 @@ from memsyn.report.memory_page import memory_page
 from memsyn.report.names import printable, shortened
 from memsyn.report.page import write_page
 from memsyn_bench.pages.run_page import read_runs, run_page
-from memsyn_bench.running.record import FILE
+from memsyn_bench.running.record import RESULTS_FILE
 from memsyn_bench.sequences.sequences import SEQUENCES
 from tests.browser import CHROMIUM, MISSING, Browser
 
@@ -45,8 +45,8 @@ def report(tmp_path_factory):
         **dict.fromkeys(HOSTILE, MATRICES["joint"]),
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SEQUENCES, "tiny", tiny.SEQUENCE)
-        write(folder / "<b>run</b>" / FILE, matrices, names=HOSTILE[:2])
+        patch.setitem(SEQUENCES.entries, "tiny", tiny.SEQUENCE)
+        write(folder / "<b>run</b>" / RESULTS_FILE, matrices, names=HOSTILE[:2])
         page = run_page(read_runs([folder / "<b>run</b>"]))
     write_page(page, folder / "report.html")
     return folder / "report.html", page

@@ -1,8 +1,9 @@
 """Build the `emoji8` pack: eight tasks of forty objects, each object drawn by six or seven studios.
 
-Fetches pinned icon packages with `npm pack`, renders them and writes the pack to `bench/memsyn_bench/data/packs/emoji8/`.
-What is left over goes, training studios only, to `build/emoji8/pretrain.npz` for `pretrain_emoji8.py`. The same
-packages, renderer and Pillow give the same bytes. Needs npm, resvg-py and pillow.
+Fetches pinned icon packages with `npm pack`, renders them and writes the pack to
+`bench/memsyn_bench/data/packs/emoji8/`. What is left over goes, training studios only, to
+`build/emoji8/pretrain.npz` for `pretrain_emoji8.py`. The same packages, renderer and Pillow
+give the same bytes. Needs npm, resvg-py and pillow.
 """
 
 from __future__ import annotations

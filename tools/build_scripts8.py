@@ -1,8 +1,8 @@
 """Build the `scripts8` pack: the letters of eight alphabets in fonts whose families are learned from or tested on.
 
 Fetches pinned Debian packages with `apt-get download`, unpacks them with `dpkg-deb -x` (nothing is installed), renders
-the letters and writes the pack to `bench/memsyn_bench/data/packs/scripts8/`. The same packages and Pillow give the same bytes.
-Needs Debian's apt and dpkg, and pillow.
+the letters and writes the pack to `bench/memsyn_bench/data/packs/scripts8/`. The same packages and Pillow give the same
+bytes. Needs Debian's apt and dpkg, and pillow.
 """
 
 from __future__ import annotations

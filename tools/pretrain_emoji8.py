@@ -1,7 +1,8 @@
-"""Pretrain the body of the `emoji8` network on the objects that the pack leaves over.
+"""Pretrain the backbone of the `emoji8` network on the objects that the pack leaves over.
 
 Reads `build/emoji8/pretrain.npz` (training studios only; run `build_emoji8.py` first) and writes
-`bench/memsyn_bench/data/packs/emoji8/pretrained.safetensors`. No drawing of a test studio and no object of a task is seen.
+`bench/memsyn_bench/data/packs/emoji8/pretrained.safetensors`. No drawing of a test studio and no object of a task is
+seen.
 """
 
 from __future__ import annotations

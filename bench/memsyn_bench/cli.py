@@ -12,18 +12,19 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from memsyn import OptionError
+from memsyn import MemsynError, OptionError
 from memsyn.cli.screen import plain_errors, say
 from memsyn.report.page import write_report
-from memsyn_bench.methods.registry import METHODS
+from memsyn_bench.extensions import NamedEntries
+from memsyn_bench.methods.registry import METHODS, MethodEntry
 from memsyn_bench.pages.export import write_mlflow, write_tensorboard
-from memsyn_bench.pages.plots import plot_accuracy
+from memsyn_bench.pages.plots import plot_accuracy, plot_strengths
 from memsyn_bench.pages.run_page import read_runs, run_page
 from memsyn_bench.results.report import markdown_table, rich_table
 from memsyn_bench.results.results import write_results
 from memsyn_bench.running.runner import run
-from memsyn_bench.sequences.sequences import SEQUENCES, own_settings
-from memsyn_bench.settings import OWN, strength_of
+from memsyn_bench.sequences.sequences import SEQUENCES, TaskSequence, default_settings
+from memsyn_bench.settings import OWN, parse_strength
 
 ITS_OWN = "the sequence's own"
 
@@ -53,13 +54,19 @@ def memsyn_bench(
 @app.command("list")
 def list_() -> None:
     """Say which sequences and methods there are."""
-    for heading, members in (
-        ("Sequences", {name: sequence.summary for name, sequence in SEQUENCES.items()}),
-        ("Methods", {name: method.summary for name, method in METHODS.items()}),
-    ):
-        typer.echo(heading)
-        for name, summary in members.items():
-            typer.echo(f"  {name:<17} {summary}")
+    errors = [*_print_entries("Sequences", SEQUENCES), *_print_entries("Methods", METHODS)]
+    with plain_errors():
+        if errors:
+            raise MemsynError("\n".join(map(str, errors)))
+
+
+def _print_entries(heading: str, entries: NamedEntries[TaskSequence] | NamedEntries[MethodEntry]) -> list[MemsynError]:
+    """Print a line for each entry that can be used; return the errors of the others."""
+    usable, errors = entries.usable()
+    typer.echo(heading)
+    for name, entry in usable.items():
+        typer.echo(f"  {name:<17} {entry.summary}")
+    return errors
 
 
 @app.command("run")
@@ -91,10 +98,10 @@ def run_(
     with plain_errors():
         options = {"size": size, "epochs": epochs, "batch_size": batch_size, "lr": lr, "warmup": warmup}
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        own = own_settings(sequence)
+        own = default_settings(sequence)
         if epochs is not None:
             given.setdefault("warmup", min(own.warmup, max(epochs, 0)))
-        settings = replace(own, strength=strength_of(strength), **given)
+        settings = replace(own, strength=parse_strength(strength), **given)
         try:
             results = run(settings, methods=[name.strip() for name in methods.split(",")], num_seeds=seeds, out=folder)
         except KeyboardInterrupt:
@@ -148,7 +155,7 @@ def results_(
     Example: memsyn-bench results docs/results/*.jsonl -o docs/results.md
     """
     with plain_errors():
-        page = write_results(files, out)
+        page = write_results(files, out, plot=plot_strengths)
     if out is None:
         typer.echo(page, nl=False)
     else:

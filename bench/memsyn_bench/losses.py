@@ -13,7 +13,7 @@ from torch import Tensor
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(outputs (N, D), labels (N,), the task's class vectors (C, D) if it has any) -> the loss of each image, (N,)."""
 
-TEMPERATURE = 0.05
+SIMILARITY_TEMPERATURE = 0.05
 """Of `similarity_loss`."""
 
 
@@ -30,4 +30,4 @@ def similarity_loss(outputs: Tensor, labels: Tensor, vectors: Tensor | None) -> 
     it would be left to chance.
     """
     assert vectors is not None
-    return F.cross_entropy(outputs @ F.normalize(vectors).T / TEMPERATURE, labels, reduction="none")
+    return F.cross_entropy(outputs @ F.normalize(vectors).T / SIMILARITY_TEMPERATURE, labels, reduction="none")

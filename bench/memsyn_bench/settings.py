@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 
-from memsyn.errors import OptionError
+from memsyn import OptionError
 
 OWN, CHOSEN = "own", "chosen"
 
@@ -63,9 +63,24 @@ class Settings:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def strength_of(text: str) -> float | str:
+def parse_strength(text: str) -> float | str:
     """A strength as `Settings` takes it: a number if the text is one."""
     try:
         return float(text)
     except ValueError:
         return text
+
+
+def training_words(settings: Settings) -> str:
+    """One sentence: how every method of a run is trained."""
+    warmup = f", in the first {settings.warmup} heads alone" if settings.warmup else ""
+    epochs = "1 epoch" if settings.epochs == 1 else f"{settings.epochs} epochs"
+    return (
+        f"{epochs} a task{warmup}, Adam, lr {settings.lr:g}, batch size {settings.batch_size}, "
+        f"{_strength_words(settings.strength)}."
+    )
+
+
+def _strength_words(strength: float | str) -> str:
+    words = {OWN: "each method's own strength", CHOSEN: "strengths chosen on validation data of the first tasks"}
+    return words[strength] if isinstance(strength, str) else f"strength {strength:g}"

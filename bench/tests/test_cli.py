@@ -21,7 +21,7 @@ QUICK = ["--size", "8", "--epochs", "1", "--batch-size", "6", "--seeds", "1"]
 
 @pytest.fixture(autouse=True)
 def _tiny_sequence(monkeypatch):
-    monkeypatch.setitem(SEQUENCES, "tiny", tiny.SEQUENCE)
+    monkeypatch.setitem(SEQUENCES.entries, "tiny", tiny.SEQUENCE)
 
 
 def test_version():
@@ -92,7 +92,7 @@ def test_the_size_is_the_sequences_first_unless_told(tmp_path):
 
 def test_the_rest_is_the_sequences_own_and_no_more_epochs_warm_up_than_there_are(tmp_path, monkeypatch):
     own = replace(tiny.SEQUENCE, training={"epochs": 3, "warmup": 2, "batch_size": 6})
-    monkeypatch.setitem(SEQUENCES, "tiny", own)
+    monkeypatch.setitem(SEQUENCES.entries, "tiny", own)
     command = ["run", "tiny", "--seeds", "1", "--methods", "finetune"]
     for given, words in (
         ((), "3 epochs a task, in the first 2 heads alone, Adam, lr 0.003, batch size 6"),
@@ -165,7 +165,7 @@ def test_other_settings_in_the_folder_are_an_error(tmp_path):
 
 def test_emoji8_itself_in_little(tmp_path, monkeypatch):
     emoji8 = SEQUENCES["emoji8"]
-    monkeypatch.setitem(SEQUENCES, "emoji8", replace(emoji8, load=lambda size: emoji8.load(size)[:2]))
+    monkeypatch.setitem(SEQUENCES.entries, "emoji8", replace(emoji8, load=lambda size: emoji8.load(size)[:2]))
     output = call("run", "emoji8", "--methods", "mas", "--seeds", "1", "--epochs", "1", "--out", tmp_path).output
     last = next(line for line in output.splitlines() if "after 2/2 Animals & Nature" in line)
     assert all(float(value) > 10 for value in last.split()[-2:])  # of 40 objects: chance is 2.5%

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from memsyn.errors import MemsynError
-from memsyn_bench.data.drawings import PACK, WEIGHTS, augment, load_emoji8, load_pretrained, normalise, resize
+from memsyn_bench.data.drawings import EMOJI8_PACK, WEIGHTS, augment, load_emoji8, load_pretrained, normalise, resize
 from memsyn_bench.sequences.networks import MultiHead, SmallConvNet
 
 
 @pytest.fixture(scope="module")
 def manifest():
-    return json.loads((PACK / "manifest.json").read_text(encoding="utf-8"))
+    return json.loads((EMOJI8_PACK / "manifest.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +32,13 @@ def ink(size=32, num=4):
 
 def test_sheets_match_the_manifest_and_the_pack_is_small(manifest):
     for task in manifest["tasks"]:
-        assert hashlib.sha256((PACK / task["sheet"]).read_bytes()).hexdigest() == task["sha256"]
-    assert sum(path.stat().st_size for path in PACK.iterdir()) < 8e6
+        assert hashlib.sha256((EMOJI8_PACK / task["sheet"]).read_bytes()).hexdigest() == task["sha256"]
+    assert sum(path.stat().st_size for path in EMOJI8_PACK.iterdir()) < 8e6
 
 
 def test_every_file_of_the_pack_is_expected(manifest):
     expected = {task["sheet"] for task in manifest["tasks"]} | {"manifest.json", "LICENSES.md", WEIGHTS}
-    assert {path.name for path in PACK.iterdir()} == expected
+    assert {path.name for path in EMOJI8_PACK.iterdir()} == expected
 
 
 def test_eight_tasks_of_forty_objects(tasks):
@@ -79,14 +79,14 @@ def test_no_test_drawing_is_among_the_training_drawings(tasks):
 def test_the_pretrained_weights_saw_training_studios_only(manifest):
     from safetensors import safe_open
 
-    with safe_open(PACK / WEIGHTS, "pt") as file:
+    with safe_open(EMOJI8_PACK / WEIGHTS, "pt") as file:
         made = json.loads(file.metadata()["made"])
     training = {studio["name"] for studio in manifest["studios"] if studio["split"] == "train"}
     assert set(made["studios"]) == training
 
 
 def test_the_licence_of_every_studio_is_told(manifest):
-    text = (PACK / "LICENSES.md").read_text(encoding="utf-8")
+    text = (EMOJI8_PACK / "LICENSES.md").read_text(encoding="utf-8")
     for studio in manifest["studios"]:
         assert f"npm `{studio['package']}` | {studio['licence']} |" in text
 
@@ -98,7 +98,7 @@ def test_load_at_the_packs_own_size(tasks):
 
 
 def copy_pack(tmp_path):
-    return Path(shutil.copytree(PACK, tmp_path / "emoji8"))
+    return Path(shutil.copytree(EMOJI8_PACK, tmp_path / "emoji8"))
 
 
 def test_a_damaged_sheet_is_refused(tmp_path):
@@ -160,20 +160,20 @@ def test_augment_of_no_images():
 
 @pytest.mark.parametrize("size", [8, 32, 64])
 def test_the_body_works_at_any_size(size):
-    body = SmallConvNet()
-    assert body.num_features == 256
-    assert body(torch.zeros(2, 3, size, size)).shape == (2, 256)
-    assert 0.5e6 < sum(parameter.numel() for parameter in body.parameters()) < 1e6
+    backbone = SmallConvNet()
+    assert backbone.num_features == 256
+    assert backbone(torch.zeros(2, 3, size, size)).shape == (2, 256)
+    assert 0.5e6 < sum(parameter.numel() for parameter in backbone.parameters()) < 1e6
 
 
 def test_the_pretrained_weights_fit_the_body():
-    body = SmallConvNet()
-    assert str(body.load_state_dict(load_pretrained())) == "<All keys matched successfully>"
+    backbone = SmallConvNet()
+    assert str(backbone.load_state_dict(load_pretrained())) == "<All keys matched successfully>"
 
 
 def test_each_task_has_its_own_head():
-    body = SmallConvNet(widths=(8, 8, 8, 16))
-    model = MultiHead(body, body.num_features, head_sizes=[3, 5])
+    backbone = SmallConvNet(widths=(8, 8, 8, 16))
+    model = MultiHead(backbone, backbone.num_features, head_sizes=[3, 5])
     images = ink(size=16, num=2)
     assert model(images, 0).shape == (2, 3)
     assert model(images, 1).shape == (2, 5)

@@ -1,12 +1,15 @@
 """TensorBoard's and MLflow's copies of the records, read back with their own readers."""
 
+import re
+import sys
+
 import pytest
 from bench.tests import tiny
 from bench.tests.commands import call
 from bench.tests.test_results import MATRICES, SETTINGS, write
 
 from memsyn_bench.pages.export import _metric_name
-from memsyn_bench.running.record import FILE
+from memsyn_bench.running.record import RESULTS_FILE
 from memsyn_bench.sequences.sequences import SEQUENCES
 
 NAMES = ["one", "two <b>/../x"]
@@ -14,9 +17,9 @@ NAMES = ["one", "two <b>/../x"]
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setitem(SEQUENCES, "tiny", tiny.SEQUENCE)
+    monkeypatch.setitem(SEQUENCES.entries, "tiny", tiny.SEQUENCE)
     found = {"mas": MATRICES["mas"], "../up": {0: [[70.0]]}}
-    write(tmp_path / "first" / FILE, found, num_tasks=2, names=NAMES, scores={"class-incremental": {
+    write(tmp_path / "first" / RESULTS_FILE, found, num_tasks=2, names=NAMES, scores={"class-incremental": {
         "mas": {seed: [(50.0,), (30.0, 40.0)] for seed in range(3)}, "../up": {0: [(10.0,)]},
     }})  # fmt: skip
     return tmp_path / "first"
@@ -24,7 +27,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_tensorboard_reads_every_number_back(folder, tmp_path):
     reader = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard: memsyn[tensorboard]"
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard: memsyn-bench[tensorboard]"
     )
     out = tmp_path / "tb"
     call("report", folder, "--tensorboard", out)
@@ -52,8 +55,8 @@ def test_tensorboard_reads_every_number_back(folder, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
 def test_mlflow_reads_every_number_back(folder, tmp_path):
-    mlflow = pytest.importorskip("mlflow", reason="needs mlflow: memsyn[mlflow]")
-    pytest.importorskip("sqlalchemy", reason="needs sqlalchemy: memsyn[mlflow]")
+    mlflow = pytest.importorskip("mlflow", reason="needs mlflow: memsyn-bench[mlflow]")
+    pytest.importorskip("sqlalchemy", reason="needs sqlalchemy: memsyn-bench[mlflow]")
     uri = f"sqlite:///{tmp_path / 'm.db'}"
     call("report", folder, "--mlflow", uri)
     client = mlflow.MlflowClient(uri, registry_uri=uri)
@@ -85,14 +88,14 @@ def test_names_that_mlflow_cannot_tell_apart_stay_apart():
 
 
 def test_mlflows_refusal_is_an_error_of_ours(folder):
-    pytest.importorskip("mlflow", reason="needs mlflow: memsyn[mlflow]")
+    pytest.importorskip("mlflow", reason="needs mlflow: memsyn-bench[mlflow]")
     said = call("report", folder, "--mlflow", "nonsense://x", code=1).stderr
     assert "MLflow at nonsense://x refuses: " in said
 
 
-@pytest.mark.parametrize(("option", "module"), [("--tensorboard", "torch.utils.tensorboard"), ("--mlflow", "mlflow")])
-def test_a_missing_package_is_named_with_its_extra(folder, tmp_path, monkeypatch, option, module):
-    monkeypatch.setitem(__import__("sys").modules, module, None)
-    said = call("report", folder, option, tmp_path / "out", code=1).stderr
-    extra = option.removeprefix("--")
-    assert f"{option} needs {extra}: pip install 'memsyn[{extra}]'." in said
+@pytest.mark.parametrize("package", ["tensorboard", "mlflow"])
+def test_a_missing_package_is_named_with_its_extra(folder, tmp_path, monkeypatch, package):
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    said = call("report", folder, f"--{package}", tmp_path / "out", code=1).stderr
+    assert re.search(rf"--{package} needs {package} \(.*\): pip install 'memsyn-bench\[{package}\]'\.", said)

@@ -16,18 +16,17 @@ import torch.nn.functional as F
 from PIL import Image
 
 from memsyn import Memory, MemsynError, OptionError
-from memsyn_bench.data.drawings import PACK as EMOJI8
-from memsyn_bench.data.drawings import normalise
-from memsyn_bench.data.facts import PACK, VECTORS, load_facts, load_kinds, read_manifest
-from memsyn_bench.data.scenes import PLACES, PLAY, SIDE, compose, load_scenes
-from memsyn_bench.losses import TEMPERATURE, cross_entropy, similarity_loss
+from memsyn_bench.data.drawings import EMOJI8_PACK, normalise
+from memsyn_bench.data.facts import FACTS_PACK, VECTORS, load_facts, load_kinds, read_manifest
+from memsyn_bench.data.scenes import PLACES, PLAY, SCENE_SIDE, compose, load_scenes
+from memsyn_bench.losses import SIMILARITY_TEMPERATURE, cross_entropy, similarity_loss
 from memsyn_bench.methods.registry import METHODS
 from memsyn_bench.running import runner
 from memsyn_bench.running.examples import nearest, read_examples
-from memsyn_bench.running.learners import lesson_of, train
 from memsyn_bench.running.retrieval import average_precision, mean_average_precision, retrieval, retrieval_over_all
 from memsyn_bench.running.scoring import score
 from memsyn_bench.running.strengths import candidates, choose_strength
+from memsyn_bench.running.training import task_training, train
 from memsyn_bench.sequences.networks import SharedHead, SmallConvNet, draw_weights
 from memsyn_bench.sequences.sequences import SEQUENCES
 from memsyn_bench.settings import Settings
@@ -42,7 +41,7 @@ def seeded(seed=0):
 
 @pytest.fixture(scope="module")
 def manifest():
-    return json.loads((PACK / "manifest.json").read_text(encoding="utf-8"))
+    return json.loads((FACTS_PACK / "manifest.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +51,10 @@ def sequences():
 
 def test_the_pack_is_small_and_holds_what_its_manifest_says(manifest):
     for kind in manifest["kinds"]:
-        assert hashlib.sha256((PACK / kind["sheet"]).read_bytes()).hexdigest() == kind["sha256"]
+        assert hashlib.sha256((FACTS_PACK / kind["sheet"]).read_bytes()).hexdigest() == kind["sha256"]
     expected = {kind["sheet"] for kind in manifest["kinds"]} | {"manifest.json", "LICENSES.md", VECTORS}
-    assert {path.name for path in PACK.iterdir()} == expected
-    assert sum(path.stat().st_size for path in PACK.iterdir()) < 4e6
+    assert {path.name for path in FACTS_PACK.iterdir()} == expected
+    assert sum(path.stat().st_size for path in FACTS_PACK.iterdir()) < 4e6
 
 
 def test_no_family_is_on_both_sides(manifest):
@@ -66,8 +65,8 @@ def test_no_family_is_on_both_sides(manifest):
 
 
 def test_the_licence_of_every_set_is_told(manifest):
-    text = (PACK / "LICENSES.md").read_text(encoding="utf-8")
-    for studio in json.loads((EMOJI8 / "manifest.json").read_text(encoding="utf-8"))["studios"]:
+    text = (FACTS_PACK / "LICENSES.md").read_text(encoding="utf-8")
+    for studio in json.loads((EMOJI8_PACK / "manifest.json").read_text(encoding="utf-8"))["studios"]:
         used = studio["name"] in {row["set"] for row in manifest["rows"]}
         assert (f"npm `{studio['package']}` | {studio['licence']} |" in text) == used
 
@@ -141,7 +140,7 @@ def test_the_vectors_are_what_minilm_makes_of_the_texts(manifest):
 
 
 def test_damaged_vectors_are_refused(tmp_path):
-    pack = Path(shutil.copytree(PACK, tmp_path / "facts"))
+    pack = Path(shutil.copytree(FACTS_PACK, tmp_path / "facts"))
     data = bytearray((pack / VECTORS).read_bytes())
     data[-1] ^= 1
     (pack / VECTORS).write_bytes(bytes(data))
@@ -154,11 +153,11 @@ def test_damaged_vectors_are_refused(tmp_path):
 
 @pytest.mark.parametrize("predicate", PLACES)
 def test_a_scene_shows_what_its_predicate_says(predicate):
-    subject, thing = torch.zeros(2, 3, SIDE, SIDE)
+    subject, thing = torch.zeros(2, 3, SCENE_SIDE, SCENE_SIDE)
     subject[0], thing[1] = 1.0, 1.0  # the subject's ink in one colour, the object's in another
     for seed in range(20):
         scene = compose(subject, thing, predicate, seeded(seed))
-        assert scene.shape == (3, SIDE, SIDE)
+        assert scene.shape == (3, SCENE_SIDE, SCENE_SIDE)
         first, second = ((scene[channel] > 0).nonzero().double() for channel in (0, 1))
         down, right = (second.mean(0) - first.mean(0)).tolist()
         gap = 32 - 2 * PLAY
@@ -288,7 +287,7 @@ def test_losses_are_their_formulas():
     labels = torch.tensor([0, 2, 1, 2])
     similarities = torch.tensor([[float(o @ v / v.norm()) for v in vectors] for o in outputs])
     for k, label in enumerate(labels.tolist()):
-        odds = torch.exp(similarities[k].double() / TEMPERATURE)
+        odds = torch.exp(similarities[k].double() / SIMILARITY_TEMPERATURE)
         assert similarity_loss(outputs, labels, vectors)[k].item() == pytest.approx(
             -torch.log(odds[label] / odds.sum()).item(), rel=1e-4
         )
@@ -298,8 +297,8 @@ def test_losses_are_their_formulas():
 
 
 def tiny_network(tasks, generator):
-    body = SmallConvNet(widths=(8, 8, 8, 16))
-    model = SharedHead(body, 16, num_classes=tasks[0].class_vectors.shape[1])
+    backbone = SmallConvNet(widths=(8, 8, 8, 16))
+    model = SharedHead(backbone, 16, num_classes=tasks[0].class_vectors.shape[1])
     draw_weights(model, generator)
     return model
 
@@ -325,7 +324,7 @@ def tiny_facts(monkeypatch, sequences):
         )
 
     sequence = replace(SEQUENCES["facts"], load=load, build=tiny_network)
-    monkeypatch.setitem(SEQUENCES, "facts", sequence)
+    monkeypatch.setitem(SEQUENCES.entries, "facts", sequence)
     return sequence
 
 
@@ -333,7 +332,7 @@ SETTINGS = Settings(sequence="facts", size=32, epochs=1, batch_size=32, lr=1e-2)
 
 
 def test_every_method_that_makes_sense_of_it_learns_facts(tmp_path, tiny_facts):
-    methods = tuple(name for name, rival in METHODS.items() if not rival.classifies)
+    methods = tuple(name for name, entry in METHODS.items() if not entry.classifies)
     assert {"finetune", "si", "mas", "mas-local", "joint", "rehearsal", "mas-rehearsal"} <= set(methods)
     results = runner.run(SETTINGS, methods=methods, num_seeds=1, out=tmp_path)
     for method in methods:
@@ -396,9 +395,9 @@ def test_joint_training_asks_old_images_for_their_own_tasks_texts(tiny_facts):
         return similarity_loss(outputs, labels, vectors)
 
     for index, task in enumerate(tasks):
-        lesson = lesson_of(model, task, index, settings=SETTINGS, augment=tiny_facts.augment, seed=0, loss=loss)
-        train(lesson, learner, lambda: None)
-        learner.end(lesson)
+        training = task_training(model, task, index, settings=SETTINGS, augment=tiny_facts.augment, seed=0, loss=loss)
+        train(training, learner, lambda: None)
+        learner.end(training)
     num_steps = [-(-len(task.train_labels) // SETTINGS.batch_size) for task in tasks]
     own = [torch.equal(vectors, tasks[0].class_vectors) for vectors in losses]
     assert own == [True] * num_steps[0] + [False, True] * num_steps[1]

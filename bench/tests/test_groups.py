@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 from bench.tests import tiny
+from bench.tests.commands import call as call_bench
 from bench.tests.test_results import MATRICES, interval, page, rows, write
-from typer.testing import CliRunner
 
-from memsyn.cli import app
+from memsyn_bench.pages.plots import plot_strengths
 from memsyn_bench.results.groups import plateau
 from memsyn_bench.results.results import write_results
-from memsyn_bench.sequences.sequences import SEQUENCES
 from memsyn_bench.settings import Settings
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -18,8 +17,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.fixture(autouse=True)
 def _sequences(monkeypatch):
-    for name in ("tiny", "facts", "facts-by-kind", "adaptation-x"):
-        monkeypatch.setitem(SEQUENCES, name, tiny.FACTS if "facts" in name else tiny.SEQUENCE)
+    tiny.register(monkeypatch)
 
 
 DROPS = {"finetune": (30.0, 40.0), "mas": (1.0, 2.0), "mas-test": (1.5, 2.0), "mas-local": (3.0, 4.0)}
@@ -72,8 +70,11 @@ def test_what_mas_learns_of_the_second_task_is_compared_with_a_frozen_body(tmp_p
     ends = {"frozen": (90.0, 92.0), "mas": (93.0, 93.0), "mas-local": (89.0, 90.0)}
     matrices = {method: {seed: [[80.0], [80.0, end]] for seed, end in enumerate(of)} for method, of in ends.items()}
     section = page(write(tmp_path / "x.jsonl", matrices, Settings(sequence="pair-food-animals", size=32)))
-    assert f"On the second task mas ends {interval(3.0, 1.0)} points above a frozen body (the interval" in section
-    assert f"On the second task mas-local ends {interval(1.0, 2.0)} points below a frozen body (the interval" in section
+    assert f"On the second task mas ends {interval(3.0, 1.0)} points above a frozen backbone (the interval" in section
+    assert (
+        f"On the second task mas-local ends {interval(1.0, 2.0)} points below a frozen backbone (the interval"
+        in section
+    )
 
 
 def test_pairs_from_another_network_are_another_table(tmp_path):
@@ -172,7 +173,7 @@ def test_facts_are_mean_average_precision_over_all_of_them(tmp_path):
         write(tmp_path / f"{name}.jsonl", matrices, Settings(sequence=sequence, size=8), scores=scores)
         for name, sequence, scores in (
             ("facts", "facts", {"retrieval-over-all": over_all}),
-            ("kinds", "facts-by-kind", {}),
+            ("kinds", "facts-kinds", {}),
         )
     ]
     section = page(*paths).split("## Facts: mean average precision")[1]
@@ -188,9 +189,7 @@ def test_facts_are_mean_average_precision_over_all_of_them(tmp_path):
 
 
 def call(*arguments, code=0):
-    result = CliRunner().invoke(app, ["results", *map(str, arguments)])
-    assert result.exit_code == code, result.output
-    return result
+    return call_bench("results", *arguments, code=code)
 
 
 def test_the_command_prints_the_page_or_writes_it_with_its_pictures(tmp_path):
@@ -208,7 +207,7 @@ def test_the_command_prints_the_page_or_writes_it_with_its_pictures(tmp_path):
 
 def test_two_sets_of_strengths_are_two_pictures(tmp_path):
     paths = write_strengths(tmp_path / "a", MEANS) + write_strengths(tmp_path / "b", MEANS, epochs=3)
-    text = write_results(paths, tmp_path / "found.md")
+    text = write_results(paths, tmp_path / "found.md", plot=plot_strengths)
     for name in ("sensitivity-tiny.png", "sensitivity-tiny-2.png"):
         assert f"(found/{name})" in text
         assert (tmp_path / "found" / name).exists()

@@ -1,4 +1,4 @@
-"""Every rival against its definition, on a small multi-head network in float64."""
+"""Every entry against its definition, on a small multi-head network in float64."""
 
 import copy
 from dataclasses import dataclass, replace
@@ -14,10 +14,10 @@ from memsyn import measure
 from memsyn_bench.data.strata import evenly, ranks_in_classes
 from memsyn_bench.methods.distillation import CODE_WEIGHT, codes, distillation, fit_encoder
 from memsyn_bench.methods.registry import METHODS
-from memsyn_bench.methods.rehearsal import PER_TASK, Rehearsing
+from memsyn_bench.methods.rehearsal import PER_TASK, Rehearsal
 from memsyn_bench.methods.trajectory import SI_DAMPING, WALK_DAMPING, WALK_DECAY, WALK_INTERVAL
 from memsyn_bench.running import runner
-from memsyn_bench.running.learners import lesson_of, train
+from memsyn_bench.running.training import task_training, train
 from memsyn_bench.sequences.networks import MultiHead
 from memsyn_bench.sequences.sequences import SEQUENCES
 from memsyn_bench.settings import Settings
@@ -25,7 +25,7 @@ from memsyn_bench.task import Task
 
 SETTINGS = Settings(sequence="tiny", size=8, epochs=2, batch_size=4, lr=0.02)
 NUM_TASKS = 3
-PENALISING = [name for name, rival in METHODS.items() if name.startswith(("l2", "imm", "ewc", "si", "rwalk", "mas"))]
+PENALISING = [name for name, entry in METHODS.items() if name.startswith(("l2", "imm", "ewc", "si", "rwalk", "mas"))]
 
 
 def make_task(index: int) -> Task:
@@ -40,8 +40,8 @@ TASKS = [make_task(index) for index in range(NUM_TASKS)]
 
 
 def build() -> MultiHead:
-    body = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh())
-    model = MultiHead(body, 8, head_sizes=[3] * NUM_TASKS).double()
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh())
+    model = MultiHead(backbone, 8, head_sizes=[3] * NUM_TASKS).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -53,9 +53,9 @@ def augment(images, generator):
     return images + 0.1 * torch.randn(images.shape, generator=generator, dtype=images.dtype)
 
 
-def lesson(model, index, **changes):
+def training(model, index, **changes):
     settings = replace(SETTINGS, **changes)
-    return lesson_of(model, TASKS[index], index, settings=settings, augment=augment, seed=0)
+    return task_training(model, TASKS[index], index, settings=settings, augment=augment, seed=0)
 
 
 @dataclass
@@ -71,7 +71,7 @@ def course(name, num_tasks, strength=0.0, **changes):
     model, method = build(), METHODS[name].make(strength)
     models, trainings = [], []
     for index in range(num_tasks):
-        now = lesson(model, index, **changes)
+        now = training(model, index, **changes)
         trainings.append(train(now, method, after_epoch=lambda: None))
         method.end(now)
         models.append(copy.deepcopy(model))
@@ -91,7 +91,7 @@ def added_gradients(method, model, index, images, **changes):
     model.zero_grad()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    method.before_step(lesson(model, index, **changes), images)
+    method.before_step(training(model, index, **changes), images)
     return gradients_of(model)
 
 
@@ -179,7 +179,7 @@ def test_alone_learns_each_task_from_the_first_weights():
 def test_with_a_frozen_body_only_heads_learn_after_the_first_task():
     models = course("frozen", 3).models
     assert_close(models[0], plain_course(1)[0])
-    assert_close(models[0].body, models[2].body, rtol=0.0)
+    assert_close(models[0].backbone, models[2].backbone, rtol=0.0)
     assert not torch.equal(models[0].heads[2].weight, models[2].heads[2].weight)
     assert torch.equal(models[1].heads[1].weight, models[2].heads[1].weight)
     assert all(parameter.requires_grad for parameter in models[2].parameters())
@@ -187,9 +187,9 @@ def test_with_a_frozen_body_only_heads_learn_after_the_first_task():
 
 def test_the_warm_up_trains_the_head_alone():
     start, model = build(), course("mas", 2, warmup=2).models[1]
-    assert_close(model.body, start.body, rtol=0.0)
+    assert_close(model.backbone, start.backbone, rtol=0.0)
     assert not torch.equal(model.heads[1].weight, start.heads[1].weight)
-    assert not torch.equal(course("mas", 1, warmup=1).models[0].body[1].weight, start.body[1].weight)
+    assert not torch.equal(course("mas", 1, warmup=1).models[0].backbone[1].weight, start.backbone[1].weight)
 
 
 @pytest.mark.parametrize("name", PENALISING)
@@ -333,7 +333,7 @@ def test_imm_merges_the_weights_of_all_tasks(name):
 def test_l2_transfer_keeps_imm_near_the_last_tasks_own_weights():
     way = {}
     for strength in (0.0, 10.0):
-        own = [course("imm-mean", num, strength).method.memory.anchor["body.1.weight"] for num in (1, 2)]
+        own = [course("imm-mean", num, strength).method.memory.anchor["backbone.1.weight"] for num in (1, 2)]
         way[strength] = float((own[1] - own[0]).norm())
     assert 0 < way[10.0] < 0.5 * way[0.0]
 
@@ -351,7 +351,7 @@ def test_lwf_and_ebll_add_the_gradient_of_what_the_old_network_said(name):
     strength = 0.7
     before = course(name, 2, strength)
     method, old, model = before.method, before.models[1], copy.deepcopy(before.models[1])
-    method.begin(lesson(model, 2))
+    method.begin(training(model, 2))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.3)
@@ -366,7 +366,8 @@ def test_lwf_and_ebll_add_the_gradient_of_what_the_old_network_said(name):
             if name == "ebll":
                 encoder = method.kept[f"encoder{head}"]
                 now, then = (
-                    torch.sigmoid(encoder["weight"] @ m.body(image[None])[0] + encoder["bias"]) for m in (model, old)
+                    torch.sigmoid(encoder["weight"] @ m.backbone(image[None])[0] + encoder["bias"])
+                    for m in (model, old)
                 )
                 loss = loss + CODE_WEIGHT * 0.5 * (now - then.detach()).square().sum() / 5
     (strength * loss).backward()
@@ -404,7 +405,7 @@ def test_an_encoder_is_under_complete_and_keeps_what_the_features_and_the_head_n
 def test_joint_training_adds_the_mean_loss_of_every_old_task():
     found = course("joint", 2)
     model, method = found.models[1], found.method
-    now = replace(lesson(model, 2, batch_size=12), augment=lambda images, generator: images)
+    now = replace(training(model, 2, batch_size=12), augment=lambda images, generator: images)
     model.zero_grad()
     method.before_step(now, TASKS[2].train_images)
     gradients = gradients_of(model)
@@ -414,9 +415,9 @@ def test_joint_training_adds_the_mean_loss_of_every_old_task():
 
 
 def test_rehearsal_adds_the_mean_loss_of_one_batch_of_its_buffer():
-    method, model, drawn = Rehearsing(per_task=6), build(), []
+    method, model, drawn = Rehearsal(per_task=6), build(), []
     for index in (0, 1):
-        method.end(lesson(model, index))
+        method.end(training(model, index))
     buffer = method.kept
 
     def noted(images, generator):
@@ -425,7 +426,7 @@ def test_rehearsal_adds_the_mean_loss_of_one_batch_of_its_buffer():
 
     for size, num in ((4, 4), (12, 12), (50, 12)):
         drawn.clear()
-        now = replace(lesson(model, 2, batch_size=size), augment=noted)
+        now = replace(training(model, 2, batch_size=size), augment=noted)
         model.zero_grad()
         method.before_step(now, TASKS[2].train_images[:4])
         images = torch.cat(drawn)
@@ -442,17 +443,17 @@ def test_rehearsal_adds_the_mean_loss_of_one_batch_of_its_buffer():
 
 
 def test_a_buffer_is_of_training_images_even_over_classes_and_drawn_by_the_seed():
-    methods = [Rehearsing(per_task=7) for _ in range(2)]
+    methods = [Rehearsal(per_task=7) for _ in range(2)]
     for method in methods:
-        method.end(lesson(build(), 0))
+        method.end(training(build(), 0))
     stored = methods[0].kept["task0"]
     assert sorted(stored["labels"].bincount().tolist()) == [2, 2, 3]
     for image, label in zip(stored["images"], stored["labels"], strict=True):
         where = (TASKS[0].train_images == image).flatten(1).all(1)
         assert TASKS[0].train_labels[where].tolist() == [int(label)]
     assert torch.equal(stored["images"], methods[1].kept["task0"]["images"])
-    few = Rehearsing()
-    few.end(lesson(build(), 0))
+    few = Rehearsal()
+    few.end(training(build(), 0))
     assert len(few.kept["task0"]["labels"]) == min(PER_TASK, 12)
 
 
@@ -471,7 +472,7 @@ def test_ranks_number_each_class_by_itself():
 def test_mas_with_rehearsal_is_both():
     found = course("mas-rehearsal", 2)
     assert set(found.method.kept) == {"1.task0", "1.task1"}
-    plain = Rehearsing()
+    plain = Rehearsal()
     plain.load(found.method.memory, {name[2:]: group for name, group in found.method.kept.items()})
     images, model = TASKS[2].train_images[:4], found.models[1]
     both, alone = (added_gradients(method, model, 2, images) for method in (found.method, plain))
@@ -485,7 +486,7 @@ def size_of(*groups):
 
 def test_bytes_are_those_of_the_tensors_held():
     model = weights_of(build())
-    trained = {name: value for name, value in model.items() if name.startswith(("body", "heads.1"))}
+    trained = {name: value for name, value in model.items() if name.startswith(("backbone", "heads.1"))}
     images = dict.fromkeys(range(2), TASKS[0].train_images)
     labels = dict.fromkeys(range(2), TASKS[0].train_labels)
     encoders = {0: torch.zeros(2, 8), 1: torch.zeros(2)}
@@ -508,7 +509,7 @@ def test_bytes_are_those_of_the_tensors_held():
 
 @pytest.fixture
 def _tiny_sequence(monkeypatch):
-    monkeypatch.setitem(SEQUENCES, "tiny", tiny.SEQUENCE)
+    monkeypatch.setitem(SEQUENCES.entries, "tiny", tiny.SEQUENCE)
 
 
 def numbers(results):
@@ -552,7 +553,7 @@ def test_every_method_sees_the_same_batches_in_the_same_order(tmp_path, monkeypa
                 own.append(augmented)
             return augmented
 
-        monkeypatch.setitem(SEQUENCES, "tiny", replace(tiny.SEQUENCE, augment=noted))
+        monkeypatch.setitem(SEQUENCES.entries, "tiny", replace(tiny.SEQUENCE, augment=noted))
         runner.run(replace(SETTINGS, epochs=1), methods=[name], num_seeds=1, out=tmp_path / name)
     for name, batches in seen.items():
         assert len(batches) == len(seen["finetune"]) == 3 * 3

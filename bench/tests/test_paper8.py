@@ -11,7 +11,7 @@ from PIL import Image
 import memsyn
 from memsyn.errors import MemsynError
 from memsyn_bench.data import paper8
-from memsyn_bench.data.paper8 import ACTIONS, FOLDER, LETTERS, SOURCES, load_data_set, load_paper8, shift
+from memsyn_bench.data.paper8 import ACTIONS, FOLDER_VARIABLE, LETTERS, SOURCES, load_data_set, load_paper8, shift
 from memsyn_bench.sequences.sequences import SEQUENCES, find_sequence
 from memsyn_bench.task import Task, for_validation
 
@@ -210,7 +210,7 @@ def test_pictures_are_decoded_once_until_one_changes(tmp_path, monkeypatch):
 def test_all_eight_in_order(tmp_path, monkeypatch):
     for make in MAKERS.values():
         make(tmp_path)
-    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     tasks = load_paper8(16)
     titles = ["Flowers", "Scenes", "Birds", "Cars", "Aircraft", "Actions", "Letters", "SVHN"]
     assert [task.name for task in tasks] == titles
@@ -220,7 +220,7 @@ def test_all_eight_in_order(tmp_path, monkeypatch):
 
 
 def test_what_is_missing_is_named_with_its_authors(tmp_path, monkeypatch):
-    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     make_scenes(tmp_path)
     with pytest.raises(
         MemsynError, match=r"has no flowers/ \(.*Nilsback.*no birds/ \(Caltech.*MEMSYN_PAPER8"
@@ -234,7 +234,7 @@ def test_what_is_missing_is_named_with_its_authors(tmp_path, monkeypatch):
 
 def test_without_scipy_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(MemsynError, match=r"imagelabels\.mat needs scipy .*pip install 'memsyn\[paper8\]'"):
+    with pytest.raises(MemsynError, match=r"imagelabels\.mat needs scipy .*pip install 'memsyn-bench\[paper8\]'"):
         load_data_set("flowers", 16, tmp_path)
 
 
@@ -263,17 +263,17 @@ def test_a_network_of_torchvision_is_fed_as_it_was_trained_and_has_no_head_of_it
     assert model.heads[0].in_features == 3
     images = torch.zeros(2, 3, 224, 224, dtype=torch.uint8)
     images[1] = 255
-    features = model.body(images)
+    features = model.backbone(images)
     mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(features, torch.stack([-mean / deviation, (1 - mean) / deviation]))
-    assert not model.train().body.network.training
+    assert not model.train().backbone.network.training
 
 
 @pytest.mark.usefixtures("torchvision")
 def test_small_pictures_are_enlarged_for_the_network(monkeypatch):
     model = SEQUENCES["paper8"].build(small_tasks(32), torch.Generator().manual_seed(0))
     seen = []
-    model.body.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+    model.backbone.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
     model(small_tasks(32)[0].train_images, 0)
     assert seen == [(4, 3, 224, 224)]
 
@@ -299,5 +299,5 @@ def test_a_network_that_cannot_be_had_is_named():
 
 def test_without_torchvision_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(MemsynError, match=r"needs torchvision \(.*\): pip install torchvision"):
+    with pytest.raises(MemsynError, match=r"needs torchvision \(.*\): pip install 'torchvision'"):
         SEQUENCES["paper8"].build(small_tasks(32), torch.Generator())

@@ -72,7 +72,7 @@ def test_a_torn_last_line_is_dropped_wherever_it_was_cut(path):
 @pytest.mark.parametrize("line", ["not JSON", "[1]", "{}", '{"kind": "task", "method": "mas"}', '{"kind": "run"}'])
 def test_a_strange_line_is_named(path, line):
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(MemsynError, match=r"results\.jsonl, line 3 is no record of memsyn bench. Use another --out"):
+    with pytest.raises(MemsynError, match=r"results\.jsonl, line 3 is no record of memsyn-bench. Use another --out"):
         read_all(path, SETTINGS)
 
 

@@ -11,14 +11,22 @@ import typer
 from bench.tests import tiny
 
 from memsyn import MemsynError
-from memsyn.cli import app
+from memsyn_bench.cli import app
 from memsyn_bench.methods.registry import METHODS
+from memsyn_bench.pages.plots import plot_strengths
 from memsyn_bench.results.findings import read_findings
 from memsyn_bench.results.results import results_page, write_results
 from memsyn_bench.results.sections import commands, readable
-from memsyn_bench.running.record import FILE, StrengthRecord, TaskRecord, append_run, append_strength, append_task
-from memsyn_bench.sequences.sequences import SEQUENCES, own_settings
-from memsyn_bench.settings import Settings, strength_of
+from memsyn_bench.running.record import (
+    RESULTS_FILE,
+    StrengthRecord,
+    TaskRecord,
+    append_run,
+    append_strength,
+    append_task,
+)
+from memsyn_bench.sequences.sequences import SEQUENCES, default_settings
+from memsyn_bench.settings import Settings, parse_strength
 
 SETTINGS = Settings(sequence="tiny", size=8, epochs=2)
 DOCS = Path(__file__).parents[2] / "docs"
@@ -29,8 +37,7 @@ COSTS = {"seconds": 1.5, "strength": None, "kept": (100, 2500), "working": 3_000
 
 @pytest.fixture(autouse=True)
 def _sequences(monkeypatch):
-    for name in ("tiny", "facts", "adaptation-x"):
-        monkeypatch.setitem(SEQUENCES, name, tiny.FACTS if "facts" in name else tiny.SEQUENCE)
+    tiny.register(monkeypatch)
 
 
 def write(path, found, settings=SETTINGS, *, num_tasks=None, scores=None, names=None, choices=()):
@@ -143,7 +150,7 @@ def test_time_and_memory_are_of_one_seed(path):
 
 
 def test_methods_that_store_data_are_never_the_best(path):
-    assert {name for name, rival in METHODS.items() if rival.stores_data} == {"joint", "rehearsal", "mas-rehearsal"}
+    assert {name for name, entry in METHODS.items() if entry.stores_data} == {"joint", "rehearsal", "mas-rehearsal"}
     assert "Of the methods that store no data **mas** has the highest average accuracy: 84.0 ± 5.0%." in page(path)
 
 
@@ -179,7 +186,7 @@ def test_a_rival_that_wins_is_said(tmp_path):
     ("gap", "words"),
     [
         (2.9, "ends within 3 points (2.9) of the best method that stores no data: this experiment shows nothing"),
-        (3.1, "The frozen body ends 3.1 points below the best method that stores no data."),
+        (3.1, "The frozen backbone ends 3.1 points below the best method that stores no data."),
     ],
 )
 def test_a_frozen_body_near_the_best_shows_nothing_about_memory(tmp_path, gap, words):
@@ -188,28 +195,31 @@ def test_a_frozen_body_near_the_best_shows_nothing_about_memory(tmp_path, gap, w
     assert words in text
     assert ("nothing about memory" in text) == (gap < 3)
     room = interval(*(own - (other - gap) for own, other in zip(AVERAGES["joint"], AVERAGES["mas"], strict=True)))
-    assert (f"Joint training itself ends {room} points above the frozen body." in text) == (gap < 3)
+    assert (f"Joint training itself ends {room} points above the frozen backbone." in text) == (gap < 3)
 
 
 def test_a_frozen_body_is_no_floor_where_the_head_is_shared(tmp_path, monkeypatch):
-    monkeypatch.setitem(SEQUENCES, "tiny", replace(tiny.SEQUENCE, shares_head=True))
+    monkeypatch.setitem(SEQUENCES.entries, "tiny", replace(tiny.SEQUENCE, shares_head=True))
     for gap in (2.9, 3.1):
         frozen = {seed: [matrix[0], [value - gap for value in matrix[1]]] for seed, matrix in MATRICES["mas"].items()}
         text = page(write(tmp_path / f"{gap}.jsonl", {"mas": MATRICES["mas"], "frozen": frozen}))
         forgotten = interval(2.0 + gap, -1.0 + gap, 2.0 + gap)
-        assert f"frozen body is no floor here: the tasks share its head, which forgets {forgotten} points." in text
+        assert f"frozen backbone is no floor here: the tasks share its head, which forgets {forgotten} points." in text
         assert "nothing about memory" not in text
 
 
 def test_a_frozen_body_is_compared_on_shared_seeds_alone(tmp_path):
     found = {"mas": {0: MATRICES["mas"][0]}, "frozen": {1: MATRICES["finetune"][1]}}
-    assert "The frozen body" not in page(write(tmp_path / "x.jsonl", found))
+    assert "The frozen backbone" not in page(write(tmp_path / "x.jsonl", found))
 
 
 def test_a_frozen_body_that_is_the_best_is_said_to_be(tmp_path):
     text = page(write(tmp_path / "x.jsonl", {"mas": MATRICES["finetune"], "frozen": MATRICES["mas"]}))
     assert "**frozen** has the highest" in text
-    assert "The frozen body is the best method that stores no data: this experiment shows nothing about memory." in text
+    assert (
+        "The frozen backbone is the best method that stores no data: this experiment shows nothing about memory."
+        in text
+    )
 
 
 def test_unfinished_seeds_are_left_out_and_named(tmp_path):
@@ -278,7 +288,7 @@ def test_a_choice_among_equals_or_at_the_edge_is_said(tmp_path, strength, scores
 
 
 def test_odd_names_stay_in_their_cells(tmp_path, monkeypatch):
-    monkeypatch.setitem(METHODS, "a|b", METHODS["si"])
+    monkeypatch.setitem(METHODS.entries, "a|b", METHODS["si"])
     text = page(write(tmp_path / "x.jsonl", {"a|b": MATRICES["mas"]}, names=["Food | Drink", "<b>_x_"]))
     assert list(rows(text)) == [r"**a\|b**"]
     assert list(rows(text, heading="at the end (%)")[r"a\|b"]) == [r"Food \| Drink", r"\<b\>\_x\_"]
@@ -304,24 +314,24 @@ def test_the_command_makes_the_same_settings(tmp_path, changes):
     found = {method: {0: MATRICES[method][0], 1: [[1.0]]} for method in ("finetune", "mas")}
     path = write(tmp_path / "x.jsonl", found | {"si": {0: [[1.0]]}}, settings)
     first, second = (line.split() for line in commands(read_findings(path)))
-    assert first[:3] == second[:3] == ["memsyn", "bench", "run"]
-    command = typer.main.get_command(app).commands["bench"].commands["run"]
-    options = command.make_context("run", first[3:]).params
+    assert first[:2] == second[:2] == ["memsyn-bench", "run"]
+    command = typer.main.get_command(app).commands["run"]
+    options = command.make_context("run", first[2:]).params
     assert (options.pop("methods"), options.pop("seeds"), options.pop("out")) == ("finetune,mas", 2, Path("runs/x"))
-    options["strength"] = strength_of(options["strength"])
+    options["strength"] = parse_strength(options["strength"])
     given = {name: value for name, value in options.items() if value is not None}
-    assert replace(own_settings(settings.sequence), **given) == settings
+    assert replace(default_settings(settings.sequence), **given) == settings
     assert " ".join(second).startswith(f"memsyn-bench run {settings.sequence} --methods si --seeds 1")
-    own = asdict(own_settings(settings.sequence))
-    assert len(first) == 10 + 2 * sum(own[name] != value for name, value in asdict(settings).items())
+    own = asdict(default_settings(settings.sequence))
+    assert len(first) == 9 + 2 * sum(own[name] != value for name, value in asdict(settings).items())
 
 
 def test_the_command_names_the_runs_own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path, words in (
         (Path("tiny.jsonl"), ""),  # the copy of a run in runs/tiny, where it goes by itself
-        (Path("runs/tiny") / FILE, ""),
-        (Path("deep/there") / FILE, " --out deep/there"),
+        (Path("runs/tiny") / RESULTS_FILE, ""),
+        (Path("deep/there") / RESULTS_FILE, " --out deep/there"),
     ):
         assert commands(read_findings(write(path, MATRICES)))[0].partition(" --epochs 2")[2] == words
 
@@ -336,20 +346,20 @@ def test_it_says_how_the_file_was_made_and_the_page_is_made_again(path):
 
 
 def test_a_run_in_its_folder_goes_by_the_folders_name(tmp_path):
-    assert read_findings(write(tmp_path / "my run" / FILE, MATRICES)).name == "my run"
+    assert read_findings(write(tmp_path / "my run" / RESULTS_FILE, MATRICES)).name == "my run"
 
 
 def test_a_page_does_not_take_the_place_of_a_file_it_is_made_from(path):
     before = path.read_bytes()
     with pytest.raises(MemsynError, match=r"is one of the files to read: it stays\. Use another -o\."):
-        write_results([path], path)
+        write_results([path], path, plot=plot_strengths)
     assert path.read_bytes() == before
 
 
 def test_a_file_of_another_versions_sequence_is_named(tmp_path):
     path = write(tmp_path / "a.jsonl", {"mas": MATRICES["mas"]}, replace(SETTINGS, sequence="gone"))
     with pytest.raises(
-        MemsynError, match=r"a\.jsonl is of a sequence that this version does not know: .* Leave it out"
+        MemsynError, match=r"a\.jsonl is of a sequence that cannot be used here: .* Leave the file out, or install"
     ):
         page(path)
 
@@ -362,7 +372,7 @@ def test_what_is_no_result_file_is_named(tmp_path):
     with pytest.raises(MemsynError, match=r"x\.jsonl does not say with which settings it was made. Leave the file out"):
         read_findings(path)
     path.write_text('{"kind": "run"}\n')
-    with pytest.raises(MemsynError, match=r"x\.jsonl, line 1 is no record of memsyn bench. Leave the file out"):
+    with pytest.raises(MemsynError, match=r"x\.jsonl, line 1 is no record of memsyn-bench. Leave the file out"):
         read_findings(path)
     path.unlink()
     append_run(path, SETTINGS, 3)

@@ -26,9 +26,8 @@ from memsyn_bench.pages.run_page import read_runs, run_page
 from memsyn_bench.results.findings import Findings, read_findings
 from memsyn_bench.results.markdown import blocks, escape, plain, table
 from memsyn_bench.results.sections import accuracy_table
-from memsyn_bench.running.examples import FILE as FILE_OF_EXAMPLES
-from memsyn_bench.running.record import FILE, Run, StrengthRecord, TaskRecord, append_run
-from memsyn_bench.sequences.sequences import SEQUENCES
+from memsyn_bench.running.examples import EXAMPLES_FILE
+from memsyn_bench.running.record import RESULTS_FILE, Run, StrengthRecord, TaskRecord, append_run
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="  # one pixel
 CHOICES = (StrengthRecord("mas", 1.0, (0.1, 1.0, 10.0), (70.0, 72.0, 71.0), SETTINGS.fingerprint),)
@@ -36,13 +35,12 @@ CHOICES = (StrengthRecord("mas", 1.0, (0.1, 1.0, 10.0), (70.0, 72.0, 71.0), SETT
 
 @pytest.fixture(autouse=True)
 def _sequences(monkeypatch):
-    for name in ("tiny", "facts", "adaptation-x"):
-        monkeypatch.setitem(SEQUENCES, name, tiny.FACTS if "facts" in name else tiny.SEQUENCE)
+    tiny.register(monkeypatch)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    write(tmp_path / "first" / FILE, MATRICES, choices=CHOICES)
+    write(tmp_path / "first" / RESULTS_FILE, MATRICES, choices=CHOICES)
     return tmp_path / "first"
 
 
@@ -81,7 +79,7 @@ def test_the_headline_of_references_alone_counts_the_seeds(tmp_path):
 
 def test_the_table_of_methods_is_the_markdown_pages(folder):
     (found,) = tables(page(folder))["Methods"]
-    (rows,) = blocks(accuracy_table(read_findings(folder / FILE)))
+    (rows,) = blocks(accuracy_table(read_findings(folder / RESULTS_FILE)))
     rows = [[plain(cell) for cell in row] for row in rows if not row[0].startswith("*store")]
     shown = [[cell.removesuffix(" †") for cell in row] for row in cells(found)]
     assert [list(found.columns), *shown] == rows
@@ -218,7 +216,7 @@ EXAMPLE = {"image": PIXEL, "text": "a <b>cat</b>", "first": {"mas": ["a <b>cat</
 
 
 def test_examples_are_shown_if_the_folder_holds_them(folder):
-    (folder / FILE_OF_EXAMPLES).write_text(json.dumps([EXAMPLE]))
+    (folder / EXAMPLES_FILE).write_text(json.dumps([EXAMPLE]))
     text = html_of(page(folder))
     assert f'<img src="data:image/png;base64,{PIXEL}" alt="a &lt;b&gt;cat&lt;/b&gt;">' in text
     assert "<dt>mas, then</dt>\n<dd><strong>a &lt;b&gt;cat&lt;/b&gt;</strong></dd>" in text
@@ -226,9 +224,9 @@ def test_examples_are_shown_if_the_folder_holds_them(folder):
 
 
 def test_examples_are_of_the_run_that_they_lie_beside(folder):
-    (folder / FILE_OF_EXAMPLES).write_text(json.dumps([EXAMPLE]))
+    (folder / EXAMPLES_FILE).write_text(json.dumps([EXAMPLE]))
     copies = [write(folder / f"{name}.jsonl", MATRICES) for name in "ab"]
-    (folder / f"a.{FILE_OF_EXAMPLES}").write_text(json.dumps([EXAMPLE | {"text": "of a"}]))
+    (folder / f"a.{EXAMPLES_FILE}").write_text(json.dumps([EXAMPLE | {"text": "of a"}]))
     found = [[scene.text for scene in scenes] for _, scenes in read_runs([folder, *copies])]
     assert found == [[EXAMPLE["text"]], ["of a"], []]
 
@@ -247,19 +245,19 @@ def test_examples_are_of_the_run_that_they_lie_beside(folder):
     ],
 )
 def test_other_examples_are_refused(folder, examples):
-    (folder / FILE_OF_EXAMPLES).write_text(examples if isinstance(examples, str) else json.dumps(examples))
-    with pytest.raises(MemsynError, match=r"examples\.json holds no examples of memsyn bench: .* Remove it, or make"):
+    (folder / EXAMPLES_FILE).write_text(examples if isinstance(examples, str) else json.dumps(examples))
+    with pytest.raises(MemsynError, match=r"examples\.json holds no examples of memsyn-bench: .* Remove it, or make"):
         page(folder)
 
 
 def test_a_run_named_twice_is_refused(folder):
     with pytest.raises(MemsynError, match="is named more than once: name every run once"):
-        page(folder, folder / FILE)
+        page(folder, folder / RESULTS_FILE)
 
 
 def test_two_runs_of_one_name_are_refused(tmp_path):
     for parent in ("a", "b"):
-        write(tmp_path / parent / "run" / FILE, MATRICES)
+        write(tmp_path / parent / "run" / RESULTS_FILE, MATRICES)
     with pytest.raises(MemsynError, match=r"are both of a run called run, .*: rename one of the folders"):
         page(tmp_path / "a" / "run", tmp_path / "b" / "run")
 

@@ -11,7 +11,7 @@ from bench.tests import tiny
 from memsyn import Memory, MemsynError, OptionError, penalty
 from memsyn_bench.methods.registry import METHODS
 from memsyn_bench.running import runner
-from memsyn_bench.running.learners import lesson_of, train
+from memsyn_bench.running.training import task_training, train
 from memsyn_bench.sequences.networks import SharedHead
 from memsyn_bench.sequences.sequences import SEQUENCES
 from memsyn_bench.settings import Settings
@@ -23,7 +23,7 @@ GOLDEN = [1.126963, 1.128008, 1.109733, 1.136943, 1.055588]
 
 @pytest.fixture(autouse=True)
 def _tiny_sequence(monkeypatch):
-    monkeypatch.setitem(SEQUENCES, "tiny", tiny.SEQUENCE)
+    monkeypatch.setitem(SEQUENCES.entries, "tiny", tiny.SEQUENCE)
 
 
 def run(out, *, settings=SETTINGS, methods=("finetune", "mas"), num_seeds=1):
@@ -44,14 +44,16 @@ def train_tiny(method, memory=None, *, index=0, strength=1.0, **changes):
     model = tiny.build(tasks, torch.Generator().manual_seed(0))
     learner = METHODS[method].make(strength)
     learner.load(Memory.empty() if memory is None else memory, {})
-    lesson = lesson_of(model, tasks[index], index, settings=replace(SETTINGS, **changes), augment=tiny.augment, seed=0)
-    return model, train(replace(lesson, generator=torch.Generator().manual_seed(1)), learner, lambda: None)
+    training = task_training(
+        model, tasks[index], index, settings=replace(SETTINGS, **changes), augment=tiny.augment, seed=0
+    )
+    return model, train(replace(training, generator=torch.Generator().manual_seed(1)), learner, lambda: None)
 
 
 def remembered(method, model, task):
     """What a method holds after a task that the model has learned already."""
     learner = METHODS[method].make(1.0)
-    learner.end(lesson_of(model, task, 0, settings=SETTINGS, augment=tiny.augment, seed=0))
+    learner.end(task_training(model, task, 0, settings=SETTINGS, augment=tiny.augment, seed=0))
     return learner.memory
 
 
@@ -76,8 +78,8 @@ def test_mas_holds_the_weights_back_and_finetune_does_not():
     assert remembered("finetune", start, tasks[0]).importance == {}
     free, held = (train_tiny(method, memory, index=1, strength=1e3) for method in ("finetune", "mas"))
     assert free[1].penalty == 0.0
-    omega = memory.importance["body.layers.0.weight"]
-    moved = [(model.body.layers[0].weight - start.body.layers[0].weight).detach() for model, _ in (free, held)]
+    omega = memory.importance["backbone.layers.0.weight"]
+    moved = [(model.backbone.layers[0].weight - start.backbone.layers[0].weight).detach() for model, _ in (free, held)]
     drift = [float((omega * by.square()).sum()) for by in moved]
     assert 0 < drift[1] < 0.5 * drift[0]
     assert held[1].penalty == pytest.approx(1e3 * penalty(held[0], memory).item(), rel=1e-4)
@@ -230,12 +232,12 @@ def test_a_diverging_training_says_so(tmp_path):
 
 def shared_head(tasks, generator):
     model = tiny.build(tasks[:1], generator)
-    return SharedHead(model.body, model.body.num_features, num_classes=3)
+    return SharedHead(model.backbone, model.backbone.num_features, num_classes=3)
 
 
 def test_every_method_can_learn_tasks_that_share_one_head(tmp_path, monkeypatch):
     sequence = replace(tiny.SEQUENCE, build=shared_head, scorings=("domain-incremental",))
-    monkeypatch.setitem(SEQUENCES, "tiny", sequence)
+    monkeypatch.setitem(SEQUENCES.entries, "tiny", sequence)
     results = run(tmp_path, settings=replace(SETTINGS, epochs=1), methods=tuple(METHODS))
     assert all([len(record.accuracies) for record in results[method][0]] == [1, 2, 3] for method in METHODS)
 

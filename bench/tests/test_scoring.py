@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from memsyn.errors import OptionError
-from memsyn_bench.running.scoring import BATCH, score
+from memsyn_bench.running.retrieval import EVALUATION_BATCH
+from memsyn_bench.running.scoring import score
 from memsyn_bench.sequences.networks import MultiHead, SharedHead
 from memsyn_bench.task import Task
 
@@ -59,8 +60,8 @@ def test_class_incremental_is_the_argmax_over_the_tasks_outputs():
     model = MultiHead(nn.Identity(), 6, head_sizes=[3, 5, 4, 2])
     tasks = []
     for size in (3, 5, 4):
-        labels = torch.randint(size, (BATCH + 9,), generator=generator).tolist()
-        tasks.append(task_of("noise", size, torch.randn(BATCH + 9, 6, generator=generator), labels))
+        labels = torch.randint(size, (EVALUATION_BATCH + 9,), generator=generator).tolist()
+        tasks.append(task_of("noise", size, torch.randn(EVALUATION_BATCH + 9, 6, generator=generator), labels))
     expected, offset = [], 0
     with torch.no_grad():
         for task in tasks:

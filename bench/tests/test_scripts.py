@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from memsyn.errors import MemsynError
-from memsyn_bench.data.scripts import PACK, load_scripts8
+from memsyn_bench.data.scripts import SCRIPTS8_PACK, load_scripts8
 
 NUM_CLASSES = {
     "Latin": 26,
@@ -25,7 +25,7 @@ NUM_CLASSES = {
 
 @pytest.fixture(scope="module")
 def manifest():
-    return json.loads((PACK / "manifest.json").read_text(encoding="utf-8"))
+    return json.loads((SCRIPTS8_PACK / "manifest.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +35,10 @@ def tasks():
 
 def test_sheets_match_the_manifest_and_the_pack_is_small(manifest):
     for task in manifest["tasks"]:
-        assert hashlib.sha256((PACK / task["sheet"]).read_bytes()).hexdigest() == task["sha256"]
-    assert sum(path.stat().st_size for path in PACK.iterdir()) < 1.5e6
+        assert hashlib.sha256((SCRIPTS8_PACK / task["sheet"]).read_bytes()).hexdigest() == task["sha256"]
+    assert sum(path.stat().st_size for path in SCRIPTS8_PACK.iterdir()) < 1.5e6
     expected = {task["sheet"] for task in manifest["tasks"]} | {"manifest.json", "LICENSES.md"}
-    assert {path.name for path in PACK.iterdir()} == expected
+    assert {path.name for path in SCRIPTS8_PACK.iterdir()} == expected
 
 
 def test_eight_alphabets(tasks):
@@ -83,7 +83,7 @@ def test_no_test_picture_is_among_the_training_pictures(tasks):
 
 
 def test_the_licence_of_every_package_is_told(manifest):
-    text = (PACK / "LICENSES.md").read_text(encoding="utf-8")
+    text = (SCRIPTS8_PACK / "LICENSES.md").read_text(encoding="utf-8")
     packages = {font["package"] for task in manifest["tasks"] for font in task["fonts"]}
     assert len(packages) == 18
     for package in packages:
@@ -92,7 +92,7 @@ def test_the_licence_of_every_package_is_told(manifest):
 
 
 def test_a_damaged_or_missing_sheet_is_refused(tmp_path):
-    pack = Path(shutil.copytree(PACK, tmp_path / "scripts8"))
+    pack = Path(shutil.copytree(SCRIPTS8_PACK, tmp_path / "scripts8"))
     (pack / "thai.webp").write_bytes((pack / "greek.webp").read_bytes())
     with pytest.raises(MemsynError, match=r"scripts8: .*thai\.webp has sha256 [0-9a-f]{64}, the manifest says"):
         load_scripts8(28, pack)

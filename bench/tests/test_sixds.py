@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from memsyn.errors import MemsynError, OptionError
-from memsyn_bench.data.paper8 import FOLDER
-from memsyn_bench.data.sixds import COLUMNS, load_6ds
+from memsyn_bench.data.paper8 import FOLDER_VARIABLE
+from memsyn_bench.data.sixds import CSV_COLUMNS, load_6ds
 from memsyn_bench.losses import similarity_loss
 from memsyn_bench.running.examples import add_examples, read_examples
 from memsyn_bench.running.scoring import score
@@ -27,7 +27,7 @@ FACTS = [("man", "riding", "horse"), ("man", "riding", "bike"), ("dog", "running
 TEXTS = ["man riding horse", "man riding bike", "dog running", "cat"]
 
 
-def write(root, *, changes=(), columns=COLUMNS, tasks=None, lacking=()):
+def write(root, *, changes=(), columns=CSV_COLUMNS, tasks=None, lacking=()):
     """Each fact twice to train on and once to test on; `changes` are (line, column, value), lines counted from 0."""
     rows = []
     for label, fact in enumerate(FACTS):
@@ -35,7 +35,7 @@ def write(root, *, changes=(), columns=COLUMNS, tasks=None, lacking=()):
             name = f"pictures/{label} {number}.jpg"
             paint(root / "6ds" / name, label)
             rows.append(
-                dict(zip(COLUMNS, (name, *fact, split), strict=True)) | ({"task": tasks[label]} if tasks else {})
+                dict(zip(CSV_COLUMNS, (name, *fact, split), strict=True)) | ({"task": tasks[label]} if tasks else {})
             )
     for line, column, value in changes:
         rows[line][column] = value
@@ -87,7 +87,7 @@ def test_an_image_of_two_facts_is_a_sample_of_each(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"columns": COLUMNS[:-1]}, r"facts\.csv has no column split\. Write it as memsyn\.bench\.sixds tells"),
+        ({"columns": CSV_COLUMNS[:-1]}, r"facts\.csv has no column split\. Write it as memsyn_bench\.data\.sixds"),
         ({"changes": [(1, "split", "val")]}, r"line 3: split must be train or test, got 'val'\. See memsyn"),
         ({"changes": [(0, "subject", "")]}, r"line 2: it has no subject"),
         ({"changes": [(2, "image", "pictures/gone.jpg")]}, r"line 4: there is no image .*gone\.jpg\."),
@@ -106,16 +106,18 @@ def test_what_is_wrong_with_the_folder_is_said(tmp_path, options, message):
 
 
 def test_missing_files_say_what_to_write(tmp_path, monkeypatch):
-    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     with pytest.raises(MemsynError, match=r"facts\.csv is missing\. Get the data .* or name another place in .*PAPER8"):
         SEQUENCES["6ds"].load(224)
     write(tmp_path)
-    (tmp_path / "6ds/facts.csv").write_text(",".join(COLUMNS) + "\n")
+    (tmp_path / "6ds/facts.csv").write_text(",".join(CSV_COLUMNS) + "\n")
     with pytest.raises(MemsynError, match="holds no facts"):
         SEQUENCES["6ds"].load(224)
     write(tmp_path)
     (tmp_path / "6ds/vectors.safetensors").unlink()
-    with pytest.raises(MemsynError, match=r"vectors\.safetensors cannot be read: .* Write it as memsyn\.bench\.sixds"):
+    with pytest.raises(
+        MemsynError, match=r"vectors\.safetensors cannot be read: .* Write it as memsyn_bench\.data\.sixds"
+    ):
         SEQUENCES["6ds"].load(224)
 
 
@@ -162,7 +164,7 @@ def test_vectors_of_several_shapes_are_refused(tmp_path, of_cat, shapes):
 
 @pytest.mark.usefixtures("torchvision")
 def test_a_network_of_torchvision_embeds_pictures_among_texts(tmp_path, monkeypatch):
-    monkeypatch.setenv(FOLDER, str(write(tmp_path)))
+    monkeypatch.setenv(FOLDER_VARIABLE, str(write(tmp_path)))
     sequence = find_sequence("6ds-alexnet")
     assert sequence.loss is similarity_loss
     tasks = sequence.load(224)

@@ -9,16 +9,16 @@ from bench.tests import tiny
 from memsyn import OptionError
 from memsyn_bench.methods.registry import METHODS
 from memsyn_bench.running import runner, strengths
-from memsyn_bench.running.learners import generator, lesson_of, train
 from memsyn_bench.running.record import StrengthRecord, read_all
 from memsyn_bench.running.scoring import score
 from memsyn_bench.running.strengths import SEEDS, candidates, choose_strength
+from memsyn_bench.running.training import generator, task_training, train
 from memsyn_bench.sequences.sequences import SEQUENCES
 from memsyn_bench.settings import Settings
 from memsyn_bench.task import for_validation
 
 SETTINGS = Settings(sequence="tiny", size=8, epochs=1, batch_size=4, lr=0.01, strength="chosen")
-WITH_STRENGTH = [name for name, rival in METHODS.items() if rival.strength is not None]
+WITH_STRENGTH = [name for name, entry in METHODS.items() if entry.strength is not None]
 
 
 class Forbidden:
@@ -62,9 +62,9 @@ def test_a_score_is_the_validation_accuracy_after_learning_the_tasks_with_that_s
             held = [for_validation(task, seed) for task in tasks]
             model, learner = tiny.build(held, generator(seed, 0)), METHODS[method].make(strength)
             for index, task in enumerate(held):
-                lesson = lesson_of(model, task, index, settings=SETTINGS, augment=tiny.augment, seed=seed)
-                train(lesson, learner, after_epoch=lambda: None)
-                learner.end(lesson)
+                training = task_training(model, task, index, settings=SETTINGS, augment=tiny.augment, seed=seed)
+                train(training, learner, after_epoch=lambda: None)
+                learner.end(training)
             found += score(model, held, "multi-head")
         assert mean == pytest.approx(sum(found) / 6)
 
@@ -88,10 +88,10 @@ def test_the_best_is_taken_and_among_equals_the_largest(tasks, monkeypatch, scor
 def test_a_training_that_diverges_counts_as_nothing(tasks, monkeypatch):
     calls = []
 
-    def diverging(lesson, method, after_epoch):
+    def diverging(training, method, after_epoch):
         calls.append(method.strength)
-        training = train(lesson, method, after_epoch=after_epoch)
-        return replace(training, losses=[float("nan")]) if lesson.index == 1 and method.strength > 5 else training
+        result = train(training, method, after_epoch=after_epoch)
+        return replace(result, losses=[float("nan")]) if training.index == 1 and method.strength > 5 else result
 
     monkeypatch.setattr(strengths, "train", diverging)
     choice = choose_strength("mas", tiny.SEQUENCE, tasks, SETTINGS)
@@ -110,7 +110,7 @@ def test_what_cannot_be_chosen_is_refused(tasks):
 
 
 def test_a_run_writes_its_choice_down_once_and_uses_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(SEQUENCES, "tiny", tiny.SEQUENCE)
+    monkeypatch.setitem(SEQUENCES.entries, "tiny", tiny.SEQUENCE)
     chosen = []
 
     def choose(method, *args):
@@ -126,15 +126,15 @@ def test_a_run_writes_its_choice_down_once_and_uses_it(tmp_path, monkeypatch):
     assert chosen == ["mas"]
     assert [record.strength for record in first["mas"][0] + again["mas"][1]] == [7.0] * 6
     assert [record.strength for record in first["finetune"][0]] == [None] * 3
-    records, choices = read_all(tmp_path / runner.FILE, SETTINGS)
+    records, choices = read_all(tmp_path / runner.RESULTS_FILE, SETTINGS)
     assert (len(records), [choice.strength for choice in choices]) == (12, [7.0])
-    kinds = [json.loads(line)["kind"] for line in (tmp_path / runner.FILE).read_text().splitlines()]
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / runner.RESULTS_FILE).read_text().splitlines()]
     assert kinds.index("strength") == 4  # after the run's own record and fine-tuning's three
 
 
 @pytest.mark.parametrize(("strength", "expected"), [("own", 100.0), (3.0, 3.0)])
 def test_else_a_strength_is_the_methods_own_or_the_one_given(tmp_path, monkeypatch, strength, expected):
-    monkeypatch.setitem(SEQUENCES, "tiny", tiny.SEQUENCE)
+    monkeypatch.setitem(SEQUENCES.entries, "tiny", tiny.SEQUENCE)
     settings = replace(SETTINGS, strength=strength)
     found = runner.run(settings, methods=["ewc"], num_seeds=1, out=tmp_path)["ewc"][0]
     assert [record.strength for record in found] == [expected] * 3

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from memsyn_bench.sequences.networks import MultiHead, SmallConvNet
-from memsyn_bench.sequences.sequences import TaskSequence
+from memsyn_bench.sequences.sequences import SEQUENCES, TaskSequence
 from memsyn_bench.task import Task
 
 NUM_TASKS = 3
@@ -24,8 +24,8 @@ def make_task(index, size):
 
 
 def build(tasks, generator):
-    body = SmallConvNet(widths=(8, 8, 8, 16))
-    model = MultiHead(body, body.num_features, head_sizes=[3] * len(tasks))
+    backbone = SmallConvNet(widths=(8, 8, 8, 16))
+    model = MultiHead(backbone, backbone.num_features, head_sizes=[3] * len(tasks))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.uniform_(-0.4, 0.4, generator=generator)
@@ -37,5 +37,13 @@ def augment(images, generator):
 
 
 SEQUENCE = TaskSequence(summary="three kinds of noise", sizes=(8,), load=load, build=build, augment=augment)
+ADAPTATION = replace(SEQUENCE, scorings=("multi-head", "in-use", "other-classes"))
 FACTS = replace(SEQUENCE, scorings=("retrieval",))
 """For what is said of results: of its scores none is computed."""
+
+
+def register(monkeypatch):
+    """For results of runs of these names."""
+    for name in ("tiny", "facts", "facts-kinds", "facts-scenes", "adaptation-x"):
+        sequence = ADAPTATION if name.startswith("adaptation") else FACTS if name.startswith("facts") else SEQUENCE
+        monkeypatch.setitem(SEQUENCES.entries, name, sequence)

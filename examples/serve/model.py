@@ -18,7 +18,7 @@ from torch import nn
 
 from memsyn_bench.data.drawings import load_emoji8, load_pretrained
 from memsyn_bench.sequences.networks import MultiHead, SmallConvNet, draw_weights
-from memsyn_bench.sequences.pretrained import PretrainedBody, efficientnet_lite0
+from memsyn_bench.sequences.pretrained import PretrainedBackbone, efficientnet_lite0
 from memsyn_bench.sequences.sequences import SHORT_NAMES
 from memsyn_bench.task import Task
 
@@ -33,7 +33,7 @@ def small() -> SmallConvNet:
     return body
 
 
-Body = PretrainedBody | SmallConvNet
+Body = PretrainedBackbone | SmallConvNet
 
 BODIES: dict[str, Callable[[], Body]] = {"efficientnet-lite0": efficientnet_lite0, "small": small}
 
@@ -107,7 +107,7 @@ def load(path: Path) -> Served:
 
 def adopt(network: MultiHead, fresh: MultiHead) -> None:
     """Give a network the weights and heads of another with the same body: in place, so that hooks stay."""
-    network.body.load_state_dict(fresh.body.state_dict())
+    network.backbone.load_state_dict(fresh.backbone.state_dict())
     network.heads = fresh.heads
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from memsyn_bench.data.sheets import read_cells, read_file
 from memsyn_bench.task import Task
 
-PACK = Path(__file__).parent / "packs" / "emoji8"
+EMOJI8_PACK = Path(__file__).parent / "packs" / "emoji8"
 WEIGHTS = "pretrained.safetensors"
 
 
@@ -36,7 +36,7 @@ def resize(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
 
 
-def load_emoji8(size: int, pack: Path = PACK) -> list[Task]:
+def load_emoji8(size: int, pack: Path = EMOJI8_PACK) -> list[Task]:
     """Return the eight tasks at `size` x `size` pixels (the pack holds 64; more is interpolated), in the pack's order.
 
     Each has 40 objects, 2 test drawings of each by the studios held out, and 4 or 5 training drawings. The
@@ -46,10 +46,10 @@ def load_emoji8(size: int, pack: Path = PACK) -> list[Task]:
         MemsynError: a file of the pack is missing or is not the one the manifest describes.
     """
     manifest = json.loads(read_file(pack / "manifest.json"))
-    return [_load_task(entry, manifest, pack, size) for entry in manifest["tasks"]]
+    return [_emoji_task(entry, manifest, pack, size) for entry in manifest["tasks"]]
 
 
-def load_pretrained(pack: Path = PACK) -> dict[str, Tensor]:
+def load_pretrained(pack: Path = EMOJI8_PACK) -> dict[str, Tensor]:
     """Return the state of a `SmallConvNet` pretrained on other objects by the training studios, float32.
 
     Raises:
@@ -58,7 +58,7 @@ def load_pretrained(pack: Path = PACK) -> dict[str, Tensor]:
     return load_safetensors(read_file(pack / WEIGHTS))
 
 
-def _load_task(entry: dict[str, Any], manifest: dict[str, Any], pack: Path, size: int) -> Task:
+def _emoji_task(entry: dict[str, Any], manifest: dict[str, Any], pack: Path, size: int) -> Task:
     studios, objects = manifest["studios"], entry["objects"]
     cells = read_cells(pack / entry["sheet"], sha256=entry["sha256"], num_rows=len(studios), num_columns=len(objects))
     families = sorted({studio["family"] for studio in studios})

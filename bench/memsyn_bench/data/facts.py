@@ -17,16 +17,16 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from memsyn.errors import MemsynError
+from memsyn import MemsynError
 from memsyn_bench.data.drawings import normalise, resize
 from memsyn_bench.data.sheets import read_cells, read_file
 from memsyn_bench.task import Task, deal_out
 
-PACK = Path(__file__).parent / "packs" / "facts"
+FACTS_PACK = Path(__file__).parent / "packs" / "facts"
 VECTORS = "vectors.safetensors"
 
 
-def load_facts(size: int, pack: Path = PACK) -> list[Task]:
+def load_facts(size: int, pack: Path = FACTS_PACK) -> list[Task]:
     """Return all facts in four tasks, their actions split at random by a fixed seed.
 
     A class is a fact <subject, action>, such as "a woman juggling"; its vector is MiniLM-L6's of that text, (384,), of
@@ -47,7 +47,7 @@ def load_facts(size: int, pack: Path = PACK) -> list[Task]:
     return tasks
 
 
-def load_kinds(size: int, pack: Path = PACK) -> list[Task]:
+def load_kinds(size: int, pack: Path = FACTS_PACK) -> list[Task]:
     """Return the same facts in four tasks by the kind of action, see `load_facts`.
 
     Raises:
@@ -56,7 +56,7 @@ def load_kinds(size: int, pack: Path = PACK) -> list[Task]:
     manifest, vectors = read_manifest(pack)
     parts = vectors["facts"].split([len(kind["facts"]) for kind in manifest["kinds"]])
     return [
-        _load_kind(kind, part, manifest["rows"], pack, size)
+        _kind_task(kind, part, manifest["rows"], pack, size)
         for kind, part in zip(manifest["kinds"], parts, strict=True)
     ]
 
@@ -75,7 +75,7 @@ def load_sports_in_use(size: int) -> list[Task]:
     ]
 
 
-def read_manifest(pack: Path = PACK) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_manifest(pack: Path = FACTS_PACK) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the manifest, and the vectors of the texts of its `facts` and `scenes`, (texts, 384) in its order.
 
     Raises:
@@ -92,7 +92,7 @@ def read_manifest(pack: Path = PACK) -> tuple[dict[str, Any], dict[str, Tensor]]
     return manifest, load_safetensors(data)
 
 
-def _load_kind(kind: dict[str, Any], vectors: Tensor, rows: list[dict[str, Any]], pack: Path, size: int) -> Task:
+def _kind_task(kind: dict[str, Any], vectors: Tensor, rows: list[dict[str, Any]], pack: Path, size: int) -> Task:
     texts = tuple(fact["text"] for fact in kind["facts"])
     cells = read_cells(pack / kind["sheet"], sha256=kind["sha256"], num_rows=len(rows), num_columns=len(texts))
     cells = cells.contiguous()

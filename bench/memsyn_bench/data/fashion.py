@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memsyn.errors import MemsynError
+from memsyn import MemsynError
 from memsyn_bench.task import Task
 
-FOLDER = Path("/usr/share/datasets/fashion-mnist")
+FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = (
     ("T-shirt/top", "Trouser"),
     ("Pullover", "Dress"),
@@ -27,13 +27,13 @@ NUM_PERMUTED = 20_000
 """Training images of each permuted task, the first ones."""
 
 
-def load_split_fashion(size: int, folder: Path = FOLDER) -> list[Task]:
+def load_split_fashion(size: int, folder: Path = FASHION_FOLDER) -> list[Task]:
     """Return five tasks of two classes, 12,000 training and 2,000 test images (N, 784) each; `size` is 28.
 
     Raises:
         MemsynError: a file is missing.
     """
-    images, labels, test_images, test_labels = _read(folder)
+    images, labels, test_images, test_labels = _read_images(folder)
     tasks = []
     for index, names in enumerate(CLASSES):
         own, test = labels // 2 == index, test_labels // 2 == index
@@ -43,7 +43,7 @@ def load_split_fashion(size: int, folder: Path = FOLDER) -> list[Task]:
     return tasks
 
 
-def load_permuted_fashion(size: int, folder: Path = FOLDER) -> list[Task]:
+def load_permuted_fashion(size: int, folder: Path = FASHION_FOLDER) -> list[Task]:
     """Return ten tasks of ten classes, 20,000 training and 10,000 test images (N, 784) each; `size` is 28.
 
     In the first task the pixels are as they were; in each other they are in an order of its own, always the same.
@@ -51,7 +51,7 @@ def load_permuted_fashion(size: int, folder: Path = FOLDER) -> list[Task]:
     Raises:
         MemsynError: a file is missing.
     """
-    images, labels, test_images, test_labels = _read(folder)
+    images, labels, test_images, test_labels = _read_images(folder)
     images, labels = images[:NUM_PERMUTED], labels[:NUM_PERMUTED]
     names = tuple(name for pair in CLASSES for name in pair)
     tasks = []
@@ -61,7 +61,7 @@ def load_permuted_fashion(size: int, folder: Path = FOLDER) -> list[Task]:
     return tasks
 
 
-def _read(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _read_images(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images (N, 784) in 0..1 and labels (N,), for training and for testing."""
 
     def read(name: str, header: int) -> Tensor:

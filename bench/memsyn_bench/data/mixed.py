@@ -14,7 +14,7 @@ from memsyn_bench.data.drawings import load_emoji8, resize
 from memsyn_bench.data.scripts import load_scripts8
 from memsyn_bench.task import Task
 
-SIDE = 28
+LETTER_SIDE = 28
 """Of a letter as it is drawn."""
 FONTS = 5
 """That a letter is learned from, about as many as the studios of a drawing."""
@@ -26,7 +26,7 @@ def load_mixed8(size: int) -> list[Task]:
 
     A letter is learned from five fonts, spread evenly over those there are, and tested on all of other families.
     """
-    drawings, alphabets = load_emoji8(size), load_scripts8(SIDE)
+    drawings, alphabets = load_emoji8(size), load_scripts8(LETTER_SIDE)
     pairs = zip(drawings[:NUM_PAIRS], alphabets[-NUM_PAIRS:], strict=True)
     return [task for drawn, letters in pairs for task in (drawn, among_drawings(fewer(letters), size))]
 

@@ -22,7 +22,6 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -34,10 +33,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from memsyn.errors import MemsynError
+from memsyn import MemsynError
+from memsyn_bench.extras import import_extra
 from memsyn_bench.task import Task
 
-FOLDER = "MEMSYN_PAPER8"
+FOLDER_VARIABLE = "MEMSYN_PAPER8"
 ACTIONS = (
     "jumping",
     "phoning",
@@ -248,14 +248,14 @@ def load_paper8(size: int, root: Path | None = None) -> list[Task]:
     if lacking:
         raise MemsynError(
             f"paper8: {root} has no {'; no '.join(lacking)}. Get them from their authors and put each into its folder "
-            f"as memsyn_bench.data.paper8 tells, or name another place in the environment variable {FOLDER}."
+            f"as memsyn_bench.data.paper8 tells, or name another place in the environment variable {FOLDER_VARIABLE}."
         )
     return [load_data_set(name, size, root) for name in SOURCES]
 
 
 def data_folder() -> Path:
     """Where the data sets lie."""
-    return Path(os.environ.get(FOLDER, "data/paper8"))
+    return Path(os.environ.get(FOLDER_VARIABLE, "data/paper8"))
 
 
 def load_data_set(name: str, size: int, root: Path) -> Task:
@@ -323,11 +323,8 @@ def _lines(path: Path) -> list[str]:
 
 
 def _mat(path: Path) -> dict[str, Any]:
-    try:
-        loadmat = import_module("scipy.io").loadmat
-    except ImportError as error:
-        raise MemsynError(f"reading {path.name} needs scipy ({error}): pip install 'memsyn[paper8]'") from error
-    content: dict[str, Any] = loadmat(_need(path), squeeze_me=True)
+    scipy_io = import_extra("scipy.io", purpose=f"reading {path.name}", install="memsyn-bench[paper8]")
+    content: dict[str, Any] = scipy_io.loadmat(_need(path), squeeze_me=True)
     return content
 
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memsyn_bench.data.drawings import load_emoji8, resize
-from memsyn_bench.data.facts import PACK, read_manifest
+from memsyn_bench.data.facts import FACTS_PACK, read_manifest
 from memsyn_bench.task import Task
 
-SIDE = 64
+SCENE_SIDE = 64
 """Pixels a side of a scene as it is composed."""
 COPIES = 2
 """Scenes of each triple that are made of one training studio's drawings, each with its own play."""
@@ -31,7 +31,7 @@ PLACES: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
 """Predicate -> (side, top, left) of the subject's drawing and of the object's."""
 
 
-def load_scenes(size: int, pack: Path = PACK) -> list[Task]:
+def load_scenes(size: int, pack: Path = FACTS_PACK) -> list[Task]:
     """Return four tasks of 40 triples, each over eight objects of one task of `emoji8`; synthetic.
 
     A class is a triple such as "cat left of boar"; its vector is MiniLM-L6's of that text, (384,), of length 1. A scene
@@ -41,16 +41,16 @@ def load_scenes(size: int, pack: Path = PACK) -> list[Task]:
         MemsynError: a file of a pack is missing or is not the one the manifest describes.
     """
     manifest, vectors = read_manifest(pack)
-    objects = {task.name: task for task in load_emoji8(SIDE)}
+    objects = {task.name: task for task in load_emoji8(SCENE_SIDE)}
     generator = torch.Generator().manual_seed(SCENE_SEED)
     parts = vectors["scenes"].split([len(scenes["facts"]) for scenes in manifest["scenes"]])
     return [
-        _load_task(objects[scenes["name"]], scenes["facts"], part, size, generator)
+        _scenes_task(objects[scenes["name"]], scenes["facts"], part, size, generator)
         for scenes, part in zip(manifest["scenes"], parts, strict=True)
     ]
 
 
-def _load_task(
+def _scenes_task(
     task: Task, triples: list[dict[str, str]], vectors: Tensor, size: int, generator: torch.Generator
 ) -> Task:
     assert task.train_families is not None
@@ -83,14 +83,14 @@ def _load_task(
 
 
 def compose(subject: Tensor, thing: Tensor, predicate: str, generator: torch.Generator) -> Tensor:
-    """Put two drawings, ink (3, SIDE, SIDE), on one sheet as the predicate says; where both have ink, the more of it.
+    """Put two drawings, ink (3, 64, 64), on one sheet as the predicate says; where both have ink, the darker counts.
 
     Each is up to `PLAY` pixels out of its place of `PLACES`, drawn from `generator`, and stays on the sheet.
     """
     sheets = []
     for drawing, (side, top, left) in zip((subject, thing), PLACES[predicate], strict=True):
         play = torch.randint(-PLAY, PLAY + 1, (2,), generator=generator).tolist()
-        top, left = (min(max(place + by, 0), SIDE - side) for place, by in zip((top, left), play, strict=True))
+        top, left = (min(max(place + by, 0), SCENE_SIDE - side) for place, by in zip((top, left), play, strict=True))
         small = resize(drawing.unsqueeze(0), side)[0]
-        sheets.append(F.pad(small, (left, SIDE - side - left, top, SIDE - side - top)))
+        sheets.append(F.pad(small, (left, SCENE_SIDE - side - left, top, SCENE_SIDE - side - top)))
     return torch.maximum(*sheets)

@@ -15,10 +15,10 @@ from memsyn_bench.data.drawings import normalise, resize
 from memsyn_bench.data.sheets import read_cells, read_file
 from memsyn_bench.task import Task
 
-PACK = Path(__file__).parent / "packs" / "scripts8"
+SCRIPTS8_PACK = Path(__file__).parent / "packs" / "scripts8"
 
 
-def load_scripts8(size: int, pack: Path = PACK) -> list[Task]:
+def load_scripts8(size: int, pack: Path = SCRIPTS8_PACK) -> list[Task]:
     """Return the eight tasks, images (N, 1, size, size) (the pack holds 28), in the pack's order.
 
     A class is a letter: Latin 26, Greek 24, Cyrillic 32 (small ones), Hebrew 27, Arabic 30, Devanagari 34, Bengali 32,
@@ -29,10 +29,10 @@ def load_scripts8(size: int, pack: Path = PACK) -> list[Task]:
         MemsynError: a file of the pack is missing or is not the one the manifest describes.
     """
     manifest = json.loads(read_file(pack / "manifest.json"))
-    return [_load_task(entry, pack, size) for entry in manifest["tasks"]]
+    return [_script_task(entry, pack, size) for entry in manifest["tasks"]]
 
 
-def _load_task(entry: dict[str, Any], pack: Path, size: int) -> Task:
+def _script_task(entry: dict[str, Any], pack: Path, size: int) -> Task:
     fonts, letters = entry["fonts"], entry["letters"]
     cells = read_cells(pack / entry["sheet"], sha256=entry["sha256"], num_rows=len(fonts), num_columns=len(letters))
     families = sorted({font["family"] for font in fonts})

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from memsyn.errors import MemsynError
+from memsyn import MemsynError
 
 
 def read_file(path: Path) -> bytes:

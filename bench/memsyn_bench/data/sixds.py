@@ -28,11 +28,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from memsyn.errors import MemsynError
-from memsyn_bench.data.paper8 import FOLDER, Picture, data_folder, prepared
+from memsyn import MemsynError
+from memsyn_bench.data.paper8 import FOLDER_VARIABLE, Picture, data_folder, prepared
 from memsyn_bench.task import Task, deal_out
 
-COLUMNS = ("image", "subject", "predicate", "object", "split")
+CSV_COLUMNS = ("image", "subject", "predicate", "object", "split")
 
 
 def load_6ds(size: int, root: Path | None = None) -> list[Task]:
@@ -41,8 +41,8 @@ def load_6ds(size: int, root: Path | None = None) -> list[Task]:
     `root` is the folder that MEMSYN_PAPER8 names, or `data/paper8`.
 
     Raises:
-        MemsynError: a file or an image is missing, a line is not as `memsyn_bench.data.sixds` tells, a fact has no vector,
-            or its lines name several tasks.
+        MemsynError: a file or an image is missing, a line is not as `memsyn_bench.data.sixds` tells, a fact has no
+            vector, or its lines name several tasks.
     """
     root = data_folder() if root is None else root
     folder = root / "6ds"
@@ -68,14 +68,14 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
     """The lines of `facts.csv`, each with its `fact`."""
     if not path.is_file():
         raise MemsynError(
-            f"6ds: {path} is missing. Get the data from its authors and write the file as memsyn_bench.data.sixds tells, or "
-            f"name another place in the environment variable {FOLDER}."
+            f"6ds: {path} is missing. Get the data from its authors and write the file as memsyn_bench.data.sixds "
+            f"tells, or name another place in the environment variable {FOLDER_VARIABLE}."
         )
     rows = []
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             lines = csv.DictReader(file, restval="")
-            lacking = [name for name in COLUMNS if name not in (lines.fieldnames or ())]
+            lacking = [name for name in CSV_COLUMNS if name not in (lines.fieldnames or ())]
             if lacking:
                 raise MemsynError(
                     f"6ds: {path} has no column {', '.join(lacking)}. Write it as memsyn_bench.data.sixds tells."

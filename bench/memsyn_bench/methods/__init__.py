@@ -1,4 +1,4 @@
-"""The methods that the benchmark compares: what each does beside the one training loop of `memsyn_bench.running.learners`.
+"""The methods that the benchmark compares: what each does beside the one training loop.
 
-`registry` has them by name. Must not know runs or folders.
+The loop is in `memsyn_bench.running.training`; `registry` has the methods by name. Must not know runs or folders.
 """

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memsyn_bench.methods.method import Lesson, Method
+from memsyn_bench.methods.method import Method, TaskTraining
 from memsyn_bench.methods.penalties import MEASURE_BATCH
 from memsyn_bench.sequences.networks import Network
 
-TEMPERATURE = 2.0
+DISTILLATION_TEMPERATURE = 2.0
 """Of Li and Hoiem (2016)."""
 CODE_WEIGHT = 1.0
 """Weight of EBLL's code loss relative to its distillation; its strength multiplies both."""
@@ -33,8 +33,8 @@ Encoder = Mapping[str, Tensor]
 
 def distillation(logits: Tensor, recorded: Tensor) -> Tensor:
     """-1/N sum_k sum_c q_kc log p_kc, both softmax(. / T) with T = 2, q of `recorded` (Li and Hoiem 2016)."""
-    q = (recorded / TEMPERATURE).softmax(1)
-    return -(q * (logits / TEMPERATURE).log_softmax(1)).sum(1).mean()
+    q = (recorded / DISTILLATION_TEMPERATURE).softmax(1)
+    return -(q * (logits / DISTILLATION_TEMPERATURE).log_softmax(1)).sum(1).mean()
 
 
 def codes(encoder: Encoder, features: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def fit_encoder(features: Tensor, labels: Tensor, head: nn.Module, generator: to
 
 
 @final
-class Distilling(Method):
+class Distillation(Method):
     """LwF: the old heads shall say of the new task's images what they said before (Li and Hoiem 2016).
 
     What they said is computed, on the very images of the step, by a copy of the network as it was when the task began.
@@ -92,35 +92,35 @@ class Distilling(Method):
         self._encodes = encodes
         self._teacher: Network | None = None
 
-    def begin(self, lesson: Lesson) -> None:
+    def begin(self, training: TaskTraining) -> None:
         """Copy the network."""
-        if lesson.index > 0:
-            self._teacher = copy.deepcopy(lesson.model).eval().requires_grad_(False)
+        if training.index > 0:
+            self._teacher = copy.deepcopy(training.model).eval().requires_grad_(False)
             self.working = {"teacher": dict(self._teacher.state_dict())}
 
-    def before_step(self, lesson: Lesson, images: Tensor) -> None:
+    def before_step(self, training: TaskTraining, images: Tensor) -> None:
         """Add the gradients of the loss that keeps the outputs."""
         if self._teacher is not None:
-            (self.strength * self.loss(lesson, self._teacher, images)).backward()
+            (self.strength * self.loss(training, self._teacher, images)).backward()
 
-    def loss(self, lesson: Lesson, teacher: Network, images: Tensor) -> Tensor:
+    def loss(self, training: TaskTraining, teacher: Network, images: Tensor) -> Tensor:
         """The sum over the old tasks."""
-        features, recorded = lesson.model.body(images), teacher.body(images)
+        features, recorded = training.model.backbone(images), teacher.backbone(images)
         terms = [
             distillation(head(features), old(recorded))
-            for head, old in zip(lesson.model.heads[: lesson.index], teacher.heads[: lesson.index], strict=True)
+            for head, old in zip(training.model.heads[: training.index], teacher.heads[: training.index], strict=True)
         ]
         terms += [CODE_WEIGHT * code_loss(encoder, features, recorded) for encoder in self.kept.values()]
         return torch.stack(terms).sum()
 
-    def end(self, lesson: Lesson) -> None:
+    def end(self, training: TaskTraining) -> None:
         """Let the copy go, and for EBLL train the task's encoder."""
-        super().end(lesson)
+        super().end(training)
         self._teacher = None
         if self._encodes:
-            model, task = lesson.model.eval(), lesson.task
+            model, task = training.model.eval(), training.task
             with torch.no_grad():
-                features = torch.cat([model.body(images) for images in task.train_images.split(MEASURE_BATCH)])
-            head = model.heads[: lesson.index + 1][-1]  # the one head, where all tasks share it
-            encoder = fit_encoder(features, task.train_labels, head, lesson.own)
-            self.kept = {**self.kept, f"encoder{lesson.index}": encoder}
+                features = torch.cat([model.backbone(images) for images in task.train_images.split(MEASURE_BATCH)])
+            head = model.heads[: training.index + 1][-1]  # the one head, where all tasks share it
+            encoder = fit_encoder(features, task.train_labels, head, training.method_generator)
+            self.kept = {**self.kept, f"encoder{training.index}": encoder}

@@ -13,28 +13,28 @@ from torch import Tensor
 
 from memsyn import measure
 from memsyn.parameters import trainable_parameters
-from memsyn_bench.methods.method import Lesson, Method
+from memsyn_bench.methods.method import Method, TaskTraining
 from memsyn_bench.methods.penalties import MEASURE_BATCH, l2, through_head
 
-Weigh = Callable[[Lesson], dict[str, Tensor]]
-"""lesson -> how much each of the weights just learned counts in the merge."""
+Weigh = Callable[[TaskTraining], dict[str, Tensor]]
+"""training -> how much each of the weights just learned counts in the merge."""
 
 
-def by_mean(lesson: Lesson) -> dict[str, Tensor]:
+def by_mean(training: TaskTraining) -> dict[str, Tensor]:
     """1 for a weight that the task has trained: mean-IMM, theta = 1/T sum_t theta_t (Lee et al. 2017)."""
-    parameters = trainable_parameters(lesson.model)
+    parameters = trainable_parameters(training.model)
     return {name: torch.full_like(p, float(p.grad is not None)) for name, p in parameters.items()}
 
 
-def by_fisher(lesson: Lesson) -> dict[str, Tensor]:
+def by_fisher(training: TaskTraining) -> dict[str, Tensor]:
     """The exact Fisher information F_t: mode-IMM, theta = sum_t F_t theta_t / sum_t F_t (Lee et al. 2017)."""
-    batches = lesson.task.train_images.split(MEASURE_BATCH)
-    found = measure(lesson.model, batches, forward=through_head(lesson), estimator="fisher", progress=False)
+    batches = training.task.train_images.split(MEASURE_BATCH)
+    found = measure(training.model, batches, forward=through_head(training), estimator="fisher", progress=False)
     return found.mean()
 
 
 @final
-class Merging(Method):
+class WeightMerging(Method):
     """Each task is learned from the weights of the task before, and the network in use is the merge of all of them.
 
     Tasks count alike. A weight that none of them counts (a head to come) stays. "Weight transfer": a task starts from
@@ -48,24 +48,24 @@ class Merging(Method):
         self._weigh = weigh
 
     @torch.no_grad()
-    def begin(self, lesson: Lesson) -> None:
+    def begin(self, training: TaskTraining) -> None:
         """Back from the merged weights to the last task's own."""
-        parameters = trainable_parameters(lesson.model)
+        parameters = trainable_parameters(training.model)
         for name, own in self.memory.anchor.items():
             parameters[name].copy_(own)
-        super().begin(lesson)
+        super().begin(training)
 
     @torch.no_grad()
-    def end(self, lesson: Lesson) -> None:
+    def end(self, training: TaskTraining) -> None:
         """Count the task's weights in, and leave the merged ones in the model."""
-        super().end(lesson)
-        self.memory = l2(lesson, self.memory)
-        weights, own = self._weigh(lesson), self.memory.anchor
+        super().end(training)
+        self.memory = l2(training, self.memory)
+        weights, own = self._weigh(training), self.memory.anchor
         products = {name: weight * own[name] for name, weight in weights.items()}
         if self.kept:
             products = {name: value + self.kept["products"][name] for name, value in products.items()}
             weights = {name: value + self.kept["weights"][name] for name, value in weights.items()}
         self.kept = {"products": products, "weights": weights}
-        parameters = trainable_parameters(lesson.model)
+        parameters = trainable_parameters(training.model)
         for name, weight in weights.items():
             parameters[name].copy_(torch.where(weight > 0, products[name] / weight, own[name]))

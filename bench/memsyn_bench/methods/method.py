@@ -26,7 +26,7 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TaskTraining:
     """One task being learned."""
 
     model: Network
@@ -40,7 +40,7 @@ class Lesson:
     """Of the task, which the loop takes the mean of."""
     generator: torch.Generator
     """Of the loop: batches and their augmentation, the same for every method."""
-    own: torch.Generator
+    method_generator: torch.Generator
     """Of the method."""
 
 
@@ -63,18 +63,18 @@ class Method:
         self.working: Groups = {}
         self._protection: Protection | None = None
 
-    def begin(self, lesson: Lesson) -> None:
+    def begin(self, training: TaskTraining) -> None:
         """Before a task's first step: protect what the memory holds, if it holds anything."""
         if self.memory.importance:
-            self._protection = protect(lesson.optimizer, lesson.model, self.memory, strength=self.strength)
+            self._protection = protect(training.optimizer, training.model, self.memory, strength=self.strength)
 
-    def before_step(self, lesson: Lesson, images: Tensor) -> None:
+    def before_step(self, training: TaskTraining, images: Tensor) -> None:
         """With the gradients of the new task's loss on `images` in `.grad`, to which may be added."""
 
-    def after_step(self, lesson: Lesson) -> None:
+    def after_step(self, training: TaskTraining) -> None:
         """With the weights changed."""
 
-    def end(self, lesson: Lesson) -> None:
+    def end(self, training: TaskTraining) -> None:
         """After a task's last step: remember."""
         self._protection, self.working = None, {}
 
@@ -98,32 +98,32 @@ class FineTuning(Method):
 
 
 @final
-class Together(Method):
+class CombinedMethods(Method):
     """Several methods at once; the memory is the first one's."""
 
     def __init__(self, *parts: Method) -> None:
         super().__init__()
         self.parts = parts
 
-    def begin(self, lesson: Lesson) -> None:
+    def begin(self, training: TaskTraining) -> None:
         """Each in its turn."""
         for part in self.parts:
-            part.begin(lesson)
+            part.begin(training)
 
-    def before_step(self, lesson: Lesson, images: Tensor) -> None:
+    def before_step(self, training: TaskTraining, images: Tensor) -> None:
         """Each in its turn."""
         for part in self.parts:
-            part.before_step(lesson, images)
+            part.before_step(training, images)
 
-    def after_step(self, lesson: Lesson) -> None:
+    def after_step(self, training: TaskTraining) -> None:
         """Each in its turn."""
         for part in self.parts:
-            part.after_step(lesson)
+            part.after_step(training)
 
-    def end(self, lesson: Lesson) -> None:
+    def end(self, training: TaskTraining) -> None:
         """Each in its turn."""
         for part in self.parts:
-            part.end(lesson)
+            part.end(training)
         self.memory = self.parts[0].memory
         self.kept = {
             f"{number}.{group}": members

@@ -14,22 +14,22 @@ from torch import Tensor, nn
 
 from memsyn import Memory, measure
 from memsyn.parameters import trainable_parameters
-from memsyn_bench.methods.method import Lesson, Method
+from memsyn_bench.methods.method import Method, TaskTraining
 from memsyn_bench.methods.trajectory import PathIntegral, RiemannianWalk
 from memsyn_bench.task import Task
 
 MEASURE_BATCH = 64
 """Images in one pass of measuring or evaluating: it changes the speed and nothing else."""
 
-Remember = Callable[[Lesson, Memory], Memory]
-"""(lesson, memory of the tasks before) -> the memory with this task in it, the anchor at the present weights."""
+Consolidate = Callable[[TaskTraining, Memory], Memory]
+"""(training, memory of the tasks before) -> the memory with this task in it, the anchor at the present weights."""
 
 
-def through_head(lesson: Lesson) -> Callable[[nn.Module, Tensor], Tensor]:
+def through_head(training: TaskTraining) -> Callable[[nn.Module, Tensor], Tensor]:
     """The forward function of measuring: images to the logits of the task's own head."""
 
     def forward(model: nn.Module, images: Tensor) -> Tensor:
-        logits: Tensor = model(images, lesson.index)
+        logits: Tensor = model(images, training.index)
         return logits
 
     return forward
@@ -55,59 +55,59 @@ def images_in_use(task: Task) -> Tensor:
     return task.train_images[task.uses(task.train_labels)]
 
 
-def _measured(lesson: Lesson, memory: Memory, *, estimator: str, images: Callable[[Task], Tensor]) -> Memory:
+def _measured(training: TaskTraining, memory: Memory, *, estimator: str, images: Callable[[Task], Tensor]) -> Memory:
     """Add the importance over images of the task, through its head, and move the anchor."""
-    batches = images(lesson.task).split(MEASURE_BATCH)
-    found = measure(lesson.model, batches, forward=through_head(lesson), estimator=estimator, progress=False)
-    return memory.consolidate(lesson.model, found, rule="sum")
+    batches = images(training.task).split(MEASURE_BATCH)
+    found = measure(training.model, batches, forward=through_head(training), estimator=estimator, progress=False)
+    return memory.consolidate(training.model, found, rule="sum")
 
 
-def mas(lesson: Lesson, memory: Memory, *, images: Callable[[Task], Tensor] = training_images) -> Memory:
+def mas(training: TaskTraining, memory: Memory, *, images: Callable[[Task], Tensor] = training_images) -> Memory:
     """Omega = sum over tasks of 1/N sum_k |d ||y_k||^2 / d theta|, exact (Aljundi et al. 2018, Eq. 2)."""
-    return _measured(lesson, memory, estimator="mas", images=images)
+    return _measured(training, memory, estimator="mas", images=images)
 
 
-def mas_local(lesson: Lesson, memory: Memory, *, images: Callable[[Task], Tensor] = training_images) -> Memory:
+def mas_local(training: TaskTraining, memory: Memory, *, images: Callable[[Task], Tensor] = training_images) -> Memory:
     """The same of each layer's own output: local MAS, forward passes only (Aljundi et al. 2018, section 4.3)."""
-    return _measured(lesson, memory, estimator="mas-local", images=images)
+    return _measured(training, memory, estimator="mas-local", images=images)
 
 
-def ewc(lesson: Lesson, memory: Memory) -> Memory:
+def ewc(training: TaskTraining, memory: Memory) -> Memory:
     """Omega = sum over tasks of 1/N sum_k sum_c p_c (d log p_c / d theta)^2: the exact diagonal Fisher information.
 
     The online variant: one sum, nothing decays, and one anchor that moves with each task (Kirkpatrick et al. 2017;
     Schwarz et al. 2018 with gamma = 1). Their penalty has a factor 1/2: strength is half their lambda.
     """
-    return _measured(lesson, memory, estimator="fisher", images=training_images)
+    return _measured(training, memory, estimator="fisher", images=training_images)
 
 
-def mas_batched(lesson: Lesson, memory: Memory) -> Memory:
+def mas_batched(training: TaskTraining, memory: Memory) -> Memory:
     """MAS with the absolute value after the mean over a training batch: what most other libraries do."""
-    batches = lesson.task.train_images.split(lesson.settings.batch_size)
-    found = measure(lesson.model, batches, forward=through_head(lesson), batched=True, progress=False)
-    return memory.consolidate(lesson.model, found, rule="sum")
+    batches = training.task.train_images.split(training.settings.batch_size)
+    found = measure(training.model, batches, forward=through_head(training), batched=True, progress=False)
+    return memory.consolidate(training.model, found, rule="sum")
 
 
-def l2(lesson: Lesson, memory: Memory) -> Memory:
+def l2(training: TaskTraining, memory: Memory) -> Memory:
     """Omega = 1 for every weight trained so far, the head's included; weights of heads to come are free."""
-    parameters = trainable_parameters(lesson.model)
+    parameters = trainable_parameters(training.model)
     omega = {name: torch.full_like(p, float(p.grad is not None)) for name, p in parameters.items()}
     omega = {name: value.maximum(memory.importance.get(name, value)) for name, value in omega.items()}
-    return Memory(present_weights(lesson.model), omega)
+    return Memory(present_weights(training.model), omega)
 
 
 @final
-class Remembering(Method):
+class ImportancePenalty(Method):
     """Importance is taken when a task has been learned, and protected from the next one on."""
 
-    def __init__(self, strength: float, remember: Remember) -> None:
+    def __init__(self, strength: float, remember: Consolidate) -> None:
         super().__init__(strength)
         self._remember = remember
 
-    def end(self, lesson: Lesson) -> None:
+    def end(self, training: TaskTraining) -> None:
         """Take the importance."""
-        super().end(lesson)
-        self.memory = self._remember(lesson, self.memory)
+        super().end(training)
+        self.memory = self._remember(training, self.memory)
 
 
 Watch = Callable[[dict[str, Tensor], Method], PathIntegral | RiemannianWalk]
@@ -125,7 +125,7 @@ def rwalk(weights: dict[str, Tensor], method: Method) -> RiemannianWalk:
 
 
 @final
-class Watching(Method):
+class PathPenalty(Method):
     """Importance is gathered while a task is learned, from gradients of its loss without any penalty."""
 
     def __init__(self, strength: float, watch: Watch) -> None:
@@ -133,27 +133,27 @@ class Watching(Method):
         self._watch = watch
         self._watcher: PathIntegral | RiemannianWalk | None = None
 
-    def begin(self, lesson: Lesson) -> None:
+    def begin(self, training: TaskTraining) -> None:
         """Protect what came before, and start to watch."""
-        super().begin(lesson)
-        self._watcher = self._watch(present_weights(lesson.model), self)
+        super().begin(training)
+        self._watcher = self._watch(present_weights(training.model), self)
         self.working = {"gradients": {}, **self._watcher.held()}
 
-    def before_step(self, lesson: Lesson, images: Tensor) -> None:
+    def before_step(self, training: TaskTraining, images: Tensor) -> None:
         """Put the gradients aside: the penalty is added to them inside the step."""
-        parameters = trainable_parameters(lesson.model)
+        parameters = trainable_parameters(training.model)
         self.working["gradients"] = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
 
-    def after_step(self, lesson: Lesson) -> None:
+    def after_step(self, training: TaskTraining) -> None:
         """Feed the watcher."""
         assert self._watcher is not None
-        self._watcher.add(self.working["gradients"], trainable_parameters(lesson.model))
+        self._watcher.add(self.working["gradients"], trainable_parameters(training.model))
 
-    def end(self, lesson: Lesson) -> None:
+    def end(self, training: TaskTraining) -> None:
         """Take the importance."""
-        super().end(lesson)
+        super().end(training)
         assert self._watcher is not None
-        self.memory = Memory(present_weights(lesson.model), self._watcher.finish())
+        self.memory = Memory(present_weights(training.model), self._watcher.finish())
         self.kept, self._watcher = self._watcher.carried(), None
 
 

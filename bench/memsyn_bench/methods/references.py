@@ -1,4 +1,4 @@
-"""What the methods are held against: a body that does not move, and each task alone.
+"""What the methods are held against: a backbone that does not move, and each task alone.
 
 Owns these two; joint training, the ceiling, is rehearsal of everything and lives in `rehearsal`.
 """
@@ -8,23 +8,23 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import final
 
-from memsyn_bench.methods.method import Lesson, Method, frozen
+from memsyn_bench.methods.method import Method, TaskTraining, frozen
 
 
 @final
-class FrozenBody(Method):
+class FrozenBackbone(Method):
     """After the first task only heads learn: tasks with heads of their own forget nothing. The honest floor."""
 
     def __init__(self) -> None:
         super().__init__()
         self._open = ExitStack()
 
-    def begin(self, lesson: Lesson) -> None:
-        """Freeze the body from the second task on."""
-        if lesson.index > 0:
-            self._open.enter_context(frozen(lesson.model.body))
+    def begin(self, training: TaskTraining) -> None:
+        """Freeze the backbone from the second task on."""
+        if training.index > 0:
+            self._open.enter_context(frozen(training.model.backbone))
 
-    def end(self, lesson: Lesson) -> None:
+    def end(self, training: TaskTraining) -> None:
         """Leave the model as it was found."""
         self._open.close()
 
@@ -33,8 +33,8 @@ class FrozenBody(Method):
 class Alone(Method):
     """Each task from the first weights: what can be learned of it. The old tasks' accuracies mean nothing here."""
 
-    def begin(self, lesson: Lesson) -> None:
+    def begin(self, training: TaskTraining) -> None:
         """Back to the weights before the first task."""
         if not self.kept:
-            self.kept = {"start": {name: value.clone() for name, value in lesson.model.state_dict().items()}}
-        lesson.model.load_state_dict(self.kept["start"])
+            self.kept = {"start": {name: value.clone() for name, value in training.model.state_dict().items()}}
+        training.model.load_state_dict(self.kept["start"])

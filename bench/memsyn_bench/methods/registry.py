@@ -1,23 +1,25 @@
 """The methods by name: what `--methods` takes.
 
-Owns names, one line about each, and the strengths that they have unless told.
+Owns their names, one line about each, their default strengths, and how others add a method.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
-from memsyn import Memory
-from memsyn_bench.methods.distillation import Distilling
-from memsyn_bench.methods.merging import Merging, by_fisher, by_mean
-from memsyn_bench.methods.method import FineTuning, Method, Together
+from memsyn import Memory, OptionError
+from memsyn_bench.extensions import NamedEntries
+from memsyn_bench.methods.distillation import Distillation
+from memsyn_bench.methods.merging import WeightMerging, by_fisher, by_mean
+from memsyn_bench.methods.method import CombinedMethods, FineTuning, Method
 from memsyn_bench.methods.penalties import (
-    Remembering,
-    Watching,
+    ImportancePenalty,
+    PathPenalty,
     all_images,
     ewc,
     images_in_use,
@@ -29,22 +31,25 @@ from memsyn_bench.methods.penalties import (
     si,
     test_images,
 )
-from memsyn_bench.methods.references import Alone, FrozenBody
-from memsyn_bench.methods.rehearsal import PER_TASK, Rehearsing
+from memsyn_bench.methods.references import Alone, FrozenBackbone
+from memsyn_bench.methods.rehearsal import PER_TASK, Rehearsal
 from memsyn_bench.task import Task
 
 
 @dataclass(frozen=True)
-class Rival:
+class MethodEntry:
     """A method that can be run.
 
     Attributes:
         summary: one line for `memsyn-bench list`.
-        make: strength -> the method before its first task.
-        strength: what its own loss is multiplied by unless told; None for methods that have none.
-        stores_data: whether it keeps images of earlier tasks, and so is no rival to those that keep none.
-        sees_test: whether it looks at the test images, though not at their labels; so is no rival either.
-        classifies: whether it takes what the network puts out for logits of classes.
+        make: strength -> a new method, before its first task; 0.0 if the method has no strength.
+        strength: the default strength, by which the method's own loss is multiplied; None if it has none.
+        stores_data: whether it keeps images of earlier tasks. It is then not ranked with methods that keep none.
+        sees_test: whether it looks at test images, though not at their labels. It is then not ranked either.
+        classifies: whether it takes the network's outputs for logits of classes, so that it cannot learn an embedding.
+
+    Raises:
+        OptionError: a value is of a wrong type, or the strength is out of range.
     """
 
     summary: str
@@ -54,75 +59,88 @@ class Rival:
     sees_test: bool = False
     classifies: bool = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.summary, str):
+            raise OptionError(f"summary must be one line of text, got {type(self.summary).__name__}.")
+        if not callable(self.make):
+            raise OptionError(f"make must be a function of the strength, got {type(self.make).__name__}.")
+        if self.strength is not None and not (math.isfinite(self.strength) and self.strength >= 0):
+            raise OptionError(f"strength must be None, or finite and not negative; got {self.strength}.")
 
-def _on(remember: Callable[..., Memory], images: Callable[[Task], Tensor], summary: str) -> Rival:
+
+def _on(remember: Callable[..., Memory], images: Callable[[Task], Tensor], summary: str) -> MethodEntry:
     """One more way to be told by importance: of other images of the task."""
     sees_test = images in (test_images, all_images)
-    return Rival(
-        summary, lambda strength: Remembering(strength, partial(remember, images=images)), 1.0, sees_test=sees_test
+    return MethodEntry(
+        summary,
+        lambda strength: ImportancePenalty(strength, partial(remember, images=images)),
+        1.0,
+        sees_test=sees_test,
     )
 
 
-METHODS: dict[str, Rival] = {
-    "finetune": Rival(
+_BUILT_IN: dict[str, MethodEntry] = {
+    "finetune": MethodEntry(
         "train on each task and protect nothing: how much is forgotten without help", lambda _: FineTuning()
     ),
-    "joint": Rival(
+    "joint": MethodEntry(
         "train on all tasks so far, which stores all data: the ceiling",
-        lambda _: Rehearsing(per_task=None),
+        lambda _: Rehearsal(per_task=None),
         stores_data=True,
     ),
-    "alone": Rival("each task from the first weights: a reference for what can be learned", lambda _: Alone()),
-    "frozen": Rival(
+    "alone": MethodEntry("each task from the first weights: a reference for what can be learned", lambda _: Alone()),
+    "frozen": MethodEntry(
         "only the heads learn after the first task: the floor, if each task has its own",
-        lambda _: FrozenBody(),
+        lambda _: FrozenBackbone(),
     ),
-    "l2": Rival("hold every weight to its last value alike", lambda strength: Remembering(strength, l2), 1.0),
-    "lwf": Rival(
+    "l2": MethodEntry(
+        "hold every weight to its last value alike", lambda strength: ImportancePenalty(strength, l2), 1.0
+    ),
+    "lwf": MethodEntry(
         "Learning without Forgetting (Li and Hoiem 2016): keep the old heads' outputs",
-        Distilling,
+        Distillation,
         1.0,
         classifies=True,
     ),
-    "ebll": Rival(
+    "ebll": MethodEntry(
         "Encoder-based lifelong learning (Rannen et al. 2017): LwF, and the features' codes kept",
-        lambda strength: Distilling(strength, encodes=True),
+        lambda strength: Distillation(strength, encodes=True),
         1.0,
         classifies=True,
     ),
-    "imm-mean": Rival(
-        "IMM (Lee et al. 2017): the mean of the tasks' weights", lambda strength: Merging(strength, by_mean), 1.0
+    "imm-mean": MethodEntry(
+        "IMM (Lee et al. 2017): the mean of the tasks' weights", lambda strength: WeightMerging(strength, by_mean), 1.0
     ),
-    "imm-mode": Rival(
+    "imm-mode": MethodEntry(
         "IMM (Lee et al. 2017): their mean weighted by Fisher information",
-        lambda strength: Merging(strength, by_fisher),
+        lambda strength: WeightMerging(strength, by_fisher),
         1.0,
         classifies=True,
     ),
-    "ewc": Rival(
+    "ewc": MethodEntry(
         "Elastic weight consolidation (Kirkpatrick et al. 2017): the exact Fisher information, online",
-        lambda strength: Remembering(strength, ewc),
+        lambda strength: ImportancePenalty(strength, ewc),
         100.0,
         classifies=True,
     ),
-    "si": Rival(
+    "si": MethodEntry(
         "Synaptic Intelligence (Zenke et al. 2017): the loss's path integral",
-        lambda strength: Watching(strength, si),
+        lambda strength: PathPenalty(strength, si),
         1.0,
     ),
-    "rwalk": Rival(
+    "rwalk": MethodEntry(
         "RWalk (Chaudhry et al. 2018): running Fisher information and path score",
-        lambda strength: Watching(strength, rwalk),
+        lambda strength: PathPenalty(strength, rwalk),
         1.0,
     ),
-    "mas": Rival(
+    "mas": MethodEntry(
         "Memory Aware Synapses (Aljundi et al. 2018): importances of all tasks so far are summed",
-        lambda strength: Remembering(strength, mas),
+        lambda strength: ImportancePenalty(strength, mas),
         1.0,
     ),
-    "mas-local": Rival(
+    "mas-local": MethodEntry(
         "local MAS: every layer's own output counts, forward passes only",
-        lambda strength: Remembering(strength, mas_local),
+        lambda strength: ImportancePenalty(strength, mas_local),
         1.0,
     ),
     "mas-test": _on(mas, test_images, "MAS, importance from the test images without their labels"),
@@ -130,19 +148,48 @@ METHODS: dict[str, Rival] = {
     "mas-local-test": _on(mas_local, test_images, "local MAS, importance from the test images without their labels"),
     "mas-local-both": _on(mas_local, all_images, "local MAS, importance from training and test images"),
     "mas-in-use": _on(mas, images_in_use, "MAS, importance from the training images of the classes in use alone"),
-    "mas-batched": Rival(
+    "mas-batched": MethodEntry(
         "MAS with the absolute value after the mean over a batch, as other libraries have it",
-        lambda strength: Remembering(strength, mas_batched),
+        lambda strength: ImportancePenalty(strength, mas_batched),
         1.0,
     ),
-    "rehearsal": Rival(
-        f"store {PER_TASK} images of each task and train on them beside", lambda _: Rehearsing(), stores_data=True
+    "rehearsal": MethodEntry(
+        f"store {PER_TASK} images of each task and train on them beside", lambda _: Rehearsal(), stores_data=True
     ),
-    "mas-rehearsal": Rival(
+    "mas-rehearsal": MethodEntry(
         f"MAS, and {PER_TASK} images of each task stored",
-        lambda strength: Together(Remembering(strength, mas), Rehearsing()),
+        lambda strength: CombinedMethods(ImportancePenalty(strength, mas), Rehearsal()),
         1.0,
         stores_data=True,
     ),
 }
-"""A method that takes importance in another way (lesson, memory) -> memory is one more `Remembering`."""
+
+"""One more way to measure importance, (training, memory) -> memory, is one more `ImportancePenalty`."""
+
+METHODS = NamedEntries("method", MethodEntry, "memsyn_bench.methods", _BUILT_IN)
+"""All methods that `memsyn-bench list` names."""
+
+
+def register_method(name: str, entry: MethodEntry) -> None:
+    """Add a method for this process: `--methods` and `run` then take its name.
+
+    A package that others install declares an entry point in the group `memsyn_bench.methods` instead.
+
+    Raises:
+        OptionError: the name is taken or cannot be used, or `entry` is no `MethodEntry`.
+    """
+    METHODS.register(name, entry)
+
+
+def new_method(name: str, strength: float | None) -> Method:
+    """A method of that name, before its first task.
+
+    Raises:
+        OptionError: its `make` returns something else.
+    """
+    method = METHODS[name].make(strength or 0.0)
+    if not isinstance(method, Method):
+        raise OptionError(
+            f"make of the method {name!r} must return a memsyn_bench.Method, got {type(method).__name__}."
+        )
+    return method

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from memsyn_bench.data.strata import evenly
-from memsyn_bench.methods.method import Lesson, Method
+from memsyn_bench.methods.method import Method, TaskTraining
 
 PER_TASK = 40
 """Images that rehearsal stores of each task, as evenly over its classes as can be."""
 
 
 @final
-class Rehearsing(Method):
+class Rehearsal(Method):
     """Beside each batch of the new task, the same loss on images of the old ones, which go through their own heads.
 
     From a buffer of `per_task` images a task: one batch over all old tasks a step, L = L_new + mean of its losses. With
@@ -32,35 +32,35 @@ class Rehearsing(Method):
         super().__init__()
         self._per_task = per_task
 
-    def before_step(self, lesson: Lesson, images: Tensor) -> None:
+    def before_step(self, training: TaskTraining, images: Tensor) -> None:
         """Add the gradients of the old tasks' loss."""
         if self.kept:
-            self._loss(lesson).backward()
+            self._loss(training).backward()
 
-    def _loss(self, lesson: Lesson) -> Tensor:
+    def _loss(self, training: TaskTraining) -> Tensor:
         """The mean loss of what is drawn, times the number of old tasks in joint training."""
         stored = [len(group["labels"]) for group in self.kept.values()]
         factor = len(stored) if self._per_task is None else 1
-        num = factor * lesson.settings.batch_size
-        chosen = torch.randperm(sum(stored), generator=lesson.own)[:num]
+        num = factor * training.settings.batch_size
+        chosen = torch.randperm(sum(stored), generator=training.method_generator)[:num]
         task_of = torch.arange(len(stored)).repeat_interleave(torch.tensor(stored))[chosen]
         first = torch.tensor(stored).cumsum(0) - torch.tensor(stored)
         losses = []
         for task, group in enumerate(self.kept.values()):
             own = chosen[task_of == task] - first[task]
             if len(own):
-                seen = lesson.augment(group["images"][own], lesson.own)
-                outputs = lesson.model(seen, task)
-                losses.append(lesson.loss(outputs, group["labels"][own], group.get("vectors")).sum())
+                seen = training.augment(group["images"][own], training.method_generator)
+                outputs = training.model(seen, task)
+                losses.append(training.loss(outputs, group["labels"][own], group.get("vectors")).sum())
         return factor * torch.stack(losses).sum() / len(chosen)
 
-    def end(self, lesson: Lesson) -> None:
+    def end(self, training: TaskTraining) -> None:
         """Store images of the task."""
-        super().end(lesson)
-        task = lesson.task
+        super().end(training)
+        task = training.task
         num = len(task.train_labels) if self._per_task is None else self._per_task
-        chosen = evenly(task.train_labels, num, lesson.own)
+        chosen = evenly(task.train_labels, num, training.method_generator)
         stored = {"images": task.train_images[chosen], "labels": task.train_labels[chosen]}
         if task.class_vectors is not None:
             stored["vectors"] = task.class_vectors
-        self.kept = {**self.kept, f"task{lesson.index}": stored}
+        self.kept = {**self.kept, f"task{training.index}": stored}

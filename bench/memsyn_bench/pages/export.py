@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from memsyn.errors import MemsynError
+from memsyn import MemsynError
 from memsyn.report.names import file_name
+from memsyn_bench.extras import import_extra
 from memsyn_bench.results.findings import Findings
 from memsyn_bench.results.metrics import average_accuracy, forgetting
 from memsyn_bench.running.record import TaskRecord
@@ -25,10 +26,9 @@ def write_tensorboard(runs: Sequence[Findings], folder: Path) -> int:
     Raises:
         MemsynError: tensorboard is missing, or a series is there already.
     """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ModuleNotFoundError:
-        raise MemsynError("--tensorboard needs tensorboard: pip install 'memsyn[tensorboard]'.") from None
+    import_extra("torch.utils.tensorboard", purpose="--tensorboard", install="memsyn-bench[tensorboard]")
+    from torch.utils.tensorboard import SummaryWriter
+
     todo = [
         (folder / file_name(found.name) / file_name(f"{method}-seed{seed}"), records)
         for found in runs
@@ -55,12 +55,11 @@ def write_mlflow(runs: Sequence[Findings], uri: str) -> int:
     Raises:
         MemsynError: mlflow is missing, or the store at `uri` refuses.
     """
-    try:
-        from mlflow import MlflowClient
-        from mlflow.entities import Metric, Param
-        from mlflow.exceptions import MlflowException
-    except ModuleNotFoundError:
-        raise MemsynError("--mlflow needs mlflow: pip install 'memsyn[mlflow]'.") from None
+    import_extra("mlflow", purpose="--mlflow", install="memsyn-bench[mlflow]")
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param
+    from mlflow.exceptions import MlflowException
+
     logged = 0
     try:
         client = MlflowClient(uri, registry_uri=uri)

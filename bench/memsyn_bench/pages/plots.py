@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from memsyn_bench.results.metrics import Matrix, average_accuracy, forgetting, spread
-from memsyn_bench.results.report import matrices, title
+from memsyn_bench.results.report import accuracy_matrices, title
 from memsyn_bench.running.record import Results
 from memsyn_bench.settings import Settings
 
@@ -27,7 +27,7 @@ def plot_accuracy(results: Results, settings: Settings, path: Path) -> None:
     Lines are means over the seeds, bands go from the lowest seed to the highest; the black line is the mean over the
     tasks learned so far.
     """
-    of_methods = matrices(results)
+    of_methods = accuracy_matrices(results)
     names = [record.name for record in next(iter(next(iter(results.values())).values()))]
     figure = Figure(figsize=(2.2 + 4.2 * len(of_methods), 4.6), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(of_methods), sharey=True, squeeze=False)[0]

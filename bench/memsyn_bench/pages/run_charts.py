@@ -43,7 +43,7 @@ def averages(found: Findings) -> Chart:
     best, word = found.best(), quantity(found.run.settings)
     title = f"Average {word} after the last task"
     if best is not None:
-        first = " highest of those that store no data" if len(found.rivals) > 1 else ""
+        first = " highest of those that store no data" if len(found.ranked) > 1 else ""
         title = f"{best} ends{first} at {estimate(found.averages(best))}%"
     numbers = {method: found.averages(method) for method in methods}
     return _by_method(title, numbers, f"average {word} after the last task (%)", "averages", marks=True)
@@ -73,9 +73,9 @@ def tradeoff(found: Findings) -> Chart | None:
         return None
     forgotten = {method: found.by_seed(method, forgetting) for method in methods}
     learned = {method: found.by_seed(method, learning_accuracy) for method in methods}
-    rivals = found.rivals or methods
-    least = min(rivals, key=lambda method: mean(forgotten[method]))
-    fastest = max(rivals, key=lambda method: mean(learned[method]))
+    ranked = found.ranked or methods
+    least = min(ranked, key=lambda method: mean(forgotten[method]))
+    fastest = max(ranked, key=lambda method: mean(learned[method]))
     shown, note = _first(methods, found.best(), least, fastest)
     series = [
         Series(
@@ -132,7 +132,7 @@ def _ends(task: str, series: Sequence[Series]) -> str:
     )
 
 
-def matrices(found: Findings) -> Panels | None:
+def matrix_charts(found: Findings) -> Panels | None:
     """A heat map for each method."""
     methods = [method for method in found.methods if method != ALONE]
     if not methods or found.run.num_tasks < 2:
@@ -208,7 +208,7 @@ def group_charts(group: Group, describe: Callable[[Group], str]) -> list[Chart]:
     return GROUP_CHARTS[describe](group)
 
 
-def _sensitivity(group: Group) -> list[Chart]:
+def _sensitivity_charts(group: Group) -> list[Chart]:
     ordered = sorted(group, key=strength_of)
     strengths = [strength_of(found) for found in ordered]
     charts = []
@@ -229,10 +229,10 @@ def _sensitivity(group: Group) -> list[Chart]:
     return charts
 
 
-def _adaptation(group: Group) -> list[Chart]:
+def _adaptation_charts(group: Group) -> list[Chart]:
     charts = []
     for found in group:
-        methods = [method for method in found.rivals if kept(found, method, "in-use")[1]]
+        methods = [method for method in found.ranked if kept(found, method, "in-use")[1]]
         if not methods:
             continue
         series = []
@@ -254,7 +254,7 @@ def _adaptation(group: Group) -> list[Chart]:
     return charts
 
 
-def _facts(group: Group) -> list[Chart]:
+def _facts_charts(group: Group) -> list[Chart]:
     charts = []
     for found in group:
         numbers = {m: over_all(found, m) for m in sorted(found.methods, key=lambda m: -mean(over_all(found, m)))}
@@ -267,7 +267,7 @@ def _facts(group: Group) -> list[Chart]:
     return charts
 
 
-def _pairs(group: Group) -> list[Chart]:
+def _pairs_charts(group: Group) -> list[Chart]:
     drops = {method: numbers for method in PAIR_ROWS if (numbers := over_pairs(group, method, forgetting))}
     if not drops:
         return []
@@ -277,9 +277,9 @@ def _pairs(group: Group) -> list[Chart]:
 
 
 GROUP_CHARTS: dict[Callable[[Group], str], Callable[[Group], list[Chart]]] = {
-    sensitivity: _sensitivity,
-    adaptation: _adaptation,
-    facts: _facts,
-    pairs: _pairs,
+    sensitivity: _sensitivity_charts,
+    adaptation: _adaptation_charts,
+    facts: _facts_charts,
+    pairs: _pairs_charts,
 }
 """By what describes a group of the kind."""

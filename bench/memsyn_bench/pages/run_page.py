@@ -10,14 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
-from memsyn.errors import MemsynError
+from memsyn import MemsynError
 from memsyn.report.parts import Cell, Lines, Page, Part, Scene, Scenes, Section, Table, number_cell
-from memsyn_bench.pages.run_charts import averages, chosen, costs, group_charts, matrices, over_time, tradeoff
+from memsyn_bench.pages.run_charts import averages, chosen, costs, group_charts, matrix_charts, over_time, tradeoff
 from memsyn_bench.results.findings import FINETUNE, MAS, Findings, estimate, read_findings
 from memsyn_bench.results.groups import Group, in_groups, pairs, sensitivity
 from memsyn_bench.results.markdown import blocks, plain
 from memsyn_bench.results.metrics import forgetting
-from memsyn_bench.results.report import title, training
+from memsyn_bench.results.report import title
 from memsyn_bench.results.sections import (
     APART,
     READING,
@@ -29,9 +29,9 @@ from memsyn_bench.results.sections import (
     strength_table,
     unfinished,
 )
-from memsyn_bench.running.examples import FILE as EXAMPLES
-from memsyn_bench.running.examples import Example, read_examples
-from memsyn_bench.running.record import FILE
+from memsyn_bench.running.examples import EXAMPLES_FILE, Example, read_examples
+from memsyn_bench.running.record import RESULTS_FILE
+from memsyn_bench.settings import training_words
 
 EXAMPLES_SAY = (
     "Test images of the first task (seed 0), and the texts of that task whose vectors are nearest: then, right after "
@@ -45,7 +45,7 @@ def read_runs(paths: Sequence[Path]) -> list[tuple[Findings, Sequence[Scene]]]:
     Raises:
         MemsynError: a file cannot be read or is damaged, or a run is named twice, or two have one name.
     """
-    files = [path / FILE if path.is_dir() else path for path in paths]
+    files = [path / RESULTS_FILE if path.is_dir() else path for path in paths]
     twice = [str(file) for file in files if [other.resolve() for other in files].count(file.resolve()) > 1]
     if twice:
         raise MemsynError(f"{twice[0]} is named more than once: name every run once.")
@@ -121,7 +121,7 @@ def headline(found: Findings) -> str:
 
 def _examples_of(file: Path) -> Path:
     """Beside a run's `results.jsonl`; a copy `NAME.jsonl` of that has `NAME.examples.json`."""
-    return file.with_name(EXAMPLES if file.name == FILE else f"{file.stem}.{EXAMPLES}")
+    return file.with_name(EXAMPLES_FILE if file.name == RESULTS_FILE else f"{file.stem}.{EXAMPLES_FILE}")
 
 
 def _scenes(examples: Sequence[Example]) -> list[Scene]:
@@ -149,7 +149,7 @@ def _sections(found: Findings, scenes: Sequence[Scene]) -> list[Section]:
     for heading, parts in (
         ("Examples", examples),
         ("Learning and forgetting", [averages(found), tradeoff(found)]),
-        ("Task by task", [over_time(found), matrices(found)]),
+        ("Task by task", [over_time(found), matrix_charts(found)]),
         ("Strengths", _strengths(found)),
         ("Time and memory", [*_parts(cost_table(found)), costs(found)]),
     ):
@@ -164,7 +164,7 @@ def _methods(found: Findings) -> Section:
     for block in blocks(accuracy_table(found)) if found.methods else []:
         assert not isinstance(block, str)
         rows = [row for row in block[1:] if not row[0].startswith("*store")]
-        apart = {method for method in found.methods if method not in found.rivals}
+        apart = {method for method in found.methods if method not in found.ranked}
         parts.append(_table([block[0], *rows], marked=apart))
         if apart:
             parts.append(f"†: {APART}.")
@@ -181,7 +181,7 @@ def _settings(found: Findings) -> Section:
     rows.append([Cell("tasks"), Cell(str(found.run.num_tasks))])
     rows += [[Cell("made with"), Cell(machine)] for machine in found.run.machines]
     return Section(
-        "To repeat it", [Lines(commands(found)), training(found.run.settings), Table(["Setting", "Value"], rows)]
+        "To repeat it", [Lines(commands(found)), training_words(found.run.settings), Table(["Setting", "Value"], rows)]
     )
 
 

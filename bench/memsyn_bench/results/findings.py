@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import final
 
-from memsyn.errors import MemsynError, OptionError
+from memsyn import MemsynError, OptionError
 from memsyn_bench.methods.registry import METHODS
 from memsyn_bench.results.metrics import Interval, Matrix, average_accuracy, diagonal, interval, paired, rounded
 from memsyn_bench.running.record import Results, Run, TaskRecord, read_run
@@ -52,8 +52,8 @@ class Findings:
         return list(self.results)
 
     @property
-    def rivals(self) -> list[str]:
-        """Those of them that store no data, look at no test image and learn the tasks one after the other."""
+    def ranked(self) -> list[str]:
+        """The methods that store no data, look at no test image and learn the tasks one after the other."""
         return [method for method in self.results if not has_more_data(method) and method != ALONE]
 
     @property
@@ -93,14 +93,14 @@ class Findings:
         return self.by_seed(method, average_accuracy)
 
     def standing(self, method: str) -> float:
-        """The mean average accuracy over the seeds that all rivals have finished; over its own where there is none."""
+        """The mean average accuracy over the seeds that all ranked methods have finished; else over its own seeds."""
         averages = self.averages(method)
-        shared = set(averages).intersection(*(self.results[rival] for rival in self.rivals))
+        shared = set(averages).intersection(*(self.results[other] for other in self.ranked))
         return mean({seed: averages[seed] for seed in shared} or averages)
 
     def best(self) -> str | None:
-        """The rival with the highest standing."""
-        return max(self.rivals, key=self.standing, default=None)
+        """The ranked method with the highest standing."""
+        return max(self.ranked, key=self.standing, default=None)
 
 
 def read_findings(path: Path) -> Findings:
@@ -113,7 +113,10 @@ def read_findings(path: Path) -> Findings:
     try:
         find_sequence(run.settings.sequence)
     except OptionError as error:
-        raise MemsynError(f"{path} is of a sequence that this version does not know: {error} Leave it out.") from None
+        raise MemsynError(
+            f"{path} is of a sequence that cannot be used here: {error} Leave the file out, or install the package "
+            "that adds the sequence."
+        ) from None
     found: dict[str, dict[int, dict[int, TaskRecord]]] = {}
     for record in run.records:
         found.setdefault(record.method, {}).setdefault(record.seed, {})[record.task] = record

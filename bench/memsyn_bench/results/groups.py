@@ -27,6 +27,7 @@ from memsyn_bench.results.findings import (
 )
 from memsyn_bench.results.markdown import escape, table
 from memsyn_bench.results.metrics import Matrix, diagonal, forgetting
+from memsyn_bench.sequences.sequences import find_sequence
 from memsyn_bench.settings import OWN
 
 Group = list[Findings]
@@ -96,7 +97,7 @@ def pairs(group: Group) -> str:
     for method in (MAS, LOCAL):
         apart = difference(learned[method], learned[FROZEN])
         if apart:
-            words = compared(apart, "above a frozen body", "below a frozen body")
+            words = compared(apart, "above a frozen backbone", "below a frozen backbone")
             said.append(f"On the second task {method} ends {words}, mean over the pairs.")
         for images in ("test", "both"):
             apart = difference(drops[f"{method}-{images}"], drops[method])
@@ -174,17 +175,17 @@ def adaptation(group: Group) -> str:
         "Classes in use, other classes: accuracy after the last task on those of the earlier tasks and, in brackets, "
         "in percent of what it was when they were learned. New tasks: accuracy when learned, from the second task on."
     )
-    return "\n\n".join([*map(_adaptation, group), note])
+    return "\n\n".join([*map(_adaptation_of_run, group), note])
 
 
-def _adaptation(found: Findings) -> str:
+def _adaptation_of_run(found: Findings) -> str:
     columns: dict[str, Callable[[str], Numbers]] = {
         "classes in use": lambda method: kept(found, method, "in-use")[0],
         "other classes": lambda method: kept(found, method, "other-classes")[0],
         "new tasks": lambda method: found.by_seed(method, lambda matrix: fmean(diagonal(matrix)[1:])),
     }
     rows = []
-    for method in found.rivals:
+    for method in found.ranked:
         use, others = (f" ({estimate(kept(found, method, scoring)[1])})" for scoring in ("in-use", "other-classes"))
         cells = [estimate(numbers(method)) for numbers in columns.values()]
         rows.append([escape(method), cells[0] + use, cells[1] + others, cells[2]])
@@ -263,8 +264,14 @@ def _with_strength(found: Findings) -> Hashable:
     return replace(settings, strength=OWN) if varies else None
 
 
-def _named(*starts: str) -> Callable[[Findings], Hashable]:
-    return lambda found: True if found.run.settings.sequence.startswith(starts) and found.run.num_tasks > 1 else None
+def _scored(*scorings: str) -> Callable[[Findings], Hashable]:
+    """A key of the files whose sequence has one of these scorings, and several tasks."""
+
+    def key(found: Findings) -> Hashable:
+        known = find_sequence(found.run.settings.sequence).scorings
+        return True if found.run.num_tasks > 1 and set(scorings) & set(known) else None
+
+    return key
 
 
 def _place(found: Findings) -> str:
@@ -280,7 +287,11 @@ SENSITIVITY = Kind(
 KINDS = (
     SENSITIVITY,  # first: a pair at several strengths is no several pairs
     Kind(lambda found: f"Pairs from the network of {_pairs_base(found)}, {_place(found)}", _as_pair, pairs),
-    Kind(lambda found: "Adaptation: importance of the classes in use alone", _named("adaptation"), adaptation),
-    Kind(lambda found: "Facts: mean average precision", _named("facts", "6ds"), facts),
+    Kind(
+        lambda found: "Adaptation: importance of the classes in use alone",
+        _scored("in-use", "retrieval-in-use"),
+        adaptation,
+    ),
+    Kind(lambda found: "Facts: mean average precision", _scored("retrieval"), facts),
 )
 """All of them, in the order of the page."""

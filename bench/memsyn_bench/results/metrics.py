@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from memsyn.errors import OptionError
+from memsyn import OptionError
 
 Matrix = Sequence[Sequence[float]]
 

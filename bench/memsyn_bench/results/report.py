@@ -12,7 +12,7 @@ from rich.table import Table
 from memsyn_bench.results.markdown import escape, table
 from memsyn_bench.results.metrics import Matrix, average_accuracy, forgetting, learning_accuracy, spread
 from memsyn_bench.running.record import Results
-from memsyn_bench.settings import CHOSEN, OWN, Settings
+from memsyn_bench.settings import Settings, training_words
 
 COLUMNS: dict[str, Callable[[Matrix], float]] = {
     "Average accuracy (%)": average_accuracy,
@@ -27,7 +27,7 @@ MEANINGS = (
 )
 
 
-def matrices(results: Results) -> dict[str, list[Matrix]]:
+def accuracy_matrices(results: Results) -> dict[str, list[Matrix]]:
     """Method -> the accuracy matrix of each seed."""
     return {
         method: [[record.accuracies for record in records] for records in seeds.values()]
@@ -39,7 +39,7 @@ def cells(results: Results) -> list[list[str]]:
     """The table's rows: a method and its numbers over the seeds."""
     return [
         [method, *(str(spread([number(matrix) for matrix in of_seeds])) for number in COLUMNS.values())]
-        for method, of_seeds in matrices(results).items()
+        for method, of_seeds in accuracy_matrices(results).items()
     ]
 
 
@@ -53,22 +53,7 @@ def note(settings: Settings, num_seeds: int) -> str:
     """How to read the numbers, and with which settings they were made."""
     how = {1: "One seed: no spread is known.", 2: "Mean over two seeds and, in brackets, both."}
     spreads = how.get(num_seeds, "Mean over the seeds ± standard deviation.")
-    return f"{MEANINGS} {spreads} {training(settings)}"
-
-
-def training(settings: Settings) -> str:
-    """How every method was trained."""
-    warmup = f", in the first {settings.warmup} heads alone" if settings.warmup else ""
-    epochs = "1 epoch" if settings.epochs == 1 else f"{settings.epochs} epochs"
-    return (
-        f"{epochs} a task{warmup}, Adam, lr {settings.lr:g}, batch size {settings.batch_size}, "
-        f"{_strength(settings.strength)}."
-    )
-
-
-def _strength(strength: float | str) -> str:
-    words = {OWN: "each method's own strength", CHOSEN: "strengths chosen on validation data of the first tasks"}
-    return words[strength] if isinstance(strength, str) else f"strength {strength:g}"
+    return f"{MEANINGS} {spreads} {training_words(settings)}"
 
 
 def rich_table(results: Results, settings: Settings) -> Table:

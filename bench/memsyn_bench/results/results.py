@@ -5,11 +5,10 @@ Owns the page's order, its first words, and the files it is written to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from memsyn.errors import MemsynError
-from memsyn_bench.pages.plots import plot_strengths
+from memsyn import MemsynError
 from memsyn_bench.results.findings import MAS, Findings, read_findings
 from memsyn_bench.results.groups import SENSITIVITY, Group, in_groups, strength_of
 from memsyn_bench.results.markdown import details
@@ -50,7 +49,11 @@ def results_page(files: Sequence[Findings], pictures: dict[str, Group] | None = 
     return "\n\n".join(parts) + "\n"
 
 
-def write_results(paths: Sequence[Path], out: Path | None = None) -> str:
+PlotStrengths = Callable[[list[float], dict[str, list[list[float]]], str, Path], None]
+"""(strengths, what is measured -> at each strength its number of every seed, heading, file): writes a picture."""
+
+
+def write_results(paths: Sequence[Path], out: Path | None = None, *, plot: PlotStrengths) -> str:
     """Return the page of these files; with `out` write it there, and its pictures to a folder of its name beside it.
 
     Raises:
@@ -66,7 +69,7 @@ def write_results(paths: Sequence[Path], out: Path | None = None) -> str:
     try:
         for link, group in pictures.items():
             out.with_suffix("").mkdir(parents=True, exist_ok=True)
-            _plot(group, out.parent / link)
+            _plot_group(group, out.parent / link, plot)
         out.write_text(page, encoding="utf-8")
     except OSError as error:
         raise MemsynError(f"{out} cannot be written: {error.strerror}. Use another -o.") from error
@@ -84,11 +87,11 @@ def _pictures(files: Sequence[Findings], folder: str) -> dict[str, Group]:
     return links
 
 
-def _plot(group: Group, path: Path) -> None:
+def _plot_group(group: Group, path: Path, plot: PlotStrengths) -> None:
     """Accuracy and forgetting of MAS against its strength."""
     ordered = sorted(group, key=strength_of)
     columns = {"average accuracy (%)": average_accuracy, "forgetting (points)": forgetting}
-    plot_strengths(
+    plot(
         [strength_of(found) for found in ordered],
         {name: [list(found.by_seed(MAS, number).values()) for found in ordered] for name, number in columns.items()},
         f"{MAS}: {title(group[0].run.settings, max(len(found.results[MAS]) for found in group))}",

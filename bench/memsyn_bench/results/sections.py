@@ -27,12 +27,12 @@ from memsyn_bench.results.findings import (
 )
 from memsyn_bench.results.markdown import details, escape, table
 from memsyn_bench.results.metrics import forgetting, forward_transfer, intransigence, learning_accuracy
-from memsyn_bench.results.report import MEANINGS, title, training
-from memsyn_bench.sequences.sequences import find_sequence, own_settings
-from memsyn_bench.settings import Settings
+from memsyn_bench.results.report import MEANINGS, title
+from memsyn_bench.sequences.sequences import default_settings, find_sequence
+from memsyn_bench.settings import Settings, training_words
 
 NEAR = 3.0
-"""Points: where a frozen body ends so near to the best method, there was nothing to be remembered."""
+"""Points: where a frozen backbone ends so near to the best method, there was nothing to be remembered."""
 
 
 READING = f"""{MEANINGS}
@@ -56,7 +56,7 @@ def section(found: Findings, level: int) -> str:
     settings = found.run.settings
     parts = [
         f"{'#' * level} {escape(found.name)}",
-        f"{escape(_title(found))}: {escape(find_sequence(settings.sequence).summary)}. {training(settings)}",
+        f"{escape(_title(found))}: {escape(find_sequence(settings.sequence).summary)}. {training_words(settings)}",
         "\n".join(f"    {line}" for line in commands(found)),
         f"Made with {escape('; then '.join(found.run.machines))}.",
         unfinished(found),
@@ -96,7 +96,7 @@ def commands(found: Findings) -> list[str]:
     for method, seed, _ in found.unfinished:
         seeds[method] = max(seeds.get(method, 0), seed + 1)
     others = []
-    for name, default in asdict(own_settings(settings.sequence)).items():
+    for name, default in asdict(default_settings(settings.sequence)).items():
         value = getattr(settings, name)
         if value != default:
             others += [f"--{name.replace('_', '-')}", str(value).removesuffix(".0")]
@@ -106,7 +106,7 @@ def commands(found: Findings) -> list[str]:
     lines = []
     for number in sorted(set(seeds.values()), reverse=True):
         methods = ",".join(method for method in seeds if seeds[method] == number)
-        words = ["memsyn", "bench", "run", settings.sequence, "--methods", methods, "--seeds", str(number), *others]
+        words = ["memsyn-bench", "run", settings.sequence, "--methods", methods, "--seeds", str(number), *others]
         lines.append(printable(shlex.join(words)))
     return lines
 
@@ -120,12 +120,12 @@ def unfinished(found: Findings) -> str:
 
 
 def sentences(found: Findings) -> list[str]:
-    """The headline: who is best, what MAS does, how near joint training it comes, and whether the body mattered."""
+    """The headline: who is best, what MAS does, how near joint training it comes, and whether the backbone mattered."""
     best = found.best()
     if best is None:
         return []
     word, best_numbers = _average(found.run.settings), found.averages(best)
-    several, said = len(found.rivals) > 1, []
+    several, said = len(found.ranked) > 1, []
     if several:
         said = [
             f"Of the methods that store no data **{escape(best)}** has the highest {word}: {estimate(best_numbers)}%."
@@ -140,29 +140,29 @@ def sentences(found: Findings) -> list[str]:
 
 
 def _of_frozen(found: Findings, best: str) -> list[str]:
-    """Whether a body that stands still ends as high; how far joint training comes above it says what was to gain."""
+    """Whether a frozen backbone ends as high; how far joint training comes above it says what was to gain."""
     if find_sequence(found.run.settings.sequence).shares_head:
         forgotten = estimate(found.by_seed(FROZEN, forgetting))
-        return [f"The frozen body is no floor here: the tasks share its head, which forgets {forgotten} points."]
+        return [f"The frozen backbone is no floor here: the tasks share its head, which forgets {forgotten} points."]
     apart = difference(found.averages(best), found.averages(FROZEN))
     if apart is None:
         return []
     if apart.mean > NEAR:
-        return [f"The frozen body ends {apart.mean:.1f} points below the best method that stores no data."]
+        return [f"The frozen backbone ends {apart.mean:.1f} points below the best method that stores no data."]
     near = f"ends within {NEAR:g} points ({apart.mean:.1f}) of the best method that stores no data"
     near = "is the best method that stores no data" if best == FROZEN else near
-    said = [f"The frozen body {near}: this experiment shows nothing about memory."]
+    said = [f"The frozen backbone {near}: this experiment shows nothing about memory."]
     room = difference(found.averages(JOINT), found.averages(FROZEN))
     if room:
-        words = compared(room, "above the frozen body", "below the frozen body")
+        words = compared(room, "above the frozen backbone", "below the frozen backbone")
         said.append(f"{JOINT.capitalize()} training itself ends {words}.")
     return said
 
 
 def _of_mas(found: Findings, best: str) -> list[str]:
-    """What MAS does, and how far it is from the best rival, or the next, and from joint training."""
+    """What MAS does, and how far it is from the best ranked method, or the next, and from joint training."""
     averages = found.averages(MAS)
-    others = [method for method in found.rivals if method != MAS]
+    others = [method for method in found.ranked if method != MAS]
     start = "It" if others and best == MAS else f"{MAS} ends at {estimate(averages)}% and"
     said = [f"{start} forgets {estimate(found.by_seed(MAS, forgetting))} points."]
     if others:
@@ -195,8 +195,8 @@ def accuracy_table(found: Findings) -> str:
             cells[averages] = f"**{cells[averages]}**"
         return [f"**{escape(method)}**" if method == best else escape(method), *cells.values()]
 
-    rows = [row(method) for method in found.rivals]
-    apart = [method for method in found.methods if method not in found.rivals]
+    rows = [row(method) for method in found.ranked]
+    apart = [method for method in found.methods if method not in found.ranked]
     if apart:
         rows.append([f"*{APART}:*", *[""] * len(columns)])
     rows += [row(method) for method in apart]
@@ -205,7 +205,7 @@ def accuracy_table(found: Findings) -> str:
 
 LEARNED = "When learned (%)"
 APART = "store data, see test images, or are references"
-"""What the methods that are no rivals do."""
+"""What the methods that are not ranked do."""
 
 
 def _columns(found: Findings) -> dict[str, Cell]:

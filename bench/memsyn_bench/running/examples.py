@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from memsyn.errors import MemsynError
+from memsyn import MemsynError
 from memsyn.storage.atomic_files import replace_file
 from memsyn_bench.task import Task
 
-FILE = "examples.json"
+EXAMPLES_FILE = "examples.json"
 NUM_IMAGES = 6
 NUM_TEXTS = 3
 
@@ -97,7 +97,7 @@ def read_examples(path: Path) -> list[Example]:
         return [_example(**entry) for entry in json.loads(path.read_bytes())]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise MemsynError(
-            f"{path} holds no examples of memsyn bench: {error!r:.80}. Remove it, or make the run again."
+            f"{path} holds no examples of memsyn-bench: {error!r:.80}. Remove it, or make the run again."
         ) from None
 
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from memsyn.errors import MemsynError, OptionError
+from memsyn import MemsynError, OptionError
 from memsyn_bench.settings import Settings
 
-FILE = "results.jsonl"
+RESULTS_FILE = "results.jsonl"
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def read_all(path: Path, settings: Settings) -> tuple[list[TaskRecord], list[Str
     advice = "Use another --out, or remove the folder."
     if not path.exists():
         return [], []
-    runs, records, choices = _read(path, advice)
+    runs, records, choices = _read_lines(path, advice)
     for run in runs:
         _check_settings(path, run["settings"], settings)
     fingerprints = {record.fingerprint for record in records} | {choice.fingerprint for choice in choices}
@@ -146,7 +146,7 @@ def read_run(path: Path) -> Run:
             in their settings.
     """
     advice = "Leave the file out, or make it again with `memsyn-bench run`."
-    runs, records, choices = _read(path, advice)
+    runs, records, choices = _read_lines(path, advice)
     if not runs:
         raise MemsynError(f"{path} does not say with which settings it was made. {advice}")
     try:
@@ -170,7 +170,7 @@ def _machine(run: Mapping[str, Any]) -> str:
     return f"{versions}, {run['platform']}, {run['threads']} thread{'s' * (run['threads'] != 1)}"
 
 
-def _read(path: Path, advice: str) -> _Lines:
+def _read_lines(path: Path, advice: str) -> _Lines:
     """All whole lines: `run` records as they are, the others as values."""
     try:
         content = path.read_bytes()
@@ -189,7 +189,7 @@ def _read(path: Path, advice: str) -> _Lines:
                 scores = {name: tuple(values) for name, values in entry.pop("scores").items()}
                 records.append(TaskRecord(**_with_tuples(entry, "accuracies"), scores=scores))
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise MemsynError(f"{path}, line {number} is no record of memsyn bench. {advice}") from None
+            raise MemsynError(f"{path}, line {number} is no record of memsyn-bench. {advice}") from None
     return runs, records, choices
 
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memsyn.errors import OptionError
+from memsyn import OptionError
 from memsyn_bench.task import Task
 
-BATCH = 64
+EVALUATION_BATCH = 64
 """Images in one forward pass: it changes the speed and nothing else."""
 
 
@@ -86,7 +86,7 @@ def _embedded(model: nn.Module, task: Task) -> tuple[Tensor, Tensor, Tensor]:
     if task.class_vectors is None:
         raise OptionError(f"task {task.name} has no class vectors to retrieve by. Score it as multi-head.")
     model.eval()
-    embeddings = torch.cat([model(images) for images in task.test_images.split(BATCH)])
+    embeddings = torch.cat([model(images) for images in task.test_images.split(EVALUATION_BATCH)])
     if embeddings.shape[1] != task.class_vectors.shape[1]:
         raise OptionError(
             f"retrieval in task {task.name} needs {task.class_vectors.shape[1]} outputs, and the model gives "

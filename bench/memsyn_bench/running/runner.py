@@ -20,18 +20,24 @@ from tqdm import tqdm
 from memsyn import MemsynError, OptionError
 from memsyn_bench.losses import cross_entropy
 from memsyn_bench.methods.method import Method
-from memsyn_bench.methods.registry import METHODS
-from memsyn_bench.results.report import training
+from memsyn_bench.methods.registry import METHODS, new_method
 from memsyn_bench.running.checkpoint import load_checkpoint, save_checkpoint
-from memsyn_bench.running.examples import FILE as EXAMPLES
-from memsyn_bench.running.examples import add_examples
-from memsyn_bench.running.learners import generator, lesson_of, train
-from memsyn_bench.running.record import FILE, Results, TaskRecord, append_run, append_strength, append_task, read_all
-from memsyn_bench.running.scoring import score
+from memsyn_bench.running.examples import EXAMPLES_FILE, add_examples
+from memsyn_bench.running.record import (
+    RESULTS_FILE,
+    Results,
+    TaskRecord,
+    append_run,
+    append_strength,
+    append_task,
+    read_all,
+)
+from memsyn_bench.running.scoring import SCORINGS, score
 from memsyn_bench.running.strengths import choose_strength, num_trainings
+from memsyn_bench.running.training import generator, task_training, train
 from memsyn_bench.sequences.networks import Network
 from memsyn_bench.sequences.sequences import find_sequence
-from memsyn_bench.settings import OWN, Settings
+from memsyn_bench.settings import OWN, Settings, training_words
 
 
 def run(settings: Settings, *, methods: Sequence[str], num_seeds: int, out: Path) -> Results:
@@ -55,8 +61,8 @@ def run(settings: Settings, *, methods: Sequence[str], num_seeds: int, out: Path
     runner = _Runner(settings, out)
     num_todo = sum(runner.num_todo(*pair) for pair in pairs)
     if num_todo:
-        append_run(out / FILE, settings, len(runner.tasks))
-        tqdm.write(training(settings))
+        append_run(out / RESULTS_FILE, settings, len(runner.tasks))
+        tqdm.write(training_words(settings))
     with tqdm(total=num_todo * settings.epochs, unit="epoch", disable=None if num_todo else True) as bar:
         for pair in pairs:
             runner.finish(*pair, bar)
@@ -72,11 +78,17 @@ def check_options(settings: Settings, methods: Sequence[str], num_seeds: int) ->
     sequence = find_sequence(settings.sequence)
     if settings.size not in sequence.sizes:
         raise OptionError(f"size must be one of {', '.join(map(str, sequence.sizes))}; got {settings.size}.")
+    for scoring in sequence.scorings:
+        if scoring not in SCORINGS:
+            raise OptionError(
+                f"the scorings of {settings.sequence} must be of {', '.join(SCORINGS)}; got {scoring!r}. Change its "
+                "TaskSequence."
+            )
     for method in methods:
         if method not in METHODS:
             raise OptionError(f"methods must be of {', '.join(METHODS)}, with commas between; got {method!r}.")
         if METHODS[method].classifies and sequence.loss is not cross_entropy:
-            fitting = ", ".join(name for name, rival in METHODS.items() if not rival.classifies)
+            fitting = ", ".join(name for name, entry in METHODS.usable()[0].items() if not entry.classifies)
             raise OptionError(
                 f"{method} takes outputs for logits of classes, and {settings.sequence} learns an embedding. "
                 f"Choose methods of {fitting}."
@@ -93,7 +105,7 @@ class _Runner:
 
     def __init__(self, settings: Settings, out: Path) -> None:
         self.settings, self.out = settings, out
-        records, choices = read_all(out / FILE, settings)
+        records, choices = read_all(out / RESULTS_FILE, settings)
         self.records = {record.key: record for record in records}
         self.choices = {choice.method: choice for choice in choices}
         self.sequence = find_sequence(settings.sequence)
@@ -113,8 +125,8 @@ class _Runner:
         num_todo = self.num_todo(method, seed)
         if num_todo:
             strength = self.strength_of(method, bar)
-            learner = METHODS[method].make(strength or 0.0)
-            model = self.sequence.build(self.tasks, generator(seed, 0))
+            learner = new_method(method, strength)
+            model = self.sequence.network(self.tasks, generator(seed, 0))
             first = load_checkpoint(checkpoint, model, learner, fingerprint=self.settings.fingerprint)
             if first:
                 tqdm.write(f"{method}, seed {seed}: continues after task {first} of {len(self.tasks)}")
@@ -140,7 +152,7 @@ class _Runner:
             bar.total = (bar.total or 0) + num_trainings(len(self.tasks)) * self.settings.epochs
             bar.set_description(f"{method}, choosing its strength")
             choice = choose_strength(method, self.sequence, self.tasks, self.settings, bar.update)
-            append_strength(self.out / FILE, choice)
+            append_strength(self.out / RESULTS_FILE, choice)
             self.choices[method] = choice
             tqdm.write(f"{method}: strength {choice.strength:g} of {', '.join(f'{c:g}' for c in choice.candidates)}")
         return self.choices[method].strength
@@ -159,17 +171,17 @@ class _Runner:
         task, start, settings = self.tasks[index], time.perf_counter(), self.settings
         bar.set_description(f"{method}, seed {seed}, task {index + 1}/{len(self.tasks)} {task.name}")
         sequence = self.sequence
-        lesson = lesson_of(
+        training = task_training(
             model, task, index, settings=settings, augment=sequence.augment, seed=seed, loss=sequence.loss
         )
-        training = train(lesson, learner, after_epoch=bar.update)
-        loss = fmean(training.losses[-math.ceil(len(task.train_labels) / settings.batch_size) :])
+        result = train(training, learner, after_epoch=bar.update)
+        loss = fmean(result.losses[-math.ceil(len(task.train_labels) / settings.batch_size) :])
         if not math.isfinite(loss):
             raise MemsynError(
                 f"the loss of {method}, seed {seed}, is {loss} in task {index + 1}, {task.name}: the training "
                 "diverged. Use a smaller --strength or --lr, with another --out."
             )
-        learner.end(lesson)
+        learner.end(training)
         if learner.memory.importance:
             learner.memory.save(self.out / f"{method}-seed{seed}.memsyn.safetensors")
         first, *others = [(kind, score(model, self.tasks[: index + 1], kind)) for kind in sequence.scorings]
@@ -180,18 +192,18 @@ class _Runner:
             name=task.name,
             accuracies=first[1],
             loss=loss,
-            penalty=training.penalty,
+            penalty=result.penalty,
             seconds=time.perf_counter() - start,
             fingerprint=settings.fingerprint,
             strength=strength,
             kept_bytes=learner.num_bytes(),
-            working_bytes=training.num_bytes,
+            working_bytes=result.num_bytes,
             scores=dict(others),
         )
         if task.class_vectors is not None and seed == 0 and index in (0, len(self.tasks) - 1):
-            add_examples(self.out / EXAMPLES, model, self.tasks[0], method, last=index > 0)
+            add_examples(self.out / EXAMPLES_FILE, model, self.tasks[0], method, last=index > 0)
         if record.key not in self.records:
-            append_task(self.out / FILE, record)
+            append_task(self.out / RESULTS_FILE, record)
             self.records[record.key] = record
 
 

@@ -11,12 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from memsyn.errors import OptionError
-from memsyn_bench.running.retrieval import retrieval, retrieval_of_classes, retrieval_over_all
+from memsyn import OptionError
+from memsyn_bench.running.retrieval import EVALUATION_BATCH, retrieval, retrieval_of_classes, retrieval_over_all
 from memsyn_bench.task import Task
-
-BATCH = 64
-"""Images in one forward pass: it changes the speed and nothing else."""
 
 Answers = Callable[[nn.Module, Tensor, int, Sequence[Task]], Tensor]
 """(model, images of task j, j, tasks so far) -> logits in which the label is the right one."""
@@ -78,7 +75,9 @@ def _named_rightly(answers: Answers, model: nn.Module, tasks: Sequence[Task], in
     """Whether each test image of a task is, (N,) bool."""
     task, right = tasks[index], []
     num_classes = sum(len(task.class_names) for task in (tasks if joined else [task]))
-    for images, labels in zip(task.test_images.split(BATCH), task.test_labels.split(BATCH), strict=True):
+    for images, labels in zip(
+        task.test_images.split(EVALUATION_BATCH), task.test_labels.split(EVALUATION_BATCH), strict=True
+    ):
         logits = answers(model, images, index, tasks)
         if logits.shape[1] != num_classes:
             raise OptionError(

@@ -9,12 +9,12 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
-from memsyn.errors import OptionError
+from memsyn import OptionError
 from memsyn_bench.methods.method import Method
-from memsyn_bench.methods.registry import METHODS
-from memsyn_bench.running.learners import generator, lesson_of, train
+from memsyn_bench.methods.registry import METHODS, new_method
 from memsyn_bench.running.record import StrengthRecord
 from memsyn_bench.running.scoring import score
+from memsyn_bench.running.training import generator, task_training, train
 from memsyn_bench.sequences.sequences import TaskSequence
 from memsyn_bench.settings import Settings
 from memsyn_bench.task import Task, for_validation
@@ -74,27 +74,27 @@ def _scores(
 ) -> list[float]:
     """Each candidate's mean validation accuracy on the tasks, in percent: with one seed's split and trainings."""
     held = [for_validation(task, seed) for task in tasks]
-    model = sequence.build(held, generator(seed, 0))
+    model = sequence.network(held, generator(seed, 0))
 
     def learn(index: int, learner: Method) -> bool:
         augment, loss = sequence.augment, sequence.loss
-        lesson = lesson_of(model, held[index], index, settings=settings, augment=augment, seed=seed, loss=loss)
-        losses = train(lesson, learner, after_epoch).losses
+        training = task_training(model, held[index], index, settings=settings, augment=augment, seed=seed, loss=loss)
+        losses = train(training, learner, after_epoch).losses
         if not math.isfinite(losses[-1]):
             return False
         if index + 1 < len(held) or learner.merges:  # what the last task leaves behind is not needed, and may be dear
-            learner.end(lesson)
+            learner.end(training)
         return True
 
     tried = candidates(method)
-    first = METHODS[method].make(tried[0])
+    first = new_method(method, tried[0])
     if not learn(0, first):
         raise OptionError(f"the first task cannot be learned: its loss is not finite at lr {settings.lr:g}. Lower it.")
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     scores = []
     for strength in tried:
         model.load_state_dict(weights)
-        learner = METHODS[method].make(strength)
+        learner = new_method(method, strength)
         learner.load(first.memory, first.kept)
         learned = all(learn(index, learner) for index in range(1, len(held)))
         scores.append(fmean(score(model, held, sequence.scorings[0])) if learned else 0.0)

@@ -1,4 +1,4 @@
-"""The benchmark's own networks: two small bodies, and a body with one head for each task or with one for all.
+"""The benchmark's own networks: two small backbones, and a backbone with one head for each task or with one for all.
 
 Only plain layers (Conv2d, GroupNorm, ReLU, Linear), so that importance is measured exactly and fast. Owns no
 data and no training.
@@ -52,7 +52,7 @@ class SmallConvNet(nn.Module):
 
 
 def perceptron() -> nn.Sequential:
-    """The body of the official MAS demo: 784 inputs and two layers of 256 with ReLU, (N, 784) -> (N, 256)."""
+    """The backbone of the official MAS demo: 784 inputs and two layers of 256 with ReLU, (N, 784) -> (N, 256)."""
     return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
 
 
@@ -71,9 +71,9 @@ def draw_weights(module: nn.Module, generator: torch.Generator) -> None:
 
 
 class MultiHead(nn.Module):
-    """A body shared by all tasks and one linear head for each: `model(images, task)` -> that head's logits.
+    """A backbone shared by all tasks and one linear head for each: `model(images, task)` -> that head's logits.
 
-    `body` maps a batch to features (N, num_features); `head_sizes` are the tasks' numbers of classes.
+    `backbone` maps a batch to features (N, num_features); `head_sizes` are the tasks' numbers of classes.
 
     Example:
         >>> model = MultiHead(SmallConvNet(), 256, head_sizes=[40, 40])
@@ -81,14 +81,14 @@ class MultiHead(nn.Module):
         torch.Size([2, 40])
     """
 
-    def __init__(self, body: nn.Module, num_features: int, *, head_sizes: Sequence[int]) -> None:
+    def __init__(self, backbone: nn.Module, num_features: int, *, head_sizes: Sequence[int]) -> None:
         super().__init__()
-        self.body = body
+        self.backbone = backbone
         self.heads = nn.ModuleList(nn.Linear(num_features, size) for size in head_sizes)
 
     def forward(self, inputs: Tensor, task: int | None = None) -> Tensor:
         """Return the logits of one task's head, (N, classes), or with no task of all heads side by side."""
-        features = self.body(inputs)
+        features = self.backbone(inputs)
         if task is None:
             return torch.cat([head(features) for head in self.heads], dim=1)
         logits: Tensor = self.heads[task](features)
@@ -96,7 +96,7 @@ class MultiHead(nn.Module):
 
 
 class SharedHead(nn.Module):
-    """A body and one linear head for all tasks, which have the same classes: `model(images, task)`, whatever the task.
+    """A backbone and one linear head for all tasks, of the same classes; `model(images, task)` ignores the task.
 
     Example:
         >>> model = SharedHead(perceptron(), 256, num_classes=10)
@@ -104,16 +104,16 @@ class SharedHead(nn.Module):
         torch.Size([2, 10])
     """
 
-    def __init__(self, body: nn.Module, num_features: int, *, num_classes: int) -> None:
+    def __init__(self, backbone: nn.Module, num_features: int, *, num_classes: int) -> None:
         super().__init__()
-        self.body = body
+        self.backbone = backbone
         self.heads = nn.ModuleList([nn.Linear(num_features, num_classes)])
 
     def forward(self, inputs: Tensor, task: int | None = None) -> Tensor:
         """Return the logits, (N, num_classes), the same for every task."""
-        logits: Tensor = self.heads[0](self.body(inputs))
+        logits: Tensor = self.heads[0](self.backbone(inputs))
         return logits
 
 
 Network = MultiHead | SharedHead
-"""What learns a sequence: a body, and a head for each task or one for all."""
+"""What learns a sequence: a backbone, and a head for each task or one for all."""

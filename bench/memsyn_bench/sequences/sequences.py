@@ -6,14 +6,14 @@ Owns how a sequence's tasks are loaded, its network is built and its images are 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memsyn.errors import OptionError
+from memsyn import OptionError
 from memsyn_bench.data.drawings import augment, load_emoji8, load_pretrained, move
 from memsyn_bench.data.facts import load_facts, load_kinds, load_sports_in_use
 from memsyn_bench.data.fashion import load_permuted_fashion, load_split_fashion
@@ -22,27 +22,31 @@ from memsyn_bench.data.paper8 import load_paper8, shift
 from memsyn_bench.data.scenes import load_scenes
 from memsyn_bench.data.scripts import load_scripts8
 from memsyn_bench.data.sixds import load_6ds
+from memsyn_bench.extensions import NamedEntries
 from memsyn_bench.losses import Loss, cross_entropy, similarity_loss
 from memsyn_bench.sequences.networks import MultiHead, Network, SharedHead, SmallConvNet, draw_weights, perceptron
-from memsyn_bench.sequences.pretrained import PretrainedBody, efficientnet_lite0, torchvision_body
+from memsyn_bench.sequences.pretrained import PretrainedBackbone, efficientnet_lite0, torchvision_backbone
 from memsyn_bench.settings import Settings
 from memsyn_bench.task import Task
 
 
 @dataclass(frozen=True)
 class TaskSequence:
-    """Tasks learned one after the other by one body, with a head for each or one for all.
+    """Tasks that one network learns one after the other.
 
     Attributes:
         summary: one line for `memsyn-bench list`.
-        sizes: the image sides it can be had at, the first one the fastest.
+        sizes: the sides of the images, in pixels, that it can be loaded at; the first is the default.
         load: size -> the tasks, in their fixed order.
-        build: (tasks, generator) -> the network before the first task; `network(images, task)` are logits.
-        augment: (images, generator) -> the images as they are trained on.
-        loss: of each image; methods that take outputs for logits of classes need `cross_entropy`.
-        scorings: keys of `memsyn_bench.running.scoring.SCORINGS` that make sense of it; the first is the one it is judged by.
-        shares_head: whether one head serves all tasks, so that a body that stands still forgets too.
-        training: the fields of `Settings` that it has other defaults for.
+        build: (tasks, generator) -> the network before the first task; `network(images, task)` gives logits.
+        augment: (images, generator) -> the images as the network is trained on them.
+        loss: the loss of each image; methods that take outputs for logits of classes need `cross_entropy`.
+        scorings: keys of `memsyn_bench.running.scoring.SCORINGS`; methods are compared by the first one.
+        shares_head: whether one head serves all tasks, so that a frozen backbone forgets too.
+        training: the fields of `Settings` for which it has other defaults.
+
+    Raises:
+        OptionError: a value is of a wrong type, or there is no size, or `training` names no field of `Settings`.
     """
 
     summary: str
@@ -55,38 +59,63 @@ class TaskSequence:
     shares_head: bool = False
     training: Mapping[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.summary, str):
+            raise OptionError(f"summary must be one line of text, got {type(self.summary).__name__}.")
+        for name in ("load", "build", "augment", "loss"):
+            if not callable(getattr(self, name)):
+                raise OptionError(f"{name} must be a function, got {type(getattr(self, name)).__name__}.")
+        for name in ("sizes", "scorings"):
+            if not (isinstance(getattr(self, name), tuple) and getattr(self, name)):
+                raise OptionError(f"{name} must be a tuple with at least one entry, got {getattr(self, name)!r}.")
+        known = {setting.name for setting in fields(Settings)} - {"sequence", "size"}
+        unknown = sorted(self.training.keys() - known)
+        if unknown:
+            raise OptionError(f"training must name fields of Settings: {', '.join(sorted(known))}; got {unknown[0]!r}.")
+
+    def network(self, tasks: Sequence[Task], generator: torch.Generator) -> Network:
+        """The network before the first task.
+
+        Raises:
+            OptionError: `build` returns something else.
+        """
+        network = self.build(tasks, generator)
+        if not isinstance(network, (MultiHead, SharedHead)):
+            raise OptionError(f"build must return a MultiHead or a SharedHead, got {type(network).__name__}.")
+        return network
+
 
 FINE_TUNING = {"lr": 3e-4, "warmup": 2}
 """Of what is pretrained on ImageNet: small steps, and heads first. Tried on EfficientNet-Lite0 alone."""
 
 
 def pretrained_network(tasks: Sequence[Task], generator: torch.Generator) -> MultiHead:
-    """The body pretrained on other drawings, and a head for each task drawn from `generator`."""
-    body = SmallConvNet()
-    body.load_state_dict(load_pretrained())
-    return _with_heads(body, body.num_features, tasks, generator)
+    """The backbone pretrained on other drawings, and a head for each task drawn from `generator`."""
+    backbone = SmallConvNet()
+    backbone.load_state_dict(load_pretrained())
+    return _with_heads(backbone, backbone.num_features, tasks, generator)
 
 
 def fresh_network(tasks: Sequence[Task], generator: torch.Generator) -> MultiHead:
     """The same network with all its weights drawn from `generator`."""
-    body = SmallConvNet(num_channels=tasks[0].train_images.shape[1])
-    draw_weights(body, generator)
-    return _with_heads(body, body.num_features, tasks, generator)
+    backbone = SmallConvNet(num_channels=tasks[0].train_images.shape[1])
+    draw_weights(backbone, generator)
+    return _with_heads(backbone, backbone.num_features, tasks, generator)
 
 
 def imagenet_network(
-    body_of: Callable[[], PretrainedBody], tasks: Sequence[Task], generator: torch.Generator
+    backbone_of: Callable[[], PretrainedBackbone], tasks: Sequence[Task], generator: torch.Generator
 ) -> MultiHead:
-    """A body pretrained on ImageNet, and a head for each task drawn from `generator`."""
-    body = body_of()
-    return _with_heads(body, body.num_features, tasks, generator)
+    """A backbone pretrained on ImageNet, and a head for each task drawn from `generator`."""
+    backbone = backbone_of()
+    return _with_heads(backbone, backbone.num_features, tasks, generator)
 
 
 def perceptron_network(tasks: Sequence[Task], generator: torch.Generator) -> MultiHead:
     """784-256-256, and a head for each task, drawn from `generator`."""
-    body = perceptron()
-    draw_weights(body, generator)
-    return _with_heads(body, 256, tasks, generator)
+    backbone = perceptron()
+    draw_weights(backbone, generator)
+    return _with_heads(backbone, 256, tasks, generator)
 
 
 def shared_perceptron(tasks: Sequence[Task], generator: torch.Generator) -> SharedHead:
@@ -97,33 +126,33 @@ def shared_perceptron(tasks: Sequence[Task], generator: torch.Generator) -> Shar
 
 
 def embedding_network(tasks: Sequence[Task], generator: torch.Generator) -> SharedHead:
-    """The body pretrained on other drawings, and one linear map into the space of the class vectors for all tasks.
+    """The backbone pretrained on other drawings, and one linear map into the space of the class vectors for all tasks.
 
     The embedding is not normalised: the objective of MAS is its squared norm, whose gradient would be zero.
     """
-    body = SmallConvNet()
-    body.load_state_dict(load_pretrained())
-    return _with_embedding(body, body.num_features, tasks, generator)
+    backbone = SmallConvNet()
+    backbone.load_state_dict(load_pretrained())
+    return _with_embedding(backbone, backbone.num_features, tasks, generator)
 
 
 def imagenet_embedding(name: str, side: int, tasks: Sequence[Task], generator: torch.Generator) -> SharedHead:
     """The same from a network of torchvision, pretrained on ImageNet."""
-    body = torchvision_body(name, side)
-    return _with_embedding(body, body.num_features, tasks, generator)
+    backbone = torchvision_backbone(name, side)
+    return _with_embedding(backbone, backbone.num_features, tasks, generator)
 
 
 def _with_embedding(
-    body: nn.Module, num_features: int, tasks: Sequence[Task], generator: torch.Generator
+    backbone: nn.Module, num_features: int, tasks: Sequence[Task], generator: torch.Generator
 ) -> SharedHead:
     vectors = tasks[0].class_vectors
     assert vectors is not None
-    model = SharedHead(body, num_features, num_classes=vectors.shape[1])
+    model = SharedHead(backbone, num_features, num_classes=vectors.shape[1])
     draw_weights(model.heads, generator)
     return model
 
 
-def _with_heads(body: nn.Module, num_features: int, tasks: Sequence[Task], generator: torch.Generator) -> MultiHead:
-    model = MultiHead(body, num_features, head_sizes=[len(task.class_names) for task in tasks])
+def _with_heads(backbone: nn.Module, num_features: int, tasks: Sequence[Task], generator: torch.Generator) -> MultiHead:
+    model = MultiHead(backbone, num_features, head_sizes=[len(task.class_names) for task in tasks])
     draw_weights(model.heads, generator)
     return model
 
@@ -154,7 +183,7 @@ def paper8(network: str) -> TaskSequence:
         summary=f"the paper's eight data sets, from folders (see memsyn_bench.data.paper8), {network} of torchvision",
         sizes=(side,),
         load=load_paper8,
-        build=partial(imagenet_network, partial(torchvision_body, network, side)),
+        build=partial(imagenet_network, partial(torchvision_backbone, network, side)),
         augment=shift,
         training=FINE_TUNING,
     )
@@ -183,7 +212,7 @@ def load_in_use(size: int) -> list[Task]:
     return tasks
 
 
-SEQUENCES: dict[str, TaskSequence] = {
+_BUILT_IN: dict[str, TaskSequence] = {
     "emoji8": TaskSequence(
         summary="8 tasks of 40 emoji each, learned from four families of studios, tested on a fifth",
         sizes=(32, 64),
@@ -253,19 +282,35 @@ SEQUENCES: dict[str, TaskSequence] = {
     "paper8": paper8("alexnet"),
     "6ds": sixds("alexnet"),
 }
-SEQUENCES["adaptation"] = replace(
-    SEQUENCES["scripts8"],
+_BUILT_IN["adaptation"] = replace(
+    _BUILT_IN["scripts8"],
     summary="scripts8, of each of whose alphabets one letter is in use",
     load=load_in_use,
     scorings=("multi-head", "in-use", "other-classes"),
 )
-SEQUENCES["adaptation-facts"] = replace(
-    SEQUENCES["facts"],
+_BUILT_IN["adaptation-facts"] = replace(
+    _BUILT_IN["facts"],
     summary="the facts, of which those of sports are in use",
     load=load_sports_in_use,
     scorings=("retrieval", "retrieval-in-use", "retrieval-other-classes"),
 )
-"""What `memsyn-bench run` can run; `find_sequence` knows more names."""
+
+SEQUENCES = NamedEntries(
+    "sequence", TaskSequence, "memsyn_bench.sequences", _BUILT_IN, reserved=("pair-", "paper8-", "6ds-")
+)
+"""All sequences that `memsyn-bench list` names; `find_sequence` knows more names."""
+
+
+def register_sequence(name: str, sequence: TaskSequence) -> None:
+    """Add a sequence for this process: `memsyn-bench run` and `run` then take its name.
+
+    A package that others install declares an entry point in the group `memsyn_bench.sequences` instead.
+
+    Raises:
+        OptionError: the name is taken or cannot be used, or `sequence` is no `TaskSequence`.
+    """
+    SEQUENCES.register(name, sequence)
+
 
 OF_FOLDERS = {"paper8": paper8, "6ds": sixds}
 """Network -> sequence: of data that do not come with memsyn."""
@@ -281,6 +326,8 @@ SHORT_NAMES = {
     "travel": "Travel & Places",
 }
 """What the tasks of `emoji8` are called in the names of pairs."""
+PAIR_BASES = ("emoji8", "emoji8-scratch", "emoji8-pretrained")
+"""The sequences whose network a pair can start from."""
 
 
 def pair(first: str, second: str, *, base: str = "emoji8") -> TaskSequence:
@@ -289,9 +336,8 @@ def pair(first: str, second: str, *, base: str = "emoji8") -> TaskSequence:
     Raises:
         OptionError: an unknown task, or the same one twice, or another base than those of `emoji8`.
     """
-    bases = [name for name in SEQUENCES if name.startswith("emoji8")]
-    if base not in bases:
-        raise OptionError(f"the base of a pair must be one of {', '.join(bases)}; got {base!r}.")
+    if base not in PAIR_BASES:
+        raise OptionError(f"the base of a pair must be one of {', '.join(PAIR_BASES)}; got {base!r}.")
     if first not in SHORT_NAMES or second not in SHORT_NAMES or first == second:
         raise OptionError(f"a pair must be two of {', '.join(SHORT_NAMES)}; got {first!r} and {second!r}.")
     names = [SHORT_NAMES[first], SHORT_NAMES[second]]
@@ -325,12 +371,12 @@ def find_sequence(name: str) -> TaskSequence:
     )
 
 
-def own_settings(name: str) -> Settings:
+def default_settings(name: str) -> Settings:
     """The settings that a run of that sequence has where none are given.
 
     Raises:
         OptionError: an unknown sequence.
     """
     sequence = find_sequence(name)
-    fields: dict[str, Any] = {"sequence": name, "size": sequence.sizes[0], **sequence.training}
-    return Settings(**fields)
+    values: dict[str, Any] = {"sequence": name, "size": sequence.sizes[0], **sequence.training}
+    return Settings(**values)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from memsyn_bench.losses import Loss, cross_entropy
-from memsyn_bench.methods.method import Augment, Lesson, Method, frozen
+from memsyn_bench.methods.method import Augment, Method, TaskTraining, frozen
 from memsyn_bench.sequences.networks import Network
 from memsyn_bench.settings import Settings
 from memsyn_bench.task import Task
@@ -27,7 +27,7 @@ def generator(seed: int, stage: int) -> torch.Generator:
     return torch.Generator().manual_seed(1000 * seed + stage)
 
 
-def lesson_of(
+def task_training(
     model: Network,
     task: Task,
     index: int,
@@ -36,9 +36,9 @@ def lesson_of(
     augment: Augment,
     seed: int,
     loss: Loss = cross_entropy,
-) -> Lesson:
+) -> TaskTraining:
     """A task about to be learned, with a fresh Adam over all parameters and the random numbers of (seed, task)."""
-    return Lesson(
+    return TaskTraining(
         model=model,
         task=task,
         index=index,
@@ -47,12 +47,12 @@ def lesson_of(
         augment=augment,
         loss=loss,
         generator=generator(seed, index + 1),
-        own=generator(seed, OWN_STAGE + index + 1),
+        method_generator=generator(seed, OWN_STAGE + index + 1),
     )
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingResult:
     """What came of training one task."""
 
     losses: list[float]
@@ -63,27 +63,28 @@ class Training:
     """Held by the method after the last step, beside the model and its optimizer."""
 
 
-def train(lesson: Lesson, method: Method, after_epoch: Callable[[], object]) -> Training:
+def train(training: TaskTraining, method: Method, after_epoch: Callable[[], object]) -> TrainingResult:
     """Train on one task through its head: its mean loss, and what the method adds; `method.end` is the caller's.
 
     The other heads get no gradient of the task's loss, so Adam leaves them alone. Batches and augmentation come from
-    `lesson.generator`. In the first `warmup` epochs the body stands still.
+    `training.generator`. In the first `warmup` epochs the backbone stands still.
     """
-    model, task, settings, optimizer = lesson.model, lesson.task, lesson.settings, lesson.optimizer
-    method.begin(lesson)
+    model, task, settings, optimizer = training.model, training.task, training.settings, training.optimizer
+    method.begin(training)
     losses = []
     model.train()
     for epoch in range(settings.epochs):
-        with frozen(model.body) if epoch < settings.warmup else nullcontext():
-            for chosen in torch.randperm(len(task.train_labels), generator=lesson.generator).split(settings.batch_size):
-                images = lesson.augment(task.train_images[chosen], lesson.generator)
-                outputs = model(images, lesson.index)
-                loss = lesson.loss(outputs, task.train_labels[chosen], task.class_vectors).mean()
+        with frozen(model.backbone) if epoch < settings.warmup else nullcontext():
+            order = torch.randperm(len(task.train_labels), generator=training.generator)
+            for chosen in order.split(settings.batch_size):
+                images = training.augment(task.train_images[chosen], training.generator)
+                outputs = model(images, training.index)
+                loss = training.loss(outputs, task.train_labels[chosen], task.class_vectors).mean()
                 optimizer.zero_grad()
                 loss.backward()
-                method.before_step(lesson, images)
+                method.before_step(training, images)
                 optimizer.step()
-                method.after_step(lesson)
+                method.after_step(training)
                 losses.append(loss.item())
         after_epoch()
-    return Training(losses, method.penalty(), method.num_bytes())
+    return TrainingResult(losses, method.penalty(), method.num_bytes())

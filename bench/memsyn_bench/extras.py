@@ -1,0 +1,24 @@
+"""Packages that only some parts of the benchmark need: they are imported when they are used.
+
+Owns what an error says of a missing one.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+from memsyn import MemsynError
+
+
+def import_extra(module: str, *, purpose: str, install: str) -> ModuleType:
+    """Import an optional module; `install` is what pip is to install.
+
+    Raises:
+        MemsynError: it is missing; says what for and how to install it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = (error.name or module).partition(".")[0]
+        raise MemsynError(f"{purpose} needs {package} ({error}): pip install '{install}'.") from error

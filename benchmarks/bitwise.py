@@ -174,7 +174,7 @@ def runs() -> Iterator[tuple[str, Callable[[], Any]]]:
             importlib.import_module(f"{place}.{name}")
             for name in ("runner", "sequences", "settings", "methods.registry")
         )
-    sequences.SEQUENCES["tiny"] = tiny.SEQUENCE
+    getattr(sequences.SEQUENCES, "entries", sequences.SEQUENCES)["tiny"] = tiny.SEQUENCE
 
     def run(method: str) -> Any:
         options = settings.Settings(sequence="tiny", size=8, epochs=2, batch_size=4, lr=0.01, strength=1.0)

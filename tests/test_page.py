@@ -1,20 +1,18 @@
-"""The pages in a real browser, from disk, without a network: drawn, quiet, sortable, with a keyboard too, harmless."""
+"""The pages in a real browser, from disk, without a network: drawn, quiet, readable, harmless.
+
+Each test with the fixture `written` holds for every page: the benchmark runs them on the pages of runs too.
+"""
 
 import re
 import zlib
 
 import pytest
 import torch
-from bench.tests import tiny
-from bench.tests.test_results import MATRICES, write
 
 from memsyn import Importance, Memory
 from memsyn.report.memory_page import memory_page
 from memsyn.report.names import printable, shortened
 from memsyn.report.page import write_page
-from memsyn_bench.pages.run_page import read_runs, run_page
-from memsyn_bench.running.record import RESULTS_FILE
-from memsyn_bench.sequences.sequences import SEQUENCES
 from tests.browser import CHROMIUM, MISSING, Browser
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
@@ -36,23 +34,6 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    """A run's page, in which every name is hostile."""
-    folder = tmp_path_factory.mktemp("runs")
-    matrices = {
-        "finetune": MATRICES["finetune"],
-        "mas": MATRICES["mas"],
-        **dict.fromkeys(HOSTILE, MATRICES["joint"]),
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SEQUENCES.entries, "tiny", tiny.SEQUENCE)
-        write(folder / "<b>run</b>" / RESULTS_FILE, matrices, names=HOSTILE[:2])
-        page = run_page(read_runs([folder / "<b>run</b>"]))
-    write_page(page, folder / "report.html")
-    return folder / "report.html", page
-
-
-@pytest.fixture(scope="module")
 def memory(tmp_path_factory):
     """A memory's page with hostile layers and a hostile label."""
     sums = {f"{name}.weight": torch.rand(3, 4, generator=torch.Generator().manual_seed(0)) for name in HOSTILE}
@@ -64,9 +45,9 @@ def memory(tmp_path_factory):
     return path, page
 
 
-@pytest.fixture(params=["report", "memory"])
-def written(request):
-    return request.getfixturevalue(request.param)
+@pytest.fixture
+def written(memory):
+    return memory
 
 
 @pytest.mark.parametrize(("width", "dark"), [(380, True), (1600, False)])
@@ -107,83 +88,6 @@ def test_no_script_but_its_own_runs(browser, written):
     assert browser.run("window.harm") is None
     assert all("Content Security Policy" in problem["entry"]["text"] for problem in browser.problems)
     assert [url for url in browser.loaded if url.startswith("http")] == []
-
-
-COLUMN = "[...document.querySelector('table').tBodies[0].rows].map((row) => row.cells[1].textContent.trim())"
-SORTED = "document.querySelectorAll('thead')[0].rows[0].cells[1].getAttribute('aria-sort')"
-
-
-def test_a_column_is_sorted_by_click_and_by_keyboard(browser, report):
-    browser.open(report[0])
-    assert browser.run(SORTED) is None
-    browser.run("document.querySelectorAll('thead button')[1].click()")
-    assert browser.run(COLUMN) == [f"{n} ± {h}" for n, h in [("89.0", "1.2")] * 5 + [("84.0", "5.0"), ("67.0", "5.0")]]
-    assert browser.run(SORTED) == "descending"
-    browser.run("scrollTo(0, 0); document.activeElement.blur()")
-    for _ in range(60):
-        browser.press("Tab", 9)
-        if browser.run("document.activeElement === document.querySelectorAll('thead button')[1]"):
-            break
-    else:
-        pytest.fail("the button is not reached by the tab key")
-    browser.press("Enter", 13, "\r")
-    assert browser.run(SORTED) == "ascending"
-    assert browser.run(COLUMN)[:2] == ["67.0 ± 5.0", "84.0 ± 5.0"]
-    browser.run("document.querySelectorAll('thead button')[0].click()")
-    names = browser.run(COLUMN.replace("cells[1]", "cells[0]"))
-    assert names.index("finetune") < names.index("mas")
-    assert browser.run(SORTED) is None
-
-
-def test_a_third_click_brings_the_first_order_back(browser, report):
-    browser.open(report[0])
-    names, order = COLUMN.replace("cells[1]", "cells[0]"), SORTED.replace("cells[1]", "cells[0]")
-    before, orders = browser.run(names), []
-    for _ in range(3):
-        browser.run("document.querySelectorAll('thead button')[0].click()")
-        orders.append((browser.run(order), browser.run(names) == before))
-    assert orders == [("ascending", False), ("descending", False), (None, True)]
-
-
-def test_names_with_numbers_are_sorted_by_these(browser, report):
-    browser.open(report[0])
-    body, name = "document.querySelector('table').tBodies[0]", "row.cells[0].textContent"
-    browser.run(f"[...{body}.rows].forEach((row, place) => {{ {name} = 'layer ' + (20 - 3 * place); }})")
-    browser.run("document.querySelectorAll('thead button')[0].click()")
-    names = browser.run(f"[...{body}.rows].map((row) => {name})")
-    assert names == [f"layer {number}" for number in (2, 5, 8, 11, 14, 17, 20)]
-
-
-def test_tables_of_sections_show_every_row_and_those_of_charts_scroll(browser, report):
-    browser.open(report[0])
-    browser.run(
-        "document.querySelectorAll('details').forEach((one) => { one.open = true; });"
-        "document.querySelectorAll('tbody').forEach((body) => { for (let n = 0; n < 60; n++) "
-        "body.append(body.rows[0].cloneNode(true)); })"
-    )
-    hidden = "[...document.querySelectorAll('.scroll')].map((s) => [!!s.closest('details'), s.scrollHeight - {}])"
-    found = browser.run(hidden.format("s.clientHeight"))
-    assert len([least for inside, least in found if not inside]) > 1
-    assert all((least > 100) if inside else (least <= 1) for inside, least in found)
-
-
-def test_the_legend_hides_a_method_in_all_its_panels(browser, report):
-    browser.open(report[0])
-    shown = "document.querySelectorAll('.group')[0].querySelectorAll('.scatterlayer .trace').length"
-    before = browser.run(shown)
-    pressed = "document.querySelectorAll('.group .legend')[0].querySelectorAll('[aria-pressed={}]').length"
-    on, off = browser.run(pressed.format("true")), browser.run(pressed.format("false"))
-    assert (on, on + off) == (3, len(HOSTILE) + 2)  # mas, finetune and the best of seven
-    assert before == 2 * on
-    browser.run("document.querySelector('.group .legend [aria-pressed=false]').click()")
-    assert browser.run(shown) == before + 2
-    assert browser.run(pressed.format("true")) == on + 1
-    browser.open(report[0])
-    browser.run("document.querySelector('.group .legend button').click()")
-    assert browser.run(shown) == before - 2  # one in each task's panel
-    assert browser.run("document.querySelector('.group .legend button').getAttribute('aria-pressed')") == "false"
-    browser.run("document.querySelector('.group .legend button').click()")
-    assert browser.run(shown) == before
 
 
 def test_charts_follow_the_light_and_print_dark_on_white(browser, memory):

@@ -14,12 +14,11 @@ from rich.console import Console
 
 from memsyn import MemsynError, OptionError
 from memsyn.cli.screen import plain_errors, say
-from memsyn.report.page import write_report
 from memsyn_bench.extensions import NamedEntries
 from memsyn_bench.methods.registry import METHODS, MethodEntry
 from memsyn_bench.pages.export import write_mlflow, write_tensorboard
 from memsyn_bench.pages.plots import plot_accuracy, plot_strengths
-from memsyn_bench.pages.run_page import read_runs, run_page
+from memsyn_bench.pages.run_page import read_runs, write_run_page
 from memsyn_bench.results.report import markdown_table, rich_table
 from memsyn_bench.results.results import write_results
 from memsyn_bench.running.runner import run
@@ -132,7 +131,7 @@ def report_(
             raise OptionError("there is nothing to write: say -o report.html, --png, --tensorboard or --mlflow.")
         found = read_runs(runs)
         if out or png:
-            write_report(run_page(found), out, png)
+            write_run_page(found, out, png)
         if tensorboard:
             write_tensorboard([one for one, _ in found], tensorboard)
         if mlflow:

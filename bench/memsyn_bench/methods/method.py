@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memsyn import Memory, Protection, protect
-from memsyn.storage.reading_and_writing import Groups
 from memsyn_bench.losses import Loss
 from memsyn_bench.sequences.networks import Network
 from memsyn_bench.settings import Settings
 from memsyn_bench.task import Task
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
-"""(images, generator) -> the images as they are trained on."""
+"""(images, generator) -> the images as the network is trained on them."""
+TensorGroups = dict[str, dict[str, Tensor]]
+"""Group -> name -> tensor."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Method:
     def __init__(self, strength: float = 0.0) -> None:
         self.strength = strength
         self.memory = Memory.empty()
-        self.kept: Groups = {}
-        self.working: Groups = {}
+        self.kept: TensorGroups = {}
+        self.working: TensorGroups = {}
         self._protection: Protection | None = None
 
     def begin(self, training: TaskTraining) -> None:
@@ -82,7 +83,7 @@ class Method:
         """lambda sum Omega (theta - theta*)^2 now; 0 for methods without."""
         return self._protection.value() if self._protection else 0.0
 
-    def load(self, memory: Memory, kept: Groups) -> None:
+    def load(self, memory: Memory, kept: TensorGroups) -> None:
         """Go on from what another one of the same kind has kept."""
         self.memory, self.kept = memory, kept
 
@@ -135,7 +136,7 @@ class CombinedMethods(Method):
         """Of all parts."""
         return sum(part.penalty() for part in self.parts)
 
-    def load(self, memory: Memory, kept: Groups) -> None:
+    def load(self, memory: Memory, kept: TensorGroups) -> None:
         """Each its own, and the first one the memory."""
         super().load(memory, kept)
         for number, part in enumerate(self.parts):

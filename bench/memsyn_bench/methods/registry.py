@@ -79,7 +79,7 @@ def _on(remember: Callable[..., Memory], images: Callable[[Task], Tensor], summa
     )
 
 
-_BUILT_IN: dict[str, MethodEntry] = {
+BUILT_IN_METHODS: dict[str, MethodEntry] = {
     "finetune": MethodEntry(
         "train on each task and protect nothing: how much is forgotten without help", lambda _: FineTuning()
     ),
@@ -166,7 +166,7 @@ _BUILT_IN: dict[str, MethodEntry] = {
 
 """One more way to measure importance, (training, memory) -> memory, is one more `ImportancePenalty`."""
 
-METHODS = NamedEntries("method", MethodEntry, "memsyn_bench.methods", _BUILT_IN)
+METHODS = NamedEntries("method", MethodEntry, "memsyn_bench.methods", BUILT_IN_METHODS)
 """All methods that `memsyn-bench list` names."""
 
 

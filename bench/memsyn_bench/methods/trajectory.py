@@ -10,6 +10,8 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
+from memsyn.parameters import wide_dtype
+
 Weights = Mapping[str, Tensor]
 """By parameter name."""
 
@@ -168,10 +170,7 @@ class RiemannianWalk:
 
 def _copies(weights: Weights) -> dict[str, Tensor]:
     """In float32 at least."""
-    return {
-        name: value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
-        for name, value in weights.items()
-    }
+    return {name: value.detach().to(wide_dtype(value), copy=True) for name, value in weights.items()}
 
 
 def _scaled(values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from memsyn import MemsynError
+from memsyn.report.page import write_report
 from memsyn.report.parts import Cell, Lines, Page, Part, Scene, Scenes, Section, Table, number_cell
 from memsyn_bench.pages.run_charts import averages, chosen, costs, group_charts, matrix_charts, over_time, tradeoff
 from memsyn_bench.results.findings import FINETUNE, MAS, Findings, estimate, read_findings
@@ -88,6 +89,15 @@ def run_page(runs: Sequence[tuple[Findings, Sequence[Scene]]]) -> Page:
         return Page(f"memsyn-bench report: {len(files)} runs", overview(files), "", sections)
     said = [plain(sentence) for sentence in sentences(files[0])]
     return Page(files[0].name, headline(files[0]), " ".join(said), sections)
+
+
+def write_run_page(runs: Sequence[tuple[Findings, Sequence[Scene]]], html: Path | None, png: Path | None) -> None:
+    """Write the page, and its charts as pictures to a folder; either may be None.
+
+    Raises:
+        MemsynError: a file cannot be written, or what it needs is missing.
+    """
+    write_report(run_page(runs), html, png)
 
 
 def overview(files: Sequence[Findings]) -> str:

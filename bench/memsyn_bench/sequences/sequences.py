@@ -212,7 +212,7 @@ def load_in_use(size: int) -> list[Task]:
     return tasks
 
 
-_BUILT_IN: dict[str, TaskSequence] = {
+BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
     "emoji8": TaskSequence(
         summary="8 tasks of 40 emoji each, learned from four families of studios, tested on a fifth",
         sizes=(32, 64),
@@ -282,21 +282,21 @@ _BUILT_IN: dict[str, TaskSequence] = {
     "paper8": paper8("alexnet"),
     "6ds": sixds("alexnet"),
 }
-_BUILT_IN["adaptation"] = replace(
-    _BUILT_IN["scripts8"],
+BUILT_IN_SEQUENCES["adaptation"] = replace(
+    BUILT_IN_SEQUENCES["scripts8"],
     summary="scripts8, of each of whose alphabets one letter is in use",
     load=load_in_use,
     scorings=("multi-head", "in-use", "other-classes"),
 )
-_BUILT_IN["adaptation-facts"] = replace(
-    _BUILT_IN["facts"],
+BUILT_IN_SEQUENCES["adaptation-facts"] = replace(
+    BUILT_IN_SEQUENCES["facts"],
     summary="the facts, of which those of sports are in use",
     load=load_sports_in_use,
     scorings=("retrieval", "retrieval-in-use", "retrieval-other-classes"),
 )
 
 SEQUENCES = NamedEntries(
-    "sequence", TaskSequence, "memsyn_bench.sequences", _BUILT_IN, reserved=("pair-", "paper8-", "6ds-")
+    "sequence", TaskSequence, "memsyn_bench.sequences", BUILT_IN_SEQUENCES, reserved=("pair-", "paper8-", "6ds-")
 )
 """All sequences that `memsyn-bench list` names; `find_sequence` knows more names."""
 

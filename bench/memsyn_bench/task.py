@@ -11,16 +11,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from memsyn import OptionError
+
 HELD_OUT = 5
 """One training image in so many is for validation where no family can be held out."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task: its images, (N, ...), and int64 labels (N,).
+    """One task: its images, (N, ...), and their labels, int64 (N,), places in `class_names`.
 
-    Drawings and letters are (N, channels, size, size) float32 with white at 0 and black at 2. Where there are families
-    (studios, fonts), training and test images show the same classes and come from different ones.
+    Drawings and letters are (N, channels, size, size) float32 with white at 0 and black at 2. Training and test images
+    show the same classes. Where there are families (studios, fonts), they come from different families.
     """
 
     name: str
@@ -30,17 +32,39 @@ class Task:
     test_images: Tensor
     test_labels: Tensor
     train_families: Tensor | None = None
-    """Whose each training image is, int64 (N,); None where that is not known."""
+    """The family of each training image, int64 (N,); None if it is not known."""
     class_vectors: Tensor | None = None
-    """Where the classes lie in an embedding space, float32 (classes, D); None where there is none."""
+    """The classes as points of an embedding space, float32 (classes, D); None if the task has none."""
     classes_in_use: tuple[int, ...] | None = None
-    """The labels that the network meets in use, where that is not all of them."""
+    """The labels that the network meets in use; None: all."""
 
     def uses(self, labels: Tensor) -> Tensor:
         """Whether each label is of a class in use, bool."""
         if self.classes_in_use is None:
             return torch.ones_like(labels, dtype=torch.bool)
         return torch.isin(labels, torch.tensor(self.classes_in_use))
+
+
+def check_labels(task: Task) -> None:
+    """Refuse a task whose labels do not fit its images and classes.
+
+    Raises:
+        OptionError: says which and how.
+    """
+    for split, images, labels in (
+        ("train", task.train_images, task.train_labels),
+        ("test", task.test_images, task.test_labels),
+    ):
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise OptionError(
+                f"task {task.name}: {split}_labels must be int64 ({len(images)},), one for each image; got "
+                f"{labels.dtype} {tuple(labels.shape)}."
+            )
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(task.class_names):
+            raise OptionError(
+                f"task {task.name}: {split}_labels must be from 0 to {len(task.class_names) - 1}, places in "
+                f"class_names; got {labels.min()} to {labels.max()}."
+            )
 
 
 def deal_out(names: Sequence[str]) -> list[list[str]]:

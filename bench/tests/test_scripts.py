@@ -97,5 +97,5 @@ def test_a_damaged_or_missing_sheet_is_refused(tmp_path):
     with pytest.raises(MemsynError, match=r"scripts8: .*thai\.webp has sha256 [0-9a-f]{64}, the manifest says"):
         load_scripts8(28, pack)
     (pack / "thai.webp").unlink()
-    with pytest.raises(MemsynError, match=r"scripts8: .*thai\.webp is missing; reinstall memsyn"):
+    with pytest.raises(MemsynError, match=r"scripts8: .*thai\.webp is missing; reinstall memsyn-bench"):
         load_scripts8(28, pack)

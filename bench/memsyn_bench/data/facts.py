@@ -6,7 +6,6 @@ Knows nothing of networks or training.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +16,6 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from memsyn import MemsynError
 from memsyn_bench.data.drawings import normalise, resize
 from memsyn_bench.data.sheets import read_cells, read_file
 from memsyn_bench.task import Task, deal_out
@@ -82,14 +80,7 @@ def read_manifest(pack: Path = FACTS_PACK) -> tuple[dict[str, Any], dict[str, Te
         MemsynError: a file is missing, or the vectors are not those that the manifest describes.
     """
     manifest: dict[str, Any] = json.loads(read_file(pack / "manifest.json"))
-    data = read_file(pack / VECTORS)
-    found = hashlib.sha256(data).hexdigest()
-    if found != manifest["vectors"]:
-        raise MemsynError(
-            f"{pack.name}: {pack / VECTORS} has sha256 {found}, the manifest says {manifest['vectors']}; "
-            "the file is damaged or from another version; reinstall memsyn"
-        )
-    return manifest, load_safetensors(data)
+    return manifest, load_safetensors(read_file(pack / VECTORS, sha256=manifest["vectors"]))
 
 
 def _kind_task(kind: dict[str, Any], vectors: Tensor, rows: list[dict[str, Any]], pack: Path, size: int) -> Task:

@@ -17,15 +17,22 @@ from torch import Tensor
 from memsyn import MemsynError
 
 
-def read_file(path: Path) -> bytes:
-    """Return what is in a file of a pack.
+def read_file(path: Path, *, sha256: str | None = None) -> bytes:
+    """Return the content of a file of a pack; `sha256` is the one that the pack's manifest says.
 
     Raises:
-        MemsynError: it is missing.
+        MemsynError: the file is missing, or its SHA-256 is another.
     """
     if not path.is_file():
-        raise MemsynError(f"{path.parent.name}: {path} is missing; reinstall memsyn")
-    return path.read_bytes()
+        raise MemsynError(f"{path.parent.name}: {path} is missing; reinstall memsyn-bench")
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if sha256 not in (None, found):
+        raise MemsynError(
+            f"{path.parent.name}: {path} has sha256 {found}, the manifest says {sha256}; "
+            "the file is damaged or from another version; reinstall memsyn-bench"
+        )
+    return content
 
 
 def read_cells(path: Path, *, sha256: str, num_rows: int, num_columns: int) -> Tensor:
@@ -34,14 +41,7 @@ def read_cells(path: Path, *, sha256: str, num_rows: int, num_columns: int) -> T
     Raises:
         MemsynError: the file is missing, or its SHA-256 is not the one that its manifest says.
     """
-    sheet = read_file(path)
-    found = hashlib.sha256(sheet).hexdigest()
-    if found != sha256:
-        raise MemsynError(
-            f"{path.parent.name}: {path} has sha256 {found}, the manifest says {sha256}; "
-            "the file is damaged or from another version; reinstall memsyn"
-        )
-    with Image.open(io.BytesIO(sheet)) as image:
+    with Image.open(io.BytesIO(read_file(path, sha256=sha256))) as image:
         pixels = np.array(image.convert("RGB"))
     height, width, _ = pixels.shape
     cells = pixels.reshape(num_rows, height // num_rows, num_columns, width // num_columns, 3)

@@ -109,7 +109,7 @@ class _Runner:
         self.records = {record.key: record for record in records}
         self.choices = {choice.method: choice for choice in choices}
         self.sequence = find_sequence(settings.sequence)
-        self.tasks = self.sequence.load(settings.size)
+        self.tasks = self.sequence.tasks(settings.size)
 
     def records_of(self, method: str, seed: int) -> list[TaskRecord]:
         """What one method and seed reached so far, task by task."""

@@ -27,7 +27,7 @@ from memsyn_bench.losses import Loss, cross_entropy, similarity_loss
 from memsyn_bench.sequences.networks import MultiHead, Network, SharedHead, SmallConvNet, draw_weights, perceptron
 from memsyn_bench.sequences.pretrained import PretrainedBackbone, efficientnet_lite0, torchvision_backbone
 from memsyn_bench.settings import Settings
-from memsyn_bench.task import Task
+from memsyn_bench.task import Task, check_labels
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,19 @@ class TaskSequence:
         unknown = sorted(self.training.keys() - known)
         if unknown:
             raise OptionError(f"training must name fields of Settings: {', '.join(sorted(known))}; got {unknown[0]!r}.")
+
+    def tasks(self, size: int) -> list[Task]:
+        """The tasks, in their fixed order.
+
+        Raises:
+            OptionError: there is none, or a task's labels do not fit its images and classes.
+        """
+        tasks = self.load(size)
+        if not tasks:
+            raise OptionError("load must return at least one task, got none.")
+        for task in tasks:
+            check_labels(task)
+        return tasks
 
     def network(self, tasks: Sequence[Task], generator: torch.Generator) -> Network:
         """The network before the first task.

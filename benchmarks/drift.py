@@ -5,7 +5,8 @@ A network learns eight tasks together, and serves: for a week its users ask abou
 half-life sees every request; the clock runs fast. Prints how the ranking of the backbone's weights agrees (Spearman)
 with what is measured on the tasks of each week directly; then, after learning the letters of one alphabet more under
 the memory of the first week, under the decayed one of the last day, and under none, the accuracy on either week's
-tasks, and the difference seed by seed. Traffic and direct measures are of training drawings, accuracy is of unseen ones.
+tasks, and the difference seed by seed. Traffic and direct measures are of training drawings, accuracy is of unseen
+ones.
 """
 
 import argparse

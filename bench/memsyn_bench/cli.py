@@ -71,17 +71,17 @@ def _print_entries(heading: str, entries: NamedEntries[TaskSequence] | NamedEntr
 @app.command("run")
 def run_(
     sequence: Annotated[str, typer.Argument(help="Which tasks, as named by `memsyn-bench list`.")],
-    methods: Annotated[str, typer.Option(help="Methods to compare, with commas between.")] = "finetune,mas",
-    seeds: Annotated[int, typer.Option(help="How many seeds, from 0 on.")] = 3,
+    methods: Annotated[str, typer.Option(help="Methods to compare, separated by commas.")] = "finetune,mas",
+    seeds: Annotated[int, typer.Option(help="Number of seeds: 0, 1, ...")] = 3,
     size: Annotated[int | None, typer.Option(help="Side of the images in pixels.", show_default=ITS_OWN)] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over each task's images.", show_default=ITS_OWN)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images in a step.", show_default=ITS_OWN)] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of Adam.", show_default=ITS_OWN)] = None,
     warmup: Annotated[
-        int | None, typer.Option(help="Epochs, of these, in which heads learn alone.", show_default=ITS_OWN)
+        int | None, typer.Option(help="Number of first epochs in which only heads are trained.", show_default=ITS_OWN)
     ] = None,
     strength: Annotated[
-        str, typer.Option(help="A number for all; own: each method's default; chosen: by validation data.")
+        str, typer.Option(help="A number for all methods; own: each method's default; chosen: by validation data.")
     ] = OWN,
     out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/SEQUENCE")] = None,
 ) -> None:
@@ -120,9 +120,9 @@ def report_(
     tensorboard: Annotated[Path | None, typer.Option(metavar="DIR", help="Write scalars for TensorBoard.")] = None,
     mlflow: Annotated[str | None, typer.Option(metavar="URI", help="Log to an MLflow store or server.")] = None,
 ) -> None:
-    """Make one page with charts of what runs found, that opens in any browser without a network.
+    """Make one page with charts of runs, which opens in any browser without a network.
 
-    The same records go to pictures, TensorBoard and MLflow (sqlite:///FILE, or a server's address), if asked for.
+    On request the same records go to pictures, TensorBoard and MLflow (sqlite:///FILE, or a server's address).
 
     Example: memsyn-bench report runs/demo -o report.html
     """
@@ -145,10 +145,10 @@ def results_(
     files: Annotated[list[Path], typer.Argument(help="results.jsonl of runs, or copies named after them.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The page to write.", show_default="printed")] = None,
 ) -> None:
-    """Make one Markdown page of what runs found.
+    """Make one Markdown page of the results of runs.
 
-    Tables of each run with 95% intervals and differences from MAS seed by seed, and of runs that belong together:
-    pairs of tasks, strengths, adaptation, facts. Seeds that are not finished are left out and named. With -o, pictures
+    It has tables of each run, with 95% intervals and differences from MAS seed by seed, and of runs that belong
+    together: pairs of tasks, strengths, adaptation, facts. Unfinished seeds are left out and named. With -o, pictures
     go to a folder beside the page.
 
     Example: memsyn-bench results docs/results/*.jsonl -o docs/results.md

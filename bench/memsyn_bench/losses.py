@@ -1,6 +1,6 @@
-"""What is minimised while a task is learned: the loss of each image, from what the network makes of it.
+"""The losses that are minimised while a task is learned, one value for each image.
 
-Owns the losses. Knows no training.
+Knows no training.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def cross_entropy(outputs: Tensor, labels: Tensor, vectors: Tensor | None) -> Te
 def similarity_loss(outputs: Tensor, labels: Tensor, vectors: Tensor | None) -> Tensor:
     """-log softmax(o_k . v_c / (T |v_c|) over the texts c of the task)_label, T = 0.05.
 
-    The outputs are an embedding. It is the task's own texts that are told apart, and those of no other task are needed.
-    The embedding's length says how sure it is, as that of logits does, and MAS differentiates it: of a loss of cosines
-    it would be left to chance.
+    The outputs are an embedding. Only the task's own texts are compared, so no other task's texts are needed. The
+    embedding is not normalised: its length scales the loss, as with logits, and MAS differentiates the squared length.
+    A loss of cosines would leave the length undetermined.
     """
     assert vectors is not None
     return F.cross_entropy(outputs @ F.normalize(vectors).T / SIMILARITY_TEMPERATURE, labels, reduction="none")

@@ -25,9 +25,9 @@ class Settings:
         epochs: passes over a task's training images.
         batch_size: images in a step.
         lr: the learning rate of Adam, which starts afresh with each task.
-        warmup: of the epochs, the first so many train heads alone.
-        strength: of all methods that have one, a number; "own", each its default; or "chosen", each what the protocol
-            of `memsyn_bench.running.strengths` finds on validation data.
+        warmup: the number of first epochs in which only heads are trained.
+        strength: a number for every method that has a strength; "own": each method's default; "chosen": what the
+            protocol of `memsyn_bench.running.strengths` finds on validation data, method by method.
 
     Raises:
         OptionError: a value is out of range.
@@ -64,7 +64,7 @@ class Settings:
 
 
 def parse_strength(text: str) -> float | str:
-    """A strength as `Settings` takes it: a number if the text is one."""
+    """A strength as `Settings` takes it: a number, or the text if it is no number."""
     try:
         return float(text)
     except ValueError:

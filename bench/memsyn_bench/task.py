@@ -1,4 +1,4 @@
-"""A task: what is learned and what is tested, and how its training part is split once more to choose a strength.
+"""A task: its training and test images, and how the training images are split again to choose a strength.
 
 Owns no data. Knows nothing of networks or training.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from memsyn import OptionError
 
 HELD_OUT = 5
-"""One training image in so many is for validation where no family can be held out."""
+"""If no family can be held out, one training image in so many is for validation."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ def deal_out(names: Sequence[str]) -> list[list[str]]:
 def validation_split(task: Task, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Split the training images in two: the places, sorted, of those to train on and of those to validate on.
 
-    As the test is on a family never seen, so is the validation, where there is a family that has every class and at
-    most half of the images, and without which every class is left: one of these, drawn by `seed`. Else a fifth of each
-    class (rounded up, never all of it) is drawn by `seed`. No test image is looked at.
+    Tests show families that training has not seen, and so does validation: one family is held out. It is drawn by
+    `seed` from the families that have every class and at most half of the images, and whose removal leaves every class.
+    If there is none, a fifth of each class (rounded up, never all of it) is drawn by `seed`. No test image is used.
     """
     generator = torch.Generator().manual_seed(seed)
     families = _families_to_hold_out(task)

@@ -145,7 +145,7 @@ def test_ctrl_c_says_how_to_continue_and_the_same_command_does(tmp_path, monkeyp
     ("arguments", "message"),
     [
         (["mnist"], f"error: the sequence must be one of {KNOWN}; got 'mnist'."),
-        (["tiny", *QUICK, "--methods", "x"], f"error: methods must be of {NAMES}, with commas between; got 'x'."),
+        (["tiny", *QUICK, "--methods", "x"], f"error: methods must be of {NAMES}, separated by commas; got 'x'."),
         (["tiny", "--size", "8", "--lr", "0"], "error: lr must be finite and above 0, got 0.0."),
         (["tiny", "--size", "8", "--strength", "x"], "error: strength must be a number, own or chosen; got 'x'."),
         (["tiny", "--size", "32"], "error: size must be one of 8; got 32."),

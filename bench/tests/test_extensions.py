@@ -42,7 +42,7 @@ def test_what_is_registered_is_listed_run_and_named_in_errors(tmp_path):
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[4].removeprefix("| plain") == lines[5].removeprefix("| finetune")
     refused = call("run", "tiny", *QUICK, "--methods", "x", "--out", tmp_path, code=1).stderr
-    assert "mas-rehearsal, plain, with commas between; got 'x'" in refused
+    assert "mas-rehearsal, plain, separated by commas; got 'x'" in refused
     assert "adaptation-facts, tiny, or such as" in call("run", "x", code=1).stderr
 
 

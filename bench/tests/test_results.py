@@ -341,7 +341,7 @@ def test_it_says_how_the_file_was_made_and_the_page_is_made_again(path):
     text = page(path)
     assert f"torch {entry['versions']['torch']}" in text
     assert "memsyn-bench results docs/results/*.jsonl -o docs/results.md" in text
-    assert "not comparable with the paper's" in text
+    assert "cannot be compared with the paper's" in text
     assert "2 epochs a task, Adam, lr 0.003" in text
 
 

@@ -208,7 +208,7 @@ def test_results_of_other_settings_are_left_alone(tmp_path):
             r"the sequence must be one of emoji8, .*, tiny, or such as .*; got 'mnist'",
         ),
         ({"settings": replace(SETTINGS, size=9)}, r"size must be one of 8; got 9"),
-        ({"methods": ("mas", "x")}, r"methods must be of finetune, .*mas-rehearsal, with commas between; got 'x'"),
+        ({"methods": ("mas", "x")}, r"methods must be of finetune, .*mas-rehearsal, separated by commas; got 'x'"),
         ({"methods": ("mas", "mas")}, r"methods holds one twice: mas, mas"),
         ({"num_seeds": 0}, r"seeds must be at least 1, got 0"),
     ],

@@ -1,6 +1,6 @@
 """Tasks with little in common: drawings and alphabets in turn.
 
-Owns what letters look like among drawings, and how many of them there are. Knows nothing of networks.
+Owns how letters are made to look like drawings, and how many there are. Knows nothing of networks.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from memsyn_bench.data.scripts import load_scripts8
 from memsyn_bench.task import Task
 
 LETTER_SIDE = 28
-"""Of a letter as it is drawn."""
+"""Pixels a side of a letter in its pack."""
 FONTS = 5
-"""That a letter is learned from, about as many as the studios of a drawing."""
+"""Fonts that a letter is learned from: about as many as there are studios for a drawing."""
 NUM_PAIRS = 4
 
 

@@ -1,4 +1,4 @@
-"""The paper's eight data sets, read from folders in the layouts they are published in. None of them comes with memsyn.
+"""The paper's eight data sets, read from folders in the layouts they are published in. None comes with memsyn-bench.
 
 Put each into a folder of its own under `data/paper8`, or under the folder that the environment variable MEMSYN_PAPER8
 names. `SOURCES` says whose they are; what has to lie where:
@@ -59,7 +59,7 @@ BANNER = 20
 class Picture:
     """A file, the number of its class, and the box of it that counts: left, top, right, bottom in pixels.
 
-    What of right and bottom is not above 0 is counted from the far side, so (0, 0, 0, 0) is the whole picture.
+    Values of right and bottom that are 0 or less count from the far side, so (0, 0, 0, 0) is the whole picture.
     """
 
     path: Path

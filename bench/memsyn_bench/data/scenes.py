@@ -18,11 +18,11 @@ from memsyn_bench.task import Task
 SCENE_SIDE = 64
 """Pixels a side of a scene as it is composed."""
 COPIES = 2
-"""Scenes of each triple that are made of one training studio's drawings, each with its own play."""
+"""Scenes of each triple from one training studio's drawings; each has its own random places."""
 PLAY = 4
-"""Pixels by which each of the two drawings is out of its place at most, to every side."""
+"""Each drawing is moved at random by at most so many pixels in each direction."""
 SCENE_SEED = 0
-"""Of the places: the scenes are part of the sequence, and the same for every seed of a run."""
+"""Seed of the places: the scenes are part of the sequence, the same for every seed of a run."""
 PLACES: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "left of": ((30, 17, 1), (30, 17, 33)),
     "above": ((30, 1, 17), (30, 33, 17)),

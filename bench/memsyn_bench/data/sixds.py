@@ -1,4 +1,4 @@
-"""6DS, the facts of the paper's embedding experiment, read from a folder. It does not come with memsyn.
+"""6DS, the facts of the paper's embedding experiment, read from a folder. It does not come with memsyn-bench.
 
 <subject, predicate, object> facts in photographs (Elhoseiny, Cohen, Chang, Price and Elgammal 2017, "Sherlock: Scalable
 Fact Learning in Images", AAAI; facts of three words, or of fewer). We know of no layout that it is published in; what
@@ -94,7 +94,7 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def _what_is_wrong(row: dict[str, str], folder: Path) -> str:
-    """With one line; empty for nothing."""
+    """The first mistake in a line; empty if there is none."""
     image = Path(row["image"])
     if None in row:
         return "it has more values than columns"

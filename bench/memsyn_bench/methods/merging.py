@@ -1,6 +1,6 @@
 """IMM: the tasks' weights are merged at a task's end (Lee et al. 2017).
 
-Owns the running sums of which the merged weights are made.
+Owns the running sums that the merged weights are computed from.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a method is: what it does before a step, after a step and at a task's end; all the rest is the loop's.
+"""What a method is: what it does before a step, after a step and at a task's end. The training loop does the rest.
 
 Owns the life of what methods hold: what is kept over the tasks and what while one is learned. Knows no single method.
 """
@@ -33,23 +33,23 @@ class TaskTraining:
     model: Network
     task: Task
     index: int
-    """Of the task and, where there is one for each, of its head."""
+    """The place of the task in the sequence, and of its head if each task has one."""
     optimizer: Optimizer
     settings: Settings
     augment: Augment
     loss: Loss
-    """Of the task, which the loop takes the mean of."""
+    """The loss of each image; the loop takes its mean."""
     generator: torch.Generator
-    """Of the loop: batches and their augmentation, the same for every method."""
+    """Random numbers of the loop: batches and augmentation, the same for every method."""
     method_generator: torch.Generator
-    """Of the method."""
+    """Random numbers of the method."""
 
 
 class Method:
-    """What a method does around the training loop; this does nothing.
+    """What a method does around the training loop. This base class protects the memory, if it holds importance.
 
     Attributes:
-        memory: anchor and importance, of the methods that protect weights.
+        memory: anchor and importance, in methods that protect weights.
         kept: tensors held from task to task, by group and name; saved in checkpoints, and never changed in place.
         working: tensors held while a task is learned.
         merges: whether `end` changes the model's weights.
@@ -70,13 +70,13 @@ class Method:
             self._protection = protect(training.optimizer, training.model, self.memory, strength=self.strength)
 
     def before_step(self, training: TaskTraining, images: Tensor) -> None:
-        """With the gradients of the new task's loss on `images` in `.grad`, to which may be added."""
+        """After the backward pass: `.grad` holds the gradients of the task's loss on `images`. May add to it."""
 
     def after_step(self, training: TaskTraining) -> None:
-        """With the weights changed."""
+        """After the optimizer's step."""
 
     def end(self, training: TaskTraining) -> None:
-        """After a task's last step: remember."""
+        """After a task's last step: end the protection."""
         self._protection, self.working = None, {}
 
     def penalty(self) -> float:
@@ -84,11 +84,11 @@ class Method:
         return self._protection.value() if self._protection else 0.0
 
     def load(self, memory: Memory, kept: TensorGroups) -> None:
-        """Go on from what another one of the same kind has kept."""
+        """Continue with what a method of the same kind has kept."""
         self.memory, self.kept = memory, kept
 
     def num_bytes(self) -> int:
-        """Of all tensors held now, beside the model and its optimizer."""
+        """The bytes of all tensors held now, beside the model and its optimizer."""
         groups = [self.memory.anchor, self.memory.importance, *self.kept.values(), *self.working.values()]
         return sum(tensor.numel() * tensor.element_size() for group in groups for tensor in group.values())
 
@@ -107,22 +107,22 @@ class CombinedMethods(Method):
         self.parts = parts
 
     def begin(self, training: TaskTraining) -> None:
-        """Each in its turn."""
+        """Call each part in order."""
         for part in self.parts:
             part.begin(training)
 
     def before_step(self, training: TaskTraining, images: Tensor) -> None:
-        """Each in its turn."""
+        """Call each part in order."""
         for part in self.parts:
             part.before_step(training, images)
 
     def after_step(self, training: TaskTraining) -> None:
-        """Each in its turn."""
+        """Call each part in order."""
         for part in self.parts:
             part.after_step(training)
 
     def end(self, training: TaskTraining) -> None:
-        """Each in its turn."""
+        """Call each part in order."""
         for part in self.parts:
             part.end(training)
         self.memory = self.parts[0].memory
@@ -133,18 +133,18 @@ class CombinedMethods(Method):
         }
 
     def penalty(self) -> float:
-        """Of all parts."""
+        """The sum over the parts."""
         return sum(part.penalty() for part in self.parts)
 
     def load(self, memory: Memory, kept: TensorGroups) -> None:
-        """Each its own, and the first one the memory."""
+        """Each part gets its own tensors; the first part gets the memory."""
         super().load(memory, kept)
         for number, part in enumerate(self.parts):
             own = {name.partition(".")[2]: group for name, group in kept.items() if name.startswith(f"{number}.")}
             part.load(memory if number == 0 else Memory.empty(), own)
 
     def num_bytes(self) -> int:
-        """Of all parts."""
+        """The sum over the parts."""
         return sum(part.num_bytes() for part in self.parts)
 
 

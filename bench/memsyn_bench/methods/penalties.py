@@ -1,7 +1,7 @@
-"""Methods that hold weights back by their importance: L2, EWC, MAS, SI, RWalk.
+"""Methods that penalise the change of important weights: L2, EWC, MAS, SI, RWalk.
 
-Owns when importance is taken and how tasks add up. What it is comes from the core: `measure` for those that look at the
-trained network, `trajectory` for those that watch it train.
+Owns when importance is measured and how tasks are added up. The importance itself comes from memsyn's `measure`, or
+from `trajectory` for the methods that follow the weights during training.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ def through_head(training: TaskTraining) -> Callable[[nn.Module, Tensor], Tensor
 
 
 def training_images(task: Task) -> Tensor:
-    """What the task is learned from."""
+    """The images that the task is learned from."""
     return task.train_images
 
 
 def test_images(task: Task) -> Tensor:
-    """What the task is tested on, without the labels: data that the network meets in use."""
+    """The images that the task is tested on, without labels: data that the network meets in use."""
     return task.test_images
 
 
 def all_images(task: Task) -> Tensor:
-    """Both."""
+    """Training and test images."""
     return torch.cat([task.train_images, task.test_images])
 
 
@@ -98,20 +98,20 @@ def l2(training: TaskTraining, memory: Memory) -> Memory:
 
 @final
 class ImportancePenalty(Method):
-    """Importance is taken when a task has been learned, and protected from the next one on."""
+    """Importance is measured when a task has been learned, and protected from the next task on."""
 
     def __init__(self, strength: float, remember: Consolidate) -> None:
         super().__init__(strength)
         self._remember = remember
 
     def end(self, training: TaskTraining) -> None:
-        """Take the importance."""
+        """Measure the importance."""
         super().end(training)
         self.memory = self._remember(training, self.memory)
 
 
-Watch = Callable[[dict[str, Tensor], Method], PathIntegral | RiemannianWalk]
-"""(weights at the task's start, the method) -> what watches the task."""
+StartPath = Callable[[dict[str, Tensor], Method], PathIntegral | RiemannianWalk]
+"""(weights at the task's start, the method) -> the path that follows the task."""
 
 
 def si(weights: dict[str, Tensor], method: Method) -> PathIntegral:
@@ -128,16 +128,16 @@ def rwalk(weights: dict[str, Tensor], method: Method) -> RiemannianWalk:
 class PathPenalty(Method):
     """Importance is gathered while a task is learned, from gradients of its loss without any penalty."""
 
-    def __init__(self, strength: float, watch: Watch) -> None:
+    def __init__(self, strength: float, start_path: StartPath) -> None:
         super().__init__(strength)
-        self._watch = watch
-        self._watcher: PathIntegral | RiemannianWalk | None = None
+        self._start_path = start_path
+        self._path: PathIntegral | RiemannianWalk | None = None
 
     def begin(self, training: TaskTraining) -> None:
-        """Protect what came before, and start to watch."""
+        """Protect the tasks before, and start a new path."""
         super().begin(training)
-        self._watcher = self._watch(present_weights(training.model), self)
-        self.working = {"gradients": {}, **self._watcher.held()}
+        self._path = self._start_path(present_weights(training.model), self)
+        self.working = {"gradients": {}, **self._path.held()}
 
     def before_step(self, training: TaskTraining, images: Tensor) -> None:
         """Put the gradients aside: the penalty is added to them inside the step."""
@@ -145,16 +145,16 @@ class PathPenalty(Method):
         self.working["gradients"] = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
 
     def after_step(self, training: TaskTraining) -> None:
-        """Feed the watcher."""
-        assert self._watcher is not None
-        self._watcher.add(self.working["gradients"], trainable_parameters(training.model))
+        """Add the step to the path."""
+        assert self._path is not None
+        self._path.add(self.working["gradients"], trainable_parameters(training.model))
 
     def end(self, training: TaskTraining) -> None:
-        """Take the importance."""
+        """Measure the importance."""
         super().end(training)
-        assert self._watcher is not None
-        self.memory = Memory(present_weights(training.model), self._watcher.finish())
-        self.kept, self._watcher = self._watcher.carried(), None
+        assert self._path is not None
+        self.memory = Memory(present_weights(training.model), self._path.finish())
+        self.kept, self._path = self._path.carried(), None
 
 
 def present_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What the methods are held against: a backbone that does not move, and each task alone.
+"""References that methods are compared with: a frozen backbone, and each task alone.
 
 Owns these two; joint training, the ceiling, is rehearsal of everything and lives in `rehearsal`.
 """
@@ -13,7 +13,7 @@ from memsyn_bench.methods.method import Method, TaskTraining, frozen
 
 @final
 class FrozenBackbone(Method):
-    """After the first task only heads learn: tasks with heads of their own forget nothing. The honest floor."""
+    """After the first task only heads learn: tasks with heads of their own forget nothing."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -69,7 +69,7 @@ class MethodEntry:
 
 
 def _on(remember: Callable[..., Memory], images: Callable[[Task], Tensor], summary: str) -> MethodEntry:
-    """One more way to be told by importance: of other images of the task."""
+    """The same method with importance from other images of the task."""
     sees_test = images in (test_images, all_images)
     return MethodEntry(
         summary,
@@ -94,7 +94,7 @@ BUILT_IN_METHODS: dict[str, MethodEntry] = {
         lambda _: FrozenBackbone(),
     ),
     "l2": MethodEntry(
-        "hold every weight to its last value alike", lambda strength: ImportancePenalty(strength, l2), 1.0
+        "penalise the change of every weight alike", lambda strength: ImportancePenalty(strength, l2), 1.0
     ),
     "lwf": MethodEntry(
         "Learning without Forgetting (Li and Hoiem 2016): keep the old heads' outputs",
@@ -149,7 +149,7 @@ BUILT_IN_METHODS: dict[str, MethodEntry] = {
     "mas-local-both": _on(mas_local, all_images, "local MAS, importance from training and test images"),
     "mas-in-use": _on(mas, images_in_use, "MAS, importance from the training images of the classes in use alone"),
     "mas-batched": MethodEntry(
-        "MAS with the absolute value after the mean over a batch, as other libraries have it",
+        "MAS with the absolute value after the mean over a batch, as other libraries compute it",
         lambda strength: ImportancePenalty(strength, mas_batched),
         1.0,
     ),

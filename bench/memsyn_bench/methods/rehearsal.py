@@ -1,6 +1,6 @@
 """Methods that store data: rehearsal from a small buffer, and joint training, which is rehearsal of everything.
 
-Owns the buffers and what is drawn from them.
+Owns the buffers, and how images are drawn from them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Rehearsal(Method):
 
     From a buffer of `per_task` images a task: one batch over all old tasks a step, L = L_new + mean of its losses. With
     None everything is stored: one batch for each old task, and L = L_new + (number of old tasks) (mean of the losses),
-    which is joint training; its steps are as many as anyone's, but they see more images.
+    which is joint training; it takes as many steps as every other method, but each step sees more images.
 
     Images are drawn from the method's own generator, uniformly, each at most once a step, and augmented.
     """

@@ -1,7 +1,7 @@
-"""Importance from the way the weights take through training: Synaptic Intelligence and RWalk.
+"""Importance from the path of the weights during training: Synaptic Intelligence and RWalk.
 
-Owns their arithmetic; both are fed gradients and weights step by step. Must not know models or optimizers. What comes
-of them goes into a `Memory`, which `protect` takes.
+Owns their arithmetic: gradients and weights come in step by step, an importance for a `Memory` comes out. Must not know
+models or optimizers.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ WALK_INTERVAL: Final = 10
 
 @final
 class PathIntegral:
-    """Synaptic Intelligence: what each weight's way through one task has done for the loss.
+    """Synaptic Intelligence: how much each weight's path through one task has lowered the loss.
 
     omega = sum_t -g_t (theta_{t+1} - theta_t), g_t the gradient of the task's loss, without any penalty, at theta_t.
     Omega = max(0, omega) / ((theta_end - theta_start)^2 + xi), which is added to that of the tasks before. Zenke, Poole
@@ -67,7 +67,7 @@ class PathIntegral:
         }
 
     def carried(self) -> dict[str, dict[str, Tensor]]:
-        """What the next task's needs beside the importance: nothing."""
+        """What the next task's path needs besides the importance: nothing."""
         return {}
 
     def held(self) -> dict[str, dict[str, Tensor]]:
@@ -80,8 +80,9 @@ class RiemannianWalk:
     """RWalk: a running Fisher information and a path score in the distance that it defines (Chaudhry et al. 2018).
 
     After every interval of steps, F <- alpha mean_t g_t^2 + (1 - alpha) F (the first time: F = mean_t g_t^2), and
-    s <- s + max(0, sum_t -g_t (theta_{t+1} - theta_t)) / (1/2 F Delta^2 + epsilon), Delta the interval's way. At the
-    task's end the score is averaged with that of the tasks before, s <- (s_before + s) / 2, and
+    s <- s + max(0, sum_t -g_t (theta_{t+1} - theta_t)) / (1/2 F Delta^2 + epsilon), Delta the change of the
+    weights in the interval. At the task's end the score is averaged with the score of the tasks before,
+    s <- (s_before + s) / 2, and
 
         Omega = F / max F + s / max s,
 
@@ -138,7 +139,7 @@ class RiemannianWalk:
         return {name: fisher[name] + score[name] for name in zeros}
 
     def carried(self) -> dict[str, dict[str, Tensor]]:
-        """What the next task's needs beside the importance."""
+        """What the next task's path needs besides the importance."""
         return {"fisher": self.fisher, "score": self.score}
 
     def held(self) -> dict[str, dict[str, Tensor]]:
@@ -154,7 +155,7 @@ class RiemannianWalk:
 
     @torch.no_grad()
     def _close(self) -> None:
-        """Turn what an interval has seen into Fisher information and score."""
+        """At an interval's end: update the Fisher information and the score."""
         for name, count in self.num_steps.items():
             mean = self.squares[name] / count
             old = self.fisher.get(name, mean)

@@ -1,6 +1,6 @@
-"""What a file of results says of each method: its finished seeds, and its numbers over them.
+"""The results of a file, method by method: the finished seeds, and numbers over them.
 
-Owns which seeds count and how numbers of several seeds are put together and written; the formulas are in `metrics`.
+Owns which seeds count and how numbers of several seeds are combined and written; the formulas are in `metrics`.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def has_more_data(method: str) -> bool:
 
 
 def mean(numbers: Numbers) -> float:
-    """Over the seeds; NaN for none."""
+    """The mean over the seeds; NaN for none."""
     return math.fsum(numbers.values()) / len(numbers) if numbers else math.nan
 
 
@@ -152,7 +152,7 @@ def estimate(numbers: Numbers) -> str:
 
 
 def half(numbers: Numbers) -> float:
-    """Of the 95% interval over the seeds; infinite for fewer than two."""
+    """Half of the 95% interval over the seeds; infinite for fewer than two."""
     return interval(list(numbers.values())).half if len(numbers) > 1 else math.inf
 
 

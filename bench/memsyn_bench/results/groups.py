@@ -53,7 +53,7 @@ class Kind:
     Attributes:
         heading: of its section, from the group's first file.
         key: what the files of one group have in common; None for a file that is not of the kind.
-        least: so many files make a group.
+        least: the smallest number of files in a group.
         describe: group -> the section's text.
     """
 

@@ -1,4 +1,4 @@
-"""Markdown: a table, and text in which nothing is markup that was not meant to be; and back.
+"""Markdown: tables and escaped text, written and read back.
 
 Owns the syntax; knows nothing of results.
 """

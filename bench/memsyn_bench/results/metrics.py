@@ -1,4 +1,4 @@
-"""What an accuracy matrix says: accuracy, forgetting, transfer, and how sure one can be of them over seeds.
+"""Numbers of an accuracy matrix: accuracy, forgetting, transfer, and their spread over seeds.
 
 A matrix holds a_{t,j}, the accuracy on task j after learning task t, in percent, for j <= t: row t has t + 1 entries.
 Owns formulas only.

@@ -24,13 +24,13 @@ What the methods of `memsyn-bench list` reached, run by run. This page is writte
 
 and no number on it is typed. Each run stands with the command that makes its file: `results.jsonl` in the run's folder,
 copied to `docs/results` under the run's name. The data are drawings, letters and small pictures, not the photographs of
-the paper, and the networks are others: the numbers are not comparable with the paper's. Methods of one run share
+the paper, and the networks are others: the numbers cannot be compared with the paper's. Methods of one run share
 network, budget, seeds and the order of the data.
 
-What they share was set beforehand, and not blindly: learning rate, batch size and epochs of `emoji8` and of facts, and
-the form of the penalty, by trials that looked at test results, mostly of fine-tuning and {MAS}; the loss of facts by
-validation data, on which it raises {MAS} and lowers si; the training of the other sequences by validation data or by
-custom ([decisions](decisions.md), [log](log.md)). Strengths that were chosen saw no test data.
+The shared settings were fixed before these runs, and some of them by test results: learning rate, batch size and
+epochs of `emoji8` and of facts, and the form of the penalty, come from trials of mostly fine-tuning and {MAS}. The loss of facts was chosen on validation data, where it raises {MAS} and lowers si. The training of the
+other sequences was chosen on validation data or is customary ([decisions](decisions.md), [log](log.md)). Choosing the
+strengths used no test data.
 
 {READING}"""
 

@@ -32,22 +32,22 @@ from memsyn_bench.sequences.sequences import default_settings, find_sequence
 from memsyn_bench.settings import Settings, training_words
 
 NEAR = 3.0
-"""Points: where a frozen backbone ends so near to the best method, there was nothing to be remembered."""
+"""Points: if a frozen backbone ends this near to the best method, remembering did not matter."""
 
 
 READING = f"""{MEANINGS}
-Where facts are found, read mean average precision for accuracy. Further:
+For facts, the numbers are mean average precision in place of accuracy. Further:
 
-- A number is a mean over the seeds ± half of its 95% interval (Student's t), of a single seed the number alone. Bold is
+- A number is a mean over the seeds ± half of its 95% interval (Student's t); with one seed, the number alone. Bold is
   the highest average accuracy of the methods that store no data.
 - Minus {MAS}: the difference in average accuracy from {MAS}, seed by seed.
 - Backward transfer is minus the forgetting. Forward transfer: accuracy when learned less that of {ALONE}, from the
   second task on. Intransigence: how far accuracy when learned falls short of {JOINT} training on the tasks so far.
-- What goes by another scoring's name, such as class-incremental, is its mean after the last task.
-- Of strengths with equal scores the largest was taken; beyond the edges of what is listed nothing was tried.
+- A column with the name of another scoring, such as class-incremental, holds its mean after the last task.
+- Among strengths with equal scores the largest was taken. No strength was tried beyond those listed.
 - Kept: what a method holds from task to task beside the model. Working: the most that it holds while it learns one,
-  beside the model and its optimizer. Seconds: the median over the seeds, by the clock of a machine with other work
-  too."""
+  beside the model and its optimizer. Seconds: the median over the seeds, by the clock of a machine that did other
+  work too."""
 """What the tables' columns mean."""
 
 

@@ -1,4 +1,4 @@
-"""`results.jsonl`: what a run found, a line at a time.
+"""`results.jsonl`: the results of a run, one JSON object a line. docs/benchmark.md says what every field means.
 
 Owns the lines' form, their appending (whole, flushed, on the disk) and the reading of a file that was cut off. A
 `run` record, with settings and versions, comes first and again with each continuation; a `strength` record says how a
@@ -55,7 +55,7 @@ class TaskRecord:
 
     @property
     def key(self) -> tuple[str, int, int]:
-        """What the record is of; two of the same key hold the same numbers."""
+        """Method, seed and task: two records of the same key hold the same numbers."""
         return self.method, self.seed, self.task
 
 
@@ -75,7 +75,7 @@ class StrengthRecord:
 
 @dataclass(frozen=True)
 class Run:
-    """What a file of results holds, and what it says of itself."""
+    """What a file of results holds."""
 
     settings: Settings
     num_tasks: int

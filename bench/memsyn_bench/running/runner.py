@@ -1,9 +1,9 @@
-"""run(settings, methods, ...): every method and seed through every task, with a way back after an interruption.
+"""run(settings, methods, ...): every method and seed through every task; an interrupted run can be continued.
 
 Owns the run folder, the order of things in it and the progress bar. What a method does is in `methods`.
 
 For each task, in this order: the memory file, the line in `results.jsonl`, the checkpoint. Whenever the process dies,
-the next one goes on from the checkpoint, and a line that is already there is not written twice.
+the next one continues from the checkpoint, and a line that is already there is not written twice.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ from memsyn_bench.settings import OWN, Settings, training_words
 
 
 def run(settings: Settings, *, methods: Sequence[str], num_seeds: int, out: Path) -> Results:
-    """Run seeds 0 to `num_seeds` - 1 of every method, or what of it `out` does not hold yet.
+    """Run seeds 0 to `num_seeds` - 1 of every method, or the part of them that `out` does not hold yet.
 
     A seed changes the heads, the batches and the augmentation, the same way for every method; the order of tasks is
-    the sequence's own. Prints how they are trained, and a row of the accuracy matrix after each task.
+    fixed. Prints how the methods are trained, and a row of the accuracy matrix after each task.
 
-    Of an embedding, what seed 0 finds for some images is kept beside the results (`memsyn_bench.running.examples`).
+    If the sequence learns an embedding, `examples.json` beside the results holds the texts that seed 0 finds for some
+    images (`memsyn_bench.running.examples`).
 
     Raises:
         OptionError: an unknown sequence, size or method, or no seed.
@@ -86,7 +87,7 @@ def check_options(settings: Settings, methods: Sequence[str], num_seeds: int) ->
             )
     for method in methods:
         if method not in METHODS:
-            raise OptionError(f"methods must be of {', '.join(METHODS)}, with commas between; got {method!r}.")
+            raise OptionError(f"methods must be of {', '.join(METHODS)}, separated by commas; got {method!r}.")
         if METHODS[method].classifies and sequence.loss is not cross_entropy:
             fitting = ", ".join(name for name, entry in METHODS.usable()[0].items() if not entry.classifies)
             raise OptionError(
@@ -101,7 +102,7 @@ def check_options(settings: Settings, methods: Sequence[str], num_seeds: int) ->
 
 @final
 class _Runner:
-    """The tasks, and what of the results is there."""
+    """The tasks of a run, and the results so far."""
 
     def __init__(self, settings: Settings, out: Path) -> None:
         self.settings, self.out = settings, out

@@ -1,6 +1,6 @@
-"""How a network is asked about the tasks it has learned: with the task told, with one head for all, or not told.
+"""How a network is scored on the tasks it has learned: with the task given, with one head for all, or without the task.
 
-Owns the ways by name, and their accuracies. Knows no training.
+Owns the scorings by name, and their accuracies. Knows no training.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def _of_all_heads(model: nn.Module, images: Tensor, index: int, tasks: Sequence[
 
 @torch.inference_mode()
 def score(model: nn.Module, tasks: Sequence[Task], kind: str) -> tuple[float, ...]:
-    """Return what the scoring of that name says of the tasks learned so far, each number in percent.
+    """Score the tasks learned so far by the scoring of that name, in percent.
 
     `model(images, j)` gives the logits of task j, (N, its classes); `model(images)` those of the one head, or of all
     heads side by side. The model is left in eval mode.
 
     Raises:
-        OptionError: an unknown kind, or one that the model has not the heads for.
+        OptionError: an unknown kind, or the model does not have the heads for it.
     """
     if kind not in SCORINGS:
         raise OptionError(f"scoring must be one of {', '.join(SCORINGS)}; got {kind!r}.")
@@ -55,7 +55,7 @@ def score(model: nn.Module, tasks: Sequence[Task], kind: str) -> tuple[float, ..
 def _accuracies(
     answers: Answers, model: nn.Module, tasks: Sequence[Task], *, joined: bool = False
 ) -> tuple[float, ...]:
-    """For each task the share of its test images named rightly; `joined`: among the classes of all tasks."""
+    """For each task the share of its test images classified correctly; `joined`: among the classes of all tasks."""
     return tuple(
         100 * float(_named_rightly(answers, model, tasks, index, joined=joined).double().mean())
         for index in range(len(tasks))
@@ -63,7 +63,7 @@ def _accuracies(
 
 
 def _of_classes(model: nn.Module, tasks: Sequence[Task], *, in_use: bool) -> tuple[float, ...]:
-    """The same with the task told, of the images of the classes in use alone, or of those of the others."""
+    """The same with the task given, for the images of the classes in use only, or of the others."""
     values = []
     for index, task in enumerate(tasks):
         right = _named_rightly(_of_own_head, model, tasks, index, joined=False)
@@ -99,7 +99,9 @@ SCORINGS: dict[str, Callable[[nn.Module, Sequence[Task]], tuple[float, ...]]] = 
     "retrieval-in-use": partial(retrieval_of_classes, in_use=True),
     "retrieval-other-classes": partial(retrieval_of_classes, in_use=False),
 }
-"""By name, (model, tasks so far) -> percents, one a task unless a scoring says otherwise: the task is told; all tasks
-have the same classes and one head; the class is to be found among those of all tasks so far, the task not told (van de
-Ven and Tolias 2019); the task is told, and only classes that are in use count, or only the others;
-see `memsyn_bench.running.retrieval` for an embedding's."""
+"""By name, (model, tasks so far) -> percents, one for each task (retrieval-over-all: one for all).
+
+multi-head: the task is given. domain-incremental: all tasks have the same classes and one head. class-incremental: the
+task is not given, and the class is one of those of all tasks so far (van de Ven and Tolias 2019). in-use: the task is
+given, and only images of classes in use count; other-classes: only the others. `memsyn_bench.running.retrieval` has
+those of embeddings."""

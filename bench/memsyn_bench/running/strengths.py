@@ -1,6 +1,6 @@
 """How strengths are chosen: for every method alike, on held-out training data of the first tasks.
 
-Owns the protocol. It never looks at test data: what it is given loses them first.
+Owns the protocol. It never looks at test data: they are removed from the tasks first.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from memsyn_bench.task import Task, for_validation
 DECADES = range(-3, 4)
 """Candidates are a method's own default strength times these powers of ten."""
 NUM_TASKS = 3
-"""Tasks that are looked at, where there are as many: after two, there is little forgetting to be seen."""
+"""The number of first tasks that are used, if there are as many: after two there is little forgetting to see."""
 SEEDS = (998, 999)
-"""Of the splits that a score is a mean over, and of their trainings; the seeds of runs start at 0."""
+"""Seeds of the splits that a score is a mean over, and of their trainings; the seeds of runs start at 0."""
 
 
 def num_trainings(num_tasks: int) -> int:

@@ -53,7 +53,7 @@ def task_training(
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What came of training one task."""
+    """The result of training one task."""
 
     losses: list[float]
     """The task's loss in each step, without what the method adds."""
@@ -67,7 +67,7 @@ def train(training: TaskTraining, method: Method, after_epoch: Callable[[], obje
     """Train on one task through its head: its mean loss, and what the method adds; `method.end` is the caller's.
 
     The other heads get no gradient of the task's loss, so Adam leaves them alone. Batches and augmentation come from
-    `training.generator`. In the first `warmup` epochs the backbone stands still.
+    `training.generator`. In the first `warmup` epochs the backbone is frozen.
     """
     model, task, settings, optimizer = training.model, training.task, training.settings, training.optimizer
     method.begin(training)

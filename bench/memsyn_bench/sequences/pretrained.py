@@ -1,6 +1,7 @@
 """Bodies that others pretrained on ImageNet: EfficientNet-Lite0, and any network of torchvision.
 
-Owns how they are loaded, what they are fed and what is cut off. Imports their libraries when they are asked for.
+Owns how they are loaded, how images are normalised and where the head is cut off. Their libraries are imported when a
+network is built.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from memsyn_bench.extras import import_extra
 
 MEANS = (0.485, 0.456, 0.406)
 DEVIATIONS = (0.229, 0.224, 0.225)
-"""Of ImageNet's colours in 0..1: what the networks of torchvision were trained on."""
+"""Means and standard deviations of ImageNet's colours in 0..1, for the networks of torchvision."""
 
 
 class PretrainedBackbone(nn.Module):

@@ -99,7 +99,7 @@ class TaskSequence:
 
 
 FINE_TUNING = {"lr": 3e-4, "warmup": 2}
-"""Of what is pretrained on ImageNet: small steps, and heads first. Tried on EfficientNet-Lite0 alone."""
+"""Settings for backbones pretrained on ImageNet: a small learning rate, heads first; tried on EfficientNet-Lite0."""
 
 
 def pretrained_network(tasks: Sequence[Task], generator: torch.Generator) -> MultiHead:
@@ -217,7 +217,7 @@ def sixds(network: str) -> TaskSequence:
 
 
 def load_in_use(size: int) -> list[Task]:
-    """The tasks of `scripts8`, of each of which the network meets one class in use: drawn once for all."""
+    """The tasks of `scripts8`, with one class of each in use, drawn by a fixed seed."""
     tasks = []
     for index, task in enumerate(load_scripts8(size)):
         chosen = int(torch.randint(len(task.class_names), (), generator=torch.Generator().manual_seed(index)))
@@ -297,13 +297,13 @@ BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
 }
 BUILT_IN_SEQUENCES["adaptation"] = replace(
     BUILT_IN_SEQUENCES["scripts8"],
-    summary="scripts8, of each of whose alphabets one letter is in use",
+    summary="scripts8, with one letter of each alphabet in use",
     load=load_in_use,
     scorings=("multi-head", "in-use", "other-classes"),
 )
 BUILT_IN_SEQUENCES["adaptation-facts"] = replace(
     BUILT_IN_SEQUENCES["facts"],
-    summary="the facts, of which those of sports are in use",
+    summary="the facts, with those of sports in use",
     load=load_sports_in_use,
     scorings=("retrieval", "retrieval-in-use", "retrieval-other-classes"),
 )
@@ -326,7 +326,7 @@ def register_sequence(name: str, sequence: TaskSequence) -> None:
 
 
 OF_FOLDERS = {"paper8": paper8, "6ds": sixds}
-"""Network -> sequence: of data that do not come with memsyn."""
+"""Sequences of data that do not come with memsyn-bench, by the first part of their name: network -> sequence."""
 
 SHORT_NAMES = {
     "activities": "Activities",

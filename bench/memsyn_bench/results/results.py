@@ -28,9 +28,10 @@ the paper, and the networks are others: the numbers cannot be compared with the 
 network, budget, seeds and the order of the data.
 
 The shared settings were fixed before these runs, and some of them by test results: learning rate, batch size and
-epochs of `emoji8` and of facts, and the form of the penalty, come from trials of mostly fine-tuning and {MAS}. The loss of facts was chosen on validation data, where it raises {MAS} and lowers si. The training of the
-other sequences was chosen on validation data or is customary ([decisions](decisions.md), [log](log.md)). Choosing the
-strengths used no test data.
+epochs of `emoji8` and of facts, and the form of the penalty, come from trials of mostly fine-tuning and {MAS}. The loss
+of facts was chosen on validation data, where it raises {MAS} and lowers si. The training of the other sequences was
+chosen on validation data or is customary ([decisions](decisions.md), [log](log.md)). Choosing the strengths used no
+test data.
 
 {READING}"""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import memsyn_bench
-from tests.test_rooms import imports
+from tests import test_rooms as library
 
 PACKAGE = Path(memsyn_bench.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -48,7 +48,7 @@ def room_of(path: Path) -> str:
 
 
 def imported(path: Path, package: str) -> set[str]:
-    return {name for name in imports(path) if name.split(".")[0] == package}
+    return {name for name in library.imports(path) if name.split(".")[0] == package}
 
 
 @pytest.mark.parametrize("room", sorted({room_of(path) for path in FILES}))
@@ -111,13 +111,11 @@ def test_public_names_are_sorted_and_there():
     assert all(hasattr(memsyn_bench, name) for name in memsyn_bench.__all__)
 
 
-def test_functions_stay_small():
-    for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                code = [n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
-                length = (code[-1].end_lineno or 0) - code[0].lineno + 1 if code else 0
-                assert length <= 50, f"{path.name}: {node.name} has {length} lines"
+def test_functions_and_classes_stay_small(monkeypatch):
+    monkeypatch.setattr(library, "PACKAGE", PACKAGE)
+    monkeypatch.setattr(library, "LARGE", {"TaskRecord"})  # a frozen record: one field for each of a line
+    library.test_functions_stay_small()
+    library.test_classes_hold_at_most_a_dozen_attributes()
 
 
 def test_the_examples_in_the_docstrings_run():

@@ -47,7 +47,7 @@ PAIR_ROWS = {
 
 
 @dataclass(frozen=True)
-class Kind:
+class GroupKind:
     """A kind of group.
 
     Attributes:
@@ -63,7 +63,7 @@ class Kind:
     least: int = 1
 
 
-def in_groups(files: Sequence[Findings]) -> tuple[list[tuple[Kind, Group]], list[Findings]]:
+def in_groups(files: Sequence[Findings]) -> tuple[list[tuple[GroupKind, Group]], list[Findings]]:
     """The groups, in the order of `KINDS`, each file in the first that takes it; and the files in none."""
     left, groups = list(files), []
     for kind in KINDS:
@@ -278,7 +278,7 @@ def _place(found: Findings) -> str:
     return f"{found.run.settings.size}x{found.run.settings.size}"
 
 
-SENSITIVITY = Kind(
+SENSITIVITY = GroupKind(
     lambda found: f"Strengths of {MAS}: {escape(found.run.settings.sequence)}, {_place(found)}",
     _with_strength,
     sensitivity,
@@ -286,12 +286,12 @@ SENSITIVITY = Kind(
 )
 KINDS = (
     SENSITIVITY,  # first: a pair at several strengths is no several pairs
-    Kind(lambda found: f"Pairs from the network of {_pairs_base(found)}, {_place(found)}", _as_pair, pairs),
-    Kind(
+    GroupKind(lambda found: f"Pairs from the network of {_pairs_base(found)}, {_place(found)}", _as_pair, pairs),
+    GroupKind(
         lambda found: "Adaptation: importance of the classes in use alone",
         _scored("in-use", "retrieval-in-use"),
         adaptation,
     ),
-    Kind(lambda found: "Facts: mean average precision", _scored("retrieval"), facts),
+    GroupKind(lambda found: "Facts: mean average precision", _scored("retrieval"), facts),
 )
 """All of them, in the order of the page."""

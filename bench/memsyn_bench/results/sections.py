@@ -177,7 +177,7 @@ def _of_mas(found: Findings, best: str) -> list[str]:
     return said
 
 
-Cell = Callable[[str], str]
+CellText = Callable[[str], str]
 """Method -> what the table says of it."""
 
 
@@ -208,9 +208,9 @@ APART = "store data, see test images, or are references"
 """What the methods that are not ranked do."""
 
 
-def _columns(found: Findings) -> dict[str, Cell]:
+def _columns(found: Findings) -> dict[str, CellText]:
     """The columns that the run has the methods for, and the other scorings that its records hold."""
-    columns: dict[str, Cell] = {
+    columns: dict[str, CellText] = {
         f"{_average(found.run.settings).capitalize()} (%)": lambda method: estimate(found.averages(method)),
     }
     if MAS in found.results and len(found.methods) > 1:

@@ -1,6 +1,6 @@
 """Packages that only some parts of the benchmark need: they are imported when they are used.
 
-Owns what an error says of a missing one.
+Owns the error for a missing package.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from memsyn import MemsynError
 
 
 def import_extra(module: str, *, purpose: str, install: str) -> ModuleType:
-    """Import an optional module; `install` is what pip is to install.
+    """Import an optional module; `install` is the name to give to pip.
 
     Raises:
-        MemsynError: it is missing; says what for and how to install it.
+        MemsynError: the module is missing; the error says what needs it and how to install it.
     """
     try:
         return import_module(module)

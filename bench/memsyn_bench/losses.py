@@ -14,7 +14,7 @@ Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(outputs (N, D), labels (N,), the task's class vectors (C, D) if it has any) -> the loss of each image, (N,)."""
 
 SIMILARITY_TEMPERATURE = 0.05
-"""Of `similarity_loss`."""
+"""The temperature T of `similarity_loss`."""
 
 
 def cross_entropy(outputs: Tensor, labels: Tensor, vectors: Tensor | None) -> Tensor:

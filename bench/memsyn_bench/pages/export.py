@@ -104,7 +104,7 @@ def _seeds(found: Findings) -> list[Seed]:
 
 
 def _scalars(records: Sequence[TaskRecord]) -> Iterator[tuple[TaskRecord, str, float]]:
-    """Record by record, what it says by name."""
+    """Each record with the name and value of each of its numbers."""
     names = {record.task: record.name for record in records}
     for number, record in enumerate(records, start=1):
         matrix = [earlier.accuracies for earlier in records[:number]]
@@ -122,7 +122,7 @@ def _scalars(records: Sequence[TaskRecord]) -> Iterator[tuple[TaskRecord, str, f
 def _metric_name(text: str, taken: dict[str, str]) -> str:
     """Text as MLflow takes it for a metric: letters, digits and _ - . / and space; a path that leads nowhere else.
 
-    Texts that differ have different names: `taken` is what they were given so far.
+    Different texts get different names: `taken` holds the names given so far.
     """
     head, _, tail = text.partition("/")
     own = "/".join("".join(c if c.isalnum() or c in "_- " else "_" for c in part) for part in (head, tail) if part)

@@ -1,4 +1,4 @@
-"""Pictures of a run: the accuracy of every task over time, a panel a method.
+"""Pictures of a run: the accuracy of every task over time, with a panel for each method.
 
 Owns layout and colours. Uses matplotlib's figure without pyplot: no window, no global state.
 """
@@ -17,7 +17,7 @@ from memsyn_bench.running.record import Results
 from memsyn_bench.settings import Settings
 
 COLOURS = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#AA4499")
-"""Paul Tol's "muted": told apart with every kind of colour vision."""
+"""Paul Tol's scheme "muted", whose colours differ for every kind of colour vision."""
 MARKERS = "osD^vP*X"
 
 
@@ -64,9 +64,9 @@ def _draw(panel: Axes, of_seeds: list[Matrix], names: list[str]) -> None:
 
 
 def plot_strengths(strengths: list[float], curves: dict[str, list[list[float]]], heading: str, path: Path) -> None:
-    """Write a picture (PNG): against the strength, on a logarithmic axis, a panel a number.
+    """Write a picture (PNG): against the strength, on a logarithmic axis, with a panel for each quantity.
 
-    `curves`: what the number is -> for each strength, of every seed. Lines are means over the seeds, bands go from the
+    `curves`: quantity -> for each strength its values of every seed. Lines are means over the seeds, bands go from the
     lowest seed to the highest.
     """
     figure = Figure(figsize=(4.6 * len(curves), 3.8), dpi=150, layout="constrained")

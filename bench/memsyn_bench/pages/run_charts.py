@@ -34,11 +34,11 @@ HALVES = (
 )
 FILLED_BARS, OPEN_BARS = Style(INK, "square", ""), Style(INK, OPEN, "")
 FEW = 6
-"""So many methods are told apart in one chart; of more only some are shown from the start."""
+"""The most methods that one chart shows from the start; of more methods only some are shown."""
 
 
 def averages(found: Findings) -> Chart:
-    """The methods by what they end at, the best first."""
+    """The methods by their average accuracy in the end, the best first."""
     methods = sorted((m for m in found.methods if m != ALONE), key=lambda method: -mean(found.averages(method)))
     best, word = found.best(), quantity(found.run.settings)
     title = f"Average {word} after the last task"
@@ -58,7 +58,7 @@ def _by_method(title: str, numbers: dict[str, Numbers], unit: str, name: str, *,
 
 
 def _first(methods: Sequence[str], *best: str | None) -> tuple[list[str], str]:
-    """The methods that are shown from the start, and what the reader is told of the others."""
+    """The methods that are shown from the start, and a note about the others."""
     wanted = [method for method in methods if method in (MAS, FINETUNE, FROZEN, JOINT, *best)]
     if len(methods) <= FEW or not wanted:
         return list(methods), ""
@@ -189,7 +189,7 @@ def costs(found: Findings) -> Panels:
 
 
 def chosen(choices: Sequence[StrengthRecord], word: str) -> Chart | None:
-    """How the strengths were chosen; none where none was."""
+    """How the strengths were chosen; None if none was."""
     choices = [choice for choice in choices if choice.candidates]
     if not choices:
         return None
@@ -204,7 +204,7 @@ def chosen(choices: Sequence[StrengthRecord], word: str) -> Chart | None:
 
 
 def group_charts(group: Group, describe: Callable[[Group], str]) -> list[Chart]:
-    """Those of a group that is described so."""
+    """The charts of a group that `describe` describes."""
     return GROUP_CHARTS[describe](group)
 
 
@@ -282,4 +282,4 @@ GROUP_CHARTS: dict[Callable[[Group], str], Callable[[Group], list[Chart]]] = {
     facts: _facts_charts,
     pairs: _pairs_charts,
 }
-"""By what describes a group of the kind."""
+"""The charts of a group, by the function that describes the group."""

@@ -1,6 +1,6 @@
 """The report of runs: `memsyn-bench report`, one HTML page, made from files alone.
 
-Owns the page's order. Its tables and sentences are those of `sections` and `groups`, which the Markdown page has too.
+Owns the page's order. Its tables and sentences come from `sections` and `groups`, as in the Markdown page.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def headline(found: Findings) -> str:
 
 
 def _examples_of(file: Path) -> Path:
-    """Beside a run's `results.jsonl`; a copy `NAME.jsonl` of that has `NAME.examples.json`."""
+    """The file of examples beside a run's `results.jsonl`; beside a copy `NAME.jsonl`, `NAME.examples.json`."""
     return file.with_name(EXAMPLES_FILE if file.name == RESULTS_FILE else f"{file.stem}.{EXAMPLES_FILE}")
 
 
@@ -152,7 +152,7 @@ def _scenes(examples: Sequence[Example]) -> list[Scene]:
 
 
 def _sections(found: Findings, scenes: Sequence[Scene]) -> list[Section]:
-    """All about one run."""
+    """The sections of one run."""
     if not found.methods:
         return [*([_methods(found)] if found.unfinished else []), _settings(found)]
     sections, examples = [_methods(found)], list[Part]([EXAMPLES_SAY, Scenes(scenes)] if scenes else [])
@@ -196,7 +196,7 @@ def _settings(found: Findings) -> Section:
 
 
 def _parts(text: str) -> list[Part]:
-    """Markdown of ours as a page's parts."""
+    """Markdown of the results as parts of a page."""
     return [
         " ".join(plain(block).split()).removeprefix("- ") if isinstance(block, str) else _table(block)
         for block in blocks(text)

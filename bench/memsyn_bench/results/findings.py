@@ -19,7 +19,7 @@ from memsyn_bench.running.record import Results, Run, TaskRecord, read_run
 from memsyn_bench.sequences.sequences import find_sequence
 
 ALONE, JOINT, FROZEN, FINETUNE, MAS = "alone", "joint", "frozen", "finetune", "mas"
-"""Methods that the others are compared with."""
+"""Methods that the other methods are compared with."""
 NONE = "–"
 """A cell without a number."""
 
@@ -33,11 +33,11 @@ class Findings:
     """The results of one run.
 
     Attributes:
-        name: of the run.
-        run: what its file holds.
-        results: of the seeds that have learned every task; methods in the order of the registry.
+        name: the run's name.
+        run: the content of the run's file.
+        results: the results of the seeds that have learned every task; methods in the order of the registry.
         unfinished: the other seeds: method, seed, tasks learned.
-        folder: the run's own, if the file lies there; empty for a copy.
+        folder: the run's folder, if the file lies there; empty for a copy.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Findings:
 
     @property
     def methods(self) -> list[str]:
-        """Those with a finished seed."""
+        """The methods with a finished seed."""
         return list(self.results)
 
     @property
@@ -81,7 +81,7 @@ class Findings:
         return list(dict.fromkeys(name for record in self._last_records() for name in record.scores))
 
     def scores(self, method: str, scoring: str) -> Numbers:
-        """Each seed's mean of another scoring after the last task; none where the method was not scored so."""
+        """Each seed's mean of another scoring after the last task; empty if the method has no such scores."""
         last = {seed: records[-1].scores for seed, records in self.results.get(method, {}).items()}
         return {seed: fmean(scores[scoring]) for seed, scores in last.items() if scores.get(scoring)}
 
@@ -135,7 +135,7 @@ def read_findings(path: Path) -> Findings:
 
 
 def has_more_data(method: str) -> bool:
-    """Whether the method keeps images of earlier tasks or looks at test images; an unknown one is taken not to."""
+    """Whether the method keeps images of earlier tasks or looks at test images; False for an unknown method."""
     return method in METHODS and (METHODS[method].stores_data or METHODS[method].sees_test)
 
 
@@ -157,9 +157,9 @@ def half(numbers: Numbers) -> float:
 
 
 def difference(numbers: Numbers, others: Numbers) -> Interval | None:
-    """numbers - others, seed by seed, over the seeds that both have; None for none.
+    """numbers - others, seed by seed, over the seeds that both have; None if they share no seed.
 
-    With one seed nothing is known of how far the mean may be off: half is infinite.
+    With one shared seed there is no interval: half is infinite.
     """
     seeds = sorted(numbers.keys() & others.keys())
     if len(seeds) < 2:
@@ -175,7 +175,7 @@ def signed(found: Interval | None) -> str:
 
 
 def compared(found: Interval, above: str, below: str) -> str:
-    """A difference in words, and whether its interval tells it from none."""
+    """A difference in words, and whether its interval holds 0."""
     lone = math.isinf(found.half)
     half = "" if lone else f" ± {found.half:.1f}"
     words = f"{abs(found.mean):.1f}{half} points {above if found.mean >= 0 else below}"

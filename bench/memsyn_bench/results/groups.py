@@ -1,6 +1,6 @@
-"""What `memsyn-bench results` says of several files of results together: pairs, strengths, adaptation, facts.
+"""Results of several files together, for `memsyn-bench results`: pairs, strengths, adaptation, facts.
 
-Owns which files belong together, their tables, and what these come to in words. Every number in a sentence is computed.
+Owns which files belong together, their tables, and the sentences about them. Every number in a sentence is computed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class GroupKind:
     """A kind of group.
 
     Attributes:
-        heading: of its section, from the group's first file.
+        heading: the group's first file -> the heading of the section.
         key: what the files of one group have in common; None for a file that is not of the kind.
         least: the smallest number of files in a group.
         describe: group -> the section's text.
@@ -115,7 +115,7 @@ def pairs(group: Group) -> str:
 
 
 def over_pairs(group: Group, method: str, number: Callable[[Matrix], float]) -> Numbers:
-    """Each seed's number, mean over the pairs; of the seeds that have finished every one. The drop is `forgetting`."""
+    """Each seed's mean over the pairs, for the seeds that have finished every pair. The drop is `forgetting`."""
     of_pairs = [found.by_seed(method, number) for found in group]
     seeds = sorted(set.intersection(*(set(numbers) for numbers in of_pairs)))
     return {seed: fmean(numbers[seed] for numbers in of_pairs) for seed in seeds}
@@ -135,7 +135,7 @@ def _pair_cell(found: Findings, method: str) -> str:
 
 
 def strength_of(found: Findings) -> float:
-    """The one that the file was made with; only of files that name a number."""
+    """The strength that the file was made with; only for files whose strength is a number."""
     strength = found.run.settings.strength
     assert not isinstance(strength, str)
     return strength
@@ -199,9 +199,9 @@ def _adaptation_of_run(found: Findings) -> str:
 
 
 def kept(found: Findings, method: str, scoring: str) -> tuple[Numbers, Numbers]:
-    """Each seed's mean score on the tasks before the last, after the last; and that in percent of when learned.
+    """Each seed's mean score on all tasks but the last, after the last task; and in percent of the score when learned.
 
-    `scoring` is of classes, or of facts: then its name in the records begins with `retrieval-`.
+    `scoring` is a scoring of classes; for facts its name in the records begins with `retrieval-`.
     """
     after: Numbers = {}
     share: Numbers = {}
@@ -229,12 +229,12 @@ def facts(group: Group) -> str:
 
 
 def over_all(found: Findings, method: str) -> Numbers:
-    """Each seed's mean average precision over all facts after the last task; over the tasks, if they are all."""
+    """Each seed's mean average precision over all facts after the last task, else the mean over the tasks."""
     return found.scores(method, "retrieval-over-all") or found.averages(method)
 
 
 def _order(name: str, numbers: dict[str, Numbers]) -> str:
-    """How MAS, SI and fine-tuning stand to each other."""
+    """How MAS, SI and fine-tuning compare."""
     means = {method: mean(numbers[method]) for method in (MAS, SI, FINETUNE) if numbers.get(method)}
     ordered = sorted(means, key=lambda method: -means[method])
     said = [f"{escape(name)}, over all facts: {' > '.join(f'{method} {means[method]:.1f}' for method in ordered)}."]

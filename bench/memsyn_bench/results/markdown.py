@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 
 def escape(text: str) -> str:
-    """A name as it is to be read: characters that mean something in Markdown or HTML with a backslash before them."""
+    """A name as literal text: characters with a meaning in Markdown or HTML get a backslash."""
     return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", re.sub(r"[\r\n]+", " ", text))
 
 
 def plain(text: str) -> str:
-    """The text as it is to be read: without backslashes and emphasis."""
+    """Markdown as plain text, without backslashes and emphasis."""
     return re.sub(r"\\(.)|\*+", lambda found: found[1] or "", text)
 
 
@@ -38,5 +38,5 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def details(summary: str, content: str) -> str:
-    """What is read only if asked for."""
+    """Content that is folded until the reader opens it."""
     return f"<details>\n<summary>{summary}</summary>\n\n{content}\n\n</details>"

@@ -46,7 +46,7 @@ def forgetting(matrix: Matrix) -> float:
 
 
 def backward_transfer(matrix: Matrix) -> float:
-    """What later tasks have done for earlier ones, in points: 1/(T-1) sum_{j<T} (a_{T,j} - a_{j,j}).
+    """The change of earlier tasks by later ones, in points: 1/(T-1) sum_{j<T} (a_{T,j} - a_{j,j}).
 
     Lopez-Paz and Ranzato 2017: minus the forgetting; 0 for a single task.
     """
@@ -54,7 +54,7 @@ def backward_transfer(matrix: Matrix) -> float:
 
 
 def forward_transfer(matrix: Matrix, alone: Sequence[float]) -> float:
-    """What earlier tasks have done for the learning of later ones, in points: 1/(T-1) sum_{j>1} (a_{j,j} - alone_j).
+    """How much better later tasks are learned after earlier ones, in points: 1/(T-1) sum_{j>1} (a_{j,j} - alone_j).
 
     alone_j is the accuracy on task j of a network that has learned it alone from the first weights (the diagonal of the
     method `alone`). Lopez-Paz and Ranzato (2017) look at a task before it is learned instead, where a new head only
@@ -68,7 +68,7 @@ def forward_transfer(matrix: Matrix, alone: Sequence[float]) -> float:
 
 
 def intransigence(matrix: Matrix, reference: Sequence[float]) -> float:
-    """What a task falls short of when it is learned, in points: 1/T sum_j (reference_j - a_{j,j}).
+    """How far a task stays below a reference when it is learned, in points: 1/T sum_j (reference_j - a_{j,j}).
 
     Chaudhry et al. 2018: reference_j is the accuracy on task j of a network that has learned tasks 1 to j
     jointly (the diagonal of the method `joint`), or task j alone. Below 0 the method does better than the reference.
@@ -104,14 +104,14 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """The mean of the seeds' numbers and how far they lie apart."""
+    """The mean of the seeds' numbers and their spread."""
     deviation = stdev(values) if len(values) >= 3 else None
     return Spread(fmean(values), min(values), max(values), deviation, len(values))
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds and how far it may be off."""
+    """A mean over seeds, with half of its 95% interval."""
 
     mean: float
     half: float

@@ -44,7 +44,7 @@ def cells(results: Results) -> list[list[str]]:
 
 
 def title(settings: Settings, num_seeds: int) -> str:
-    """What was run."""
+    """The sequence, size and number of seeds of a run, in words."""
     seeds = "1 seed" if num_seeds == 1 else f"{num_seeds} seeds"
     return f"{settings.sequence}, {settings.size}x{settings.size}, {seeds}"
 

@@ -51,7 +51,7 @@ def results_page(files: Sequence[Findings], pictures: dict[str, Group] | None = 
 
 
 PlotStrengths = Callable[[list[float], dict[str, list[list[float]]], str, Path], None]
-"""(strengths, what is measured -> at each strength its number of every seed, heading, file): writes a picture."""
+"""(strengths, quantity -> for each strength its values of every seed, heading, file): writes a picture."""
 
 
 def write_results(paths: Sequence[Path], out: Path | None = None, *, plot: PlotStrengths) -> str:

@@ -1,4 +1,4 @@
-"""What `memsyn-bench results` says of one file of results: its command, its tables, and what they come to in words.
+"""One file of results, for `memsyn-bench results`: its command, its tables, and sentences about them.
 
 Owns layout and sentences. Every number in a sentence is computed here, none is typed.
 """
@@ -52,7 +52,7 @@ For facts, the numbers are mean average precision in place of accuracy. Further:
 
 
 def section(found: Findings, level: int) -> str:
-    """All that is said of one file, under a heading of that level."""
+    """The section of one file, under a heading of that level."""
     settings = found.run.settings
     parts = [
         f"{'#' * level} {escape(found.name)}",
@@ -74,7 +74,7 @@ def section(found: Findings, level: int) -> str:
 
 
 def quantity(settings: Settings) -> str:
-    """What the sequence is scored by."""
+    """The quantity that the sequence is scored by."""
     return "mean average precision" if find_sequence(settings.sequence).scorings[0] == "retrieval" else "accuracy"
 
 
@@ -90,7 +90,7 @@ def _title(found: Findings) -> str:
 
 
 def commands(found: Findings) -> list[str]:
-    """What makes the file: a line for each number of seeds. Options that are as they are anyway are left out."""
+    """The commands that make the file: one for each number of seeds, without options that have their default."""
     settings = found.run.settings
     seeds: dict[str, int] = {method: max(of_method) + 1 for method, of_method in found.results.items()}
     for method, seed, _ in found.unfinished:
@@ -112,7 +112,7 @@ def commands(found: Findings) -> list[str]:
 
 
 def unfinished(found: Findings) -> str:
-    """Which seeds are left out, for they have not learned every task."""
+    """The seeds that are left out, because they have not learned every task."""
     names = [
         f"{escape(method)} seed {seed} ({num} of {found.run.num_tasks} tasks)" for method, seed, num in found.unfinished
     ]
@@ -140,7 +140,7 @@ def sentences(found: Findings) -> list[str]:
 
 
 def _of_frozen(found: Findings, best: str) -> list[str]:
-    """Whether a frozen backbone ends as high; how far joint training comes above it says what was to gain."""
+    """How a frozen backbone compares; how far joint training ends above it shows what could be gained."""
     if find_sequence(found.run.settings.sequence).shares_head:
         forgotten = estimate(found.by_seed(FROZEN, forgetting))
         return [f"The frozen backbone is no floor here: the tasks share its head, which forgets {forgotten} points."]
@@ -178,7 +178,7 @@ def _of_mas(found: Findings, best: str) -> list[str]:
 
 
 CellText = Callable[[str], str]
-"""Method -> what the table says of it."""
+"""Method -> its cell in a column of the table."""
 
 
 def accuracy_table(found: Findings) -> str:
@@ -257,7 +257,7 @@ def cost_table(found: Findings) -> str:
 
 
 def seconds(found: Findings, method: str) -> float:
-    """Of a seed, by the clock: the median, for a machine may have been busy with something else."""
+    """Seconds for one seed by the clock: the median, because the machine may have been busy with other work."""
     return median(sum(record.seconds for record in records) for records in found.results[method].values())
 
 
@@ -296,7 +296,7 @@ def strength_table(found: Findings) -> str:
 
 
 def task_table(found: Findings) -> str:
-    """Each task at the end, and of tasks learned alone when they were learned."""
+    """Each task at the end; tasks learned alone, when they were learned."""
     rows = []
     for method in found.methods:
         seeds = found.results[method]
@@ -314,7 +314,7 @@ def task_table(found: Findings) -> str:
 
 
 def _matrices(found: Findings) -> str:
-    """Row by row what is reached on each task so far; tasks learned alone have none."""
+    """The accuracy matrix of each method; tasks learned alone have none."""
     blocks = []
     for method in found.methods:
         if method == ALONE:

@@ -1,4 +1,4 @@
-"""Where a sequence of tasks was when it was last whole: one file, written after each task.
+"""The state of a run after its last finished task: one file, written after each task.
 
 Holds the model's weights and what the method has kept together, so that they are always of the same task. The optimizer
 is fresh with every task and the random numbers are drawn from (seed, task): neither needs saving.
@@ -17,7 +17,7 @@ from memsyn_bench.methods.method import Method
 
 KIND = "checkpoint"
 KEPT = "kept."
-"""Before the names of the method's own groups."""
+"""The prefix of the names of the method's own groups."""
 
 
 def save_checkpoint(path: Path, model: nn.Module, method: Method, *, num_tasks: int, fingerprint: str) -> None:
@@ -39,7 +39,7 @@ def save_checkpoint(path: Path, model: nn.Module, method: Method, *, num_tasks: 
 
 
 def load_checkpoint(path: Path, model: nn.Module, method: Method, *, fingerprint: str) -> int:
-    """Put weights into `model` and what was kept into `method`; returns how many tasks were learned. No file: none.
+    """Load the state into `model` and `method`; return the number of tasks learned, 0 if there is no file.
 
     Raises:
         MemoryFileError: the file is damaged.

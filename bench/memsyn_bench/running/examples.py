@@ -1,4 +1,4 @@
-"""`examples.json`: what texts an embedding finds for some test images of the first task, then and at the end.
+"""`examples.json`: the texts that an embedding finds for some test images, after the first task and after the last.
 
 Owns the file's form, its writing and its reading. Knows no training and no page.
 """
@@ -29,20 +29,20 @@ NUM_TEXTS = 3
 
 @dataclass(frozen=True)
 class Example:
-    """An image, and by method the texts that are nearest to it, nearest first."""
+    """An image, and for each method the texts that are nearest to the image, the nearest first."""
 
     image: str
     """PNG, base64."""
     text: str
-    """The one that is right."""
+    """The right text."""
     first: Mapping[str, tuple[str, ...]]
-    """Right after the first task."""
+    """By method, the texts found right after the first task."""
     last: Mapping[str, tuple[str, ...]]
-    """After the last one."""
+    """By method, the texts found after the last task."""
 
 
 def add_examples(path: Path, model: nn.Module, task: Task, method: str, *, last: bool) -> None:
-    """Write down what `method` finds for images of the first task, among its texts, after the first or the last one.
+    """Write the texts that `method` finds for images of the first task, after the first or the last task.
 
     The images are the first test images of classes evenly spread over the task. The file is replaced whole.
     """
@@ -60,7 +60,7 @@ def add_examples(path: Path, model: nn.Module, task: Task, method: str, *, last:
 
 
 def _images(task: Task) -> list[int]:
-    """Places of the test images that are shown."""
+    """The places of the test images that are shown."""
     labels = task.test_labels.unique()
     spread = torch.linspace(0, len(labels) - 1, min(NUM_IMAGES, len(labels))).long()
     return [int((task.test_labels == label).nonzero()[0]) for label in labels[spread]]
@@ -68,7 +68,7 @@ def _images(task: Task) -> list[int]:
 
 @torch.inference_mode()
 def nearest(model: nn.Module, task: Task, chosen: list[int]) -> list[tuple[str, ...]]:
-    """For test images of a task its texts, by falling cosine similarity to the image's embedding. Eval mode is left."""
+    """For some test images the nearest texts of the task, by cosine similarity to the image's embedding."""
     assert task.class_vectors is not None
     model.eval()
     similarities = F.normalize(model(task.test_images[chosen])) @ F.normalize(task.class_vectors).T

@@ -32,10 +32,10 @@ class TaskRecord:
     method: str
     seed: int
     task: int
-    """Counted from 0."""
+    """The place of the task in the sequence, from 0."""
     name: str
     accuracies: tuple[float, ...]
-    """On the test images of tasks 0 to `task`, in percent."""
+    """Accuracy on the test images of tasks 0 to `task`, in percent."""
     loss: float
     """Mean cross-entropy over the steps of the last epoch, without the penalty."""
     penalty: float
@@ -43,15 +43,15 @@ class TaskRecord:
     seconds: float
     """Training, measuring and evaluating, by the clock."""
     fingerprint: str
-    """Of the settings."""
+    """The fingerprint of the settings."""
     strength: float | None
-    """What the method's own loss was multiplied by; None for methods that have none."""
+    """The factor of the method's own loss; None if the method has no strength."""
     kept_bytes: int
-    """Of the tensors that the method keeps from this task to the next, beside the model."""
+    """Bytes of the tensors that the method keeps from this task to the next, beside the model."""
     working_bytes: int
-    """Of the tensors that it held while it learned the task, beside the model and its optimizer."""
+    """Bytes of the tensors that the method held while it learned the task, beside the model and its optimizer."""
     scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """By the name of a scoring, what the other ones of the sequence say of tasks 0 to `task`, in percent."""
+    """The sequence's other scorings by name: scores of tasks 0 to `task`, in percent."""
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -61,16 +61,16 @@ class TaskRecord:
 
 @dataclass(frozen=True)
 class StrengthRecord:
-    """What a method's strength was chosen from; see `memsyn_bench.running.strengths`."""
+    """How a method's strength was chosen; see `memsyn_bench.running.strengths`."""
 
     method: str
     strength: float
-    """The one chosen."""
+    """The chosen strength."""
     candidates: tuple[float, ...]
     scores: tuple[float, ...]
-    """Of each candidate: mean validation accuracy on the first tasks after the last of them, in percent."""
+    """For each candidate the mean validation accuracy on the first tasks after the last of them, in percent."""
     fingerprint: str
-    """Of the settings."""
+    """The fingerprint of the settings."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class Run:
 
     settings: Settings
     num_tasks: int
-    """Of the sequence; all that were seen, in files that do not say."""
+    """The length of the sequence; if the file does not say it, the number of tasks in its records."""
     machines: tuple[str, ...]
-    """Versions, platform and threads: of the start, and of each continuation that differs."""
+    """Versions, platform and threads of the start, and of each continuation that differs."""
     records: tuple[TaskRecord, ...]
     choices: tuple[StrengthRecord, ...]
 
@@ -93,7 +93,7 @@ _Lines = tuple[list[dict[str, Any]], list[TaskRecord], list[StrengthRecord]]
 
 
 def append_run(path: Path, settings: Settings, num_tasks: int) -> None:
-    """Say with which settings and versions the lines after this one are made, and how many tasks there are."""
+    """Write the settings and versions that the next lines are made with, and the number of tasks."""
     versions = {"memsyn": version("memsyn"), "torch": version("torch"), "python": platform.python_version()}
     _append(
         path,
@@ -111,12 +111,12 @@ def append_run(path: Path, settings: Settings, num_tasks: int) -> None:
 
 
 def append_task(path: Path, record: TaskRecord) -> None:
-    """Add what one task came to."""
+    """Write the result of one task."""
     _append(path, {"kind": "task", **asdict(record)})
 
 
 def append_strength(path: Path, record: StrengthRecord) -> None:
-    """Add how a strength was chosen."""
+    """Write how a strength was chosen."""
     _append(path, {"kind": "strength", **asdict(record)})
 
 
@@ -139,7 +139,7 @@ def read_all(path: Path, settings: Settings) -> tuple[list[TaskRecord], list[Str
 
 
 def read_run(path: Path) -> Run:
-    """A file of results by itself: the settings are those that it names.
+    """Read a file of results, with the settings that the file names.
 
     Raises:
         MemsynError: it cannot be read, a line is not ours, there is no `run` record, or there are several that differ
@@ -165,7 +165,7 @@ def read_run(path: Path) -> Run:
 
 
 def _machine(run: Mapping[str, Any]) -> str:
-    """Where the lines after a `run` record come from."""
+    """The versions, platform and threads of a `run` record, in words."""
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
     return f"{versions}, {run['platform']}, {run['threads']} thread{'s' * (run['threads'] != 1)}"
 
@@ -194,7 +194,7 @@ def _read_lines(path: Path, advice: str) -> _Lines:
 
 
 def _whole(run: dict[str, Any]) -> dict[str, Any]:
-    """The `run` record, if it is one."""
+    """The `run` record, if it has all fields that are read."""
     missing = {"settings", "versions", "platform", "threads"} - run.keys()
     if missing:
         raise KeyError(*missing)
@@ -218,7 +218,7 @@ def _check_settings(path: Path, found: Mapping[str, Any], settings: Settings) ->
 
 
 def _append(path: Path, entry: Mapping[str, Any]) -> None:
-    """Write one whole line, and before it cut off what an earlier process left of a line."""
+    """Write one whole line; first remove the part of a line that an earlier process may have left."""
     with open(path, "a+b") as file:
         file.seek(0)
         content = file.read()

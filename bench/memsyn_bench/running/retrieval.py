@@ -66,7 +66,7 @@ def retrieval(model: nn.Module, tasks: Sequence[Task]) -> tuple[float, ...]:
 
 
 def retrieval_of_classes(model: nn.Module, tasks: Sequence[Task], *, in_use: bool) -> tuple[float, ...]:
-    """The same of the texts of the classes in use alone, or of those of the others, among all the task's images."""
+    """The same for the texts of the classes in use only, or of the other classes, among all images of the task."""
     return tuple(
         mean_average_precision(*_embedded(model, task), counts=task.uses(task.test_labels) == in_use) for task in tasks
     )

@@ -113,7 +113,7 @@ class _Runner:
         self.tasks = self.sequence.tasks(settings.size)
 
     def records_of(self, method: str, seed: int) -> list[TaskRecord]:
-        """What one method and seed reached so far, task by task."""
+        """The records of one method and seed so far, task by task."""
         keys = [(method, seed, index) for index in range(len(self.tasks))]
         return [self.records[key] for key in keys if key in self.records]
 
@@ -143,7 +143,7 @@ class _Runner:
         checkpoint.unlink(missing_ok=True)
 
     def strength_of(self, method: str, bar: tqdm[NoReturn]) -> float | None:
-        """What a method's own loss is multiplied by; chosen now, and written down, if it is to be and was not yet."""
+        """The factor of a method's own loss. If it is still to be chosen, it is chosen now and written down."""
         own, wanted = METHODS[method].strength, self.settings.strength
         if own is None or wanted == OWN:
             return own
@@ -168,7 +168,7 @@ class _Runner:
         index: int,
         bar: tqdm[NoReturn],
     ) -> None:
-        """Learn one task and write down what came of it."""
+        """Learn one task and write its record."""
         task, start, settings = self.tasks[index], time.perf_counter(), self.settings
         bar.set_description(f"{method}, seed {seed}, task {index + 1}/{len(self.tasks)} {task.name}")
         sequence = self.sequence

@@ -16,7 +16,7 @@ from memsyn_bench.running.retrieval import EVALUATION_BATCH, retrieval, retrieva
 from memsyn_bench.task import Task
 
 Answers = Callable[[nn.Module, Tensor, int, Sequence[Task]], Tensor]
-"""(model, images of task j, j, tasks so far) -> logits in which the label is the right one."""
+"""(model, images of task j, j, tasks so far) -> logits; the right class is at the label's place."""
 
 
 def _of_own_head(model: nn.Module, images: Tensor, index: int, tasks: Sequence[Task]) -> Tensor:
@@ -40,8 +40,8 @@ def _of_all_heads(model: nn.Module, images: Tensor, index: int, tasks: Sequence[
 def score(model: nn.Module, tasks: Sequence[Task], kind: str) -> tuple[float, ...]:
     """Score the tasks learned so far by the scoring of that name, in percent.
 
-    `model(images, j)` gives the logits of task j, (N, its classes); `model(images)` those of the one head, or of all
-    heads side by side. The model is left in eval mode.
+    `model(images, j)` gives the logits of task j, (N, its classes); `model(images)` the logits of the one head, or of
+    all heads side by side. The model is left in eval mode.
 
     Raises:
         OptionError: an unknown kind, or the model does not have the heads for it.
@@ -72,7 +72,7 @@ def _of_classes(model: nn.Module, tasks: Sequence[Task], *, in_use: bool) -> tup
 
 
 def _named_rightly(answers: Answers, model: nn.Module, tasks: Sequence[Task], index: int, *, joined: bool) -> Tensor:
-    """Whether each test image of a task is, (N,) bool."""
+    """For each test image of a task whether it is classified correctly, (N,) bool."""
     task, right = tasks[index], []
     num_classes = sum(len(task.class_names) for task in (tasks if joined else [task]))
     for images, labels in zip(

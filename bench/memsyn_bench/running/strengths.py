@@ -28,7 +28,7 @@ SEEDS = (998, 999)
 
 
 def num_trainings(num_tasks: int) -> int:
-    """Tasks that are learned for one method's choice, in a sequence of so many."""
+    """The number of trainings that one method's choice takes, in a sequence of `num_tasks` tasks."""
     return len(SEEDS) * (1 + len(DECADES) * (min(num_tasks, NUM_TASKS) - 1))
 
 

@@ -19,7 +19,7 @@ from memsyn_bench.settings import Settings
 from memsyn_bench.task import Task
 
 OWN_STAGE = 500
-"""What is added to a task's stage for the random numbers of a method, so that batches do not depend on it."""
+"""Added to a task's stage for the random numbers of the method, so that batches do not depend on the method."""
 
 
 def generator(seed: int, stage: int) -> torch.Generator:
@@ -60,11 +60,11 @@ class TrainingResult:
     penalty: float
     """lambda sum Omega (theta - theta*)^2 after the last step."""
     num_bytes: int
-    """Held by the method after the last step, beside the model and its optimizer."""
+    """Bytes that the method holds after the last step, beside the model and its optimizer."""
 
 
 def train(training: TaskTraining, method: Method, after_epoch: Callable[[], object]) -> TrainingResult:
-    """Train on one task through its head: its mean loss, and what the method adds; `method.end` is the caller's.
+    """Train on one task through its head: its mean loss, and what the method adds. The caller calls `method.end`.
 
     The other heads get no gradient of the task's loss, so Adam leaves them alone. Batches and augmentation come from
     `training.generator`. In the first `warmup` epochs the backbone is frozen.

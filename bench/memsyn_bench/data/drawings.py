@@ -1,6 +1,6 @@
 """The `emoji8` pack: eight tasks of forty objects, learned from some studios' drawings, tested on another's.
 
-Owns reading the pack beside it (`emoji8/`, built by `tools/build_emoji8.py`), its checksums, and the
+Owns reading the pack (`packs/emoji8/`, built by `tools/build_emoji8.py`), its checksums, and the
 augmentation of drawings. Knows nothing of networks or training.
 """
 

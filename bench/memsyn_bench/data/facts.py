@@ -1,6 +1,6 @@
-"""The `facts` pack: who does what, drawn by several studios, and the vectors of the texts that say so.
+"""The `facts` pack: people and their actions, drawn by several studios, and the vectors of texts that describe them.
 
-Owns reading the pack beside it (`facts/`, built by `tools/build_facts.py`) and how its facts are split into tasks.
+Owns reading the pack (`packs/facts/`, built by `tools/build_facts.py`) and how its facts are split into tasks.
 Knows nothing of networks or training.
 """
 
@@ -60,7 +60,7 @@ def load_kinds(size: int, pack: Path = FACTS_PACK) -> list[Task]:
 
 
 def load_sports_in_use(size: int) -> list[Task]:
-    """Return the tasks of `load_facts`, of which the network meets the facts of sports in use.
+    """Return the tasks of `load_facts`, with the facts of sports in use.
 
     Raises:
         MemsynError: a file of the pack is missing or is not the one the manifest describes.

@@ -1,6 +1,6 @@
 """The `scripts8` pack: the letters of eight alphabets, learned from some families of fonts, tested on others.
 
-Owns reading the pack beside it (`scripts8/`, built by `tools/build_scripts8.py`). Knows no networks or training.
+Owns reading the pack (`packs/scripts8/`, built by `tools/build_scripts8.py`). Knows no networks or training.
 """
 
 from __future__ import annotations

@@ -19,13 +19,13 @@ from memsyn_bench.methods.penalties import MEASURE_BATCH
 from memsyn_bench.sequences.networks import Network
 
 DISTILLATION_TEMPERATURE = 2.0
-"""Of Li and Hoiem (2016)."""
+"""The temperature of Li and Hoiem (2016)."""
 CODE_WEIGHT = 1.0
 """Weight of EBLL's code loss relative to its distillation; its strength multiplies both."""
 FEATURES_PER_CODE = 4
-"""An encoder has so many times fewer outputs than inputs."""
+"""The number of features for each output of an encoder."""
 FIT_STEPS, FIT_LR = 300, 1e-2
-"""Of an autoencoder's training: Adam on all of a task's features at once."""
+"""The steps and learning rate of an autoencoder's training: Adam on all features of a task at once."""
 
 Encoder = Mapping[str, Tensor]
 """`weight` (codes, features) and `bias` (codes,), which take unstandardised features."""
@@ -79,11 +79,10 @@ def fit_encoder(features: Tensor, labels: Tensor, head: nn.Module, generator: to
 
 @final
 class Distillation(Method):
-    """LwF: the old heads shall say of the new task's images what they said before (Li and Hoiem 2016).
+    """LwF: the old heads' outputs on the new task's images are kept as they were before (Li and Hoiem 2016).
 
-    What they said is computed, on the very images of the step, by a copy of the network as it was when the task began.
-    With encoders it is EBLL: the features' codes are kept near as well, by an encoder of each old task (Rannen et al.
-    2017).
+    The outputs from before are computed on the images of the step, by a copy of the network from the start of the task.
+    With encoders this is EBLL: an encoder for each old task keeps the features' codes near too (Rannen et al. 2017).
     The loss added is strength * sum over old tasks of distillation + CODE_WEIGHT * code loss.
     """
 
@@ -114,7 +113,7 @@ class Distillation(Method):
         return torch.stack(terms).sum()
 
     def end(self, training: TaskTraining) -> None:
-        """Let the copy go, and for EBLL train the task's encoder."""
+        """Drop the copy, and for EBLL train the task's encoder."""
         super().end(training)
         self._teacher = None
         if self._encodes:

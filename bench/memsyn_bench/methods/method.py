@@ -1,6 +1,6 @@
 """What a method is: what it does before a step, after a step and at a task's end. The training loop does the rest.
 
-Owns the life of what methods hold: what is kept over the tasks and what while one is learned. Knows no single method.
+Owns which tensors a method holds: those kept from task to task, and those for the present task. Knows no single method.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class FineTuning(Method):
 
 @final
 class CombinedMethods(Method):
-    """Several methods at once; the memory is the first one's."""
+    """Several methods at once; the first one has the memory."""
 
     def __init__(self, *parts: Method) -> None:
         super().__init__()

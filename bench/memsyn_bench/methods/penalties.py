@@ -68,7 +68,7 @@ def mas(training: TaskTraining, memory: Memory, *, images: Callable[[Task], Tens
 
 
 def mas_local(training: TaskTraining, memory: Memory, *, images: Callable[[Task], Tensor] = training_images) -> Memory:
-    """The same of each layer's own output: local MAS, forward passes only (Aljundi et al. 2018, section 4.3)."""
+    """The same with each layer's own output: local MAS, forward passes only (Aljundi et al. 2018, section 4.3)."""
     return _measured(training, memory, estimator="mas-local", images=images)
 
 

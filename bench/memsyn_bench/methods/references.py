@@ -31,7 +31,7 @@ class FrozenBackbone(Method):
 
 @final
 class Alone(Method):
-    """Each task from the first weights: what can be learned of it. The old tasks' accuracies mean nothing here."""
+    """Each task is learned from the first weights, as a reference. The accuracies on old tasks mean nothing here."""
 
     def begin(self, training: TaskTraining) -> None:
         """Back to the weights before the first task."""

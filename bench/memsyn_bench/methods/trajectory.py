@@ -13,7 +13,7 @@ from torch import Tensor
 from memsyn.parameters import wide_dtype
 
 Weights = Mapping[str, Tensor]
-"""By parameter name."""
+"""Parameter name -> tensor."""
 
 SI_DAMPING: Final = 1e-3
 """xi of Zenke et al. (2017) on split MNIST."""
@@ -170,11 +170,11 @@ class RiemannianWalk:
 
 
 def _copies(weights: Weights) -> dict[str, Tensor]:
-    """In float32 at least."""
+    """Copies in float32 at least."""
     return {name: value.detach().to(wide_dtype(value), copy=True) for name, value in weights.items()}
 
 
 def _scaled(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Over their maximum, if it is not 0."""
+    """Values divided by their maximum, if it is not 0."""
     largest = max((float(value.max()) for value in values.values() if value.numel()), default=0.0)
     return {name: value / largest if largest else value for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""Bodies that others pretrained on ImageNet: EfficientNet-Lite0, and any network of torchvision.
+"""Backbones that others pretrained on ImageNet: EfficientNet-Lite0, and any network of torchvision.
 
 Owns how they are loaded, how images are normalised and where the head is cut off. Their libraries are imported when a
 network is built.

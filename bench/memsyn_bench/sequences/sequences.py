@@ -149,7 +149,7 @@ def embedding_network(tasks: Sequence[Task], generator: torch.Generator) -> Shar
 
 
 def imagenet_embedding(name: str, side: int, tasks: Sequence[Task], generator: torch.Generator) -> SharedHead:
-    """The same from a network of torchvision, pretrained on ImageNet."""
+    """The same with a network of torchvision, pretrained on ImageNet, as the backbone."""
     backbone = torchvision_backbone(name, side)
     return _with_embedding(backbone, backbone.num_features, tasks, generator)
 
@@ -385,7 +385,7 @@ def find_sequence(name: str) -> TaskSequence:
 
 
 def default_settings(name: str) -> Settings:
-    """The settings that a run of that sequence has where none are given.
+    """The settings of a run of that sequence if none are given.
 
     Raises:
         OptionError: an unknown sequence.

@@ -28,16 +28,16 @@ def _projected(
     """Queries, keys and values by one weight (3 E, E), with one product for inputs that are the same tensor."""
     size = query.shape[-1]
 
-    def together(inputs: Tensor, weight: Tensor, bias: Tensor | None, parts: int) -> Tensor:
+    def project_jointly(inputs: Tensor, weight: Tensor, bias: Tensor | None, parts: int) -> Tensor:
         projected: Tensor = F.linear(inputs, weight, bias).unflatten(-1, (parts, size))
         return projected.unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
 
     if key is value and query is key:
-        own = together(query, weight, bias, 3)
+        own = project_jointly(query, weight, bias, 3)
         return own[0], own[1], own[2]
     if key is value:
         parts, biases = weight.split([size, 2 * size]), (None, None) if bias is None else bias.split([size, 2 * size])
-        own = together(key, parts[1], biases[1], 2)
+        own = project_jointly(key, parts[1], biases[1], 2)
         return F.linear(query, parts[0], biases[0]), own[0], own[1]
     parts, biases = weight.chunk(3), (None, None, None) if bias is None else bias.chunk(3)
     projected = [F.linear(x, w, b) for x, w, b in zip((query, key, value), parts, biases, strict=True)]
@@ -108,8 +108,8 @@ def _attention(
     q = q.view(num_targets, num_samples * num_heads, head).transpose(0, 1)
     k, v = (x.view(len(x), num_samples * num_heads, head).transpose(0, 1) for x in (k, v))
     if add_zero_attn:
-        nothing = torch.zeros((num_samples * num_heads, 1, head), dtype=k.dtype, device=k.device)
-        k, v = torch.cat([k, nothing], 1), torch.cat([v, nothing], 1)
+        zeros = torch.zeros((num_samples * num_heads, 1, head), dtype=k.dtype, device=k.device)
+        k, v = torch.cat([k, zeros], 1), torch.cat([v, zeros], 1)
         mask, padding = (None if m is None else F.pad(m, (0, 1)) for m in (mask, padding))
     num_sources = k.shape[1]
     if padding is not None:
@@ -141,8 +141,8 @@ def _attended(
     found = None
     if weights is None:
         if mask is not None:
-            alike = mask.shape[0] == 1
-            mask = mask.unsqueeze(0) if alike else mask.view(num_samples, num_heads, -1, num_sources)
+            is_shared = mask.shape[0] == 1
+            mask = mask.unsqueeze(0) if is_shared else mask.view(num_samples, num_heads, -1, num_sources)
         q = q.view(num_samples, num_heads, num_targets, head)
         k, v = (x.view(num_samples, num_heads, num_sources, head) for x in (k, v))
         attended = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal).permute(2, 0, 1, 3)
@@ -169,9 +169,9 @@ CellStep = Callable[[Tensor, tuple[Tensor, ...], Tensor, Tensor | None], tuple[T
 
 def _lstm_step(gates: Tensor, state: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
     hidden, cell = state
-    entry, forget, candidate, exit_ = (gates + F.linear(hidden, weight, bias)).chunk(4, -1)
-    cell = torch.sigmoid(forget) * cell + torch.sigmoid(entry) * torch.tanh(candidate)
-    return torch.sigmoid(exit_) * torch.tanh(cell), cell
+    input_gate, forget_gate, candidate, output_gate = (gates + F.linear(hidden, weight, bias)).chunk(4, -1)
+    cell = torch.sigmoid(forget_gate) * cell + torch.sigmoid(input_gate) * torch.tanh(candidate)
+    return torch.sigmoid(output_gate) * torch.tanh(cell), cell
 
 
 class _Steps(NamedTuple):
@@ -203,20 +203,20 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx: Any, from_outputs: Tensor, from_cell: Tensor) -> tuple[Tensor | None, ...]:
         with without_function_modes():
             weight, first, active, cells = ctx.saved_tensors
-            entry, forget, candidate, exit_ = active.unbind(2)
-            before, squashed = torch.cat([first.unsqueeze(0), cells[:-1]]), torch.tanh(cells)
+            input_gate, forget_gate, candidate, output_gate = active.unbind(2)
+            previous_cells, tanh_cells = torch.cat([first.unsqueeze(0), cells[:-1]]), torch.tanh(cells)
             # c_t = f c_{t-1} + i g and h_t = o tanh(c_t), with i, f, o = sigmoid and g = tanh of the gates' inputs.
             # factors: d c_t / d (inputs of i, f, g), and d h_t / d (input of o), (T, B, 4, H).
             factors = torch.stack(
                 [
-                    candidate * entry * (1 - entry),
-                    before * forget * (1 - forget),
-                    entry * (1 - candidate.square()),
-                    squashed * exit_ * (1 - exit_),
+                    candidate * input_gate * (1 - input_gate),
+                    previous_cells * forget_gate * (1 - forget_gate),
+                    input_gate * (1 - candidate.square()),
+                    tanh_cells * output_gate * (1 - output_gate),
                 ],
                 2,
             )
-            to_cell = exit_ * (1 - squashed.square())
+            to_cell = output_gate * (1 - tanh_cells.square())
             grads = torch.empty_like(factors)
             # From the last step back: of_hidden and of_cell are the gradients of h_t and c_t from all later steps.
             of_cell, of_hidden = from_cell.clone(), torch.zeros_like(first)
@@ -225,7 +225,7 @@ class _Recurrence(torch.autograd.Function):
                 of_cell = torch.addcmul(of_cell, of_hidden, to_cell[t])
                 torch.mul(of_cell.unsqueeze(1), factors[t, :, :3], out=grads[t, :, :3])
                 torch.mul(of_hidden, factors[t, :, 3], out=grads[t, :, 3])
-                of_cell = of_cell * forget[t]
+                of_cell = of_cell * forget_gate[t]
                 of_hidden = grads[t].flatten(1) @ weight
             flat = grads.flatten(2)
             return flat, flat, of_hidden, of_cell, None, None
@@ -294,10 +294,10 @@ def _direction(
     gates = F.linear(inputs, weights[0], bias)
     if step is _lstm_step and projection is None:
         return _lstm(gates, state, weights[1], recurrent_bias, backwards=backwards)
-    at = gates.unbind(0)  # indexing would cost a whole gradient a step
+    by_step = gates.unbind(0)  # indexing would cost a whole gradient a step
     outputs: list[Tensor] = []
-    for t in range(len(at) - 1, -1, -1) if backwards else range(len(at)):
-        new = step(at[t], state, weights[1], recurrent_bias)
+    for t in range(len(by_step) - 1, -1, -1) if backwards else range(len(by_step)):
+        new = step(by_step[t], state, weights[1], recurrent_bias)
         if projection is not None:
             new = (F.linear(new[0], projection), *new[1:])
         state = new
@@ -360,14 +360,14 @@ def _cell(step: CellStep) -> Callable[..., Any]:
     def run(
         inputs: Tensor,
         state: Tensor | tuple[Tensor, ...],
-        into: Tensor,
+        input_weight: Tensor,
         recurrent: Tensor,
         bias: Tensor | None = None,
         recurrent_bias: Tensor | None = None,
     ) -> Any:
         if isinstance(state, Tensor):
-            return step(F.linear(inputs, into, bias), (state,), recurrent, recurrent_bias)[0]
-        return step(F.linear(inputs, into, bias), tuple(state), recurrent, recurrent_bias)
+            return step(F.linear(inputs, input_weight, bias), (state,), recurrent, recurrent_bias)[0]
+        return step(F.linear(inputs, input_weight, bias), tuple(state), recurrent, recurrent_bias)
 
     return run
 

@@ -84,14 +84,14 @@ def add_by_uses(
         try:
             if not all(call.is_intact() for call, _ in group.uses):
                 raise NoRuleError
-            doubtful = any(name in unproven for name in names)
-            totals = {n: torch.zeros_like(sums[n]) if doubtful else sums[n] for n in names}
+            is_unproven = any(name in unproven for name in names)
+            totals = {n: torch.zeros_like(sums[n]) if is_unproven else sums[n] for n in names}
             if len(group.names) == 1 and all(routes[name] == BY_RULE for name in names):
                 (name,) = names
                 add_by_rule(totals[name], parameters[name], group.uses, num_samples, magnitude)
             elif group.uses:
                 add_by_operation(totals, parameters, group, num_samples, magnitude)
-            if doubtful and any(bool(total.any()) for total in totals.values()):
+            if is_unproven and any(bool(total.any()) for total in totals.values()):
                 raise UnseenError
         except UnseenError:
             unknown.update(names)
@@ -158,10 +158,10 @@ def gradients(scores: Tensor, parameters: Mapping[str, nn.Parameter], *, retain_
 
 def check_finite(sums: Sums) -> None:
     """Refuse gradients that are NaN or infinite where the output was finite."""
-    refuse_broken([name for name, total in sums.items() if not bool(total.isfinite().all())])
+    refuse_nonfinite([name for name, total in sums.items() if not bool(total.isfinite().all())])
 
 
-def refuse_broken(broken: Sequence[str]) -> None:
+def refuse_nonfinite(broken: Sequence[str]) -> None:
     """The error for parameters whose gradient is NaN or infinite."""
     if broken:
         raise OutputError(

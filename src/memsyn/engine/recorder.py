@@ -70,28 +70,28 @@ class Plans:
         self._splits = splits
         self._made: dict[tuple[Any, ...], Plan] = {}
 
-    def find(self, function: Function, met: Mapping[str, Value]) -> Plan:
+    def find(self, function: Function, values: Mapping[str, Value]) -> Plan:
         """What to do with an operation that takes these values."""
-        key = (function, *[(place, value.path) for place, value in met.items()])
+        key = (function, *[(place, value.path) for place, value in values.items()])
         plan = self._made.get(key)
         if plan is None:
-            plan = self._made[key] = self._make(function, met)
+            plan = self._made[key] = self._make(function, values)
         return plan
 
-    def _make(self, function: Function, met: Mapping[str, Value]) -> Plan:
-        splits = {place: self._splits.get(path_of(value, function, place)) for place, value in met.items()}
+    def _make(self, function: Function, values: Mapping[str, Value]) -> Plan:
+        splits = {place: self._splits.get(path_of(value, function, place)) for place, value in values.items()}
         known = {place: split for place, split in splits.items() if split is not None}
         makes_value = {split.out is None for split in known.values()}
-        if len(known) < len(met) or len(makes_value) > 1:
+        if len(known) < len(values) or len(makes_value) > 1:
             return Plan(None, False, frozenset())
         operation = operation_of(function)
-        rules = [rule for place in met if (rule := operation.rules.get(place)) is not None]
-        ruled = len(rules) == len(met)
-        unneeded = operation.activations - {rule.operand for rule in rules} - met.keys() if ruled else frozenset()
+        rules = [rule for place in values if (rule := operation.rules.get(place)) is not None]
+        ruled = len(rules) == len(values)
+        unneeded = operation.activations - {rule.operand for rule in rules} - values.keys() if ruled else frozenset()
         return Plan(known, all(makes_value), unneeded)
 
 
-class _Rooted(torch.autograd.Function):
+class _AliasFromRoot(torch.autograd.Function):
     """The same numbers in the same memory, as the result of the root: the graph begins there, not at the parameters."""
 
     @staticmethod
@@ -103,7 +103,7 @@ class _Rooted(torch.autograd.Function):
         return grad, torch.zeros(())
 
 
-def rooted(result: Tensor, root: Tensor, *, changed: bool, saves_output: bool) -> Tensor:
+def attach_to_root(result: Tensor, root: Tensor, *, changed: bool, saves_output: bool) -> Tensor:
     """The result of an operation whose parameters were detached, in a form whose gradient a hook can catch.
 
     The result must be part of the graph, and no view to autograd: a hook on a view would miss the gradient if somebody
@@ -123,7 +123,7 @@ def rooted(result: Tensor, root: Tensor, *, changed: bool, saves_output: bool) -
     if changed:
         return result if result.requires_grad else result.add_(root)
     if not result.requires_grad:
-        alias: Tensor = _Rooted.apply(result, root)  # type: ignore[no-untyped-call]
+        alias: Tensor = _AliasFromRoot.apply(result, root)  # type: ignore[no-untyped-call]
         return alias
     if is_view(result):
         return result.clone() if saves_output else unviewed(result)
@@ -176,47 +176,49 @@ class Recorder(Tracer):
         self._is_last = False
         """Whether the present backward pass is the last one over these calls."""
 
-    def meet(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def run_with_values(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Make a further value, or record a use, as the route check has seen it; leave anything else to autograd."""
         given = arguments(function, args, kwargs)
-        met = {place: value for place, argument in given.items() if (value := self.values.get(id(argument)))}
-        plan = self.plans.find(function, met)
+        values = {place: value for place, argument in given.items() if (value := self.values.get(id(argument)))}
+        plan = self.plans.find(function, values)
         if plan.splits is None:
             output = function(*args, **kwargs)
             result = args[0] if output is None and changes_its_input(function, kwargs) else output
             if any(tensor.requires_grad for tensor in tensors_of(result)):
-                self.unknown.update(*(value.names for value in met.values()))
+                self.unknown.update(*(value.names for value in values.values()))
             return output
         if plan.makes_value:
             output = function(*args, **kwargs)
-            self._follow(function, met, output)
+            self._follow(function, values, output)
             return output
-        return self._use(function, args, kwargs, given, met, plan)
+        return self._record_use(function, args, kwargs, given, values, plan)
 
-    def _use(
+    def _record_use(
         self,
         function: Function,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         given: Mapping[str, Any],
-        met: Mapping[str, Value],
+        values: Mapping[str, Value],
         plan: Plan,
     ) -> Any:
         changed = changes_its_input(function, kwargs)
-        call = self._keep(function, args, kwargs, given, met, plan) if self._phase is _Phase.FORWARD else None
+        call = self._keep(function, args, kwargs, given, values, plan) if self._phase is _Phase.FORWARD else None
         if call is not None and changed:  # its rules need the input as it is now
             first = args[0].data_ptr()
             call.tensors = {place: t.clone() if t.data_ptr() == first else t for place, t in call.tensors.items()}
         # The operation runs on detached values, so autograd computes no weight gradient and keeps nothing for one.
-        cut = {place: value.tensor.detach() for place, value in met.items()}
+        cut = {place: value.tensor.detach() for place, value in values.items()}
         new_args, new_kwargs = with_tensors(function, args, kwargs, cut)
         output = function(*new_args, **new_kwargs)
         saves_output = operation_of(function).saves_output
-        result = rooted(args[0] if output is None else output, self.root, changed=changed, saves_output=saves_output)
+        result = attach_to_root(
+            args[0] if output is None else output, self.root, changed=changed, saves_output=saves_output
+        )
         if call is not None:
             # What the rules will read must not change until then: their versions tell (see Call.is_intact).
             call.versions = {place: version_of(tensor) for place, tensor in call.tensors.items()}
-            result.register_hook(partial(self._on_grad, call))
+            result.register_hook(partial(self._receive_grad, call))
             self._calls.append(call)
         return output if changed else result
 
@@ -226,7 +228,7 @@ class Recorder(Tracer):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         given: Mapping[str, Any],
-        met: Mapping[str, Value],
+        values: Mapping[str, Value],
         plan: Plan,
     ) -> Call:
         """Keep only what the rules of the values need, and small things like statistics; all, if one has no rule."""
@@ -241,7 +243,7 @@ class Recorder(Tracer):
         again = None
         if len(kept) + len(options) == len(given):
             again = with_tensors(function, args, kwargs, dict.fromkeys(kept))
-        return Call(function, options, met, plan.splits, kept, {}, again)
+        return Call(function, options, values, plan.splits, kept, {}, again)
 
     def start_backward(self, *, last: bool) -> None:
         """All uses are known now: group the parameters that share a value, for one backward pass."""
@@ -273,7 +275,7 @@ class Recorder(Tracer):
         self._groups.update(dict.fromkeys(group.names, group))
         return group
 
-    def _on_grad(self, call: Call, grad: Tensor) -> None:
+    def _receive_grad(self, call: Call, grad: Tensor) -> None:
         with without_function_modes():
             if self._phase is _Phase.FORWARD:  # somebody differentiates a part of the model that has just run
                 call.grad = grad if call.grad is None else call.grad + grad

@@ -51,8 +51,8 @@ class Tracer(TorchFunctionMode, ABC):
                     output = self.decompositions[function](*args, **kwargs)
                 if output is not NotImplemented:
                     return output
-            return self.meet(function, args, kwargs)
-        return self.pass_by(function, args, kwargs)
+            return self.run_with_values(function, args, kwargs)
+        return self.run_without_values(function, args, kwargs)
 
     def _holds(self, args: Iterable[Any]) -> bool:
         values = self.values
@@ -62,17 +62,17 @@ class Tracer(TorchFunctionMode, ABC):
         return False
 
     @abstractmethod
-    def meet(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def run_with_values(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """An operation that takes a value."""
 
-    def pass_by(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def run_without_values(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Any other operation."""
         return function(*args, **kwargs)
 
-    def _follow(self, function: Function, met: Mapping[str, Value], output: Any) -> None:
+    def _follow(self, function: Function, values: Mapping[str, Value], output: Any) -> None:
         """Note that a tensor computed of values alone is a value."""
-        place, first = next(iter(met.items()))
-        names = frozenset().union(*(value.names for value in met.values()))
+        place, first = next(iter(values.items()))
+        names = frozenset().union(*(value.names for value in values.values()))
         for index, tensor in enumerate(tensors_of(output)):
             if tensor.requires_grad and id(tensor) not in self.values:
                 path = (*first.path, f"{name_of(function)}.{place}.{index}")
@@ -102,20 +102,20 @@ class ShapeTracer(Tracer):
         self._selected: dict[int, Tensor] = {}
         """The tensors of samples whose rows were reordered or chosen by the data."""
 
-    def pass_by(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def run_without_values(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Mark what is computed of samples as belonging to samples."""
         output = function(*args, **kwargs)
         given = [value for value in arguments(function, args, kwargs).values() if isinstance(value, Tensor)]
-        if any(map(self._is_of_samples, given)):
+        if any(map(self._depends_on_samples, given)):
             self._mark(function, output, given, args if changes_its_input(function, kwargs) else ())
         return output
 
-    def meet(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def run_with_values(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Note what the operation does, and whether its result is a value or belongs to samples."""
         tensors = {place: v for place, v in arguments(function, args, kwargs).items() if isinstance(v, Tensor)}
         shapes = {place: tensor.shape for place, tensor in tensors.items()}
-        met = {place: self.values[id(tensor)] for place, tensor in tensors.items() if id(tensor) in self.values}
-        with_samples = any(self._is_of_samples(t) for place, t in tensors.items() if place not in met)
+        values = {place: self.values[id(tensor)] for place, tensor in tensors.items() if id(tensor) in self.values}
+        with_samples = any(self._depends_on_samples(t) for place, t in tensors.items() if place not in values)
         output = function(*args, **kwargs)
         changed = changes_its_input(function, kwargs)
         result = args[0] if output is None and changed else output
@@ -124,20 +124,20 @@ class ShapeTracer(Tracer):
         if not any(tensor.requires_grad for tensor in tensors_of(result)):
             return output
         if function in (F.embedding, F.embedding_bag) and arguments(function, args, kwargs).get("max_norm") is not None:
-            self.written.update(*(value.names for value in met.values()))
+            self.written.update(*(value.names for value in values.values()))
         # A value that is written to in place is no longer what its path says, whatever its shape.
-        spoilt = changed and id(args[0]) in self.values
+        overwrites_value = changed and id(args[0]) in self.values
         in_order = not any(id(tensor) in self._selected for tensor in (*tensors.values(), *tensors_of(result)))
-        out = result.shape if isinstance(result, Tensor) and not spoilt else None
-        for place, value in met.items():
+        out = result.shape if isinstance(result, Tensor) and not overwrites_value else None
+        for place, value in values.items():
             self.events.setdefault(path_of(value, function, place), []).append(
                 _Event(with_samples, in_order, out, shapes)
             )
         if not with_samples:
-            self._follow(function, met, result)
+            self._follow(function, values, result)
         return output
 
-    def _is_of_samples(self, tensor: Tensor) -> bool:
+    def _depends_on_samples(self, tensor: Tensor) -> bool:
         known = id(tensor) in self._samples
         return known or (tensor.grad_fn is not None and id(tensor) not in self.values)
 
@@ -151,7 +151,7 @@ class ShapeTracer(Tracer):
             self._samples[id(written)] = written
             return
         selected = any(id(tensor) in self._selected for tensor in given) or (
-            (selects := operation_of(function).selects) is not None and selects(given, self._is_of_samples)
+            (selects := operation_of(function).selects) is not None and selects(given, self._depends_on_samples)
         )
         for tensor in tensors_of(output):
             self._samples[id(tensor)] = tensor
@@ -203,10 +203,10 @@ def _compare_events(one: _Event, two: _Event) -> Split | None:
     if one.args.keys() != two.args.keys() or not (one.in_order and two.in_order):
         return None
     try:
-        args = {place: _doubled(one.args[place], shape) for place, shape in two.args.items()}
+        args = {place: _axis_that_doubles(one.args[place], shape) for place, shape in two.args.items()}
         if one.out is None or two.out is None:
             return Split(None, {}) if not two.with_samples and one.out is two.out and not any(args.values()) else None
-        out = _doubled(one.out, two.out)
+        out = _axis_that_doubles(one.out, two.out)
     except ValueError:
         return None
     if out is None:
@@ -214,7 +214,7 @@ def _compare_events(one: _Event, two: _Event) -> Split | None:
     return Split(out, args)
 
 
-def _doubled(one: torch.Size, two: torch.Size) -> Axis | None:
+def _axis_that_doubles(one: torch.Size, two: torch.Size) -> Axis | None:
     dims = [dim for dim, (a, b) in enumerate(zip(one, two, strict=True)) if a != b]
     if not dims:
         return None

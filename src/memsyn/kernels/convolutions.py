@@ -59,10 +59,10 @@ def conv_products(pairs: Sequence[Pair], geometry: Geometry, magnitude: Magnitud
     """Small kernels and patches are unfolded; of others, shifted views; of single channels, convolutions."""
     groups, kernel = geometry.groups, geometry.kernel
     channels = pairs[0].image.shape[1] // groups
-    apart = all(s >= k for s, k in zip(geometry.stride, kernel, strict=True))
+    no_overlap = all(s >= k for s, k in zip(geometry.stride, kernel, strict=True))
     if channels == 1 and groups > 1:
         return _conv_weight_by_channel(pairs, geometry, magnitude)
-    if apart or math.prod(kernel) * channels <= UNFOLD:
+    if no_overlap or math.prod(kernel) * channels <= UNFOLD:
         return _conv_weight_unfolded(pairs, geometry, magnitude)
     return _conv_weight_by_rows(pairs, geometry, magnitude)
 
@@ -92,7 +92,7 @@ def _one_sign(features: Tensor) -> bool:
     return not bool(((low < 0) & (high > 0)).any())
 
 
-def _lefts(grad: Tensor, groups: int) -> Tensor:
+def _left_factors(grad: Tensor, groups: int) -> Tensor:
     """(b, out, *size) -> (b, G, T, out / G), without a copy."""
     left: Tensor = grad.flatten(2).unflatten(1, (groups, -1)).transpose(2, 3)
     return left
@@ -103,20 +103,20 @@ def _conv_weight_unfolded(pairs: Sequence[Pair], geometry: Geometry, magnitude: 
     grad, inputs = pairs[0].grad, pairs[0].image
     window = (geometry.groups, inputs.shape[1] // geometry.groups, *geometry.kernel)
     total = grad.new_zeros(geometry.groups, grad.shape[1] // geometry.groups, math.prod(window[1:]))
-    as_it_lies = all(n == 1 for n in (*geometry.kernel, *geometry.stride)) and not _is_padded(geometry)
-    seen = sum(math.prod(pair.grad.shape[2:]) for pair in pairs)
+    is_pointwise = all(n == 1 for n in (*geometry.kernel, *geometry.stride)) and not _is_padded(geometry)
+    num_positions = sum(math.prod(pair.grad.shape[2:]) for pair in pairs)
 
-    def tokens(some: slice) -> Sequence[tuple[Tensor, Sequence[Tensor]]]:
+    def tokens(samples: slice) -> Sequence[tuple[Tensor, Sequence[Tensor]]]:
         made: list[tuple[Tensor, Sequence[Tensor]]] = []
         for grad, image in pairs:
-            windows = image[some]
-            if not as_it_lies:
+            windows = image[samples]
+            if not is_pointwise:
                 windows = _windows(_padded(windows, geometry), geometry, grad.shape[2:])
             rights = windows.reshape(len(windows), *total.shape[::2], -1).transpose(2, 3)
-            made.append((_lefts(grad[some], geometry.groups), [rights]))
+            made.append((_left_factors(grad[samples], geometry.groups), [rights]))
         return made
 
-    copied = 0 if as_it_lies else seen * math.prod(window)
+    copied = 0 if is_pointwise else num_positions * math.prod(window)
     add_outer_products(tokens, [total], magnitude, num_samples=len(grad), copied=copied)
     weight: Tensor = total.flatten(0, 1).unflatten(1, window[1:])
     return weight
@@ -152,15 +152,15 @@ def _conv_weight_by_channel(pairs: Sequence[Pair], geometry: Geometry, magnitude
     per_sample: Tensor | float = 0.0
     for pair in pairs:
         (batch, channels), (out, *size) = pair.image.shape[:2], pair.grad.shape[1:]
-        inside = all(
+        conv_can_pad = all(
             before == after < n for (before, after), n in zip(geometry.padding, size, strict=True)
         )  # the convolution pads faster, but not by more than its kernel: that takes four times as long
-        inputs = pair.image if inside else _padded(pair.image, geometry)
+        inputs = pair.image if conv_can_pad else _padded(pair.image, geometry)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
         products = convolve(
             inputs.reshape(1, batch * channels, *inputs.shape[2:]),
             pair.grad.reshape(batch * out, 1, *size),
-            padding=tuple(before if inside else 0 for before, _ in geometry.padding),
+            padding=tuple(before if conv_can_pad else 0 for before, _ in geometry.padding),
             stride=geometry.dilation,
             dilation=geometry.stride,
             groups=batch * channels,
@@ -179,9 +179,12 @@ def _conv_weight_by_rows(pairs: Sequence[Pair], geometry: Geometry, magnitude: M
     columns = math.prod(rest) * channels
     total = grad.new_zeros(groups, grad.shape[1] // groups, first, columns)
 
-    def tokens(some: slice) -> Sequence[tuple[Tensor, Sequence[Tensor]]]:
+    def tokens(samples: slice) -> Sequence[tuple[Tensor, Sequence[Tensor]]]:
         return [
-            (_lefts(pair.grad[some], groups), _rows(pair.image[some], geometry, pair.grad.shape[2:], f"{index}"))
+            (
+                _left_factors(pair.grad[samples], groups),
+                _rows(pair.image[samples], geometry, pair.grad.shape[2:], f"{index}"),
+            )
             for index, pair in enumerate(pairs)
         ]
 

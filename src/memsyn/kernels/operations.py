@@ -15,10 +15,10 @@ from torch import Tensor
 
 from memsyn.kernels.rules import (
     Rule,
-    as_it_is,
     batch_norm,
     conv_transpose_weight,
     conv_weight,
+    divided_by_operand,
     elementwise,
     embedding,
     group_norm,
@@ -27,7 +27,7 @@ from memsyn.kernels.rules import (
     layer_norm,
     linear_weight,
     matrix,
-    over_operand,
+    output_gradient,
     rms_norm,
     scaled,
     times_operand,
@@ -36,10 +36,10 @@ from memsyn.torch_private import PACKED_SEQUENCES
 
 Function = Callable[..., Any]
 
-OfSamples = Callable[[Tensor], bool]
+DependsOnSamples = Callable[[Tensor], bool]
 """Whether a tensor was computed of the batch's samples."""
 
-Selects = Callable[[Sequence[Tensor], OfSamples], bool]
+Selects = Callable[[Sequence[Tensor], DependsOnSamples], bool]
 """(the operation's tensors, which of them are of samples) -> whether the data choose the rows of its result."""
 
 
@@ -70,39 +70,41 @@ def name_of(function: Function) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _by_index(given: Sequence[Tensor], is_of_samples: OfSamples) -> bool:
+def _by_mask_or_computed_index(tensors: Sequence[Tensor], depends_on_samples: DependsOnSamples) -> bool:
     """Rows chosen by a mask, or by numbers that were computed of the samples."""
-    chosen = any(index.dtype in (torch.bool, torch.uint8) for index in given[1:])
-    return is_of_samples(given[0]) and (chosen or (len(given) > 1 and is_of_samples(given[1])))
+    chosen = any(index.dtype in (torch.bool, torch.uint8) for index in tensors[1:])
+    return depends_on_samples(tensors[0]) and (chosen or (len(tensors) > 1 and depends_on_samples(tensors[1])))
 
 
-def _always(given: Sequence[Tensor], is_of_samples: OfSamples) -> bool:
+def _always(tensors: Sequence[Tensor], depends_on_samples: DependsOnSamples) -> bool:
     return True
 
 
-def _with_numbers(given: Sequence[Tensor], is_of_samples: OfSamples) -> bool:
+def _by_repeat_counts(tensors: Sequence[Tensor], depends_on_samples: DependsOnSamples) -> bool:
     """How many times each row is repeated, by a tensor."""
-    return len(given) > 1
+    return len(tensors) > 1
 
 
 _TERMS = ("input", "other")
 _NORM = ("input", "running_mean", "running_var", "weight", "bias")
 _ADD = Operation(
-    (*_TERMS, "alpha"), {"input": elementwise(as_it_is), "other": elementwise(scaled("alpha"))}, elementwise=True
+    (*_TERMS, "alpha"), {"input": elementwise(output_gradient), "other": elementwise(scaled("alpha"))}, elementwise=True
 )
 _SUB = Operation(
-    (*_TERMS, "alpha"), {"input": elementwise(as_it_is), "other": elementwise(scaled("alpha", -1))}, elementwise=True
+    (*_TERMS, "alpha"),
+    {"input": elementwise(output_gradient), "other": elementwise(scaled("alpha", -1))},
+    elementwise=True,
 )
 _MUL = Operation(
     _TERMS,
     {"input": elementwise(times_operand, "other"), "other": elementwise(times_operand, "input")},
     elementwise=True,
 )
-_DIV = Operation(_TERMS, {"input": elementwise(over_operand, "other")}, elementwise=True)
+_DIV = Operation(_TERMS, {"input": elementwise(divided_by_operand, "other")}, elementwise=True)
 _MATMUL = Operation(_TERMS, {"other": Rule("input", matrix)}, saves_output=False)
 _MM = Operation(_TERMS, {"other": Rule("input", matrix)})
-_EXPAND = Operation(("input",), {"input": elementwise(as_it_is)})
-_CHANNEL_BIAS = elementwise(as_it_is, channels=True)
+_EXPAND = Operation(("input",), {"input": elementwise(output_gradient)})
+_CHANNEL_BIAS = elementwise(output_gradient, channels=True)
 _CONV = Operation(
     ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
     {"weight": Rule("input", conv_weight), "bias": _CHANNEL_BIAS},
@@ -116,7 +118,7 @@ _SELECTION = Operation(selects=_always)
 OPERATIONS: dict[Callable[..., Any], Operation] = {
     F.linear: Operation(
         ("input", "weight", "bias"),
-        {"weight": Rule("input", linear_weight, shared_as="map"), "bias": elementwise(as_it_is)},
+        {"weight": Rule("input", linear_weight, shared_as="map"), "bias": elementwise(output_gradient)},
         saves_output=False,
     ),
     torch.addmm: Operation(
@@ -126,7 +128,7 @@ OPERATIONS: dict[Callable[..., Any], Operation] = {
     ),
     F.layer_norm: Operation(
         ("input", "normalized_shape", "weight", "bias", "eps"),
-        {"weight": elementwise(layer_norm, "input"), "bias": elementwise(as_it_is)},
+        {"weight": elementwise(layer_norm, "input"), "bias": elementwise(output_gradient)},
     ),
     F.rms_norm: Operation(("input", "normalized_shape", "weight", "eps"), {"weight": elementwise(rms_norm, "input")}),
     F.group_norm: Operation(
@@ -142,7 +144,7 @@ OPERATIONS: dict[Callable[..., Any], Operation] = {
         (*_NORM, "use_input_stats", "momentum", "eps"),
         {"weight": elementwise(instance_norm, "input", channels=True), "bias": _CHANNEL_BIAS},
     ),
-    torch.bilinear: Operation(("input1", "input2", "weight", "bias"), {"bias": elementwise(as_it_is)}),
+    torch.bilinear: Operation(("input1", "input2", "weight", "bias"), {"bias": elementwise(output_gradient)}),
     F.prelu: Operation(("input", "weight"), {"weight": Rule("input", join_prelu)}, elementwise=True),
     F.embedding: Operation(
         ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
@@ -158,10 +160,10 @@ OPERATIONS: dict[Callable[..., Any], Operation] = {
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.mul_), _MUL),
     **dict.fromkeys((torch.div, torch.true_divide, Tensor.div, Tensor.true_divide), _DIV),
     **dict.fromkeys((Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to), _EXPAND),
-    Tensor.__getitem__: Operation(selects=_by_index),
+    Tensor.__getitem__: Operation(selects=_by_mask_or_computed_index),
     **dict.fromkeys((torch.index_select, Tensor.index_select, torch.masked_select, Tensor.masked_select), _SELECTION),
     **dict.fromkeys((torch.take, Tensor.take, *PACKED_SEQUENCES), _SELECTION),
-    **dict.fromkeys((torch.repeat_interleave, Tensor.repeat_interleave), Operation(selects=_with_numbers)),
+    **dict.fromkeys((torch.repeat_interleave, Tensor.repeat_interleave), Operation(selects=_by_repeat_counts)),
 }
 """By what torch hands over."""
 

@@ -42,7 +42,7 @@ HEIGHT, WIDTH = 192, 1024
 INPUTS = 2**21
 """Inputs copied at once to make rights of them, in numbers: 8 MiB of float32."""
 
-_open = threading.local()
+_thread_local = threading.local()
 """`workspace`: the one that is open in this thread, if one is."""
 
 
@@ -61,11 +61,11 @@ class Workspace:
         """Gradients, their version, f, and f(gradients) in the scratch memory of "magnitudes"."""
 
     def __enter__(self) -> None:
-        self._outer: Workspace | None = getattr(_open, "workspace", None)
-        _open.workspace = self
+        self._outer: Workspace | None = getattr(_thread_local, "workspace", None)
+        _thread_local.workspace = self
 
     def __exit__(self, *_: object) -> None:
-        _open.workspace = self._outer
+        _thread_local.workspace = self._outer
 
 
 def scratch(use: str, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def scratch(use: str, shape: Sequence[int], like: Tensor) -> Tensor:
         b = scratch("products", (2, 10), x)     # the first 20 of them again: a's are overwritten
         c = scratch("folded", (2, 10), x)       # others
     """
-    size, workspace = math.prod(shape), getattr(_open, "workspace", None)
+    size, workspace = math.prod(shape), getattr(_thread_local, "workspace", None)
     if workspace is None or size > 4 * INPUTS:
         return like.new_empty(shape)
     key, tensors = (use, like.dtype, like.device), workspace.tensors
@@ -93,7 +93,7 @@ def magnitudes(gradients: Tensor, magnitude: Magnitude) -> Tensor:
     The rules of a layer's weight and of its bias ask for the same one after the other: |d| for `|d|^T |a|`, and for the
     sum of |d|. So the last result is kept while its argument is the same tensor, unchanged.
     """
-    workspace: Workspace | None = getattr(_open, "workspace", None)
+    workspace: Workspace | None = getattr(_thread_local, "workspace", None)
     if workspace is None:
         return magnitude(gradients, torch.empty_like(gradients))
     last = workspace.last

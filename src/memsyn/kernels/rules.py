@@ -187,7 +187,7 @@ def elementwise(term: Callable[[Use], Tensor], operand: str | None = None, *, ch
     return Rule(operand, join, term, channels)
 
 
-def as_it_is(use: Use) -> Tensor:
+def output_gradient(use: Use) -> Tensor:
     """y = ... + p: term d."""
     return use.grad
 
@@ -208,7 +208,7 @@ def times_operand(use: Use) -> Tensor:
     return use.grad * use.operand
 
 
-def over_operand(use: Use) -> Tensor:
+def divided_by_operand(use: Use) -> Tensor:
     """y = p / a: term d / a."""
     if use.options.get("rounding_mode") is not None:
         raise NoRuleError

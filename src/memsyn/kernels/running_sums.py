@@ -52,10 +52,12 @@ class RunningSums:
             self.recent = {name: torch.zeros_like(total) for name, total in self.folded.items()}
             return
         for name, recent in self.recent.items():
-            for some, whole in zip(_flat(recent).split(CHUNK), _flat(self.folded[name]).split(CHUNK), strict=True):
-                after = torch.add(whole, some, out=scratch("folded", whole.shape, whole))
-                some -= torch.sub(after, whole, out=scratch("fold", whole.shape, whole))
-                whole.copy_(after)
+            for recent_chunk, folded_chunk in zip(
+                _flat(recent).split(CHUNK), _flat(self.folded[name]).split(CHUNK), strict=True
+            ):
+                after = torch.add(folded_chunk, recent_chunk, out=scratch("folded", folded_chunk.shape, folded_chunk))
+                recent_chunk -= torch.sub(after, folded_chunk, out=scratch("fold", folded_chunk.shape, folded_chunk))
+                folded_chunk.copy_(after)
 
     def totals(self) -> dict[str, Tensor]:
         """The sums, rounded once; nothing can be added any more."""

@@ -20,7 +20,7 @@ from memsyn.torch_private import compiled_original
 ProcessGroup = Any
 """A torch.distributed.ProcessGroup, which a torch built without it does not have."""
 
-_FROM_BEST = (UNUSED, BY_RULE, BY_OPERATION, BY_SAMPLE)
+_FASTEST_FIRST = (UNUSED, BY_RULE, BY_OPERATION, BY_SAMPLE)
 
 
 def group_of(model: nn.Module) -> ProcessGroup | None:
@@ -29,13 +29,13 @@ def group_of(model: nn.Module) -> ProcessGroup | None:
     return model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
 
 
-def place_in(group: ProcessGroup | None) -> list[int]:
+def rank_and_size(group: ProcessGroup | None) -> list[int]:
     """Which process this is, and of how many."""
     return [0, 1] if group is None else [dist.get_rank(group), dist.get_world_size(group)]
 
 
 @contextmanager
-def all_or_none(group: ProcessGroup | None, device: torch.device) -> Iterator[None]:
+def fail_together(group: ProcessGroup | None, device: torch.device) -> Iterator[None]:
     """If this fails in one process, it fails in all: none waits for what never comes.
 
     Raises:
@@ -59,7 +59,7 @@ def all_or_none(group: ProcessGroup | None, device: torch.device) -> Iterator[No
             )
 
 
-def add_up(
+def sum_over_processes(
     sums: Mapping[str, Tensor], num_samples: int, routes: Mapping[str, str], group: ProcessGroup
 ) -> tuple[int, dict[str, str]]:
     """Add the sums of all processes, in place, in each of them.
@@ -70,10 +70,10 @@ def add_up(
     names, device = sorted(sums), next(iter(sums.values())).device  # each process may have met them in its own order
     count = torch.tensor([num_samples], device=device)
     dist.all_reduce(count, group=group)
-    slowest = torch.tensor([_FROM_BEST.index(routes[name]) for name in names], device=device)
+    slowest = torch.tensor([_FASTEST_FIRST.index(routes[name]) for name in names], device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
     for name in names:
         whole = sums[name].contiguous()
         dist.all_reduce(whole, group=group)
         sums[name].copy_(whole)
-    return int(count), {name: _FROM_BEST[index] for name, index in zip(names, slowest.tolist(), strict=True)}
+    return int(count), {name: _FASTEST_FIRST[index] for name, index in zip(names, slowest.tolist(), strict=True)}

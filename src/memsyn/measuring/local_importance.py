@@ -109,38 +109,38 @@ class LayerTracer(Tracer):
         self.used: set[str] = set()
         """The parameters of the layers that ran."""
         self._mask = mask
-        self._mark = torch.zeros((), requires_grad=True)
+        self._marker = torch.zeros((), requires_grad=True)
         self._layers: dict[int, _Layer] = {}
         """Part -> its layer, until that is closed."""
         self._samples = {id(tensor): tensor for tensor in batch}
         """What is of the samples and has no gradient to show it."""
 
-    def pass_by(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def run_without_values(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """An operation without parameters."""
-        own = self._own(arguments(function, args, kwargs))
-        if own and torch.is_grad_enabled() and function is not Tensor.detach:
-            return self._run(function, args, kwargs, own, {})
+        of_samples = self._sample_tensors(arguments(function, args, kwargs))
+        if of_samples and torch.is_grad_enabled() and function is not Tensor.detach:
+            return self._run(function, args, kwargs, of_samples, {})
         output = function(*args, **kwargs)
-        if own:  # without a gradient, maybe inside a custom function: no layer ends by it
+        if of_samples:  # without a gradient, maybe inside a custom function: no layer ends by it
             self._samples.update((id(tensor), tensor) for tensor in tensors_of(output))
         return output
 
-    def meet(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def run_with_values(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """A layer, if it reads something of the samples."""
         given = arguments(function, args, kwargs)
-        met = {place: value for place, argument in given.items() if (value := self.values.get(id(argument)))}
-        own = self._own(given)
-        if any(t.ndim or t.is_floating_point() for t in own.values()):  # a number may choose among weights
-            return self._run(function, args, kwargs, own, met)
+        values = {place: value for place, argument in given.items() if (value := self.values.get(id(argument)))}
+        of_samples = self._sample_tensors(given)
+        if any(t.ndim or t.is_floating_point() for t in of_samples.values()):  # a number may choose among weights
+            return self._run(function, args, kwargs, of_samples, values)
         output = function(*args, **kwargs)
-        self._follow(function, met, output)
+        self._follow(function, values, output)
         return output
 
-    def _own(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _sample_tensors(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
         """What is of the samples, by place."""
-        return {place: t for place, t in given.items() if isinstance(t, Tensor) and self._is_of_samples(t)}
+        return {place: t for place, t in given.items() if isinstance(t, Tensor) and self._depends_on_samples(t)}
 
-    def _is_of_samples(self, tensor: Tensor) -> bool:
+    def _depends_on_samples(self, tensor: Tensor) -> bool:
         return id(tensor) in self._samples or (tensor.requires_grad and id(tensor) not in self.values)
 
     def _run(
@@ -148,22 +148,22 @@ class LayerTracer(Tracer):
         function: Function,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        own: Mapping[str, Tensor],
-        met: Mapping[str, Value],
+        of_samples: Mapping[str, Tensor],
+        values: Mapping[str, Value],
     ) -> Any:
-        names = frozenset[str]().union(*(value.names for value in met.values()))
+        names = frozenset[str]().union(*(value.names for value in values.values()))
         self.used |= names
-        for tensor in own.values():
-            self._adopt(tensor)
-        layers = unique(layer for t in own.values() if (layer := self._layers.get(id(t))))
-        if len(layers) == 1 and self._follows(function, args, kwargs, own.values()):
+        for tensor in of_samples.values():
+            self._claim_custom_result(tensor)
+        layers = unique(layer for t in of_samples.values() if (layer := self._layers.get(id(t))))
+        if len(layers) == 1 and self._continues_layer(function, args, kwargs, of_samples.values()):
             (layer,) = layers
-            output = self._continue(function, args, kwargs)
-            return self._grow(layer, self._counted(output) if names else output)
+            output = self._run_inside_layer(function, args, kwargs)
+            return self._extend(layer, self._without_padding(output) if names else output)
         changes = changes_its_input(function, kwargs)
         if changes:
-            self._close(own.values())
-        cut = {place: tensor.detach() for place, tensor in own.items()}
+            self._close(of_samples.values())
+        cut = {place: tensor.detach() for place, tensor in of_samples.items()}
         if function is F.group_norm:  # in channels_last, torch's gradient for the weights alone crashes the process
             cut = {place: tensor.contiguous() for place, tensor in cut.items()}
         new_args, new_kwargs = with_tensors(function, args, kwargs, cut)
@@ -176,11 +176,11 @@ class LayerTracer(Tracer):
         elif not tensors_of(output):
             return output  # it asked for a shape
         else:
-            self._close(own.values())
-        return self._begin(output, names, closed=changes) if names else _changed(output, self._marked)
+            self._close(of_samples.values())
+        return self._begin(output, names, closed=changes) if names else _change_tensors(output, self._marked_as_samples)
 
-    def _follows(
-        self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any], own: Iterable[Tensor]
+    def _continues_layer(
+        self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any], of_samples: Iterable[Tensor]
     ) -> bool:
         if not operation_of(function).elementwise:
             return False
@@ -188,9 +188,9 @@ class LayerTracer(Tracer):
             given = arguments(function, args, kwargs)
             if given.get("training") or given.get("running_mean") is None:
                 return False
-        return all(id(tensor) in self._layers for tensor in own)
+        return all(id(tensor) in self._layers for tensor in of_samples)
 
-    def _continue(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _run_inside_layer(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run it as a part of a layer; the derivatives of what is met most often are known here."""
         relu = name_of(function).strip("_") == "relu"
         if self.recorder is None or not (relu or function is F.batch_norm):
@@ -212,15 +212,15 @@ class LayerTracer(Tracer):
 
         def begin(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad:
-                return self._marked(tensor)
-            part: Tensor = self._grow(_Layer(names), self._counted(tensor))
+                return self._marked_as_samples(tensor)
+            part: Tensor = self._extend(_Layer(names), self._without_padding(tensor))
             if closed:  # its user may go on with the tensor that was written to, not with this one
                 self._close([part])
             return part
 
-        return _changed(output, begin)
+        return _change_tensors(output, begin)
 
-    def _adopt(self, tensor: Tensor) -> None:
+    def _claim_custom_result(self, tensor: Tensor) -> None:
         """A custom autograd function, which nobody sees, may have made it of a layer's output: then it is a part."""
         if id(tensor) in self._layers or not is_custom_function(tensor):
             return
@@ -233,23 +233,23 @@ class LayerTracer(Tracer):
             found.update(owners[node] for node in following if node in owners)
             nodes += [node for node in following if node not in owners]
         if len(found) == 1:
-            self._grow(found.pop(), tensor)
+            self._extend(found.pop(), tensor)
 
-    def _grow(self, layer: _Layer, output: Any) -> Any:
+    def _extend(self, layer: _Layer, output: Any) -> Any:
         for tensor in tensors_of(output):
             layer.parts.pop(id(tensor), None)
             layer.parts[id(tensor)] = tensor
             self._layers[id(tensor)] = layer
         return output
 
-    def _marked(self, tensor: Tensor) -> Tensor:
+    def _marked_as_samples(self, tensor: Tensor) -> Tensor:
         """What shows that it is of samples, whatever is computed of it."""
         if not tensor.is_floating_point():
             self._samples[id(tensor)] = tensor
             return tensor
-        return _alias(self._mark, tensor.detach())
+        return _alias(self._marker, tensor.detach())
 
-    def _counted(self, tensor: Tensor) -> Tensor:
+    def _without_padding(self, tensor: Tensor) -> Tensor:
         """Without a gradient at padding, if it is (samples, tokens, ...) or (samples * tokens, features)."""
         mask = self._mask
         if mask is None or tensor.ndim < 2:
@@ -295,7 +295,7 @@ class LayerTracer(Tracer):
             )
         with without_function_modes():
             for tensor in outputs:
-                self._adopt(tensor)
+                self._claim_custom_result(tensor)
             self._close([layer.last for layer in self._layers.values()], last=True)
             total = torch.zeros(())
             for square, _ in self.squares:
@@ -309,7 +309,7 @@ class LayerTracer(Tracer):
             return F.pad(total.view(1, 1), (0, 0, 0, num_samples - 1))
 
 
-def _changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _change_tensors(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """An operation's result with every tensor changed."""
     if isinstance(output, Tensor):
         return change(output)
@@ -354,13 +354,13 @@ class LocalScorer(Scorer):
         layers = LayerTracer(parameters, batch.tensors, None)
         with layers:
             self.output(model, batch.copied().inputs, batch_index)
-        check_seen(
+        refuse_unseen_uses(
             partial(self.output, model, batch.copied().inputs, batch_index),
             {name: p for name, p in parameters.items() if name not in layers.used},
         )
 
 
-def check_seen(run: Callable[[], Any], unused: Mapping[str, nn.Parameter]) -> None:
+def refuse_unseen_uses(run: Callable[[], Any], unused: Mapping[str, nn.Parameter]) -> None:
     """Refuse parameters on which what `run` gives depends, though no operation was seen to use them.
 
     Raises:

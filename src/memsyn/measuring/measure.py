@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from memsyn.batches import Batch, check_iterable, first_samples, labels_of, model_input
 from memsyn.errors import ModelError, OptionError, SlowParametersWarning
-from memsyn.measuring.distributed import ProcessGroup, all_or_none, group_of, place_in
+from memsyn.measuring.distributed import ProcessGroup, fail_together, group_of, rank_and_size
 from memsyn.measuring.measurement import Measurement
 from memsyn.measuring.model_copy import check_measurable
 from memsyn.measuring.objectives import Estimator, Forward, find_estimator
@@ -111,27 +111,28 @@ def measure(
         raise ModelError("the model has no parameter that requires a gradient: there is nothing to measure.")
     device = next(iter(trainable.values())).device
     group = group or group_of(model)
-    kept = None if checkpoint is None else Checkpoint(checkpoint, every)
+    resumable = None if checkpoint is None else Checkpoint(checkpoint, every)
     with (
         _untouched_generators(),
-        nullcontext() if kept is None else kept.kept(),
-        all_or_none(group, device),
+        nullcontext() if resumable is None else resumable.write_on_failure(),
+        fail_together(group, device),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
     ):
         measurement = Measurement(model, trainable, device, forward, chosen, batched=batched)
-        if kept is not None:
-            found = kept.begin(
-                {**measurement.settings(), "max_samples": max_samples, "process": place_in(group)}, measurement.state
+        if resumable is not None:
+            found = resumable.begin(
+                {**measurement.settings(), "max_samples": max_samples, "process": rank_and_size(group)},
+                measurement.state,
             )
             if found is not None:
-                with well_formed(kept.path):
+                with well_formed(resumable.path):
                     measurement.restore(*found)
         limited = first_samples(iter(batches), max_samples)
-        start = 0 if kept is None else kept.num_batches
+        start = 0 if resumable is None else resumable.num_batches
         bar = tqdm(
-            limited if kept is None else kept.rest(limited),
+            limited if resumable is None else resumable.remaining(limited),
             "measuring",
             _length(batches, max_samples),
             initial=start,
@@ -141,14 +142,14 @@ def measure(
         for index, batch in enumerate(bar, start):
             inputs = model_input(batch) if forward is None else batch
             read = Batch.of(inputs, labels_of(batch) if chosen.needs_labels else None)
-            with nullcontext() if kept is None else kept.batch(batch):
+            with nullcontext() if resumable is None else resumable.batch(batch):
                 slow = measurement.add(read, index)
             if slow:
                 warnings.warn(measurement.describe(slow), SlowParametersWarning, stacklevel=2)
             bar.set_postfix_str(f"{measurement.num_samples} samples, {len(measurement.table.slow)} slow parameters")
     importance = measurement.importance(group)
-    if kept is not None:
-        kept.finish()
+    if resumable is not None:
+        resumable.finish()
     return importance
 
 

@@ -20,7 +20,7 @@ from memsyn.kernels.outer_products import Workspace
 from memsyn.kernels.rules import MAGNITUDES
 from memsyn.kernels.running_sums import RunningSums
 from memsyn.measuring import route_check
-from memsyn.measuring.distributed import ProcessGroup, add_up
+from memsyn.measuring.distributed import ProcessGroup, sum_over_processes
 from memsyn.measuring.local_importance import LocalScorer
 from memsyn.measuring.model_copy import model_copy
 from memsyn.measuring.objectives import Estimator, Forward, OutputScorer, Position, Scorer
@@ -145,7 +145,7 @@ class Measurement:
     def _check(self, batch: Batch, index: int, only: set[str] | None = None) -> None:
         """Check the routes of `only` these parameters, or of all, on a few samples of the batch."""
         table, position = self.table, Position(index, self.num_samples)
-        for few in route_check.choices(batch):
+        for few in route_check.samples_to_check(batch):
             verdict = route_check.check(self.model, table.routes, self.scorer, few, position, served=self.private)
             table.learn(verdict, few.num_samples, only)
             if self.copy is None:
@@ -208,7 +208,7 @@ class Measurement:
             if not sums:  # no sample came to this process
                 sums = _zeros(trainable_parameters(self.model))
                 routes = dict.fromkeys(sums, UNUSED)
-            self.num_samples, routes = add_up(sums, self.num_samples, routes, group)
+            self.num_samples, routes = sum_over_processes(sums, self.num_samples, routes, group)
         if self.num_samples == 0:
             raise BatchError(
                 "there are no samples: the loader is empty, or all of its batches are. Nothing was measured."

@@ -126,9 +126,9 @@ def _aliases(model: nn.Module, private: Container[str], dtype: torch.dtype | Non
         alias = parameter.detach()
         if canonical_name(name) in private or id(parameter) in rewritten or parameter.is_inference():
             alias = alias.to(dtype if dtype and alias.is_floating_point() else alias.dtype, copy=True)
-        stand_in = nn.Parameter(alias, requires_grad=False)
-        stand_in.__dict__.update(vars(parameter))  # what its module may have noted on it
-        memo[id(parameter)] = stand_in
+        replacement = nn.Parameter(alias, requires_grad=False)
+        replacement.__dict__.update(vars(parameter))  # what its module may have noted on it
+        memo[id(parameter)] = replacement
     for module in model.modules():
         for value in (*vars(module).values(), *module.buffers(recurse=False)):
             if isinstance(value, Tensor) and not value.is_leaf:  # a cached weight: deepcopy refuses it
@@ -144,7 +144,7 @@ def cached_values(model: nn.Module, clone: nn.Module) -> dict[str, Tensor]:
     found = {}
     for (name, module), copied in zip(unwrap(model).named_modules(), clone.modules(), strict=True):
         for key, value in vars(module).items():
-            stand_in = vars(copied).get(key)
-            if isinstance(value, Tensor) and value.requires_grad and not value.is_leaf and isinstance(stand_in, Tensor):
-                found[f"{name}.{key}".lstrip(".")] = stand_in
+            alias = vars(copied).get(key)
+            if isinstance(value, Tensor) and value.requires_grad and not value.is_leaf and isinstance(alias, Tensor):
+                found[f"{name}.{key}".lstrip(".")] = alias
     return found

@@ -370,8 +370,8 @@ def check_dependence(values: Tensor, own: Iterable[nn.Parameter]) -> None:
     """The objective must depend on the clone it was asked of, and not on the user's model."""
     if values.requires_grad:
         _check_graph(values)
-        strays = torch.autograd.grad(values.sum(), list(own), retain_graph=True, allow_unused=True)
-        if any(stray is not None for stray in strays):
+        user_grads = torch.autograd.grad(values.sum(), list(own), retain_graph=True, allow_unused=True)
+        if any(grad is not None for grad in user_grads):
             raise ModelError(
                 "the forward pass uses your model itself in place of the one it is given: in forward=lambda model, "
                 "batch: ..., use that model; in a module, a hook or a patched method, use self in place of a name "
@@ -412,11 +412,11 @@ def _check_graph(values: Tensor) -> None:
         nodes += [following for following, _ in node.next_functions]
 
 
-def check_not_constant(values: Tensor, parameters: Mapping[str, nn.Parameter], whole: float) -> None:
+def check_not_constant(values: Tensor, parameters: Mapping[str, nn.Parameter], total_norm: float) -> None:
     """A squared norm that no weight can change has only rounding for a gradient."""
     least, size = 1e-9 * float(values.detach().abs().sum()), 0.0
     for parameter in sorted(parameters.values(), key=Tensor.numel):
-        size = math.hypot(size, whole * float(parameter.detach().norm()))
+        size = math.hypot(size, total_norm * float(parameter.detach().norm()))
         if size >= least:
             return
     if size > 0:

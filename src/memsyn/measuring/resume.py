@@ -48,7 +48,7 @@ class Checkpoint:
         self._digest = ""
         self._saved: tuple[int, int] | None = None
         """Batches and samples in the file."""
-        self._clean = True
+        self._at_batch_boundary = True
         """Whether the sums are those of whole batches."""
 
     def begin(self, settings: Mapping[str, Any], state: Callable[[], State | None]) -> Saved | None:
@@ -88,7 +88,7 @@ class Checkpoint:
         self._saved = saved
         return header, groups
 
-    def rest(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def remaining(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches that are not measured yet; those before must be what was measured.
 
         Raises:
@@ -97,7 +97,7 @@ class Checkpoint:
         digest = ""
         for index in range(self.num_batches):
             try:
-                digest = _chained(digest, next(batches))
+                digest = _chain_digest(digest, next(batches))
             except StopIteration:
                 raise self._other_batches(f": there are only {index}") from None
         if digest != self._digest:
@@ -105,7 +105,7 @@ class Checkpoint:
         yield from batches
 
     def _other_batches(self, more: str = "") -> BatchError:
-        self._saved, self._clean = None, False  # the same call will not go on, and the file is not ours
+        self._saved, self._at_batch_boundary = None, False  # the same call will not go on, and the file is not ours
         return BatchError(
             f"the first {self.num_batches} batches are not those that the checkpoint {self.path} was measured on"
             f"{more}. Give the same, in the same order and sizes (and seed again what draws them); or delete the "
@@ -115,28 +115,28 @@ class Checkpoint:
     @contextmanager
     def batch(self, batch: Any) -> Iterator[None]:
         """While a batch is measured: Ctrl-C waits for its end. Then write the file, if it is time."""
-        with _put_off_interrupts():
-            digest = _chained(self._digest, batch)
-            self._clean = False
+        with _delay_interrupts():
+            digest = _chain_digest(self._digest, batch)
+            self._at_batch_boundary = False
             yield
-            self.num_batches, self._digest, self._clean = self.num_batches + 1, digest, True
+            self.num_batches, self._digest, self._at_batch_boundary = self.num_batches + 1, digest, True
             if time.monotonic() - self._time >= self.every:
                 self._save()
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
+    def write_on_failure(self) -> Iterator[None]:
         """If this fails, write the file, and say with the error how to go on."""
         try:
             yield
         except BaseException as error:
             try:
-                if self._clean and self.num_batches > (self._saved or (0, 0))[0]:
+                if self._at_batch_boundary and self.num_batches > (self._saved or (0, 0))[0]:
                     self._save()
             except MemsynError as failed:
-                _tell(error, str(failed))
+                _add_note(error, str(failed))
             if self._saved is not None:
                 batches, samples = self._saved
-                _tell(
+                _add_note(
                     error,
                     f"Measuring was cut off. {self.path} holds the first {batches} batches ({samples} samples): call "
                     "measure again with the same arguments, and it goes on from there.",
@@ -164,7 +164,7 @@ class Checkpoint:
         self.path.unlink(missing_ok=True)
 
 
-def _chained(digest: str, batch: Any) -> str:
+def _chain_digest(digest: str, batch: Any) -> str:
     """A digest of this batch and, by the digest before, of all that came before it: of some numbers of each tensor."""
     found, own_tensors = hashlib.sha256(digest.encode()), tensors(batch)
     if not own_tensors:
@@ -181,7 +181,7 @@ def _chained(digest: str, batch: Any) -> str:
     return found.hexdigest()
 
 
-def _tell(error: BaseException, text: str) -> None:
+def _add_note(error: BaseException, text: str) -> None:
     """Say it with the error; on stderr where errors take no notes, and for Ctrl-C, which is often caught."""
     if sys.version_info >= (3, 11) and isinstance(error, Exception):
         error.add_note(text)
@@ -190,22 +190,22 @@ def _tell(error: BaseException, text: str) -> None:
 
 
 @contextmanager
-def _put_off_interrupts() -> Iterator[None]:
+def _delay_interrupts() -> Iterator[None]:
     """Heed a Ctrl-C after the block; a second one at once."""
     before = signal.getsignal(signal.SIGINT)
     if before is None or threading.current_thread() is not threading.main_thread():  # else no handler can be set
         yield
         return
-    came: list[int] = []
+    received: list[int] = []
 
-    def put_off(number: int, frame: FrameType | None) -> None:
-        came.append(number)
+    def delay(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         signal.signal(number, before)
 
-    signal.signal(signal.SIGINT, put_off)
+    signal.signal(signal.SIGINT, delay)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if came:
+        if received:
             signal.raise_signal(signal.SIGINT)

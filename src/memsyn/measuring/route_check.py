@@ -21,7 +21,7 @@ from memsyn.engine.passes import (
     backward_to_activations,
     check_same_alone,
     gradients,
-    refuse_broken,
+    refuse_nonfinite,
     run_backward,
     samples_interact,
     score_alone,
@@ -169,7 +169,7 @@ class RouteTable:
         self.changes_inputs, self.seen = bool(known["changes_inputs"]), Seen(min(known["num_guarded"], 2))
 
 
-def choices(batch: Batch) -> Iterator[Batch]:
+def samples_to_check(batch: Batch) -> Iterator[Batch]:
     """Samples to check, from the start, the end and the middle of a batch: the next when the last were not enough."""
     total = batch.num_samples
     if total is None:
@@ -211,12 +211,12 @@ def check(
     measured = list(measured)
     try:
         try:
-            clone = _private(model, torch.float64, served)
+            clone = _private_clone(model, torch.float64, served)
             return _Check(model, clone, measured, scorer, position).verdict(batch.map(_double))
         except ConstantError:
             raise
         except (BatchError, OutputError):  # a forward pass with a precision of its own
-            clone = _private(model, None, served)
+            clone = _private_clone(model, None, served)
             return _Check(model, clone, measured, scorer, position).verdict(batch)
     except ModelError:
         with torch.no_grad():
@@ -249,22 +249,22 @@ class _Check:
         """The objectives of some of the samples; the forward pass may write to a copy of them."""
         own = batch.copied()
         values = self.scorer.scores(self.clone, self.parameters, own, self.position.moved(first_sample))
-        self.changes_inputs = self.changes_inputs or _differ(batch.tensors, own.tensors)
+        self.changes_inputs = self.changes_inputs or _any_written(batch.tensors, own.tensors)
         return values
 
     def verdict(self, batch: Batch) -> Verdict:
         """Look at them."""
         values, written = self._trace(batch)
         groups = self._record(batch) if len(values) > 1 else {}
-        comparison = _Comparison(self, groups, _weights(len(values)).to(values))
+        comparison = _Comparison(self, groups, _sample_weights(len(values)).to(values))
         comparison.run(values)
         if self.precise:
-            check_not_constant(values, self.parameters, comparison.whole)
-        slow = comparison.waiting
+            check_not_constant(values, self.parameters, comparison.total_norm)
+        slow = comparison.unmatched
         if slow and len(values) > 1 and batch.num_samples is not None:
-            self._check_slow(batch, len(values), slow, comparison.whole)
+            self._check_slow(batch, len(values), slow, comparison.total_norm)
         own = named_parameters(self.model)
-        written |= {name for name, p in named_parameters(self.clone).items() if not _same_numbers(p, own[name])}
+        written |= {name for name, p in named_parameters(self.clone).items() if not _is_equal(p, own[name])}
         return Verdict(comparison.routes, self.splits, comparison.unproven(), written, self.changes_inputs)
 
     def _trace(self, batch: Batch) -> tuple[Tensor, set[str]]:
@@ -285,21 +285,21 @@ class _Check:
     def _compare_with_single(self, traced: ShapeTracer, batch: Batch, together: Tensor) -> Tensor:
         """Run every sample alone, to see what each operation does with samples, and that they do not interact."""
         tolerance = FLOAT32 if self.precise else TOLERANCE
-        apart = self.scorer.tells_samples_apart
+        by_sample = self.scorer.tells_samples_apart
         found = []
         for k in range(len(together)):
             sample = batch.take(k, k + 1)
             single = ShapeTracer(self.parameters, sample.tensors)
             with single:
                 alone = score_alone(self.scores, sample, k)
-            if apart:
+            if by_sample:
                 check_same_alone(alone.detach(), together, k, tolerance)
-            found.append(alone.detach() if apart else alone)
+            found.append(alone.detach() if by_sample else alone)
             for path, split in compare(single, traced).items():  # a sample may take a short cut: no padding, no mask
                 if self.splits.get(path) is None:
                     self.splits[path] = split
         values = torch.cat(found)
-        if not apart:
+        if not by_sample:
             check_same_alone(values.detach().sum(0, keepdim=True), together, 0, tolerance)
         return values
 
@@ -312,18 +312,18 @@ class _Check:
             backward_to_activations(recorder, values.sum(1, keepdim=True), self.parameters.values())
         return {name: group for group in groups for name in group.names}
 
-    def _check_slow(self, batch: Batch, size: int, expected: Sums, whole: float) -> None:
+    def _check_slow(self, batch: Batch, size: int, expected: Sums, total_norm: float) -> None:
         """Where no route gave autograd's gradients, those of the samples alone must."""
         found = {name: torch.zeros_like(grad) for name, grad in expected.items()}
         parameters = {name: self.parameters[name] for name in expected}
-        for k, weight in enumerate(_weights(size)):
+        for k, weight in enumerate(_sample_weights(size)):
             value = score_alone(self.scores, batch.take(k, k + 1), k)
             for name, grad in gradients(value.sum(), parameters).items():
                 found[name] += weight * grad
         differing = sorted(
             name
             for name, grad in found.items()
-            if _differs(grad, expected[name], float(expected[name].norm()), whole, exactly=False)
+            if _exceeds_rounding(grad, expected[name], float(expected[name].norm()), total_norm, exactly=False)
         )
         if differing:
             raise samples_interact(f"the gradient of {', '.join(differing[:3])}")
@@ -346,16 +346,16 @@ class _Comparison:
     routes: dict[str, str] = field(default_factory=dict)
     norms: dict[str, float] = field(default_factory=dict)
     """Of autograd's gradients."""
-    waiting: Sums = field(default_factory=dict)
+    unmatched: Sums = field(default_factory=dict)
     """Autograd's gradients that no route has given so far."""
-    whole: float = 0.0
+    total_norm: float = 0.0
     """The norm of all gradients together."""
 
     def run(self, values: Tensor) -> None:
         """Differentiate, compare each gradient as it comes, and then those that did not come."""
         parameters = self.check.parameters
         hooks = [
-            parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._arrived(name, p))
+            parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._receive_grad(name, p))
             for name, parameter in parameters.items()
         ]
         try:
@@ -363,36 +363,36 @@ class _Comparison:
         finally:
             for hook in hooks:
                 hook.remove()
-        refuse_broken([name for name in parameters if not math.isfinite(self.norms.get(name, 0.0))])
-        self.whole = math.hypot(*self.norms.values())
-        self._finish()
+        refuse_nonfinite([name for name in parameters if not math.isfinite(self.norms.get(name, 0.0))])
+        self.total_norm = math.hypot(*self.norms.values())
+        self._compare_rest()
 
-    def _arrived(self, name: str, parameter: Tensor) -> None:
+    def _receive_grad(self, name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None
         expected = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
         parameter.grad = None
         self.norms[name] = float(expected.norm())
-        self.waiting[name] = expected
+        self.unmatched[name] = expected
         group = self.group_of.get(name)
-        if group is not None and group.names <= self.waiting.keys():
+        if group is not None and group.names <= self.unmatched.keys():
             route = self._route(group)
             if route is not None:
                 self.routes.update(dict.fromkeys(group.names, route))
                 for done in group.names:
-                    del self.waiting[done], self.group_of[done]
+                    del self.unmatched[done], self.group_of[done]
 
-    def _finish(self) -> None:
+    def _compare_rest(self) -> None:
         """What got no gradient expects zeros; and what was not given relative to itself, relative to the whole."""
         parameters = self.check.parameters
-        for name in parameters.keys() - self.waiting.keys() - self.routes.keys():
-            self.waiting[name] = torch.zeros_like(parameters[name])
-        for name in [name for name in parameters if name in self.waiting]:
+        for name in parameters.keys() - self.unmatched.keys() - self.routes.keys():
+            self.unmatched[name] = torch.zeros_like(parameters[name])
+        for name in [name for name in parameters if name in self.unmatched]:
             group = self.group_of.get(name, ParameterGroup(frozenset((name,))))
-            route = self._route(group) if name in self.waiting else None
-            for member in group.names & self.waiting.keys() if route is not None else ():
+            route = self._route(group) if name in self.unmatched else None
+            for member in group.names & self.unmatched.keys() if route is not None else ():
                 self.routes[member] = (route if group.uses else UNUSED) or BY_SAMPLE
-                del self.waiting[member]
-        self.routes.update(dict.fromkeys(self.waiting, BY_SAMPLE))
+                del self.unmatched[member]
+        self.routes.update(dict.fromkeys(self.unmatched, BY_SAMPLE))
 
     def unproven(self) -> set[str]:
         """The parameters whose gradient is zero, though some fast route is taken."""
@@ -405,7 +405,7 @@ class _Comparison:
         Where a dimension holds more than samples, neighbours in it may be of one sample or of different ones: both are
         tried, and the calls keep the one that holds.
         """
-        for uses in (group.uses, _with_minor(group.uses, len(self.weights))):
+        for uses in (group.uses, _with_interleaved_samples(group.uses, len(self.weights))):
             if uses is None:
                 continue
             for route in (BY_RULE, BY_OPERATION):
@@ -419,7 +419,9 @@ class _Comparison:
     def _signed_sums(self, route: str, group: ParameterGroup) -> Sums | None:
         """sum_k w_k g_k of a group's parameters by a route; None if it knows no such uses."""
         size, parameters = len(self.weights), self.check.parameters
-        found = {n: torch.zeros_like(self.waiting[n], dtype=wide_dtype(self.waiting[n])) for n in sorted(group.names)}
+        found = {
+            n: torch.zeros_like(self.unmatched[n], dtype=wide_dtype(self.unmatched[n])) for n in sorted(group.names)
+        }
         try:
             if route == BY_OPERATION:
                 if group.uses:
@@ -435,7 +437,9 @@ class _Comparison:
 
     def _agrees(self, found: Sums) -> bool:
         return not any(
-            _differs(total, self.waiting[n], self.norms.get(n, 0.0), self.whole, exactly=self.check.precise)
+            _exceeds_rounding(
+                total, self.unmatched[n], self.norms.get(n, 0.0), self.total_norm, exactly=self.check.precise
+            )
             for n, total in found.items()
         )
 
@@ -444,15 +448,15 @@ class _Comparison:
             self.check.splits[path_of(call.values[place], call.function, place)] = call.splits[place]
 
 
-def _weights(num_samples: int) -> Tensor:
+def _sample_weights(num_samples: int) -> Tensor:
     """(B,), powers of two, unlike for neighbours."""
     return torch.tensor([1.0, 4.0, 2.0, 8.0]).repeat(num_samples // 4 + 1)[:num_samples]
 
 
-def _with_minor(uses: Uses, num_samples: int) -> list[tuple[Call, str]] | None:
+def _with_interleaved_samples(uses: Uses, num_samples: int) -> list[tuple[Call, str]] | None:
     """The same uses, if some dimension holds more than samples, with neighbours in it from different samples."""
 
-    def turned(axis: Axis | None) -> Axis | None:
+    def interleaved(axis: Axis | None) -> Axis | None:
         return None if axis is None else axis._replace(minor=axis.folded)
 
     calls: dict[int, Call] = {}
@@ -460,7 +464,7 @@ def _with_minor(uses: Uses, num_samples: int) -> list[tuple[Call, str]] | None:
     for call, _ in uses:
         assert call.grad is not None
         splits = {
-            place: Split(turned(split.out), {other: turned(axis) for other, axis in split.args.items()})
+            place: Split(interleaved(split.out), {other: interleaved(axis) for other, axis in split.args.items()})
             for place, split in call.splits.items()
         }
         folded = folded or any(s.out is not None and call.grad.shape[s.out.dim] != num_samples for s in splits.values())
@@ -468,7 +472,7 @@ def _with_minor(uses: Uses, num_samples: int) -> list[tuple[Call, str]] | None:
     return [(calls[id(call)], place) for call, place in uses] if folded else None
 
 
-def _private(model: nn.Module, dtype: torch.dtype | None, served: bool) -> nn.Module:
+def _private_clone(model: nn.Module, dtype: torch.dtype | None, served: bool) -> nn.Module:
     """A clone that shares nothing with the model, in another precision if one is given."""
     clone = model_copy(model, private=named_parameters(model), dtype=dtype, served=served)
     for buffer in clone.buffers():
@@ -484,13 +488,13 @@ def _double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _same_numbers(left: Tensor, right: Tensor) -> bool:
+def _is_equal(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors hold the same numbers, in whatever precision; without copies of their size."""
     parts = zip(left.detach().reshape(-1).split(COMPARED), right.detach().reshape(-1).split(COMPARED), strict=True)
     return all(torch.equal(part, other.to(part.dtype)) for part, other in parts)
 
 
-def _differ(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+def _any_written(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
     """Whether a forward pass has written to the tensors that it was given."""
     return any(
         version_of(new) > 0 or (old.layout == torch.strided and not torch.equal(old, new))
@@ -498,10 +502,10 @@ def _differ(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
     )
 
 
-def _differs(found: Tensor, expected: Tensor, norm: float, whole: float, *, exactly: bool) -> bool:
+def _exceeds_rounding(found: Tensor, expected: Tensor, norm: float, total_norm: float, *, exactly: bool) -> bool:
     """Whether an error is beyond rounding: relative to the gradient's norm, or to a part of the model's."""
     tolerance, floor = (1e-6, 1e-4) if exactly else (_rounding(expected),) * 2
-    scale = max(norm, floor * whole)  # a gradient of zero in exact arithmetic is only rounding
+    scale = max(norm, floor * total_norm)  # a gradient of zero in exact arithmetic is only rounding
     return not float(torch.dist(found, expected.to(found.dtype))) <= tolerance * scale
 
 

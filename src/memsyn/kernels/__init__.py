@@ -1,4 +1,4 @@
-"""Tensors in, tensors out: the formulas of importance and how they are computed fast.
+"""The formulas of importance and their fast computation: functions from tensors to tensors.
 
-Knows no model, no autograd graph and no state.
+Must not know models, autograd graphs or state.
 """

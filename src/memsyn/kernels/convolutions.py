@@ -1,6 +1,6 @@
-"""The products of a convolution's gradients and inputs, for every offset of its kernel.
+"""The per-sample weight gradients of convolutions.
 
-Owns where windows lie in an image, and how they are read.
+Owns where the windows of a kernel lie in an image, and how they are read. Must not know models or layers.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from memsyn.kernels.outer_products import Magnitude, add_outer_products, scratch
 
 UNFOLD = 64
-"""A convolution's kernel is unfolded (copying its input) when it has at most so many inputs per output."""
+"""Windows are unfolded (copied) if a kernel has at most this many inputs per output: kernel size * input channels."""
 
 
 class Geometry(NamedTuple):
@@ -24,12 +24,12 @@ class Geometry(NamedTuple):
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
-    """The zeros before and after."""
+    """Number of zeros before and after the image, per dimension."""
     groups: int
 
 
 def geometry_of(options: Mapping[str, Any], kernel: tuple[int, ...]) -> Geometry:
-    """The geometry of a call with these options."""
+    """Read the geometry from a call's options; a convolution's defaults fill the gaps."""
 
     def each(name: str, default: int) -> tuple[int, ...]:
         value = options.get(name, default)
@@ -47,16 +47,21 @@ def geometry_of(options: Mapping[str, Any], kernel: tuple[int, ...]) -> Geometry
 
 
 class Pair(NamedTuple):
-    """One use, samples first."""
+    """The two tensors whose products are summed, for one use of the kernel. Samples come first."""
 
     grad: Tensor
-    """(B, rows, *size): of the output."""
+    """(B, rows, *size): the output gradient."""
     image: Tensor
-    """(B, columns, *spatial): what the windows read."""
+    """(B, columns, *spatial): the image that the windows read."""
 
 
 def conv_products(pairs: Sequence[Pair], geometry: Geometry, magnitude: Magnitude) -> Tensor:
-    """Small kernels and patches are unfolded; of others, shifted views; of single channels, convolutions."""
+    """sum_k f(g_k), (out, in / groups, *kernel), by the fastest of three methods.
+
+    - One input channel per group (a depthwise convolution): one grouped convolution of the images with the gradients.
+    - Windows that do not overlap (patches), or small kernels: unfold the windows, then one product.
+    - All others: one product per kernel row, with shifted views of the image.
+    """
     groups, kernel = geometry.groups, geometry.kernel
     channels = pairs[0].image.shape[1] // groups
     no_overlap = all(s >= k for s, k in zip(geometry.stride, kernel, strict=True))
@@ -68,9 +73,11 @@ def conv_products(pairs: Sequence[Pair], geometry: Geometry, magnitude: Magnitud
 
 
 def conv_products_of_one_sign(grad: Tensor, image: Tensor, geometry: Geometry) -> Tensor | None:
-    """sum_k |g_k| as an ordinary weight gradient, if no channel holds both signs: then nothing cancels in any g_k.
+    """sum_k |g_k| by one ordinary weight gradient; None if some channel has mixed signs.
 
-    So it is between ReLUs where importance is local (Hebb's rule), and hardly ever else: the first sample tells that.
+    If no channel has mixed signs, nothing cancels inside a g_k: sum_t |d_kt| |a_kt|^T equals |sum_t d_kt a_kt^T|. This
+    holds for local importance between ReLUs (Hebb's rule), and rarely otherwise. The first sample is tested first,
+    because it usually decides.
     """
     if grad.device.type != "cpu" or geometry.groups > 1 or any(before != after for before, after in geometry.padding):
         return None
@@ -86,7 +93,7 @@ def conv_products_of_one_sign(grad: Tensor, image: Tensor, geometry: Geometry) -
 
 
 def _one_sign(features: Tensor) -> bool:
-    """Whether each channel of (B, channels, ...) is nowhere positive, or nowhere negative."""
+    """Whether no channel of (B, channels, ...) holds both positive and negative numbers."""
     others = [dim for dim in range(features.ndim) if dim != 1]
     low, high = features.amin(others), features.amax(others)
     return not bool(((low < 0) & (high > 0)).any())
@@ -99,7 +106,7 @@ def _left_factors(grad: Tensor, groups: int) -> Tensor:
 
 
 def _conv_weight_unfolded(pairs: Sequence[Pair], geometry: Geometry, magnitude: Magnitude) -> Tensor:
-    """One product with all that an output position sees; a kernel of one pixel sees the input as it lies."""
+    """Unfold the windows of all output positions, then one product. A 1x1 kernel needs no copy of the image."""
     grad, inputs = pairs[0].grad, pairs[0].image
     window = (geometry.groups, inputs.shape[1] // geometry.groups, *geometry.kernel)
     total = grad.new_zeros(geometry.groups, grad.shape[1] // geometry.groups, math.prod(window[1:]))
@@ -129,12 +136,16 @@ def _is_padded(geometry: Geometry) -> bool:
 def _padded(inputs: Tensor, geometry: Geometry) -> Tensor:
     if not _is_padded(geometry):
         return inputs
-    sides = [side for pair in reversed(geometry.padding) for side in pair]  # F.pad wants the last dimension first
+    sides = [side for pair in reversed(geometry.padding) for side in pair]  # F.pad takes the last dimension first
     return F.pad(inputs, sides)
 
 
 def _windows(padded: Tensor, geometry: Geometry, size: Sequence[int]) -> Tensor:
-    """What each output position sees, as a view: (b, C, *kernel, *size of the output)."""
+    """The window of each output position, as a view: (b, C, *kernel, *size of the output).
+
+    For images (b, 3, 8, 8), a 3x3 kernel and stride 1, the view is (b, 3, 3, 3, 6, 6): entry [..., i, j, y, x] is the
+    pixel (y + i, x + j).
+    """
     steps = padded.stride()[2:]
     return padded.as_strided(
         (*padded.shape[:2], *geometry.kernel, *size),
@@ -148,13 +159,16 @@ def _windows(padded: Tensor, geometry: Geometry, size: Sequence[int]) -> Tensor:
 
 
 def _conv_weight_by_channel(pairs: Sequence[Pair], geometry: Geometry, magnitude: Magnitude) -> Tensor:
-    """Each channel on its own: the convolution of the input with the gradient, in which stride and dilation swap."""
+    """Each channel separately, by a grouped convolution of the images with the gradients.
+
+    In this convolution the gradient is the kernel, so stride and dilation change places.
+    """
     per_sample: Tensor | float = 0.0
     for pair in pairs:
         (batch, channels), (out, *size) = pair.image.shape[:2], pair.grad.shape[1:]
         conv_can_pad = all(
             before == after < n for (before, after), n in zip(geometry.padding, size, strict=True)
-        )  # the convolution pads faster, but not by more than its kernel: that takes four times as long
+        )  # the convolution pads faster than F.pad, but four times slower if the padding exceeds its kernel
         inputs = pair.image if conv_can_pad else _padded(pair.image, geometry)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
         products = convolve(
@@ -165,7 +179,9 @@ def _conv_weight_by_channel(pairs: Sequence[Pair], geometry: Geometry, magnitude
             dilation=geometry.stride,
             groups=batch * channels,
         )
-        for dim, k in enumerate(geometry.kernel):  # a stride may leave pixels that no output sees
+        for dim, k in enumerate(
+            geometry.kernel
+        ):  # with a stride, no window may read the last pixels: drop the extra offsets
             products = products.narrow(2 + dim, 0, k)
         per_sample = per_sample + products.reshape(batch, out, 1, *geometry.kernel)
     assert isinstance(per_sample, Tensor)
@@ -173,7 +189,7 @@ def _conv_weight_by_channel(pairs: Sequence[Pair], geometry: Geometry, magnitude
 
 
 def _conv_weight_by_rows(pairs: Sequence[Pair], geometry: Geometry, magnitude: Magnitude) -> Tensor:
-    """One product per offset along the first dimension: shifted views of the input, unfolded along the others."""
+    """One product per kernel row: views shifted along the first dimension, unfolded along the others."""
     grad, inputs, groups = pairs[0].grad, pairs[0].image, geometry.groups
     (first, *rest), channels = geometry.kernel, inputs.shape[1] // groups
     columns = math.prod(rest) * channels
@@ -195,10 +211,10 @@ def _conv_weight_by_rows(pairs: Sequence[Pair], geometry: Geometry, magnitude: M
 
 
 def _rows(inputs: Tensor, geometry: Geometry, size: Sequence[int], use: str) -> Sequence[Tensor]:
-    """Per offset along the first dimension (b, G, T, rest of the kernel * C / G): slices of one copy of the input.
+    """One tensor per kernel row: (b, G, T, rest of the kernel * C / G). All are slices of one copy of the image.
 
-    The copy holds, for each row of the padded input, what each output position of the row sees of it. Rows that lie a
-    stride apart stand together, so that each slice is one block.
+    For each row of the padded image, the copy holds the part of every window that lies in this row. Rows with a
+    distance of one stride are neighbours in the copy, so each slice is one block of memory.
 
     For a kernel of 3 rows, stride 2 and 3 output rows, output row t sees the padded input rows 2t, 2t + 1 and 2t + 2:
 
@@ -206,7 +222,7 @@ def _rows(inputs: Tensor, geometry: Geometry, size: Sequence[int], use: str) -> 
         phase 0 (shifts 0, 2)   0 2 4 6             kernel offset 0 is the slice 0:3 (rows 0 2 4), offset 2 is 1:4
         phase 1 (shift 1)       1 3 5 (7)           kernel offset 1 is the slice 0:3 (rows 1 3 5)
 
-    `unfold` would copy 3 x 3 rows; here 4 + 4 are copied, and the third offset is a slice of the first one's block.
+    `unfold` would copy 3 x 3 rows. Here 4 + 4 rows are copied, and offsets 0 and 2 are slices of the same block.
     """
     groups, (batch, channels) = geometry.groups, inputs.shape[:2]
     stride, shifts = geometry.stride[0], [o * geometry.dilation[0] for o in range(geometry.kernel[0])]
@@ -234,7 +250,7 @@ def _rows(inputs: Tensor, geometry: Geometry, size: Sequence[int], use: str) -> 
 
 
 def _channels_last(inputs: Tensor, geometry: Geometry, num_rows: int, use: str) -> Tensor:
-    """The padded input (b, *spatial, C), of so many rows: rows that no output sees may be missing or be added."""
+    """The padded image (b, *spatial, C) with `num_rows` rows. Rows that no window reads may be missing or added."""
     padding = geometry.padding
     spatial = [size + sum(sides) for size, sides in zip(inputs.shape[2:], padding, strict=True)]
     padded = scratch(f"padded {use}", (len(inputs), num_rows, *spatial[1:], inputs.shape[1]), inputs)

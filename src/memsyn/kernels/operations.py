@@ -1,7 +1,8 @@
-"""What is known of torch's operations, as torch hands them to a function mode: one record each.
+"""What memsyn knows about each torch operation: one record per function that torch passes to a function mode.
 
-A new operation is one entry of OPERATIONS: the names of its arguments, the rules of those that a parameter may be, and
-what else is known of it. Operations without an entry are exact too: autograd differentiates them, one sample at a time.
+To add an operation, add an entry to OPERATIONS: the names of its arguments, the rules for the arguments that may be
+parameters, and further facts. Operations without an entry are measured exactly too, but more slowly: autograd
+differentiates them one sample at a time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,24 +38,24 @@ from memsyn.torch_private import PACKED_SEQUENCES
 Function = Callable[..., Any]
 
 DependsOnSamples = Callable[[Tensor], bool]
-"""Whether a tensor was computed of the batch's samples."""
+"""tensor -> whether it was computed from the samples of the batch."""
 
 Selects = Callable[[Sequence[Tensor], DependsOnSamples], bool]
-"""(the operation's tensors, which of them are of samples) -> whether the data choose the rows of its result."""
+"""(tensors of the operation, which tensors depend on samples) -> whether the data choose the rows of the result."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What is known of one operation.
+    """The facts about one operation.
 
     Attributes:
-        arguments: their names, in order.
-        rules: argument -> the rule for a parameter in its place.
-        saves_output: whether its backward pass reads what it gave, which then must not be aliased.
-        activations: the arguments that hold activations: they are kept only for a rule that needs them.
-        elementwise: whether it is elementwise or a reshape. For local importance: its result still belongs to the layer
-            before it.
-        selects: whether the data may choose which rows of the result belong to which sample; None for never.
+        arguments: the argument names, in order.
+        rules: argument -> the rule if this argument is a parameter.
+        saves_output: whether the backward pass reads the output. Such an output must not be aliased.
+        activations: the arguments that hold activations. They are kept only for rules that need them.
+        elementwise: whether the operation is elementwise or a reshape. For local importance, the result of such an
+            operation belongs to the same layer as its input.
+        selects: tells whether the data choose which rows of the result belong to which sample; None means never.
     """
 
     arguments: tuple[str, ...] = ()
@@ -66,12 +67,12 @@ class Operation:
 
 
 def name_of(function: Function) -> str:
-    """A name for what torch hands to a function mode."""
+    """The name of a function that torch passes to a function mode."""
     return getattr(function, "__name__", type(function).__name__)
 
 
 def _by_mask_or_computed_index(tensors: Sequence[Tensor], depends_on_samples: DependsOnSamples) -> bool:
-    """Rows chosen by a mask, or by numbers that were computed of the samples."""
+    """Whether rows are chosen by a mask, or by indices that were computed from the samples."""
     chosen = any(index.dtype in (torch.bool, torch.uint8) for index in tensors[1:])
     return depends_on_samples(tensors[0]) and (chosen or (len(tensors) > 1 and depends_on_samples(tensors[1])))
 
@@ -81,7 +82,7 @@ def _always(tensors: Sequence[Tensor], depends_on_samples: DependsOnSamples) -> 
 
 
 def _by_repeat_counts(tensors: Sequence[Tensor], depends_on_samples: DependsOnSamples) -> bool:
-    """How many times each row is repeated, by a tensor."""
+    """Whether a tensor says how many times each row is repeated."""
     return len(tensors) > 1
 
 
@@ -165,7 +166,7 @@ OPERATIONS: dict[Callable[..., Any], Operation] = {
     **dict.fromkeys((torch.take, Tensor.take, *PACKED_SEQUENCES), _SELECTION),
     **dict.fromkeys((torch.repeat_interleave, Tensor.repeat_interleave), Operation(selects=_by_repeat_counts)),
 }
-"""By what torch hands over."""
+"""Function, as torch passes it to a function mode -> its record."""
 
 _ACTIVATIONS = """
     relu relu6 leaky_relu rrelu prelu elu selu celu gelu silu mish sigmoid logsigmoid log_sigmoid tanh softplus softsign
@@ -180,13 +181,15 @@ _RESHAPES = """
     unsqueeze contiguous clone to float double half bfloat16 type type_as"""
 
 BY_NAME: Final = dict.fromkeys(f"{_ACTIVATIONS} {_ARITHMETIC} {_RESHAPES}".split(), Operation(elementwise=True))
-"""Those of which nothing is known but that they are elementwise, by the names of torch's functions without underscores
-at their ends: `torch.relu`, `Tensor.relu_` and `F.relu` are all `relu`."""
+"""Operations that are elementwise or reshapes, with no other known facts.
+
+The key is the function's name, without underscores at its ends: `torch.relu`, `Tensor.relu_` and `F.relu` are `relu`.
+"""
 
 _UNKNOWN = Operation()
 
 
 @lru_cache(maxsize=4096)
 def operation_of(function: Function) -> Operation:
-    """What is known of an operation."""
+    """The record of an operation; an empty record if it has no entry."""
     return OPERATIONS.get(function) or BY_NAME.get(name_of(function).strip("_"), _UNKNOWN)

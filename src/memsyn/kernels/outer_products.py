@@ -1,7 +1,7 @@
-"""Sums over samples of a magnitude of per-sample sums of outer products, in tiles that stay in cache.
+"""sum_k f(sum_t left_kt right_kt^T) over samples k and tokens t, computed in tiles that stay in the CPU cache.
 
-Owns how the largest part of measuring is computed, every number chosen for its speed, and the memory it works in.
-Knows nothing of layers. `benchmarks/products.py` measures the numbers again.
+Most of the measuring time is spent here. Owns this computation, its tuning constants (`benchmarks/products.py` measures
+them again) and its scratch memory. Must not know layers.
 """
 
 import math
@@ -17,48 +17,48 @@ from memsyn.torch_private import version_of
 
 
 class Magnitude(Protocol):
-    """f, applied to a sample's gradient before the sum over samples. Must keep products: f(a b) = f(a) f(b)."""
+    """f, applied to one sample's gradient before the sum over samples. It must satisfy f(a b) = f(a) f(b)."""
 
     def __call__(self, gradient: Tensor, out: Tensor | None = None, /) -> Tensor:
-        """f(gradient), in `out`, or else in place."""
+        """Write f(gradient) to `out`; without `out`, work in place."""
         ...
 
 
 Tokens = Callable[[slice], Sequence[tuple[Tensor, Sequence[Tensor]]]]
-"""Some samples -> per use a left (b, G, T, rows) and its rights (b, G, T, columns), views or copies of any strides."""
+"""Slice of samples -> per use, a left factor (b, G, T, rows) and right factors (b, G, T, columns), with any strides."""
 
 TILE = 2**18
-"""Per-sample products made at once on the CPU, in numbers: 1 MiB of float32, which level-two caches hold."""
+"""Size of a tile on the CPU, in numbers: 1 MiB of float32, which fits into a level-two cache."""
 
 TILE_ELSEWHERE = 2**22
-"""The same on accelerators, where a tile is one call more and the caches are no concern."""
+"""Size of a tile on accelerators. There the number of calls matters, not the cache."""
 
 DEPTH = 4
-"""Samples in a tile, if there are so many: adding four at once reads and writes the sum once, not four times."""
+"""Samples per tile, if the batch has this many. Adding four at once reads and writes the sum once, not four times."""
 
 HEIGHT, WIDTH = 192, 1024
-"""Rows of a tile at least, and columns at most, if there are so many: the products of smaller parts are slower."""
+"""The least rows and the most columns of a tile, if the matrix has this many. Smaller products are slower."""
 
 INPUTS = 2**21
-"""Inputs copied at once to make rights of them, in numbers: 8 MiB of float32."""
+"""The most inputs to copy at once into right factors, in numbers: 8 MiB of float32."""
 
 _thread_local = threading.local()
-"""`workspace`: the one that is open in this thread, if one is."""
+"""Its attribute `workspace` is the workspace that is open in this thread, if there is one."""
 
 
 @final
 class Workspace:
-    """Memory for tiles that is kept from call to call while this is open: asking for it each time costs page faults.
+    """Scratch memory for tiles. While a workspace is open, calls reuse its memory, which saves page faults.
 
     Each thread has its own open workspace, so two measurements in two threads never write to the same memory. Without
-    one, every call gets memory of its own: the same results, slower.
+    an open workspace every call allocates its own memory: the results are the same, but slower.
     """
 
     def __init__(self) -> None:
         self.tensors: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-        """By use: one flat tensor each, of the largest size that was asked for."""
+        """(use, dtype, device) -> one flat tensor, as large as the largest request so far."""
         self.last: tuple[weakref.ref[Tensor], int, Magnitude, Tensor] | None = None
-        """Gradients, their version, f, and f(gradients) in the scratch memory of "magnitudes"."""
+        """The last result of `magnitudes`: gradients, their version, f, and f(gradients) in scratch memory."""
 
     def __enter__(self) -> None:
         self._outer: Workspace | None = getattr(_thread_local, "workspace", None)
@@ -69,13 +69,13 @@ class Workspace:
 
 
 def scratch(use: str, shape: Sequence[int], like: Tensor) -> Tensor:
-    """Uninitialised memory, of the dtype and device of `like`, that the next call for the same use hands out again.
+    """Uninitialised memory with the dtype and device of `like`. The next call for the same use returns it again.
 
-    So what it returns is valid until then, and two tensors that live at the same time need two names. For instance
+    The result is valid until that next call, so two tensors that live at the same time need two names:
 
         a = scratch("products", (4, 10), x)     # 40 numbers
-        b = scratch("products", (2, 10), x)     # the first 20 of them again: a's are overwritten
-        c = scratch("folded", (2, 10), x)       # others
+        b = scratch("products", (2, 10), x)     # the first 20 numbers of a: a is overwritten
+        c = scratch("folded", (2, 10), x)       # separate memory
     """
     size, workspace = math.prod(shape), getattr(_thread_local, "workspace", None)
     if workspace is None or size > 4 * INPUTS:
@@ -88,10 +88,10 @@ def scratch(use: str, shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def magnitudes(gradients: Tensor, magnitude: Magnitude) -> Tensor:
-    """f(gradients), to be read before the next call.
+    """f(gradients). Read the result before the next call.
 
-    The rules of a layer's weight and of its bias ask for the same one after the other: |d| for `|d|^T |a|`, and for the
-    sum of |d|. So the last result is kept while its argument is the same tensor, unchanged.
+    The last result is kept as long as the argument is the same tensor, unchanged. A layer needs |d| twice in a row: the
+    weight's rule computes `|d|^T |a|`, and the bias's rule sums |d|.
     """
     workspace: Workspace | None = getattr(_thread_local, "workspace", None)
     if workspace is None:
@@ -107,17 +107,17 @@ def magnitudes(gradients: Tensor, magnitude: Magnitude) -> Tensor:
 def add_outer_products(
     tokens: Tokens, totals: Sequence[Tensor], magnitude: Magnitude, *, num_samples: int, copied: int = 0
 ) -> None:
-    """For every right, add sum_k f(sum_t left_kt (x) right_kt) to its total, the inner sum over all tokens and uses.
+    """Add sum_k f(sum_t left_kt right_kt^T) to each total; the inner sum runs over all tokens and uses.
 
-    With one token a sample, f(l r^T) = f(l) f(r)^T, so the sum over samples is one matrix product and no
-    per-sample gradient exists. Otherwise the per-sample products are made a tile at a time, in one buffer.
+    With one token per sample, f(l r^T) = f(l) f(r)^T. Then the sum over samples is one matrix product, and no
+    per-sample gradient is computed. Otherwise the per-sample products are computed one tile at a time, in one buffer.
 
     Args:
-        tokens: makes lefts and rights of some samples.
-        totals: for every right (G, rows, columns), of any strides.
+        tokens: gives the left and right factors of a slice of samples.
+        totals: one tensor (G, rows, columns) per right factor, with any strides.
         magnitude: f.
         num_samples: B.
-        copied: how many numbers `tokens` copies for a sample, that the samples are taken some at a time.
+        copied: how many numbers `tokens` copies per sample. If it copies many, fewer samples are processed at once.
     """
     if num_samples == 0 or totals[0].numel() == 0:
         return
@@ -135,7 +135,14 @@ def add_outer_products(
 
 
 def add_token_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], total: Tensor, magnitude: Magnitude) -> None:
-    """Add sum_k f(sum_t left_kt (x) right_kt) of (B, ..., rows) and (B, ..., columns), one of each per use."""
+    """Add sum_k f(sum_t left_kt right_kt^T), (rows, columns).
+
+    Args:
+        lefts: per use, a tensor (B, ..., rows). The dimensions between are tokens.
+        rights: per use, a tensor (B, ..., columns).
+        total: (rows, columns), added to in place.
+        magnitude: f.
+    """
     if len(lefts) == 1 and lefts[0].ndim == 2:
         _add_product(lefts[0], rights[0], total, magnitude)
         return
@@ -148,7 +155,9 @@ def add_token_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], total:
         if len(pairs) == 1:
             return [(left[some], [right[some]])]
         own_lefts, own_rights = zip(*((left[some], right[some]) for left, right in pairs), strict=True)
-        return [(torch.cat(own_lefts, 2), [torch.cat(own_rights, 2)])]  # one product: a use may be a single token
+        return [
+            (torch.cat(own_lefts, 2), [torch.cat(own_rights, 2)])
+        ]  # joined into one product, since a use may have a single token
 
     add_outer_products(tokens, [total.unsqueeze(0)], magnitude, num_samples=len(left), copied=copied)
 
@@ -159,13 +168,16 @@ def _tokens_of(features: Tensor) -> Tensor:
 
 
 def _add_product(left: Tensor, right: Tensor, total: Tensor, magnitude: Magnitude) -> None:
-    """One token a sample: the product of the magnitudes."""
+    """Add f(left)^T f(right), the sum for one token per sample."""
     bare = magnitude(right, scratch("right", right.shape, right))
     total.addmm_(magnitudes(left, magnitude).T, bare)
 
 
 def _add_tiles(pairs: Sequence[tuple[Tensor, Tensor]], total: Tensor, magnitude: Magnitude) -> None:
-    """Tiles of some samples, rows and columns: products, magnitude, and the sum over their samples."""
+    """Add sum_k f(sum_t left_kt right_kt^T) to (G, rows, columns), in tiles of some samples, rows and columns.
+
+    With more than one group and large products, each group is added by a call of its own.
+    """
     num_samples, (groups, rows, columns) = len(pairs[0][0]), total.shape
     threads = torch.get_num_threads() if total.device.type == "cpu" else 1
     area = TILE * threads if total.device.type == "cpu" else TILE_ELSEWHERE
@@ -176,7 +188,7 @@ def _add_tiles(pairs: Sequence[tuple[Tensor, Tensor]], total: Tensor, magnitude:
         return
     depth, height, width = _tile(num_samples, groups * rows, columns, area)
     height = max(1, height // groups)
-    depth -= depth % threads if depth > threads else 0  # else some threads wait for others
+    depth -= depth % threads if depth > threads else 0  # otherwise some threads wait for the others
     factors = [(left.flatten(0, 1).transpose(1, 2), right.flatten(0, 1)) for left, right in pairs]
     for row in range(0, rows, height):
         for column in range(0, columns, width):
@@ -191,9 +203,10 @@ def _add_tiles(pairs: Sequence[tuple[Tensor, Tensor]], total: Tensor, magnitude:
 
 
 def _add_samples(parts: Sequence[tuple[Tensor, Tensor]], depth: int, total: Tensor, magnitude: Magnitude) -> None:
-    """Add up all samples of one tile's rows and columns (per use: B * G rows-by-tokens, B * G tokens-by-columns).
+    """Add all samples for the rows and columns of one tile.
 
-    For each `depth` samples there are three calls, and no more: calls cost as much as small products.
+    Per use, `parts` holds a left factor (B * G, rows, tokens) and a right factor (B * G, tokens, columns). Each step
+    takes `depth` samples and makes only three calls, since a call costs as much as a small product:
 
         products[k] = left_k right_k        (depth, rows, columns), in the scratch memory of one tile
         products = f(products)              in place, still in the cache
@@ -211,17 +224,20 @@ def _add_samples(parts: Sequence[tuple[Tensor, Tensor]], depth: int, total: Tens
         for lefts, rights in tiles[1:]:
             products.baddbmm_(lefts[index], rights[index])
         magnitude(samples)
-        flat.addmv_(samples.view(num_samples, -1).t(), ones[:num_samples])  # sum(0), but twice as fast
+        flat.addmv_(samples.view(num_samples, -1).t(), ones[:num_samples])  # the same as sum(0), but twice as fast
 
 
 def _tile(num_samples: int, rows: int, columns: int, area: int) -> tuple[int, int, int]:
-    """(samples, rows, columns) of a tile of about `area` numbers."""
+    """The size (samples, rows, columns) of a tile with about `area` numbers."""
     width = _equal_part(columns, WIDTH)
     height = _equal_part(rows, max(HEIGHT, area // (DEPTH * width)))
     return max(1, min(num_samples, area // (height * width))), height, width
 
 
 def _equal_part(whole: int, most: int) -> int:
-    """The size of the fewest equal parts of at most so much, rounded up to whole vectors."""
+    """Cut `whole` into the fewest equal parts of at most `most`; the size of a part, as a multiple of 16.
+
+    A row of 1500 with `most` 1024 gives two parts, of 752 and 748.
+    """
     part = math.ceil(whole / math.ceil(whole / most))
     return min(whole, 16 * math.ceil(part / 16))

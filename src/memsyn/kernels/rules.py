@@ -1,11 +1,10 @@
-"""One small function per operation and argument: from inputs and output gradients to importance.
+"""The formulas: one small function per operation and argument, from inputs and output gradients to importance.
 
-Owns the formulas. A rule sees only one operation's uses of one parameter; it must not touch the model, autograd or
-any state.
+A rule sees only the uses of one parameter by one operation. It must not touch the model, autograd or any state.
 
-Words: B samples; tokens are whatever is neither sample nor feature (sequence positions, pixels, repeated uses); a
-use is one call of an operation with the parameter. d stands for the gradient of the summed objective with respect to
-the operation's output, a for the operand that the parameter meets.
+Words: B is the number of samples. Tokens are the dimensions that are neither samples nor features: sequence positions,
+pixels, repeated uses. A use is one call of an operation with the parameter. d is the gradient of the summed objective
+with respect to the operation's output. a is the operand that is combined with the parameter.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +20,11 @@ from memsyn.kernels.outer_products import Magnitude, add_token_products, magnitu
 
 
 class NoRuleError(Exception):
-    """The rule does not know such a call: another route must be taken. Never reaches the user."""
+    """The rule does not support this call, so another route must be taken. Users never see this error."""
 
 
 class UnseenError(NoRuleError):
-    """The route check has not seen such a call: it must look at it first."""
+    """The route check has not seen such a call. It must run before the call is measured."""
 
 
 class Axis(NamedTuple):
@@ -39,14 +38,14 @@ class Axis(NamedTuple):
 
     dim: int
     folded: bool = False
-    """Whether the dimension was seen to be longer than there are samples; if not, it must not be later."""
+    """Whether the dimension was longer than the number of samples in the check. If not, it must never be longer."""
     minor: bool = False
-    """If it is longer: whether neighbours in it belong to different samples."""
+    """Whether neighbours in a folded dimension belong to different samples."""
 
     def first(self, tensor: Tensor, num_samples: int) -> Tensor:
-        """The tensor as (B, ...); a folded dimension keeps the rest in its old place.
+        """Move the samples to the front: (B, ...). The rest of a folded dimension stays in its place.
 
-        For B = 3: Axis(1) of (5, 3, 8) gives (3, 5, 8), Axis(0, folded) of (6, 8) gives (3, 2, 8).
+        For B = 3, Axis(1) turns (5, 3, 8) into (3, 5, 8), and Axis(0, folded=True) turns (6, 8) into (3, 2, 8).
         """
         if self._size(tensor, num_samples) == num_samples:
             return tensor.movedim(self.dim, 0) if self.dim else tensor
@@ -55,7 +54,7 @@ class Axis(NamedTuple):
         return first
 
     def sample(self, tensor: Tensor, k: int, num_samples: int) -> Tensor:
-        """Sample k as a batch of one, in the tensor's own layout."""
+        """Sample k as a batch of one, with the dimensions in the tensor's own order."""
         size = self._size(tensor, num_samples)
         if self.minor:
             own: Tensor = tensor.unflatten(self.dim, (-1, num_samples)).select(self.dim + 1, k)
@@ -72,10 +71,10 @@ class Axis(NamedTuple):
 
 
 class Use(NamedTuple):
-    """One call of an operation with the parameter: its operand, and the objective's gradient for its output."""
+    """One call of an operation with the parameter: the operand a, the output gradient d, and their batch axes."""
 
     options: Mapping[str, Any]
-    """The call's other arguments by name, as far as they were given."""
+    """The call's arguments by name, without those that were left out."""
     operand: Tensor | None
     operand_axis: Axis | None
     grad: Tensor
@@ -93,29 +92,29 @@ def square(gradient: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def signed(gradient: Tensor, out: Tensor | None = None) -> Tensor:
-    """f(g) = g: sums of gradients as autograd makes them."""
+    """f(g) = g: then the sums equal the gradients of autograd."""
     return gradient if out is None else out.copy_(gradient)
 
 
 MAGNITUDES: dict[str, Magnitude] = {"abs": absolute, "square": square}
 
 Join = Callable[[Sequence[Use], Tensor, int, Magnitude], None]
-"""(uses, total, B, f): add sum_k f(g_k), where g_k is the sum over all uses. Adds all or nothing."""
+"""(uses, total, B, f): add sum_k f(g_k) to `total`; g_k is summed over all uses. If it raises, nothing was added."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How one argument of one operation gets its importance."""
+    """How the importance of one argument of one operation is computed."""
 
     operand: str | None
-    """The argument whose value the rule needs beside the gradient."""
+    """The argument that the rule needs besides the output gradient; None if it needs no other."""
     join: Join
     term: Callable[[Use], Tensor] | None = None
-    """For elementwise rules: the gradient before its sum over tokens, of the output's shape."""
+    """For elementwise rules: the gradient before the sum over tokens, in the output's shape."""
     channels: bool = False
-    """For elementwise rules: whether the parameter's one dimension lies along the output's second."""
+    """For elementwise rules: whether the parameter (C,) lies along the second dimension, as in (B, C, H, W)."""
     shared_as: str | None = None
-    """"table" or "map" where `tied` can measure a parameter that has both uses (a tied embedding and head)."""
+    """"table" (an embedding) or "map" (a Linear): `tied` measures a parameter that is used as both."""
 
 
 def samples_first(tensors: Sequence[tuple[Tensor, Axis]], num_samples: int) -> list[Tensor]:
@@ -134,20 +133,24 @@ def _grads(uses: Sequence[Use], num_samples: int) -> list[Tensor]:
     return samples_first([(use.grad, use.axis) for use in uses], num_samples)
 
 
-# Elementwise: g_k is the sum of terms over everything the parameter was broadcast to
+# Elementwise: g_k is the sum of terms over all dimensions along which the parameter was broadcast
 
 
 def per_sample(terms: Sequence[tuple[Tensor, Axis]], shape: torch.Size, num_samples: int, *, channels: bool) -> Tensor:
-    """g_k = sum_t term_kt, (B, *shape): the terms of every use, summed over all that the parameter was broadcast to.
+    """g_k = sum_t term_kt, (B, *shape): the terms of all uses, summed over the broadcast dimensions.
 
-    For B = 4, a bias (8,) of a Linear over (4, 10, 8) sums the 10 tokens; one of a Conv2d over (4, 8, 5, 5), with
-    `channels`, the 25 pixels; a position table (10, 8) added to (4, 10, 8) sums nothing.
+    Examples for B = 4:
+
+        bias (8,) of a Linear with output (4, 10, 8)                   sums over 10 tokens
+        bias (8,) of a Conv2d with output (4, 8, 5, 5), `channels`     sums over 25 pixels
+        position table (10, 8) added to (4, 10, 8)                     sums over nothing
 
     Args:
-        terms: per use a tensor of its output's shape, and where the samples are in it.
-        shape: of the parameter.
+        terms: per use, a tensor in the shape of the output, and its batch axis.
+        shape: the parameter's shape.
         num_samples: B.
-        channels: the parameter lies along the second dimension; else along the last ones, as in broadcasting.
+        channels: whether the parameter lies along the second dimension. If not, it lies along the last dimensions,
+            as in broadcasting.
     """
     total: Tensor | None = None
     for term, axis in terms:
@@ -155,13 +158,16 @@ def per_sample(terms: Sequence[tuple[Tensor, Axis]], shape: torch.Size, num_samp
         first = axis.first(term, num_samples)
         if len(terms) == 1 and first.shape == (num_samples, *shape):
             return first
-        # An unfolded batch axis is now in front, so what was to its left has moved: put a 1 where it was.
+        # If the batch axis was not folded, moving it to the front has shifted the dimensions on its left by one. Put a
+        # dimension of size 1 where it was: (T, B, 8) -> (B, T, 8) -> (B, T, 1, 8). Then (T, 1, 8) lines up with the
+        # parameter as (T, B, 8) did.
         if first.ndim == term.ndim:
             first = first.unsqueeze(axis.dim + 1)
         extra = first.ndim - 1 - len(aligned)
         if extra < 0:
             raise NoRuleError
-        # The parameter's shape as it lines up with the rest: 1 where it was broadcast, and there tokens are summed.
+        # The parameter's shape, aligned with the other dimensions. Where it is 1, the parameter was broadcast, and the
+        # terms are summed.
         kept = (*[1] * extra, *aligned)
         if any(k not in (1, size) for k, size in zip(kept, first.shape[1:], strict=True)):
             raise NoRuleError
@@ -173,12 +179,12 @@ def per_sample(terms: Sequence[tuple[Tensor, Axis]], shape: torch.Size, num_samp
 
 
 def add_terms(gradients: Tensor, total: Tensor, magnitude: Magnitude) -> None:
-    """Add sum_k f(g_k) of (B, ...)."""
+    """Add sum_k f(g_k), for gradients (B, *shape of the total)."""
     total += magnitudes(gradients, magnitude).sum(0)
 
 
 def elementwise(term: Callable[[Use], Tensor], operand: str | None = None, *, channels: bool = False) -> Rule:
-    """The rule of a parameter that is broadcast: sum_k f(sum_t term_kt)."""
+    """The rule for a broadcast parameter: sum_k f(sum_t term_kt)."""
 
     def join(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
         terms = [(term(use), use.axis) for use in uses]
@@ -188,12 +194,12 @@ def elementwise(term: Callable[[Use], Tensor], operand: str | None = None, *, ch
 
 
 def output_gradient(use: Use) -> Tensor:
-    """y = ... + p: term d."""
+    """y = ... + p has the term d."""
     return use.grad
 
 
 def scaled(name: str, sign: int = 1) -> Callable[[Use], Tensor]:
-    """y = ... + c p: term c d."""
+    """y = ... + c p has the term c d; `name` is the option that holds c."""
 
     def term(use: Use) -> Tensor:
         scale = sign * use.options.get(name, 1)
@@ -203,13 +209,13 @@ def scaled(name: str, sign: int = 1) -> Callable[[Use], Tensor]:
 
 
 def times_operand(use: Use) -> Tensor:
-    """y = a p: term d a."""
+    """y = a p has the term d a."""
     assert use.operand is not None
     return use.grad * use.operand
 
 
 def divided_by_operand(use: Use) -> Tensor:
-    """y = p / a: term d / a."""
+    """y = p / a has the term d / a."""
     if use.options.get("rounding_mode") is not None:
         raise NoRuleError
     assert use.operand is not None
@@ -217,14 +223,14 @@ def divided_by_operand(use: Use) -> Tensor:
 
 
 def layer_norm(use: Use) -> Tensor:
-    """y = p normalised(a): term d normalised(a)."""
+    """y = p normalised(a) has the term d normalised(a)."""
     assert use.operand is not None
     eps = use.options.get("eps", 1e-5)
     return F.layer_norm(use.operand, use.options["normalized_shape"], eps=eps).mul_(use.grad)
 
 
 def rms_norm(use: Use) -> Tensor:
-    """y = p a / rms(a): term d a / rms(a)."""
+    """y = p a / rms(a) has the term d a / rms(a)."""
     assert use.operand is not None
     eps = use.options.get("eps")
     if eps is None:
@@ -233,13 +239,13 @@ def rms_norm(use: Use) -> Tensor:
 
 
 def group_norm(use: Use) -> Tensor:
-    """y = p normalised(a): term d normalised(a)."""
+    """y = p normalised(a) has the term d normalised(a)."""
     assert use.operand is not None
     return F.group_norm(use.operand, use.options["num_groups"], eps=use.options.get("eps", 1e-5)).mul_(use.grad)
 
 
 def batch_norm(use: Use) -> Tensor:
-    """y = p (a - mean) / sqrt(var + eps), with running statistics if there are any."""
+    """y = p (a - mean) / sqrt(var + eps) has the term d (a - mean) / sqrt(var + eps). Uses running statistics if given."""
     assert use.operand is not None
     mean, var = use.options.get("running_mean"), use.options.get("running_var")
     training = bool(use.options.get("training", False)) or mean is None
@@ -250,7 +256,7 @@ def batch_norm(use: Use) -> Tensor:
 
 
 def instance_norm(use: Use) -> Tensor:
-    """y = p normalised(a), each sample and channel on its own, or with running statistics."""
+    """y = p normalised(a) has the term d normalised(a); per sample and channel, or with running statistics."""
     if not use.options.get("use_input_stats", True):
         return batch_norm(use)
     assert use.operand is not None
@@ -258,18 +264,18 @@ def instance_norm(use: Use) -> Tensor:
 
 
 def _prelu(use: Use) -> Tensor:
-    """y = max(a, 0) + p min(a, 0): term d min(a, 0)."""
+    """y = max(a, 0) + p min(a, 0) has the term d min(a, 0)."""
     assert use.operand is not None
     return use.operand.clamp(max=0).mul_(use.grad)
 
 
 def join_prelu(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
-    """One slope, or one per channel: sum_k f(sum_t d_kt min(a_kt, 0))."""
+    """sum_k f(sum_t d_kt min(a_kt, 0)), for one slope or one slope per channel."""
     terms = [(_prelu(use), use.axis) for use in uses]
     add_terms(per_sample(terms, total.shape, num_samples, channels=total.numel() > 1), total, magnitude)
 
 
-# Products: y = a W^T, and convolutions as a Linear over windows
+# Products: y = a W^T. A convolution is a Linear over windows.
 
 
 def linear_weight(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
@@ -294,7 +300,7 @@ def conv_weight(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude:
 
 
 def conv_transpose_weight(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
-    """The transpose of a convolution: inputs and gradients change places."""
+    """As for a convolution, but the inputs and the gradients change places."""
     images, grads = _images(_operands(uses, num_samples), total.ndim), _images(_grads(uses, num_samples), total.ndim)
     pairs = [Pair(image, grad) for grad, image in zip(grads, images, strict=True)]
     total += conv_products(pairs, _geometry(uses, total), magnitude)
@@ -308,7 +314,10 @@ def _geometry(uses: Sequence[Use], total: Tensor) -> Geometry:
 
 
 def _images(uses: Sequence[Tensor], ndim: int) -> list[Tensor]:
-    """(B, channels, ...) each; what was folded into the batch becomes uses of its own."""
+    """Tensors (B, channels, *spatial). A dimension that was folded into the batch becomes several uses.
+
+    For a 2-d kernel, (B, 3, channels, H, W) becomes three tensors (B, channels, H, W).
+    """
     images: list[Tensor] = []
     for use in uses:
         if use.ndim not in (ndim, ndim + 1):
@@ -321,13 +330,13 @@ def _images(uses: Sequence[Tensor], ndim: int) -> list[Tensor]:
 
 
 def embedding(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
-    """g_k[v] = sum of d_kt over the tokens t with index v: one signed sum for a token that occurs twice."""
+    """g_k[v] is the sum of d_kt over the tokens t with index v. An index that occurs twice has one signed sum."""
     sums, cells = row_sums(*token_rows(uses, len(total), num_samples), len(total))
     total.index_add_(0, cells % len(total), magnitude(sums).to(total.dtype))
 
 
 def token_rows(uses: Sequence[Use], num_rows: int, num_samples: int) -> tuple[Tensor, Tensor]:
-    """The tokens of all uses: their indices (B, T), and their gradients (B, T, features), zero for padding."""
+    """The indices (B, T) of all uses, and their gradients (B, T, features), which are zero at padding."""
     indices, rows = [], []
     for use, index, grad in zip(uses, _operands(uses, num_samples), _grads(uses, num_samples), strict=True):
         if use.options.get("scale_grad_by_freq"):
@@ -340,7 +349,10 @@ def token_rows(uses: Sequence[Use], num_rows: int, num_samples: int) -> tuple[Te
 
 
 def row_sums(indices: Tensor, grads: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Per (sample, index) that occurs: the sum of its gradients, and its cell = sample * num_rows + index."""
+    """For each pair (sample, index) that occurs: the sum of its gradients, and cell = sample * num_rows + index.
+
+    With num_rows = 10 and indices [[4, 4], [4, 7]], the cells are 4, 14 and 17; cell 4 sums two gradients.
+    """
     keys = indices + num_rows * torch.arange(len(indices), device=indices.device).unsqueeze(1)
     cells, cell_of_token = keys.flatten().unique(return_inverse=True)
     sums = grads.new_zeros(len(cells), grads.shape[-1]).index_add_(0, cell_of_token, grads.flatten(0, 1))
@@ -348,9 +360,10 @@ def row_sums(indices: Tensor, grads: Tensor, num_rows: int) -> tuple[Tensor, Ten
 
 
 def tied(tables: Sequence[Use], maps: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
-    """One matrix used by an embedding and by Linear layers: the few rows a sample looked up are put right.
+    """One matrix that is used by an embedding and by Linear layers (a tied embedding and head).
 
-    With L_k the Linear's gradient and E_k the embedding's: sum_k f(L_k), and f(L_k + E_k) - f(L_k) where E_k is not 0.
+    L_k is the gradient from the Linear layers, E_k from the embedding. First add sum_k f(L_k) for all rows. Then, for the
+    few rows that a sample looked up, add the correction f(L_k + E_k) - f(L_k).
     """
     sums, cells = row_sums(*token_rows(tables, len(total), num_samples), len(total))
     linear_weight(maps, total, num_samples, magnitude)

@@ -1,6 +1,6 @@
-"""Running sums over any number of samples, in which small contributions are not lost.
+"""Running sums over any number of samples, without losing small contributions to rounding.
 
-Owns how sums over batches are accumulated, and their precision. Must not know what is summed.
+Owns how sums over batches are accumulated, and their precision. Must not know the meaning of the numbers.
 """
 
 from collections.abc import Mapping
@@ -12,25 +12,26 @@ from torch import Tensor
 from memsyn.kernels.outer_products import scratch
 
 BATCHES: Final = 8
-"""Batches summed before they are folded: folding each one would cost a small network a twentieth of its time."""
+"""Batches between two folds. Folding after every batch would cost a small network 5% of its time."""
 
 CHUNK: Final = 2**20
-"""Numbers folded at once, so that what is in between stays in cache."""
+"""Numbers folded at once, so that intermediate results stay in the cache."""
 
 
 @final
 class RunningSums:
-    """Sums of numbers that are not negative: those of a few batches are added up, then folded into those of all.
+    """Sums of non-negative numbers. The sums of a few batches are collected, then folded into the sums of all batches.
 
-    Folding is Kahan's: what rounding takes from `folded` goes back to `recent`, to be added with the next batches. So
-    a sum is off by at most (2 + M) u of itself, u the unit roundoff (2^-24 in float32) and M the number of additions in
-    `BATCHES` batches, however many batches there are. Plain addition loses all that is less than u of the sum so far.
+    Folding is Kahan summation: the part of `recent` that `folded` lost to rounding stays in `recent`, and is added with
+    the next batches. The relative error of a sum is at most (2 + M) u for any number of batches. Here u is the unit
+    roundoff (2^-24 in float32) and M the number of additions in `BATCHES` batches. Plain addition loses every
+    contribution that is smaller than u times the current sum.
 
     Attributes:
-        recent: by name, what is being added to.
-        folded: the same names, once anything is folded.
-        num_folded: samples in `folded`.
-        num_batches: that were added.
+        recent: name -> sum of the batches since the last fold. Callers add to these tensors.
+        folded: name -> sum of all earlier batches; empty before the first fold.
+        num_folded: the number of samples in `folded`.
+        num_batches: the number of batches that were added.
     """
 
     def __init__(self, zeros: dict[str, Tensor]) -> None:
@@ -40,7 +41,7 @@ class RunningSums:
         self.num_batches = 0
 
     def end_batch(self, num_samples: int) -> None:
-        """Fold, if it is time; `num_samples` have been added in all."""
+        """Count a batch, and fold after every `BATCHES`. `num_samples` is the number of samples added so far."""
         self.num_batches += 1
         if self.num_batches % BATCHES == 0:
             self._fold()
@@ -60,19 +61,19 @@ class RunningSums:
                 folded_chunk.copy_(after)
 
     def totals(self) -> dict[str, Tensor]:
-        """The sums, rounded once; nothing can be added any more."""
+        """The final sums, rounded once. Nothing can be added afterwards."""
         for name, total in self.folded.items():
             total += self.recent[name]
         return self.folded or self.recent
 
     def parts(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Sums over the first samples (`num_folded` of them, if not 0), and what is to be added, if anything."""
+        """(folded, recent): the total is their sum. Before the first fold, (recent, {})."""
         return (self.folded, self.recent) if self.folded else (self.recent, {})
 
     def restore(
         self, parts: tuple[Mapping[str, Tensor], Mapping[str, Tensor]], num_batches: int, num_folded: int
     ) -> None:
-        """Go on from what `parts` gave, bit for bit the same."""
+        """Continue from the result of `parts`, bit for bit the same."""
         self.num_batches, self.num_folded = num_batches, num_folded
         if parts[1]:
             self.folded = {name: torch.empty_like(total) for name, total in self.recent.items()}
@@ -82,5 +83,5 @@ class RunningSums:
 
 
 def _flat(total: Tensor) -> Tensor:
-    """All numbers of a tensor without gaps, in the order of its memory."""
+    """The numbers of a tensor without gaps, as one dimension, in memory order."""
     return total.as_strided((total.numel(),), (1,))

@@ -1,4 +1,4 @@
-"""Follows parameters through a forward pass and turns their output gradients into importance.
+"""Follows parameters through a forward pass, and computes importance from output gradients.
 
-Knows no loaders, no files and no user-facing options.
+Must not know loaders, files or user-facing options.
 """

@@ -1,11 +1,15 @@
-"""One operation that takes values and samples, as it was called.
+"""Calls: single operations on values and samples, with their arguments.
 
 Owns reading and rebuilding the arguments of operations.
 
-Words: a value is a tensor computed of parameters alone (a parameter, its transpose, a normalised weight, the rows of a
-position table). The path of a value says how it was computed, as names of operations: ("0.weight", "t.input.0") is the
-transpose of the parameter `0.weight`. It is the same in every batch, so what the route check has seen at a path holds
-for later batches. A place is the name of an argument ("weight"), or its number where the name is not known ("1").
+Words:
+
+- A value is a tensor that is computed only from parameters: a parameter, its transpose, a normalised weight, the rows
+  of a position table.
+- The path of a value says how it was computed, as names of operations: ("0.weight", "t.input.0") is the transpose of
+  the parameter `0.weight`. A path is the same in every batch, so the result of the route check at a path holds for
+  later batches.
+- A place is the name of an argument ("weight"), or its number if the name is not known ("1").
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +27,7 @@ ValuePath = tuple[str, ...]
 
 @dataclass(eq=False, frozen=True)
 class Value:
-    """A tensor computed of parameters alone, with its graph back to them."""
+    """A tensor that is computed only from parameters, with its graph back to them."""
 
     tensor: Tensor
     names: frozenset[str]
@@ -31,16 +35,19 @@ class Value:
 
 
 class Split(NamedTuple):
-    """What the operation at a path does with samples."""
+    """The batch axes of the operation at a path: of its output and of its arguments.
+
+    For `F.linear(x, W)` with x (B, 8): Split(Axis(0), {"input": Axis(0), "weight": None}).
+    """
 
     out: Axis | None
-    """Where its output keeps them; None if it only makes another value."""
+    """The batch axis of the output; None if the output is another value."""
     args: Mapping[str, Axis | None]
-    """Where each of its tensors keeps them."""
+    """Place -> the batch axis of this tensor; None if the tensor is the same for all samples."""
 
 
 def split_from(plain: Sequence[Any] | None) -> Split | None:
-    """A split, or that there is none, from what JSON makes of it."""
+    """Read a split, or None, from its JSON form."""
 
     def axis(parts: Sequence[Any] | None) -> Axis | None:
         return None if parts is None else Axis(*parts)
@@ -50,36 +57,41 @@ def split_from(plain: Sequence[Any] | None) -> Split | None:
 
 @dataclass(eq=False)
 class Call:
-    """A use: one operation on values and samples, and the gradient of what came out."""
+    """One operation on values and samples, with its arguments and later its output gradient."""
 
     function: Function
     options: Mapping[str, Any]
-    """Its arguments that are no tensors, by place."""
+    """Place -> argument, for all arguments that are not tensors."""
     values: Mapping[str, Value]
-    """The values among its tensors, by place."""
+    """Place -> value, for the tensors that are values."""
     splits: Mapping[str, Split]
-    """What it does with samples, as each value's rule should see it."""
+    """Place of a value -> the split that this value's rule uses."""
     tensors: dict[str, Tensor]
-    """The tensors that the rules of its values need, or all, without their graphs."""
+    """Place -> tensor without its graph: the tensors that the rules need, or all tensors."""
     versions: dict[str, int]
+    """Place -> autograd's version of the tensor after the operation ran."""
     again: tuple[Sequence[Any], Mapping[str, Any]] | None
-    """Its arguments without the tensors, to call it again with others; None if not all tensors were kept."""
+    """The arguments without tensors, for another call with other tensors; None if some tensors were not kept."""
     grad: Tensor | None = None
+    """The output gradient."""
     num_groups: int = 0
-    """How many groups of parameters have yet to read it."""
+    """The number of parameter groups that still have to read this call."""
 
     def is_intact(self) -> bool:
-        """Whether nothing changed since the operation saw it."""
+        """Whether no kept tensor was written to after the operation ran."""
         return all(version_of(self.tensors[place]) == version for place, version in self.versions.items())
 
 
 def path_of(value: Value, function: Function, place: str) -> ValuePath:
-    """The path of a value's use, or of a further value."""
+    """The path of an operation that takes the value at this place."""
     return (*value.path, f"{name_of(function)}.{place}")
 
 
 def arguments(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments by place: their name where it is known, else their number; parts of a list as place.number."""
+    """The arguments by place. The parts of a list or tuple of tensors have places of their own.
+
+    `torch.cat([a, b], 1)` gives {"0.0": a, "0.1": b, "1": 1}; `F.linear(x, W)` gives {"input": x, "weight": W}.
+    """
     names = operation_of(function).arguments
     if len(args) <= len(names) and list not in map(type, args) and tuple not in map(type, args) and not kwargs:
         return dict(zip(names, args, strict=False))
@@ -105,7 +117,7 @@ def _holds_tensors(value: Any) -> bool:
 def with_tensors(
     function: Function, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Mapping[str, Tensor | None]
 ) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments with other tensors at some places."""
+    """The arguments (args, kwargs) with the tensors at some places replaced."""
     names = operation_of(function).arguments
 
     def put(place: str, value: Any) -> Any:
@@ -120,13 +132,13 @@ def with_tensors(
 
 
 def changes_its_input(function: Function, kwargs: Mapping[str, Any]) -> bool:
-    """Whether the operation writes to its first argument."""
+    """Whether the operation writes in-place: to its first argument, or to `out`."""
     name = name_of(function)
     return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or "out" in kwargs
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """The tensors an operation gave."""
+    """The tensors in an operation's output."""
     if isinstance(output, Tensor):
         return [output]
     return [part for part in output if isinstance(part, Tensor)] if isinstance(output, (list, tuple)) else []

@@ -1,7 +1,7 @@
-"""Operations that hide several layers, written out in plain ones.
+"""Operations that contain several layers (attention, recurrent networks), written out in plain operations.
 
-Owns the equivalents of attention and recurrent networks, from which every use of a weight can be seen. Must compute
-what the originals compute, in eval mode.
+In the plain operations, every use of a weight is visible to the tracer. Each decomposition must compute the same as the
+original in eval mode.
 """
 
 import math
@@ -16,7 +16,7 @@ from memsyn.torch_private import without_function_modes
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask to add to attention scores: where a mask of booleans says True, minus infinity."""
+    """The mask that is added to attention scores. A boolean mask becomes minus infinity where it is True."""
     if mask is None or mask.is_floating_point():
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
@@ -25,7 +25,7 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _projected(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values by one weight (3 E, E), with one product for inputs that are the same tensor."""
+    """Project queries, keys and values by one weight (3 E, E). Inputs that are the same tensor share one product."""
     size = query.shape[-1]
 
     def project_jointly(inputs: Tensor, weight: Tensor, bias: Tensor | None, parts: int) -> Tensor:
@@ -71,15 +71,15 @@ def _attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> Any:
-    """`F.multi_head_attention_forward`, operation by operation, over (T, B, E) or, for one sample, (T, E).
+    """`F.multi_head_attention_forward` in plain operations, for inputs (T, B, E), or (T, E) for one sample.
 
-    With T target and S source positions, B samples and H heads, shapes go
+    The shapes, with T target and S source positions, B samples and H heads:
 
         query (T, B, E) -> projected (T, B, E) -> split into heads (B H, T, E / H)
         scores (B H, T, S) = query keys^T / sqrt(E / H) + masks; softmax; times values -> (B H, T, E / H)
         -> (T B, E) -> output projection -> (T, B, E)
     """
-    if static_k is not None or static_v is not None or training:  # not of nn.MultiheadAttention in eval mode
+    if static_k is not None or static_v is not None or training:  # nn.MultiheadAttention in eval mode has none of these
         return NotImplemented
     is_batched = query.ndim == 3
     if not is_batched:
@@ -88,7 +88,7 @@ def _attention(
     (num_targets, num_samples, width), num_sources = query.shape, key.shape[0]
     padding = _additive(key_padding_mask, query.dtype)
     if is_causal and padding is None and not need_weights:
-        mask = None  # the kernel makes it itself
+        mask = None  # F.scaled_dot_product_attention makes the causal mask itself
     else:
         mask = _additive(attn_mask, query.dtype)
         is_causal = is_causal and padding is None
@@ -136,7 +136,7 @@ def _attended(
     weights: str | None,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Outputs of queries, keys and values (B H, positions, E / H), and the attention weights, if they are asked for."""
+    """The output for queries, keys and values (B H, positions, E / H), and the attention weights if asked for."""
     (num_targets, num_samples, num_heads), num_sources, head = shape, k.shape[1], q.shape[-1]
     found = None
     if weights is None:
@@ -164,7 +164,7 @@ def _attended(
 
 Weights = Sequence[Tensor]
 CellStep = Callable[[Tensor, tuple[Tensor, ...], Tensor, Tensor | None], tuple[Tensor, ...]]
-"""(the input's part of the gates (B, gates), state, recurrent weight and bias) -> next state, the output first."""
+"""(input part of the gates (B, gates), state, recurrent weight, recurrent bias) -> next state, the output first."""
 
 
 def _lstm_step(gates: Tensor, state: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
@@ -175,27 +175,29 @@ def _lstm_step(gates: Tensor, state: tuple[Tensor, ...], weight: Tensor, bias: T
 
 
 class _Steps(NamedTuple):
-    """What the forward pass of a recurrence gives, without a graph."""
+    """The results of all steps of an LSTM layer in one direction, without a graph."""
 
     outputs: Tensor
+    """(T, B, H), the hidden state after each step."""
     cells: Tensor
-    """(T, B, H), after each step."""
+    """(T, B, H), the cell state after each step."""
     active: Tensor
     """(T, B, 4, H), the gates after their nonlinearities."""
 
 
 class _Recurrence(torch.autograd.Function):
-    """All steps of one LSTM layer in one direction, several times as fast as a graph of their operations.
+    """All steps of one LSTM layer in one direction, as one node of the graph.
 
-    From the gates' inputs (T, B, 4 H), of which the recurrent part is given apart so that its weight has a use of its
-    own, to the outputs (T, B, H) and the last cell state.
+    A graph of all steps is several times slower. The inputs are the input part and the recurrent part of the gates, each
+    (T, B, 4 H). They are separate arguments, so the recurrent weight has a use of its own. The outputs are the hidden
+    states (T, B, H) and the last cell state (B, H).
     """
 
     @staticmethod
     def forward(
         ctx: Any, gates: Tensor, recurrent: Tensor, hidden: Tensor, cell: Tensor, weight: Tensor, steps: _Steps
     ) -> tuple[Tensor, Tensor]:
-        # The steps ran before, without a graph; this gives their results one node, whose derivative is below.
+        # `_run_lstm` has run the steps without a graph. This node gives their results a derivative: `backward`.
         ctx.save_for_backward(weight, cell, steps.active, steps.cells)
         return steps.outputs, steps.cells[-1].clone()
 
@@ -218,7 +220,7 @@ class _Recurrence(torch.autograd.Function):
             )
             to_cell = output_gate * (1 - tanh_cells.square())
             grads = torch.empty_like(factors)
-            # From the last step back: of_hidden and of_cell are the gradients of h_t and c_t from all later steps.
+            # Backwards from the last step. of_hidden and of_cell are the gradients of h_t and c_t from all later steps.
             of_cell, of_hidden = from_cell.clone(), torch.zeros_like(first)
             for t in range(len(grads) - 1, -1, -1):
                 of_hidden = of_hidden + from_outputs[t]
@@ -232,8 +234,8 @@ class _Recurrence(torch.autograd.Function):
 
 
 def _run_lstm(gates: Tensor, hidden: Tensor, cell: Tensor, weight: Tensor, bias: Tensor | None) -> _Steps:
-    """All steps in place: `active` begins as the gates' inputs, and each step's part becomes its activations."""
-    with torch.no_grad(), without_function_modes():  # no mode need see the steps
+    """Run all steps in-place. `active` starts as the gates' inputs; each step replaces its part by the activations."""
+    with torch.no_grad(), without_function_modes():  # the tracer need not see the single steps
         active = (gates if bias is None else gates + bias).unflatten(-1, (4, -1)).clone()
         outputs, cells = torch.empty_like(active[:, :, 0]), torch.empty_like(active[:, :, 0])
         for t, now in enumerate(active):
@@ -249,9 +251,9 @@ def _run_lstm(gates: Tensor, hidden: Tensor, cell: Tensor, weight: Tensor, bias:
 def _lstm(
     gates: Tensor, state: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None, *, backwards: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One layer in one direction over the gates' inputs (T, B, 4 H).
+    """One LSTM layer in one direction, for gate inputs (T, B, 4 H).
 
-    The hidden state of every step is known after the forward pass, so the recurrent weight has one use for all steps,
+    After `_run_lstm`, the hidden state of every step is known. So the recurrent weight has one use for all steps,
     `F.linear` of (T, B, H), and is measured like any other Linear over T tokens.
     """
     hidden, cell = state
@@ -288,13 +290,13 @@ def _direction(
     biased: bool,
     backwards: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One layer in one direction over (T, B, features)."""
+    """One recurrent layer in one direction, for inputs (T, B, features): the outputs (T, B, H) and the last state."""
     bias, recurrent_bias = weights[2:4] if biased else (None, None)
     projection = weights[-1] if len(weights) % 2 else None
     gates = F.linear(inputs, weights[0], bias)
     if step is _lstm_step and projection is None:
         return _lstm(gates, state, weights[1], recurrent_bias, backwards=backwards)
-    by_step = gates.unbind(0)  # indexing would cost a whole gradient a step
+    by_step = gates.unbind(0)  # indexing would allocate a gradient of full size in every step
     outputs: list[Tensor] = []
     for t in range(len(by_step) - 1, -1, -1) if backwards else range(len(by_step)):
         new = step(by_step[t], state, weights[1], recurrent_bias)
@@ -315,7 +317,7 @@ def _layers(
     num_layers: int,
     bidirectional: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """All layers over (T, B, features): the outputs, and the last states (layers * directions, B, features)."""
+    """All layers, for inputs (T, B, features): the outputs, and the last states (layers * directions, B, features)."""
     num_directions = 2 if bidirectional else 1
     size = len(weights) // (num_layers * num_directions)
     ends: list[tuple[Tensor, ...]] = []
@@ -339,7 +341,7 @@ def _layers(
 
 def _network(step: CellStep) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        if not isinstance(args[3], bool):  # packed sequences: their rows are in no order of samples
+        if not isinstance(args[3], bool):  # packed sequences: their rows are not ordered by sample
             return NotImplemented
         inputs, start, weights, biased, num_layers, _, _, bidirectional, batch_first = args
         sequence, last = _layers(
@@ -392,4 +394,4 @@ def _lstm_step_by_step(*args: Any) -> tuple[Tensor, ...]:
 
 
 PLAIN_DECOMPOSITIONS: Decompositions = DECOMPOSITIONS | {torch.lstm: _network(_lstm_step_by_step)}
-"""The same without functions of our own, so that all that is computed can be seen."""
+"""The decompositions without `_Recurrence`, so the tracer sees every operation."""

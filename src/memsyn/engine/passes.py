@@ -1,6 +1,6 @@
-"""The passes over a batch: of all samples together, of one at a time, and the batched kind of other libraries.
+"""Forward and backward passes over a batch: all samples together, one at a time, or by the batch mean.
 
-Owns running the measured model forward and backward. Must not know about loaders, progress or files.
+Owns running the measured model forward and backward. Must not know loaders, progress or files.
 """
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -19,29 +19,33 @@ from memsyn.kernels.rules import NoRuleError, UnseenError
 from memsyn.torch_private import without_function_modes
 
 TOLERANCE: Final = 0.05
-"""By how much of the largest a sample's objective may differ alone and among others, in any precision."""
+"""How much a sample's objective alone may differ from its objective in the batch, relative to the largest one.
+
+This one number serves every precision.
+"""
 
 
 class Scores(Protocol):
-    """Runs the measured model: batch -> the objectives of each of its samples."""
+    """Runs the measured model: batch -> objectives of its samples."""
 
     def __call__(self, batch: Batch, first_sample: int = 0, recorder: Recorder | None = None, /) -> Tensor:
-        """(B, R): R objectives a sample. `first_sample` is the place of the batch's first sample in the whole batch.
+        """(B, R): R objectives per sample.
 
-        With a recorder, it may differentiate parts of the model by itself; what it gives then has no gradient.
+        `first_sample` is the index of this batch's first sample in the whole batch. With a recorder, the function may
+        differentiate parts of the model itself. Then its result has no gradient.
         """
         ...
 
 
 class Passed(NamedTuple):
-    """What a pass met."""
+    """The result of one pass over a batch."""
 
     scores: Tensor
     """(B, R), the objectives of each sample."""
     refused: set[str]
-    """The parameters whose route does not hold for this batch: nothing was added for them."""
+    """The parameters with a route that does not hold for this batch. Nothing was added for them."""
     unknown: set[str]
-    """The refused ones that were used where the route check has not seen them."""
+    """The refused parameters with a use that the route check has not seen."""
 
 
 def add_by_uses(
@@ -56,18 +60,19 @@ def add_by_uses(
     unproven: Container[str] = (),
     only: Container[str] | None = None,
 ) -> Passed:
-    """Add sum_k f(g_k) of one batch by one forward pass, and a backward pass to the activations per objective.
+    """Add sum_k f(g_k) of one batch, by one forward pass and one backward pass to the activations per objective.
 
     Args:
-        sums: parameter name -> running sum, added to in place.
-        parameters: the measured model's, by name: those to measure.
+        sums: parameter name -> running sum, added to in-place.
+        parameters: name -> parameter of the measured model, for the parameters to measure.
         scores: runs the model.
-        batch: what `scores` takes.
+        batch: the batch.
         magnitude: f.
-        routes: parameter -> how; those that go one sample at a time are left out.
-        plans: what the operations do with samples, from the route check.
-        unproven: parameters whose route has given nothing but zeros so far; if it gives more now, they are unknown.
-        only: add nothing for other parameters, and refuse what is still unknown of these.
+        routes: parameter name -> route. Parameters with the route "one sample at a time" are left out.
+        plans: the plan of each operation, from the route check.
+        unproven: parameters for which the route check has seen only zero gradients. If a gradient is not zero now, the
+            parameter counts as unknown.
+        only: add nothing for other parameters, and refuse those of `only` that are still unknown.
     """
     refused: set[str] = set()
     unknown: set[str] = set()
@@ -108,8 +113,8 @@ def add_by_uses(
 
 
 def backward_to_activations(recorder: Recorder, values: Tensor, parameters: Iterable[nn.Parameter]) -> None:
-    """One backward pass for each column of `values` (B, R), from which the recorder gets its gradients."""
-    inputs = [recorder.root, *parameters]  # the graph reaches parameters that were used unseen by the recorder
+    """Run one backward pass for each column of `values` (B, R). The recorder's hooks receive the gradients."""
+    inputs = [recorder.root, *parameters]  # if the recorder missed a use, the graph reaches the parameter itself
     for column, objective in enumerate(values.unbind(1)):
         last = column == values.shape[1] - 1
         recorder.start_backward(last=last)
@@ -125,10 +130,11 @@ def backward_to_activations(recorder: Recorder, values: Tensor, parameters: Iter
 def run_backward(
     total: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool, gradient: Tensor | None = None
 ) -> None:
-    """Add the gradient of `total` to `.grad` of `inputs`, with function modes on; `gradient` is what `total` gets.
+    """Add the gradient of `total` to `.grad` of `inputs`; function modes stay on during the backward pass.
 
-    `torch.autograd.backward(total)` hands itself over to the function mode, which is off inside. On gradient edges it
-    does not: a checkpoint that runs its part of the forward pass again is seen by the recorder, as it was at first.
+    `gradient` is the gradient of `total` itself; by default, ones. If `torch.autograd.backward` gets a tensor, torch
+    passes the whole call to the function mode, and switches the mode off inside. If it gets gradient edges, the mode
+    stays on. So the recorder also sees the operations that an activation checkpoint runs again.
 
     Raises:
         ModelError: autograd cannot differentiate the model.
@@ -141,11 +147,14 @@ def run_backward(
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise ModelError(f"autograd cannot differentiate the model, so it cannot be measured: {error}") from error
+        raise ModelError(
+            f"autograd cannot differentiate the model, so it cannot be measured: {error} Look for an in-place change "
+            "of a tensor that the backward pass needs, or for an operation without a derivative."
+        ) from error
 
 
 def gradients(scores: Tensor, parameters: Mapping[str, nn.Parameter], *, retain_graph: bool = False) -> Sums:
-    """d scores / d parameter by autograd; zero where there is no path."""
+    """d scores / d parameter by autograd, by name; zero if the scores do not depend on the parameter."""
     if not scores.requires_grad or not parameters:
         return {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     grads = torch.autograd.grad(scores, list(parameters.values()), allow_unused=True, retain_graph=retain_graph)
@@ -157,17 +166,25 @@ def gradients(scores: Tensor, parameters: Mapping[str, nn.Parameter], *, retain_
 
 
 def check_finite(sums: Sums) -> None:
-    """Refuse gradients that are NaN or infinite where the output was finite."""
+    """Refuse sums that are NaN or infinite.
+
+    Raises:
+        OutputError: names the parameters.
+    """
     refuse_nonfinite([name for name, total in sums.items() if not bool(total.isfinite().all())])
 
 
 def refuse_nonfinite(broken: Sequence[str]) -> None:
-    """The error for parameters whose gradient is NaN or infinite."""
+    """Refuse the named parameters, because their gradient is NaN or infinite.
+
+    Raises:
+        OutputError: there is at least one name.
+    """
     if broken:
         raise OutputError(
             f"the gradient of {', '.join(broken[:5])}{' ...' if len(broken) > 5 else ''} is NaN or infinite for at "
-            "least one sample, though the output is finite: look for a square root, logarithm or division at zero "
-            "in the forward pass; in half precision also for numbers too large for it: measure model.float()."
+            "least one sample, although the output is finite. Look for a square root, logarithm or division at zero "
+            "in the forward pass. If the model is in half precision, its numbers may overflow: measure model.float()."
         )
 
 
@@ -180,18 +197,18 @@ def add_by_samples(
     *,
     together: Tensor | None,
 ) -> Tensor:
-    """Add sum_k f(g_k) of one batch, one sample at a time: for any model whatever, at the price of a loop.
+    """Add sum_k f(g_k) of one batch, one sample at a time. This works for every model, but is slow.
 
     Args:
         sums, scores, batch, magnitude: as in `add_by_uses`.
-        parameters: those to measure.
-        together: (B, R), the objectives of each sample as they came out of the whole batch, if there was one.
+        parameters: the parameters to measure, by name.
+        together: (B, R), the objectives of each sample in the whole batch, to compare with; None skips the comparison.
 
     Returns:
         (B, R), the objectives of each sample alone.
 
     Raises:
-        SamplesInteractError: a sample alone gives something else.
+        SamplesInteractError: the objective of a sample alone differs from its objective in the batch.
         ModelError: the model fails on a single sample.
     """
     values = []
@@ -210,7 +227,7 @@ def add_by_samples(
 def add_batched(
     sums: Sums, parameters: Mapping[str, nn.Parameter], scores: Scores, batch: Batch, magnitude: Magnitude
 ) -> int:
-    """Add B f(1/B sum_k g_k) of one batch: what other libraries take for sum_k f(g_k). Returns B."""
+    """Add B f(1/B sum_k g_k) of one batch, as other libraries do in place of sum_k f(g_k). Returns B."""
     values = scores(batch)
     for column in range(values.shape[1]):
         last = column == values.shape[1] - 1
@@ -220,28 +237,37 @@ def add_batched(
 
 
 def score_alone(scores: Callable[[Batch, int], Tensor], sample: Batch, k: int) -> Tensor:
-    """The objectives of sample k run alone."""
+    """The objectives of sample k alone.
+
+    Raises:
+        ModelError: the model fails on a single sample.
+    """
     try:
         return scores(sample, k)
     except BatchError as error:
         raise ModelError(
-            f"the model takes the batch, but fails on sample {k} alone, so it cannot be seen whether its "
-            f"samples interact: {error.__cause__!r}. Look for a normalisation over the batch, or a squeeze()."
+            f"the model takes the batch, but fails on sample {k} alone, so memsyn cannot check whether samples "
+            f"interact: {error.__cause__!r}. Look for a normalisation over the batch, or a squeeze()."
         ) from error
 
 
 def check_same_alone(value: Tensor, together: Tensor, k: int, tolerance: float) -> None:
-    """Refuse a model of which sample k gives something else alone: beyond `tolerance`, of the largest objective."""
+    """Refuse the model if the objective of sample k alone differs from its objective in the batch.
+
+    The difference may be at most `tolerance` times the largest objective of the batch.
+
+    Raises:
+        SamplesInteractError: it is larger.
+    """
     if not float((value[0] - together[k]).abs().max()) <= tolerance * float(together.abs().max()):
         raise samples_interact(f"the objective of sample {k}")
 
 
 def samples_interact(what: str) -> SamplesInteractError:
-    """The error for a batch of which no sample can be looked at alone."""
+    """The error for a batch in which `what` depends on the other samples."""
     return SamplesInteractError(
-        f"{what} changes with the other samples of the batch, so there is no importance per sample. Look for a "
-        "normalisation that uses batch statistics in eval mode (track_running_stats=False), outputs that compare "
-        "samples (a contrastive loss), random numbers in the forward pass, or something in the batch that belongs to "
-        "the samples but does not look so (make it a tensor, samples first); or give an output per sample through "
-        "forward=."
+        f"{what} changes with the other samples of the batch, so no importance per sample exists. Look for: a "
+        "normalisation that uses batch statistics in eval mode (track_running_stats=False); an output that compares "
+        "samples (a contrastive loss); random numbers in the forward pass; data of single samples in the batch that is "
+        "not a tensor with samples first (make it one). Or return one output per sample with forward=."
     )

@@ -1,6 +1,7 @@
-"""A pass over a batch in which the uses of parameters are kept until their gradients come.
+"""The recorder: keeps each use of a parameter during a forward pass, until its output gradient arrives.
 
-Owns cutting the graph between values and samples, and handing over what was used together. Knows no formulas.
+Owns cutting the graph between values and samples, and grouping the parameters that are used together. Must not know
+formulas.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -37,41 +38,41 @@ def unique(items: Iterable[Item]) -> list[Item]:
 
 @dataclass(eq=False)
 class ParameterGroup:
-    """Parameters that are measured together, since some value is computed of several; and their uses.
+    """Parameters that must be measured together, and their uses.
 
-    Two parameters are in one group if a value is computed of both: with `W = scale * direction`, the gradient of one
-    use of W has to be split between `scale` and `direction`, so neither can be measured before all uses of W have their
+    Two parameters are in one group if a value is computed from both. For `W = scale * direction`, the gradient of each
+    use of W must be split between `scale` and `direction`. So neither can be measured before all uses of W have their
     gradients.
     """
 
     names: frozenset[str]
     uses: list[tuple[Call, str]] = field(default_factory=list)
-    """Calls, and the place of the value in each."""
+    """Each call, and the place of the value in it."""
     num_waiting: int = 0
-    """Calls whose gradient has yet to come."""
+    """The number of calls that still wait for their gradient."""
 
 
 class Plan(NamedTuple):
-    """What to do with one way of calling an operation."""
+    """What the recorder does with an operation that takes values."""
 
     splits: Mapping[str, Split] | None
-    """What it does with samples, by the place of each value; None if that is not known."""
+    """Place of a value -> split; None if the batch axes are not known."""
     makes_value: bool
-    """Whether nothing but a further value comes of it."""
+    """Whether the result is another value, computed only from parameters."""
     unneeded: frozenset[str | None]
-    """The places of tensors that no rule of its values needs."""
+    """The places of tensors that no rule needs."""
 
 
 @final
 class Plans:
-    """The plans of all operations that the route check has seen, each made once."""
+    """The plans of all operations that the route check has seen. Each plan is made once, then kept."""
 
     def __init__(self, splits: Mapping[ValuePath, Split | None]) -> None:
         self._splits = splits
         self._made: dict[tuple[Any, ...], Plan] = {}
 
     def find(self, function: Function, values: Mapping[str, Value]) -> Plan:
-        """What to do with an operation that takes these values."""
+        """The plan for an operation that takes these values."""
         key = (function, *[(place, value.path) for place, value in values.items()])
         plan = self._made.get(key)
         if plan is None:
@@ -92,7 +93,7 @@ class Plans:
 
 
 class _AliasFromRoot(torch.autograd.Function):
-    """The same numbers in the same memory, as the result of the root: the graph begins there, not at the parameters."""
+    """An alias of a tensor, with the root as its input: the graph starts at the root, not at the parameters."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, root: Tensor) -> Tensor:
@@ -104,21 +105,21 @@ class _AliasFromRoot(torch.autograd.Function):
 
 
 def attach_to_root(result: Tensor, root: Tensor, *, changed: bool, saves_output: bool) -> Tensor:
-    """The result of an operation whose parameters were detached, in a form whose gradient a hook can catch.
+    """Prepare the result of an operation on detached parameters, so that a hook on it receives its gradient.
 
-    The result must be part of the graph, and no view to autograd: a hook on a view would miss the gradient if somebody
-    later writes to the view in place. The cases:
+    The result must be part of the graph. It must not be a view for autograd: a hook on a view misses the gradient if the
+    view is later changed in-place. The cases:
 
-    | the operation wrote to its input | the result requires a gradient | it is a view | what is done            |
-    |----------------------------------|--------------------------------|--------------|-------------------------|
-    | yes                              | no                             | either       | add the root in place   |
-    | yes                              | yes                            | either       | nothing                 |
-    | no                               | no                             | either       | an alias made of root   |
-    | no                               | yes                            | yes          | an alias that is no view, or a copy if the backward pass reads the output |
-    | no                               | yes                            | no           | nothing                 |
+    | the operation wrote to its input | the result requires a gradient | it is a view | what is returned            |
+    |----------------------------------|--------------------------------|--------------|-----------------------------|
+    | yes                              | no                             | either       | the result + root, in-place |
+    | yes                              | yes                            | either       | the result                  |
+    | no                               | no                             | either       | an alias made from the root |
+    | no                               | yes                            | yes          | an alias that is no view; a copy if the backward pass reads the output |
+    | no                               | yes                            | no           | the result                  |
 
-    The second column is "yes" when an activation before it has a graph already; the first layer of a network is a "no".
-    `F.linear` of a (B, T, in) input is a view of the (B T, out) product, for instance.
+    The second column is "no" in the first layer of a network, and "yes" if an input of the operation already has a
+    graph. An example of a view: `F.linear` of a (B, T, in) input is a view of the (B T, out) product.
     """  # noqa: E501
     if changed:
         return result if result.requires_grad else result.add_(root)
@@ -131,27 +132,30 @@ def attach_to_root(result: Tensor, root: Tensor, *, changed: bool, saves_output:
 
 
 class _Phase(Enum):
-    """Where a pass is."""
+    """The phase of a pass."""
 
-    FORWARD = "uses are recorded, and may get gradients already"
-    BACKWARD = "uses get gradients, and groups are handed over; what runs again for a checkpoint is not recorded"
+    FORWARD = "uses are recorded; some may already receive gradients"
+    BACKWARD = (
+        "uses receive gradients, and groups are handed over; operations that a checkpoint repeats are not recorded"
+    )
 
 
 @final
 class Recorder(Tracer):
-    """Cuts the graph between values and samples, and hands each group of parameters over when its gradients came.
+    """Cuts the graph between values and samples, and calls `consume` for each group that has all its gradients.
 
-    Nothing but the graph may hold a tensor longer than that: freshly freed memory is what makes the pass fast.
+    After `consume`, only the graph may still hold the tensors. Reusing memory that was just freed makes the pass fast.
 
-    How a group lives, for a weight that two layers share and a bias that one of them has:
+    An example: a weight W that two layers share, and a bias b of the first layer.
 
-        forward     two calls, `linear(x, W, b)` and `linear(h, W)`; each keeps what its rules need
-        start       groups {W: both calls, waits for 2}, {b: the first call, waits for 1}; the first call is read by 2
-                    groups, the second by 1
-        backward    the second call's gradient comes: W waits for 1. The first one's comes: W and b wait for 0 and are
-                    handed over. After that no group has to read either call, so their tensors are let go of
-        finish      groups that still wait are handed over with the uses that got a gradient: the others had no part in
-                    the objective
+        forward     Two calls are recorded, `linear(x, W, b)` and `linear(h, W)`. Each keeps what its rules need.
+        start       Two groups are made: {W} waits for both calls, {b} waits for the first call. So two groups must read
+                    the first call, and one group the second.
+        backward    The gradient of the second call arrives: {W} waits for one more call. The gradient of the first call
+                    arrives: {W} and {b} are complete and are consumed. No group needs the calls any more, so their
+                    tensors are freed.
+        finish      Groups that are still incomplete are consumed with the uses that have a gradient. The objective does
+                    not depend on their other uses.
     """
 
     def __init__(
@@ -165,19 +169,19 @@ class Recorder(Tracer):
         super().__init__(parameters)
         self.plans, self.consume = plans, consume
         self.keeps = keeps
-        """Whether calls keep their tensors after their groups were handed over."""
+        """Whether calls keep their tensors after their groups were consumed."""
         self.root = torch.zeros((), requires_grad=True)
-        """Where the graph begins, in place of the parameters."""
+        """The leaf at which the graph starts, in place of the parameters."""
         self.unknown: set[str] = set()
-        """Parameters used where nothing is known about the samples."""
+        """Parameters with a use for which no plan is known."""
         self._calls: list[Call] = []
         self._groups: dict[str, ParameterGroup] = {}
         self._phase = _Phase.FORWARD
         self._is_last = False
-        """Whether the present backward pass is the last one over these calls."""
+        """Whether this is the last backward pass over these calls."""
 
     def run_with_values(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Make a further value, or record a use, as the route check has seen it; leave anything else to autograd."""
+        """Make another value, or record a use, as the plan says. Without a plan, leave the operation to autograd."""
         given = arguments(function, args, kwargs)
         values = {place: value for place, argument in given.items() if (value := self.values.get(id(argument)))}
         plan = self.plans.find(function, values)
@@ -204,7 +208,7 @@ class Recorder(Tracer):
     ) -> Any:
         changed = changes_its_input(function, kwargs)
         call = self._keep(function, args, kwargs, given, values, plan) if self._phase is _Phase.FORWARD else None
-        if call is not None and changed:  # its rules need the input as it is now
+        if call is not None and changed:  # the rules need the input before the change
             first = args[0].data_ptr()
             call.tensors = {place: t.clone() if t.data_ptr() == first else t for place, t in call.tensors.items()}
         # The operation runs on detached values, so autograd computes no weight gradient and keeps nothing for one.
@@ -216,7 +220,7 @@ class Recorder(Tracer):
             args[0] if output is None else output, self.root, changed=changed, saves_output=saves_output
         )
         if call is not None:
-            # What the rules will read must not change until then: their versions tell (see Call.is_intact).
+            # These tensors must not change before the rules read them. `Call.is_intact` compares the versions.
             call.versions = {place: version_of(tensor) for place, tensor in call.tensors.items()}
             result.register_hook(partial(self._receive_grad, call))
             self._calls.append(call)
@@ -231,7 +235,10 @@ class Recorder(Tracer):
         values: Mapping[str, Value],
         plan: Plan,
     ) -> Call:
-        """Keep only what the rules of the values need, and small things like statistics; all, if one has no rule."""
+        """Make the call. It keeps the tensors that the rules need, and small ones such as statistics.
+
+        If a value has no rule, the call keeps all tensors.
+        """
         kept: dict[str, Tensor] = {}
         options: dict[str, Any] = {}
         for place, value in given.items():
@@ -246,9 +253,9 @@ class Recorder(Tracer):
         return Call(function, options, values, plan.splits, kept, {}, again)
 
     def start_backward(self, *, last: bool) -> None:
-        """All uses are known now: group the parameters that share a value, for one backward pass."""
+        """Group the parameters for one backward pass; the forward pass has recorded all uses."""
         for call in self._calls:
-            if self._phase is _Phase.BACKWARD:  # of an objective before
+            if self._phase is _Phase.BACKWARD:  # the gradient of the previous objective
                 call.grad = None
             for place, value in call.values.items():
                 self._group(value.names).uses.append((call, place))
@@ -262,7 +269,10 @@ class Recorder(Tracer):
             self._calls.clear()
 
     def _group(self, names: frozenset[str]) -> ParameterGroup:
-        """The group of all these parameters; groups that meet in a value become one."""
+        """The group of these parameters. If they are in several groups, merge these into one.
+
+        {a} and {b} become {a, b} when a value is computed from a and b.
+        """
         if len(names) == 1:
             (name,) = names
             return self._groups.setdefault(name, ParameterGroup(names))
@@ -277,7 +287,9 @@ class Recorder(Tracer):
 
     def _receive_grad(self, call: Call, grad: Tensor) -> None:
         with without_function_modes():
-            if self._phase is _Phase.FORWARD:  # somebody differentiates a part of the model that has just run
+            if (
+                self._phase is _Phase.FORWARD
+            ):  # the model, or a scorer, differentiates a part of the forward pass at once
                 call.grad = grad if call.grad is None else call.grad + grad
                 return
             call.grad = grad
@@ -296,7 +308,7 @@ class Recorder(Tracer):
         calls = unique(call for call, _ in group.uses)
         group.uses = [(call, place) for call, place in group.uses if call.grad is not None]
         self.consume(group)
-        for call in calls:  # the graph, and with it the call, lives on until the end of the pass
+        for call in calls:  # the graph keeps the call alive until the end of the pass, so free its tensors now
             call.num_groups -= 1
             if call.num_groups == 0 and not self.keeps:
                 call.grad = None
@@ -304,7 +316,7 @@ class Recorder(Tracer):
                     call.tensors.clear()
 
     def finish(self) -> None:
-        """Hand over the groups of which some uses, or all, had no part in the objective."""
+        """Hand over the incomplete groups: the objective does not depend on some or all of their uses."""
         with without_function_modes():
             for group in unique(self._groups.values()):
                 self._hand_over(group)

@@ -1,7 +1,8 @@
-"""How each parameter's importance is computed from its uses.
+"""The routes: how the importance of a parameter is computed from its uses.
 
-Owns two of the three routes: by rule, for all samples at once, and by differentiating single operations. What neither
-can do takes passes over single samples (in `passes`). Each route is exact; they differ in cost.
+Owns two of the three routes: by rule, for all samples at once; and by operation, which differentiates single
+operations. The third route runs the whole model one sample at a time (in `passes`). All routes are exact, and differ
+only in cost.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,13 +20,13 @@ from memsyn.parameters import wide_dtype
 from memsyn.torch_private import base_of
 
 BY_RULE: Final = "rule"
-"""By a formula, for all samples of a batch at once."""
+"""A formula, for all samples of a batch at once."""
 BY_OPERATION: Final = "operation"
-"""By differentiating the operations that use the parameter, each for one sample at a time."""
+"""The derivative of each operation that uses the parameter, one sample at a time."""
 BY_SAMPLE: Final = "one sample at a time"
-"""By forward and backward passes of the whole model."""
+"""Forward and backward passes of the whole model, one sample at a time."""
 UNUSED: Final = "unused"
-"""Zero: no output depends on it."""
+"""Nothing to compute: the importance is zero, since no output depends on the parameter."""
 
 Sums = dict[str, Tensor]
 Uses = Sequence[tuple[Call, str]]
@@ -43,18 +44,19 @@ def add_by_rule(
     *,
     weights: Tensor | None = None,
 ) -> None:
-    """Add sum_k f(w_k g_k), all samples at once.
+    """Add sum_k f(w_k g_k) to `total`, all samples at once. Without `weights`, every w_k is 1.
 
-    A parameter may be used in parts (views of it), if they do not overlap.
+    The uses may read parts of the parameter (views), if the parts do not overlap.
 
     Raises:
-        NoRuleError: no rule holds; nothing was added.
+        NoRuleError: no rule applies; nothing was added.
     """
     if not uses:
         return
     if all(call.values[place].tensor is parameter for call, place in uses):
         return _join(uses, total, num_samples, magnitude, weights)
-    # Parts: `W[:8]` and `W[8:]` are views of one W with other shapes or offsets. Uses of the same part are joined.
+    # Uses of the same part are joined. A part is known by its shape, strides and offset: for W (16, 4), `W[:8]` is
+    # ((8, 4), (4, 1), 0) and `W[8:]` is ((8, 4), (4, 1), 32).
     parts: dict[tuple[Any, ...], list[tuple[Call, str]]] = {}
     for call, place in uses:
         value = call.values[place].tensor
@@ -78,7 +80,11 @@ def _overlap(parameter: Tensor, parts: Iterable[tuple[Any, ...]]) -> bool:
 
 
 def _join(uses: Uses, total: Tensor, num_samples: int, magnitude: Magnitude, weights: Tensor | None) -> None:
-    """Add sum_k f(w_k g_k) for one way of using a parameter."""
+    """Add sum_k f(w_k g_k) for uses of the same tensor, by one rule or by a combination of rules.
+
+    Raises:
+        NoRuleError: no rule applies; nothing was added.
+    """
     found = [(operation_of(call.function).rules.get(place), call, place) for call, place in uses]
     rules = [rule for rule, _, _ in found if rule is not None]
     if len(rules) < len(found):
@@ -107,7 +113,7 @@ def _sum_of_terms(rules: Sequence[Rule], uses: Sequence[Use], shape: torch.Size,
 
 
 def _make_use(call: Call, place: str, rule: Rule, num_samples: int, weights: Tensor | None = None) -> Use:
-    """What a rule is given: in float32 at least, the gradient weighted by sample."""
+    """Make the use that a rule gets: in float32 at least, with the output gradient of sample k multiplied by w_k."""
     split = call.splits[place]
     assert call.grad is not None
     assert split.out is not None
@@ -124,7 +130,10 @@ def _make_use(call: Call, place: str, rule: Rule, num_samples: int, weights: Ten
 
 
 def _along(weights: Tensor, axis: Axis, tensor: Tensor, num_samples: int) -> Tensor:
-    """One weight a sample, as a factor of a tensor."""
+    """The sample weights, in a shape that broadcasts to the tensor.
+
+    For B = 2 and a folded axis of length 4 in (4, 8): (4, 1) with the weights a, a, b, b; if `minor`, a, b, a, b.
+    """
     times, rest = divmod(tensor.shape[axis.dim], num_samples)
     if rest:
         raise NoRuleError
@@ -144,7 +153,9 @@ def add_by_operation(
     *,
     weights: Tensor | None = None,
 ) -> None:
-    """Add sum_k f(w_k g_k) for every parameter of a group, a sample at a time, by differentiating single operations.
+    """Add sum_k f(w_k g_k) for every parameter of a group, one sample at a time. Without `weights`, every w_k is 1.
+
+    Differentiates only the operations that use the parameters, not the whole model.
 
     Raises:
         NoRuleError: an operation cannot be cut into samples; nothing was added.
@@ -152,8 +163,8 @@ def add_by_operation(
     names = sorted(group.names)
     found = {name: torch.zeros_like(totals[name]) for name in names}
     for k in range(num_samples):
-        # First the gradient for each value (a normalised weight, say), summed over its uses; then from the values on
-        # to the parameters, by the graph that the forward pass has left between them.
+        # First compute the gradient of each value (for instance, a normalised weight), summed over its uses. Then go on
+        # from the values to the parameters, through the graph that the forward pass has left between them.
         values = {id(call.values[place]): call.values[place].tensor for call, place in group.uses}
         grads: dict[int, Tensor] = {}
         for call, place in group.uses:
@@ -176,7 +187,13 @@ def add_by_operation(
 
 
 def _sample_gradient(call: Call, place: str, k: int, num_samples: int) -> Tensor:
-    """The gradient of sample k with respect to a value."""
+    """The gradient of sample k's objective with respect to the value at this place, from this call alone.
+
+    By the value's rule, for a batch of one, if it has one. Otherwise the operation runs again on sample k.
+
+    Raises:
+        NoRuleError: the call did not keep all tensors, or its output cannot be cut into samples.
+    """
     split = call.splits[place]
     assert call.grad is not None
     assert split.out is not None

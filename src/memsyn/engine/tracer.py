@@ -1,19 +1,23 @@
-"""What the operations of a model do with parameters and samples, seen while a few samples pass.
+"""The tracers: watch the operations of a forward pass, and find the batch axis of every tensor.
 
-Owns following parameters through operations, whatever modules a model is made of, and finding the axis along which each
-tensor keeps its samples (its batch axis). Knows no formulas.
+Owns following parameters through operations, in any kind of module, and finding the dimension that holds the samples
+(the batch axis) of each tensor. Must not know formulas.
 
-How the batch axis is found: two samples pass together, then each alone. The dimension that doubles holds the samples:
+To find the batch axis, run two samples together, and then each one alone. The dimension that doubles holds the samples:
 
     alone (1, 5, 8), together (2, 5, 8)    Axis(0): samples first
     alone (5, 1, 8), together (5, 2, 8)    Axis(1): time first, as in an RNN
-    alone (4, 8),    together (8, 8)       Axis(0, folded=True): four windows or heads of each sample, folded into one
-                                           dimension; whether neighbours belong to one sample is left to the route check
+    alone (4, 8),    together (8, 8)       Axis(0, folded=True): four windows or heads per sample, folded into one
+                                           dimension. The route check finds out whether neighbours belong to one sample
     alone (8, 8),    together (8, 8)       None: the tensor is the same for all samples (a mask, a position table)
 
-It is not known, and the parameter takes another route, if two dimensions change, or one changes by another factor; if
-the same path was seen with different axes; if the data chose or reordered the rows (a boolean mask, routing); if a
-value was written to in place; or if samples went in and nothing of their size came out.
+In these cases the batch axis stays unknown, and the parameter takes another route:
+
+- Two dimensions change, or one dimension changes by another factor than 2.
+- The same path was seen with different axes.
+- The data chose or reordered the rows (a boolean mask, routing to experts).
+- A value was written to in-place.
+- Samples went into the operation, but no dimension of its output doubles.
 """
 
 from abc import ABC, abstractmethod
@@ -32,10 +36,13 @@ from memsyn.kernels.rules import Axis
 
 
 class Tracer(TorchFunctionMode, ABC):
-    """Sees every operation; `meet` handles those that take a value."""
+    """Sees every torch operation.
+
+    Operations that take a value go to `run_with_values`, all others to `run_without_values`.
+    """
 
     decompositions: Mapping[Function, Callable[..., Any]] = DECOMPOSITIONS
-    """What is written out in plain operations."""
+    """Function -> its equivalent in plain operations."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
@@ -63,14 +70,14 @@ class Tracer(TorchFunctionMode, ABC):
 
     @abstractmethod
     def run_with_values(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """An operation that takes a value."""
+        """Run an operation that takes a value."""
 
     def run_without_values(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Any other operation."""
+        """Run any other operation."""
         return function(*args, **kwargs)
 
     def _follow(self, function: Function, values: Mapping[str, Value], output: Any) -> None:
-        """Note that a tensor computed of values alone is a value."""
+        """Note the results of an operation on values alone: they are values too."""
         place, first = next(iter(values.items()))
         names = frozenset().union(*(value.names for value in values.values()))
         for index, tensor in enumerate(tensors_of(output)):
@@ -80,18 +87,21 @@ class Tracer(TorchFunctionMode, ABC):
 
 
 class _Event(NamedTuple):
-    """An operation that took a value, as the shape tracer saw it."""
+    """One run of an operation that took a value, as the shape tracer saw it."""
 
     with_samples: bool
+    """Whether an argument depends on samples."""
     in_order: bool
-    """Whether its tensors hold the samples in the batch's order, all of them with as many rows."""
+    """Whether all tensors hold the samples in the order of the batch, with the same number of rows per sample."""
     out: torch.Size | None
+    """The output's shape; None if the output is not one tensor, or if the operation overwrote a value."""
     args: dict[str, torch.Size]
+    """Place -> shape of the tensor."""
 
 
 @final
 class ShapeTracer(Tracer):
-    """Notes what the operations at each path do, and with which shapes, while a batch passes. Changes nothing."""
+    """Notes the operations at each path and the shapes of their tensors during a forward pass. Changes nothing."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], batch: Iterable[Tensor]) -> None:
         super().__init__(parameters)
@@ -100,10 +110,10 @@ class ShapeTracer(Tracer):
         """Parameters that an operation may write to."""
         self._samples = {id(tensor): tensor for tensor in batch}
         self._selected: dict[int, Tensor] = {}
-        """The tensors of samples whose rows were reordered or chosen by the data."""
+        """The tensors that depend on samples and have rows that the data chose or reordered."""
 
     def run_without_values(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Mark what is computed of samples as belonging to samples."""
+        """Run the operation. If an argument depends on samples, mark the result as depending on samples."""
         output = function(*args, **kwargs)
         given = [value for value in arguments(function, args, kwargs).values() if isinstance(value, Tensor)]
         if any(map(self._depends_on_samples, given)):
@@ -111,7 +121,7 @@ class ShapeTracer(Tracer):
         return output
 
     def run_with_values(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Note what the operation does, and whether its result is a value or belongs to samples."""
+        """Run the operation, note its shapes, and note whether the result is a value or depends on samples."""
         tensors = {place: v for place, v in arguments(function, args, kwargs).items() if isinstance(v, Tensor)}
         shapes = {place: tensor.shape for place, tensor in tensors.items()}
         values = {place: self.values[id(tensor)] for place, tensor in tensors.items() if id(tensor) in self.values}
@@ -125,7 +135,7 @@ class ShapeTracer(Tracer):
             return output
         if function in (F.embedding, F.embedding_bag) and arguments(function, args, kwargs).get("max_norm") is not None:
             self.written.update(*(value.names for value in values.values()))
-        # A value that is written to in place is no longer what its path says, whatever its shape.
+        # After an in-place change, a value no longer holds what its path says.
         overwrites_value = changed and id(args[0]) in self.values
         in_order = not any(id(tensor) in self._selected for tensor in (*tensors.values(), *tensors_of(result)))
         out = result.shape if isinstance(result, Tensor) and not overwrites_value else None
@@ -142,9 +152,9 @@ class ShapeTracer(Tracer):
         return known or (tensor.grad_fn is not None and id(tensor) not in self.values)
 
     def _mark(self, function: Function, output: Any, given: Sequence[Tensor], changed: Sequence[Any]) -> None:
-        """Mark the result of samples as belonging to samples; as selected, too, if rows were or are selected.
+        """Mark the result as depending on samples, and as selected if the data chose its rows, now or before.
 
-        What is written into a tensor takes that tensor's order.
+        A tensor that was written to keeps its own order of rows.
         """
         if changed:
             written = changed[0]
@@ -160,7 +170,7 @@ class ShapeTracer(Tracer):
 
 
 def compare(one: ShapeTracer, two: ShapeTracer) -> dict[ValuePath, Split | None]:
-    """Where the operations at each path keep their samples, from one and from two samples; None if it is not known."""
+    """Path -> split, from a run with one sample and a run with two; None if the batch axis stays unknown."""
     return {path: _compare(one.events.get(path, []), events) for path, events in two.events.items()}
 
 
@@ -177,7 +187,7 @@ def _compare(ones: Sequence[_Event], twos: Sequence[_Event]) -> Split | None:
 
 
 def merge(left: Split | None, right: Split | None) -> Split | None:
-    """What holds for both of two uses at one path; None if they keep their samples along different axes."""
+    """The split that holds for both of two uses at one path; None if their batch axes differ."""
     if left is None or right is None:
         return None
     try:
@@ -224,7 +234,11 @@ def _axis_that_doubles(one: torch.Size, two: torch.Size) -> Axis | None:
 
 
 def guess(traced: ShapeTracer, num_samples: int) -> dict[ValuePath, Split | None]:
-    """The same from a batch that cannot be cut into samples: the axis as long as there are samples, or a multiple."""
+    """Path -> split for a batch that cannot be cut into samples, by the sizes of dimensions alone.
+
+    The batch axis is the first dimension as long as the number of samples, or else dimension 0 if its length is a
+    multiple. For 6 samples: (6, 8) gives Axis(0), (24, 8) gives Axis(0, folded=True), (5, 8) gives None.
+    """
 
     def axis(shape: torch.Size) -> Axis | None:
         exact = [dim for dim, size in enumerate(shape) if size == num_samples]

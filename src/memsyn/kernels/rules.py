@@ -245,7 +245,10 @@ def group_norm(use: Use) -> Tensor:
 
 
 def batch_norm(use: Use) -> Tensor:
-    """y = p (a - mean) / sqrt(var + eps) has the term d (a - mean) / sqrt(var + eps). Uses running statistics if given."""
+    """y = p (a - mean) / sqrt(var + eps) has the term d (a - mean) / sqrt(var + eps).
+
+    The mean and the variance are the running statistics if there are any, else those of the batch.
+    """
     assert use.operand is not None
     mean, var = use.options.get("running_mean"), use.options.get("running_var")
     training = bool(use.options.get("training", False)) or mean is None
@@ -362,8 +365,8 @@ def row_sums(indices: Tensor, grads: Tensor, num_rows: int) -> tuple[Tensor, Ten
 def tied(tables: Sequence[Use], maps: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
     """One matrix that is used by an embedding and by Linear layers (a tied embedding and head).
 
-    L_k is the gradient from the Linear layers, E_k from the embedding. First add sum_k f(L_k) for all rows. Then, for the
-    few rows that a sample looked up, add the correction f(L_k + E_k) - f(L_k).
+    L_k is the gradient from the Linear layers, E_k the gradient from the embedding. First add sum_k f(L_k) for all
+    rows. Then add the correction f(L_k + E_k) - f(L_k) for the few rows that a sample looked up.
     """
     sums, cells = row_sums(*token_rows(tables, len(total), num_samples), len(total))
     linear_weight(maps, total, num_samples, magnitude)

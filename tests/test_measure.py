@@ -514,7 +514,7 @@ BAD: dict[str, tuple[Any, Any, Any, str]] = {
         lambda: Lambda(lambda m, x: F.normalize(m.a(x), dim=1), a=nn.Linear(4, 3)),
         [normal(4)(6, torch.float32)],
         memsyn.OutputError,
-        "the same whatever the weights are, as of outputs that were normalised",
+        "the same for all weights, as for a normalised output",
     ),
     "another call": (
         mlp,

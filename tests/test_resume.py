@@ -157,8 +157,8 @@ def test_the_error_is_the_loaders_own_and_says_how_to_go_on(tmp_path: Path) -> N
     assert str(caught.value) == "disk gone"
     (note,) = caught.value.__notes__
     assert note == (
-        f"Measuring was cut off. {path} holds the first 6 batches (17 samples): call measure again with the same "
-        "arguments, and it goes on from there."
+        f"Measuring was interrupted. {path} holds the first 6 batches (17 samples). Call measure again with the same "
+        "arguments to continue from there."
     )
 
 
@@ -286,7 +286,7 @@ def freeze(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("change", "options", "says"),
     [
-        (change_weight, {}, "it differs in the weights or buffers. Give what it was begun with; or delete it"),
+        (change_weight, {}, "it differs in the weights or buffers. Call measure as in that pass; or delete"),
         (change_buffer, {}, "it differs in the weights or buffers"),
         (freeze, {}, "it differs in which parameters require a gradient"),
         (None, {"estimator": "fisher"}, "it differs in estimator"),
@@ -349,7 +349,7 @@ def test_files_that_are_no_checkpoints_are_refused_and_stay(tmp_path: Path) -> N
     model, batches, path = a_model(), some_batches(), tmp_path / "file"
     importance = measured(model, batches, None)
     importance.save(path)
-    with pytest.raises(memsyn.MismatchError, match="is a finished importance, no checkpoint"):
+    with pytest.raises(memsyn.MismatchError, match="is a finished importance, not a checkpoint"):
         measured(model, batches, path)
     assert_same(memsyn.Importance.load(path), importance)
     memsyn.Memory.empty().consolidate(model, importance).save(path)
@@ -499,7 +499,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_sums(soak: bool, tmp_pat
 
 def test_batches_without_tensors_cannot_be_known_again(tmp_path: Path) -> None:
     model, batches = a_model(), [batch.numpy() for batch in some_batches()]
-    with pytest.raises(memsyn.OptionError, match="compares the batches that are skipped later by their tensors"):
+    with pytest.raises(memsyn.OptionError, match="recognises skipped batches by their tensors"):
         measured(model, batches, tmp_path / "pass.ckpt", forward=lambda own, batch: own(torch.from_numpy(batch)))
 
 

@@ -224,7 +224,7 @@ def test_what_is_refused_in_a_batch_with_something_new_is_not_lost() -> None:
 def test_what_was_computed_of_weights_before_is_an_error() -> None:
     model = Lambda(lambda m, x: torch.tanh(m.a(x)) @ m.head, a=nn.Linear(4, 3))
     model.head = model.a.weight.t().t()
-    with pytest.raises(memsyn.ModelError, match="head was computed of weights before the forward pass and kept"):
+    with pytest.raises(memsyn.ModelError, match="head was computed from weights before the forward pass and cached"):
         memsyn.measure(model, [GOOD], progress=False)
 
 

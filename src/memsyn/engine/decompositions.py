@@ -188,9 +188,9 @@ class _Steps(NamedTuple):
 class _Recurrence(torch.autograd.Function):
     """All steps of one LSTM layer in one direction, as one node of the graph.
 
-    A graph of all steps is several times slower. The inputs are the input part and the recurrent part of the gates, each
-    (T, B, 4 H). They are separate arguments, so the recurrent weight has a use of its own. The outputs are the hidden
-    states (T, B, H) and the last cell state (B, H).
+    A graph of all steps is several times slower. The inputs are the input part and the recurrent part of the gates,
+    each (T, B, 4 H). They are separate arguments, so the recurrent weight has a use of its own. The outputs are the
+    hidden states (T, B, H) and the last cell state (B, H).
     """
 
     @staticmethod

@@ -1,1 +1,1 @@
-"""From batches to an `Importance`: the measurement, its checks, its objectives, and how it resumes."""
+"""Turns batches into an `Importance`: the measurement, its checks, its objectives, and resuming."""

@@ -1,6 +1,6 @@
-"""Processes that measure a share of the samples each.
+"""Measuring in several processes, each with a part of the samples.
 
-Owns adding up what they found, and that all of them end the same way. Nothing is pickled.
+Owns summing their results, and makes all processes fail if one fails. Must not pickle anything.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from memsyn.errors import ProcessError
 from memsyn.torch_private import compiled_original
 
 ProcessGroup = Any
-"""A torch.distributed.ProcessGroup, which a torch built without it does not have."""
+"""A torch.distributed.ProcessGroup. The type is Any, since some builds of torch lack torch.distributed."""
 
 _FASTEST_FIRST = (UNUSED, BY_RULE, BY_OPERATION, BY_SAMPLE)
 
 
 def group_of(model: nn.Module) -> ProcessGroup | None:
-    """The processes among which a DistributedDataParallel model is; None for any other."""
+    """The process group of a DistributedDataParallel model; None for any other model."""
     model = compiled_original(model) or model
     return model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
 
 
 def rank_and_size(group: ProcessGroup | None) -> list[int]:
-    """Which process this is, and of how many."""
+    """[rank of this process, number of processes]; [0, 1] without a group."""
     return [0, 1] if group is None else [dist.get_rank(group), dist.get_world_size(group)]
 
 
 @contextmanager
 def fail_together(group: ProcessGroup | None, device: torch.device) -> Iterator[None]:
-    """If this fails in one process, it fails in all: none waits for what never comes.
+    """If the block fails in one process, make it fail in all, so that no process waits forever.
 
     Raises:
-        ProcessError: it failed in another process.
+        ProcessError: the block failed in another process.
     """
     if group is None:
         yield
@@ -55,19 +55,20 @@ def fail_together(group: ProcessGroup | None, device: torch.device) -> Iterator[
         dist.all_reduce(flag, group=group)
         if int(flag) and not failed:
             raise ProcessError(
-                f"measuring failed in {int(flag)} other of {dist.get_world_size(group)} processes; theirs say why."
+                f"measuring failed in {int(flag)} other of {dist.get_world_size(group)} processes. Read the errors of "
+                "those processes for the cause."
             )
 
 
 def sum_over_processes(
     sums: Mapping[str, Tensor], num_samples: int, routes: Mapping[str, str], group: ProcessGroup
 ) -> tuple[int, dict[str, str]]:
-    """Add the sums of all processes, in place, in each of them.
+    """Replace the sums in every process by the sums over all processes, in-place.
 
     Returns:
-        The samples of all, and for each parameter the slowest of its routes.
+        The number of samples of all processes, and the slowest route of each parameter.
     """
-    names, device = sorted(sums), next(iter(sums.values())).device  # each process may have met them in its own order
+    names, device = sorted(sums), next(iter(sums.values())).device  # the order may differ between processes
     count = torch.tensor([num_samples], device=device)
     dist.all_reduce(count, group=group)
     slowest = torch.tensor([_FASTEST_FIRST.index(routes[name]) for name in names], device=device)

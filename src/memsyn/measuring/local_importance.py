@@ -1,7 +1,7 @@
-"""Local importance: every layer's own squared output norm, from forward passes only.
+"""Local importance: the objective is the squared norm of each layer's own output. Only forward passes are needed.
 
-Owns where a layer ends: what its output is, and that nothing is differentiated beyond it. Knows no formulas of
-importance: it makes an objective whose gradients are local, and the routes of exact importance measure those.
+Owns where a layer ends, which tensor is its output, and that no gradient leaves the layer. Must not know formulas of
+importance: it gives objectives with local gradients, and the routes of exact importance measure these.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +25,7 @@ from memsyn.torch_private import is_custom_function, without_function_modes
 
 
 class _Squared(torch.autograd.Function):
-    """sum y^2, whose gradient 2 y is made at once: y itself may be overwritten later."""
+    """sum y^2. The gradient 2 y is computed in the forward pass, since y may be overwritten later."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:
@@ -43,9 +43,10 @@ def _squared_norm(y: Tensor) -> Tensor:
 
 
 class _Alias(torch.autograd.Function):
-    """The memory of `value` under another gradient: it goes on to `value`, and times `factor` to `source`.
+    """An alias of `value` with two inputs: `value` gets the gradient, `source` gets the gradient times `factor`.
 
-    Without a factor the source gets none: then its graph only marks the alias as computed of samples.
+    If `factor` is None, the source gets no gradient. Then it only gives the alias a graph, which marks the alias as
+    depending on samples.
     """
 
     @staticmethod
@@ -64,17 +65,19 @@ def _alias(source: Tensor, value: Tensor, factor: Tensor | None = None) -> Tenso
 
 
 class _Layer:
-    """An operation with parameters, and what follows it as far as that reads nothing else of the samples.
+    """An operation with parameters, and the elementwise operations and reshapes after it.
 
-    In `x -> linear -> relu -> reshape -> linear -> + x`, the first layer is `linear, relu, reshape`: it ends where the
-    second `linear` reads it. The second layer is that `linear` alone, since the addition also reads x.
+    The layer ends when another kind of operation reads its output, or an operation that also reads another tensor that
+    depends on samples. In `x -> linear -> relu -> reshape -> linear -> + x`, the first layer is `linear, relu,
+    reshape`, since the second `linear` reads its output. The second layer is only `linear`, since the addition also
+    reads x.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = sorted(names)
-        """Of its operation's parameters."""
+        """The names of the operation's parameters."""
         self.parts: dict[int, Tensor] = {}
-        """Everything from its operation's result on, by id."""
+        """id -> tensor: the result of the operation, and everything in the layer after it."""
 
     @property
     def last(self) -> Tensor:
@@ -84,11 +87,12 @@ class _Layer:
 
 @final
 class LayerTracer(Tracer):
-    """Runs a forward pass in which no gradient leaves a layer, and adds up the squared norms of all their outputs.
+    """Runs a forward pass in which no gradient leaves a layer, and sums the squared norms of all layer outputs.
 
-    A layer is an operation that takes parameters (or what is computed of parameters alone) and something of the
-    samples. Its output y is what follows the operation through elementwise operations and reshapes that read no other
-    tensor of the samples (parameters and constants they may read), as it is when any other operation first reads it.
+    A layer starts with an operation that takes a value (a parameter, or a tensor computed only from parameters) and a
+    tensor that depends on samples. Elementwise operations and reshapes continue the layer, if all their tensors that
+    depend on samples are in this layer. They may also read parameters and constants. The output y of the layer is the
+    tensor that another operation reads first, as it is at that time.
     """
 
     decompositions = PLAIN_DECOMPOSITIONS
@@ -102,42 +106,46 @@ class LayerTracer(Tracer):
     ) -> None:
         super().__init__(parameters)
         self.recorder = recorder
-        """What gets each layer's gradients as soon as the layer ends; without one, autograd can be asked for them."""
+        """Receives each layer's gradients as soon as the layer ends. Without a recorder, differentiate `squares`."""
         self.squares: list[tuple[Tensor, _Layer]] = []
-        """The squared norm of each layer's output over all samples, with a graph to the layer's parameters; with a
-        recorder only of those at the end, without a graph."""
+        """The squared norm of each layer's output over all samples, with a graph to the layer's parameters.
+
+        With a recorder: only of the layers that are open at the end of the forward pass, and without a graph.
+        """
         self.used: set[str] = set()
         """The parameters of the layers that ran."""
         self._mask = mask
         self._marker = torch.zeros((), requires_grad=True)
         self._layers: dict[int, _Layer] = {}
-        """Part -> its layer, until that is closed."""
+        """id of a part -> its layer, as long as the layer is open."""
         self._samples = {id(tensor): tensor for tensor in batch}
-        """What is of the samples and has no gradient to show it."""
+        """id -> tensor that depends on samples, but has no graph that shows it."""
 
     def run_without_values(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """An operation without parameters."""
+        """Run an operation without values: continue a layer, or end the layers that it reads."""
         of_samples = self._sample_tensors(arguments(function, args, kwargs))
         if of_samples and torch.is_grad_enabled() and function is not Tensor.detach:
             return self._run(function, args, kwargs, of_samples, {})
         output = function(*args, **kwargs)
-        if of_samples:  # without a gradient, maybe inside a custom function: no layer ends by it
+        if of_samples:  # no graph, perhaps inside a custom function: this read ends no layer
             self._samples.update((id(tensor), tensor) for tensor in tensors_of(output))
         return output
 
     def run_with_values(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """A layer, if it reads something of the samples."""
+        """Run an operation with values. If it also reads samples, it starts a layer, or continues one."""
         given = arguments(function, args, kwargs)
         values = {place: value for place, argument in given.items() if (value := self.values.get(id(argument)))}
         of_samples = self._sample_tensors(given)
-        if any(t.ndim or t.is_floating_point() for t in of_samples.values()):  # a number may choose among weights
+        if any(
+            t.ndim or t.is_floating_point() for t in of_samples.values()
+        ):  # an integer scalar only selects among weights
             return self._run(function, args, kwargs, of_samples, values)
         output = function(*args, **kwargs)
         self._follow(function, values, output)
         return output
 
     def _sample_tensors(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What is of the samples, by place."""
+        """Place -> tensor, for the tensors that depend on samples."""
         return {place: t for place, t in given.items() if isinstance(t, Tensor) and self._depends_on_samples(t)}
 
     def _depends_on_samples(self, tensor: Tensor) -> bool:
@@ -174,7 +182,7 @@ class LayerTracer(Tracer):
                 self._begin(new_args[0], names, closed=True)
                 return None
         elif not tensors_of(output):
-            return output  # it asked for a shape
+            return output  # no tensors, for instance a shape
         else:
             self._close(of_samples.values())
         return self._begin(output, names, closed=changes) if names else _change_tensors(output, self._marked_as_samples)
@@ -191,7 +199,7 @@ class LayerTracer(Tracer):
         return all(id(tensor) in self._layers for tensor in of_samples)
 
     def _run_inside_layer(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run it as a part of a layer; the derivatives of what is met most often are known here."""
+        """Run an operation as a part of a layer. ReLU and batch normalisation have faster derivatives here."""
         relu = name_of(function).strip("_") == "relu"
         if self.recorder is None or not (relu or function is F.batch_norm):
             return function(*args, **kwargs)
@@ -205,23 +213,27 @@ class LayerTracer(Tracer):
         scale = (given["running_var"] + given.get("eps", 1e-5)).rsqrt()
         if given.get("weight") is not None:
             scale = scale * given["weight"].detach()
-        return _alias(z, y, scale.view(-1, *[1] * (z.ndim - 2)))  # autograd's own takes three times as long
+        return _alias(z, y, scale.view(-1, *[1] * (z.ndim - 2)))  # three times faster than autograd
 
     def _begin(self, output: Any, names: Iterable[str], *, closed: bool) -> Any:
-        """The results of an operation with parameters: a layer each."""
+        """Start a layer for each result of an operation with parameters."""
 
         def begin(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad:
                 return self._marked_as_samples(tensor)
             part: Tensor = self._extend(_Layer(names), self._without_padding(tensor))
-            if closed:  # its user may go on with the tensor that was written to, not with this one
+            if closed:  # the model may go on with the tensor that was written to, not with this one
                 self._close([part])
             return part
 
         return _change_tensors(output, begin)
 
     def _claim_custom_result(self, tensor: Tensor) -> None:
-        """A custom autograd function, which nobody sees, may have made it of a layer's output: then it is a part."""
+        """Add the result of a custom autograd function to the layer that it was computed from.
+
+        Function modes do not see operations inside a custom autograd function. So follow the graph back from the
+        result: if it reaches exactly one open layer, the result is a part of this layer.
+        """
         if id(tensor) in self._layers or not is_custom_function(tensor):
             return
         open_parts = [(key, layer.parts[key]) for key, layer in self._layers.items()]
@@ -243,14 +255,14 @@ class LayerTracer(Tracer):
         return output
 
     def _marked_as_samples(self, tensor: Tensor) -> Tensor:
-        """What shows that it is of samples, whatever is computed of it."""
+        """The tensor, marked as depending on samples. Everything computed from it is marked too."""
         if not tensor.is_floating_point():
             self._samples[id(tensor)] = tensor
             return tensor
         return _alias(self._marker, tensor.detach())
 
     def _without_padding(self, tensor: Tensor) -> Tensor:
-        """Without a gradient at padding, if it is (samples, tokens, ...) or (samples * tokens, features)."""
+        """Stop the gradient at padding in a tensor (samples, tokens, ...) or (samples * tokens, features)."""
         mask = self._mask
         if mask is None or tensor.ndim < 2:
             return tensor
@@ -263,7 +275,7 @@ class LayerTracer(Tracer):
         return _alias(tensor, tensor.detach(), counts)
 
     def _close(self, read: Iterable[Tensor], *, last: bool = False) -> None:
-        """The layers of which these are parts end with them."""
+        """End the layers of these parts; the parts are the layers' outputs."""
         ids = {id(tensor) for tensor in read}
         for layer in unique(layer for key in ids if (layer := self._layers.get(key))):
             parts = [part for key, part in layer.parts.items() if key in ids and part.is_floating_point()]
@@ -276,22 +288,23 @@ class LayerTracer(Tracer):
                 if y.requires_grad:
                     run_backward(y, (self.recorder.root,), retain_graph=False, gradient=2 * y.detach())
                     self.recorder.root.grad = None
-                if last:  # if anything was NaN or infinite, so are these
+                if last:  # a NaN or infinity in any layer also reaches the last ones
                     self.squares.append((_squared_norm(y.detach()), layer))
             layer.parts.clear()
 
     def scores(self, outputs: Iterable[Tensor], num_samples: int | None, batch_index: int) -> Tensor:
-        """(B, 1): the squared norms of all layers and samples in the first row, zeros in the others.
+        """(B, 1): the first row holds the squared norms of all layers and samples, the other rows are zero.
 
-        In which dimension a layer keeps its samples is not known here.
+        The norms cannot be split by sample, since the batch axes of the layers are not known here.
 
         Raises:
-            BatchError: it is not known how many samples there are.
-            OutputError: an output is NaN or infinite.
+            BatchError: the number of samples is not known.
+            OutputError: the output of a layer is NaN or infinite.
         """
         if num_samples is None:
             raise BatchError(
-                f"batch {batch_index}: local importance needs batches made of tensors, to tell the samples."
+                f"batch {batch_index}: local importance needs batches made of tensors, to count the samples. Give "
+                "tensors, or tuples, lists or mappings of tensors, samples first."
             )
         with without_function_modes():
             for tensor in outputs:
@@ -304,13 +317,13 @@ class LayerTracer(Tracer):
                 names = next(", ".join(layer.names) for square, layer in self.squares if not bool(square.isfinite()))
                 raise OutputError(
                     f"batch {batch_index}: the output of the layer of {names} is NaN or infinite, or overflows when "
-                    "squared. Look at the batch, or leave it out: one such sample would spoil the whole importance."
+                    "squared. Check the batch, or leave it out: one such sample makes the whole importance useless."
                 )
             return F.pad(total.view(1, 1), (0, 0, 0, num_samples - 1))
 
 
 def _change_tensors(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """An operation's result with every tensor changed."""
+    """The output of an operation, with every tensor changed."""
     if isinstance(output, Tensor):
         return change(output)
     if isinstance(output, (tuple, list)):
@@ -320,7 +333,7 @@ def _change_tensors(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 @final
 class LocalScorer(Scorer):
-    """The squared norm of every layer's own output: sums over layers, whose batch axis is not known here."""
+    """The squared norm of every layer's own output, summed over layers and samples."""
 
     tells_samples_apart = False
 
@@ -332,12 +345,14 @@ class LocalScorer(Scorer):
         position: Position,
         recorder: Recorder | None = None,
     ) -> Tensor:
-        """(B, 1): the squared norms of all layers and samples in the first row, zeros in the others.
+        """(B, 1): the first row holds the squared norms of all layers and samples, the other rows are zero.
 
-        With a recorder, each layer is differentiated as soon as it ends, and the scores have no gradient.
+        With a recorder, each layer is differentiated as soon as it ends, and the scores have no graph.
         """
         mask = token_mask(batch.inputs) if self.masks_padding else None
-        encoded = mask is not None and batch.inputs.get("attention_mask") is mask  # a decoder's padding counts
+        encoded = (
+            mask is not None and batch.inputs.get("attention_mask") is mask
+        )  # padding of a decoder is not left out
         layers = LayerTracer(parameters, batch.tensors, mask if encoded else None, recorder)
         with layers:
             output = self.output(model, batch.inputs, position.batch_index)
@@ -346,10 +361,10 @@ class LocalScorer(Scorer):
     def check_complete(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, batch_index: int
     ) -> None:
-        """Refuse parameters on which the output depends, though no operation was seen to use them.
+        """Refuse parameters that the output depends on, if the tracer saw no operation that uses them.
 
         Raises:
-            ModelError: names them.
+            ModelError: names the parameters.
         """
         layers = LayerTracer(parameters, batch.tensors, None)
         with layers:
@@ -361,10 +376,10 @@ class LocalScorer(Scorer):
 
 
 def refuse_unseen_uses(run: Callable[[], Any], unused: Mapping[str, nn.Parameter]) -> None:
-    """Refuse parameters on which what `run` gives depends, though no operation was seen to use them.
+    """Refuse the `unused` parameters that the output of `run` depends on: the tracer saw no use of them.
 
     Raises:
-        ModelError: names them.
+        ModelError: names the parameters.
     """
     outputs = [tensor for tensor in tensors(run()) if tensor.requires_grad] if unused else []
     if not outputs:
@@ -375,6 +390,6 @@ def refuse_unseen_uses(run: Callable[[], Any], unused: Mapping[str, nn.Parameter
     if hidden:
         raise ModelError(
             f"{', '.join(hidden[:5])}{' ...' if len(hidden) > 5 else ''}: the output depends on it, but no operation "
-            "that torch lets others see uses it, so it has no local importance. Look for a custom autograd function; "
-            "freeze the parameter, or write the function in torch's own operations."
+            "that memsyn can see uses it, so its local importance is unknown. Look for a custom autograd function. "
+            "Write the function in torch's own operations, or freeze the parameter."
         )

@@ -1,6 +1,6 @@
 """measure(model, batches) -> Importance: the loop over the data.
 
-Owns the arguments, progress, and the state of random generators. What happens to a batch is in `measurement`.
+Owns the arguments, the progress bar, and the state of random generators. `measurement` processes each batch.
 """
 
 import os
@@ -40,45 +40,45 @@ def measure(
     checkpoint: str | os.PathLike[str] | None = None,
     every: float = 60.0,
 ) -> Importance:
-    """How much each weight matters to what the model computes, from unlabelled data.
+    """Measure how much each weight matters to the model's output, from unlabelled data.
 
-    Omega = 1/N sum_k |d s(F(x_k; theta)) / d theta|, s the squared L2 norm of the raw output, summed over every
-    non-batch dimension (Aljundi et al. 2018, Eq. 2). The absolute value is taken per sample, so the result does not
-    depend on the batch size, the order or the split of the data. The cost is about one ordinary forward and backward
-    pass; parameters for which no fast route holds are measured one sample at a time, with a warning that names them.
+    Omega = 1/N sum_k |d s(F(x_k; theta)) / d theta|, where s is the squared L2 norm of the raw output, summed over
+    every non-batch dimension (Aljundi et al. 2018, Eq. 2). The absolute value is taken per sample. So the result does
+    not depend on the batch size, the order or the split of the data. The cost is about one ordinary forward and
+    backward pass. Parameters without a fast route are measured one sample at a time, and a warning names them.
 
-    With estimator="mas-local" every layer is on its own, and forward passes are enough (the same paper; for ReLU it is
-    Hebb's rule): Omega_ij = 1/N sum_k |sum_p 2 y_kip phi'(z_kip) a_kjp|, where a is the layer's input, z = W a + b, y =
-    phi(z), p a sample's positions or tokens. phi is every elementwise operation and reshape that follows before y meets
-    anything else of the sample: an activation, batch normalisation (in eval mode it is elementwise), a table that is
-    added. Layers that do not run, or under no_grad, have zero. Padding is left out as far as tensors are (samples,
-    tokens, ...) or (samples * tokens, features); with a decoder it counts.
+    estimator="mas-local" takes every layer's own output, and needs only forward passes (same paper; for ReLU it is
+    Hebb's rule): Omega_ij = 1/N sum_k |sum_p 2 y_kip phi'(z_kip) a_kjp|. Here a is the layer's input, z = W a + b, y =
+    phi(z), and p runs over the positions or tokens of a sample. phi is the chain of elementwise operations and reshapes
+    after the layer (activations, batch normalisation in eval mode, the addition of a table). phi ends before an
+    operation that reads another tensor of the sample. Layers that do not run, or run under no_grad, have zero
+    importance. Padding is left out in tensors (samples, tokens, ...) and (samples * tokens, features). In models with a
+    decoder it is not left out.
 
-    Tokens that the batch's `attention_mask` (with a decoder, its `decoder_attention_mask`) says are padding do not
-    count in outputs (samples, tokens, ...), unless there is a `forward`, which then has to see to that.
+    Padding tokens in outputs (samples, tokens, ...) are left out, if the batch has an `attention_mask` (for a decoder,
+    a `decoder_attention_mask`). If you pass `forward`, mask padding yourself.
 
-    The model is measured in eval mode on a clone that shares its weights: it stays bit for bit as it was.
+    The model is measured in eval mode, on a clone that shares its weights. The model itself stays bit for bit the same.
 
     Args:
-        model: any module; parameters that do not require a gradient are left out.
-        batches: a DataLoader or any iterable of tensors, of (input, target) tuples or lists (the target is not
-            looked at), or of mappings (given as keyword arguments, labels left out). The first dimension of every
+        model: any module. Parameters that do not require a gradient are left out.
+        batches: a DataLoader or any iterable of batches. A batch is a tensor, an (input, target) tuple or list (the
+            target is ignored), or a mapping (passed as keyword arguments, without labels). The first dimension of every
             tensor is the samples. Batches are moved to the model's device.
-        forward: (model, batch) -> output, for everything else. Use the model it is given, not your own.
-        max_samples: stop after so many samples.
-        estimator: what to measure: one of `ESTIMATORS` by name, or an `Estimator`. "fisher-empirical" looks at labels.
-        batched: take the magnitude of each batch's mean gradient in place of each sample's: what most other libraries
-            do. It depends on the batch size, and is too small: for comparisons only.
-        group: the processes that measure together, each on batches of its own (or none): all get the importance of
-            all their samples. Those of a DistributedDataParallel model, unless told.
+        forward: (model, batch) -> output, for all other batches and models. Use the model that it gets, not your own.
+        max_samples: stop after this many samples.
+        estimator: what to measure: a name in `ESTIMATORS`, or an `Estimator`. "fisher-empirical" needs labels.
+        batched: take the magnitude of each batch's mean gradient, not of each sample's gradient, as most other
+            libraries do. The result depends on the batch size and is too small. Use it for comparisons only.
+        group: the process group that measures together. Each process has its own batches, or none, and all get the
+            importance of all samples. By default, the group of a DistributedDataParallel model.
         progress: show a progress bar.
-        checkpoint: a file to go on from if the pass is cut off: killed, by an error of the loader, by Ctrl-C. The same
-            call then skips the batches that are done (it reads them, but does not measure), and ends with the sums
-            it would have had: bit for bit, on the same machine. It must be given the same weights, and the same
-            batches in the same order and sizes: torch's global generator is set as it was when the pass began, for
-            loaders that shuffle by it. Weights, settings, and some numbers of every batch are compared. The file is
-            an `Importance` of the samples so far, and is removed in the end: save what is returned. In a group each
-            process needs a path of its own.
+        checkpoint: a file from which the same call continues after an interruption: a kill, an error of the loader,
+            Ctrl-C. It reads the finished batches without measuring them. The final sums are bit for bit the same, on
+            the same machine. Give the same weights, and the same batches in the same order and sizes: torch's global
+            generator is set to its state at the start of the pass, for loaders that shuffle with it. Weights,
+            settings and some numbers of every batch are compared. The file is an `Importance` of the samples so far. It
+            is removed at the end, so save the result. In a group, each process needs its own path.
         every: seconds between writes of the checkpoint.
 
     Returns:
@@ -88,9 +88,9 @@ def measure(
         BatchError: there are no samples, or the batches cannot be read.
         ModelError: there is nothing to measure, or the model cannot be cloned.
         OutputError: the output is not one finite, differentiable value or vector per sample.
-        SamplesInteractError: the output for one sample depends on the others.
+        SamplesInteractError: the output for one sample depends on the other samples.
         ProcessError: another process of the group has failed.
-        MismatchError: the checkpoint is of other weights or settings.
+        MismatchError: the checkpoint belongs to other weights or settings.
         MemoryFileError: the checkpoint cannot be read or written.
 
     Example:
@@ -158,13 +158,13 @@ def _length(batches: object, max_samples: int | None) -> int | None:
         return None
     try:
         return len(batches)
-    except TypeError:  # a DataLoader over a stream has the method, but no length
+    except TypeError:  # a DataLoader over an IterableDataset has __len__, but no length
         return None
 
 
 @contextmanager
 def _untouched_generators() -> Iterator[None]:
-    """Leave the global random generators as they were: iterating a DataLoader draws from torch's."""
+    """Restore the global random generators afterwards, since iterating a DataLoader draws from torch's generator."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:

@@ -1,7 +1,7 @@
-"""One measurement: what is known while the batches pass.
+"""One measurement: its state over all batches.
 
-Owns the copy of the model that is measured, when its routes are checked, the sums, and what it takes to go on with them
-later. Must not know about loaders, progress or files.
+Owns the clone of the model that is measured, the time of route checks, the sums, and the state from which a measurement
+resumes. Must not know loaders, progress or files.
 """
 
 from collections.abc import Mapping
@@ -42,16 +42,16 @@ from memsyn.values.importance import Importance, check_same_shapes
 
 @final
 class Measurement:
-    """The sums over the batches so far, and how each parameter is measured.
+    """The sums over the batches so far, and the route of each parameter.
 
     Args:
-        model: the user's; it is only read.
-        trainable: its parameters to measure, by name.
-        device: where batches go.
-        forward: how to run the model, if not by calling it with the batch.
-        estimator: what is measured.
+        model: the user's model; it is only read.
+        trainable: name -> parameter, for the parameters to measure.
+        device: batches are moved to this device.
+        forward: runs the model; None calls the model with the batch.
+        estimator: what to measure.
         batched: take the magnitude of each batch's mean gradient, as other libraries do.
-        private: measure on a copy of the weights as they are at the first batch, whatever happens to the model later.
+        private: measure a snapshot of the weights, taken at the first batch. Later changes of the model do not matter.
     """
 
     def __init__(
@@ -70,22 +70,22 @@ class Measurement:
         self.batched = batched
         self.table = RouteTable(trainable)
         self.copy: nn.Module | None = None
-        """What is run: a clone that shares the user's weights, or has its own if private."""
+        """The clone that is run. It shares the user's weights; if `private`, it has its own."""
         self.parameters: dict[str, nn.Parameter] = {}
-        """Of the copy."""
+        """Name -> parameter of the clone."""
         self.fingerprint: str | None = None
-        """Of the copy's weights, if they are private."""
+        """The fingerprint of the clone's weights, if `private`."""
         self.sums: RunningSums | None = None
         self.num_samples = 0
         self._workspace = Workspace()
 
     @property
     def estimator(self) -> Estimator:
-        """What is measured."""
+        """The estimator: an objective and a magnitude."""
         return self.scorer.estimator
 
     def add(self, batch: Batch, index: int) -> set[str]:
-        """Add one batch; returns the parameters now found to need one sample at a time."""
+        """Add one batch. Returns the parameters that are newly found to need one sample at a time."""
         if batch.num_samples == 0:
             return set()
         batch = batch.to(self.device)
@@ -101,7 +101,7 @@ class Measurement:
         return self.table.slow - known if is_checked and not self.batched else set()
 
     def alone(self, batch: Batch, index: int) -> set[str]:
-        """The same, and `sums` hold this batch alone."""
+        """Like `add`, but first set the sums to zero, so that they hold only this batch."""
         if self.sums is not None:
             recent = self.sums.recent
             torch._foreach_zero_(list(recent.values()))
@@ -109,14 +109,14 @@ class Measurement:
         return self.add(batch, index)
 
     def _add(self, batch: Batch, index: int, sums: dict[str, Tensor]) -> int:
-        """Add one batch to `sums`; returns its number of samples."""
+        """Add one batch to `sums`. Returns its number of samples."""
         scores, magnitude = partial(self._scores, index), MAGNITUDES[self.estimator.magnitude]
         if self.batched:
             return add_batched(sums, self.parameters, scores, batch, magnitude)
-        if self.table.seen == Seen.ONE_SAMPLE:  # a batch of one is an ordinary pass
+        if self.table.seen == Seen.ONE_SAMPLE:  # all batches so far have one sample: ordinary backward passes
             return len(add_by_samples(sums, self.parameters, scores, batch, magnitude, together=None))
         passed = self._pass(scores, batch, None)
-        if passed.unknown:  # something happens here that did not happen before
+        if passed.unknown:  # a parameter has a use that no earlier check has seen
             self._check(batch, index, only=passed.unknown)
             again = self._pass(scores, batch, passed.unknown).refused & passed.unknown
             passed = passed._replace(refused=(passed.refused - passed.unknown) | again)
@@ -143,7 +143,7 @@ class Measurement:
         )
 
     def _check(self, batch: Batch, index: int, only: set[str] | None = None) -> None:
-        """Check the routes of `only` these parameters, or of all, on a few samples of the batch."""
+        """Check the routes on a few samples of the batch: of the parameters in `only`, or of all."""
         table, position = self.table, Position(index, self.num_samples)
         for few in route_check.samples_to_check(batch):
             verdict = route_check.check(self.model, table.routes, self.scorer, few, position, served=self.private)
@@ -170,7 +170,7 @@ class Measurement:
     def _scores(
         self, batch_index: int, batch: Batch, first_sample: int = 0, recorder: Recorder | None = None
     ) -> Tensor:
-        """The objectives of a batch's samples, without changing the batch: it is the user's, and may be read again."""
+        """The objectives of a batch's samples. The batch is not changed: it is the user's, and may be read again."""
         assert self.copy is not None
         position = Position(batch_index, self.num_samples).moved(first_sample)
         if self.table.changes_inputs:
@@ -181,49 +181,50 @@ class Measurement:
         values = self.scorer.scores(self.copy, self.parameters, own_containers, position, recorder)
         if versions != [version_of(tensor) for tensor in batch.tensors]:
             raise BatchError(
-                f"batch {batch_index}: the forward pass changed it in place, as it did not change the first batch. Let "
-                "it work on copies."
+                f"batch {batch_index}: the forward pass changed it in place, but did not change the first batch. Let "
+                "the forward pass work on copies of its inputs."
             )
         return values
 
     def describe(self, slow: set[str]) -> str:
-        """The warning: which layers, and what they are."""
+        """The text of the warning: names the layers of the slow parameters, and their types."""
         layers = sorted({name.rpartition(".")[0] for name in slow})
         model = unwrap(self.model)
         named = [f"{layer or 'the model'} ({type(model.get_submodule(layer)).__name__})" for layer in layers]
         return (
-            f"{len(slow)} of {len(self.table.routes)} parameters have no fast route that holds, and are measured one "
-            f"sample at a time: exact, but slow. They are in {', '.join(named)}. Give fewer samples with max_samples=, "
-            "or freeze what needs no protection."
+            f"{len(slow)} of {len(self.table.routes)} parameters have no fast route, so they are measured one sample "
+            f"at a time. This is exact, but slow. They are in {', '.join(named)}. To save time, use fewer samples "
+            "(max_samples=), or freeze parameters that need no protection."
         )
 
     def importance(self, group: ProcessGroup | None) -> Importance:
-        """The result; among several processes, that of all their samples.
+        """The result. With a group, the result for the samples of all processes.
 
         Raises:
             BatchError: there were no samples.
         """
         routes, sums = self.table.routes, {} if self.sums is None else self.sums.totals()
         if group is not None:
-            if not sums:  # no sample came to this process
+            if not sums:  # this process had no samples
                 sums = _zeros(trainable_parameters(self.model))
                 routes = dict.fromkeys(sums, UNUSED)
             self.num_samples, routes = sum_over_processes(sums, self.num_samples, routes, group)
         if self.num_samples == 0:
             raise BatchError(
-                "there are no samples: the loader is empty, or all of its batches are. Nothing was measured."
+                "there are no samples: the loader is empty, or all of its batches are empty. Nothing was measured. "
+                "Give at least one sample."
             )
         return self.held(sums, self.num_samples, routes)
 
     def held(self, sums: dict[str, Tensor], num_samples: int, routes: dict[str, str] | None = None) -> Importance:
-        """Sums of this measurement as an importance; `routes` are its own unless given."""
+        """An importance from sums of this measurement. By default, with the routes of this measurement."""
         check_finite(sums)
         magnitude = f"{self.estimator.magnitude} of the batch mean" if self.batched else self.estimator.magnitude
         own = {} if self.batched else dict(routes or self.table.routes)
         return Importance(sums, num_samples, own, self.estimator.name, magnitude, self.fingerprint)
 
     def settings(self) -> dict[str, Any]:
-        """What must be the same for a measurement to go on."""
+        """The settings that must be the same when a measurement resumes: description -> value."""
         buffers = {canonical_name(name): buffer for name, buffer in unwrap(self.model).named_buffers()}
         return {
             "the weights or buffers": fingerprint({**named_parameters(self.model), **buffers}),
@@ -234,7 +235,7 @@ class Measurement:
         }
 
     def state(self) -> State | None:
-        """All that it takes to go on after the last batch; None if there is nothing yet."""
+        """The state from which to resume after the last batch; None before the first batch."""
         if self.sums is None:
             return None
         sums, remainder = self.sums.parts()
@@ -243,7 +244,7 @@ class Measurement:
         return self.held(sums, self.sums.num_folded or self.num_samples), remainder, known
 
     def restore(self, header: Mapping[str, Any], groups: Groups) -> None:
-        """Go on from a state."""
+        """Resume from a saved state."""
         known = header["checkpoint"]
         self.num_samples = checked_count(known["num_samples"])
         self.table.restore(known)

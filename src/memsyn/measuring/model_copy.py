@@ -1,7 +1,7 @@
 """A structural clone of the user's model that shares its weight storage.
 
-Owns the clone that is measured in place of the user's model: same weights in the same memory, its own buffers,
-hooks and flags. Must never write to the user's model.
+Owns the clone that is measured in place of the user's model. It has the same weights in the same memory, but its own
+buffers, hooks and flags. Must never write to the user's model.
 """
 
 import copy
@@ -19,20 +19,20 @@ from memsyn.torch_private import forward_hooks, remove_backward_hooks
 
 
 class Onlooker:
-    """A hook that only looks on, so that it is left out of clones; a copy of it does nothing."""
+    """A forward hook that reads, but changes nothing. Clones leave it out, and a copy of it does nothing."""
 
     def __call__(self, *given: Any) -> None:
-        """Look at what a module is called with."""
+        """Read the arguments of a module's call."""
 
     def __reduce__(self) -> Any:
         return Onlooker, ()
 
 
 def check_measurable(model: nn.Module) -> None:
-    """Refuse models whose per-sample gradients do not exist, or cannot be had.
+    """Refuse models without per-sample gradients, and models that cannot be cloned for sure.
 
     Raises:
-        ModelError: it is no module, was scripted, or holds a lazy or complex parameter.
+        ModelError: the model is not a module, is scripted, or holds a lazy or complex parameter.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module to measure, got a {type(model).__name__}.")
@@ -42,22 +42,33 @@ def check_measurable(model: nn.Module) -> None:
         if isinstance(parameter, UninitializedParameter):
             raise ModelError(f"{name} has no shape yet: run one batch through the model, then measure it.")
         if parameter.requires_grad and parameter.is_complex():
-            raise ModelError(f"{name} is complex, and importance is of real weights. Freeze it, or hold it as two.")
+            raise ModelError(
+                f"{name} is complex, but importance is defined for real weights only. Freeze it, or store its real and "
+                "imaginary parts as two parameters."
+            )
 
 
 def model_copy(
     model: nn.Module, *, private: Container[str] = (), dtype: torch.dtype | None = None, served: bool = False
 ) -> nn.Module:
-    """A structural clone of `model`, its modules in eval mode, whose frozen parameters alias the model's own storage.
+    """A structural clone of `model` in eval mode. Its parameters are frozen and alias the storage of the model's own.
 
-    Measuring hooks, freezes and runs the clone, so the user's model stays bit for bit as it is, and may go on
-    serving requests meanwhile. Forward hooks are kept, since they may be part of what the model computes (the
-    older `weight_norm` is one), except each `Onlooker`; backward hooks are left out. The modules' own `eval()` is not
-    called: it may rewrite weights (merging an adapter). A parameter is copied only where an alias would not do: named
-    in `private`, made in inference mode (autograd refuses it), or rewritten by its layer's forward
-    (`Embedding(max_norm=...)`); to `dtype`
-    if one is given. Of a model that is `served` meanwhile, the hooks of `refuse_foreign_hooks` are left out too: they
-    must not see samples of other requests, in another thread.
+    Measuring hooks, freezes and runs the clone. So the user's model stays bit for bit the same, and may serve requests
+    at the same time. The clone sets the training flags itself: a module's own `eval()` may rewrite weights (merge an
+    adapter).
+
+    Forward hooks are kept, since they may compute a part of the output (as the older `weight_norm` does). Each
+    `Onlooker` and all backward hooks are left out.
+
+    A parameter is copied, not aliased, in three cases: its name is in `private`; it was made in inference mode, so
+    autograd refuses it; or its layer's forward rewrites it (`Embedding(max_norm=...)`).
+
+    Args:
+        model: the user's model.
+        private: names of parameters to copy.
+        dtype: the dtype of copied floating point parameters; None keeps their own.
+        served: whether other threads use the model at the same time. Then the hooks that `refuse_foreign_hooks` refuses
+            are left out too: they must not see samples of other requests, in another thread.
 
     Raises:
         ModelError: the model cannot be cloned.
@@ -79,17 +90,18 @@ def model_copy(
                 key for key, hook in hooks.items() if isinstance(hook, Onlooker) or (served and _is_foreign(hook))
             ]:
                 del hooks[key]
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):  # the derivative itself, not a scaled or sparse update
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):  # gives the plain derivative, neither scaled nor sparse
             module.scale_grad_by_freq = module.sparse = False
-        if isinstance(module, nn.TransformerEncoder):  # frozen, it would take nested tensors, which have no backward
+        if isinstance(module, nn.TransformerEncoder):  # frozen, it would use nested tensors, which have no backward
             module.use_nested_tensor = False
     return clone
 
 
 def refuse_foreign_hooks(model: nn.Module) -> None:
-    """Refuse forward hooks of whom nobody knows whether they compute or only look on.
+    """Refuse forward hooks if it is unknown whether they change the output or only read.
 
-    Methods of modules compute, and what torch.nn.utils registers: the older `weight_norm` and `spectral_norm`, pruning.
+    Two kinds are accepted as a part of the model: methods of modules, and the hooks of torch.nn.utils (the older
+    `weight_norm` and `spectral_norm`, pruning).
 
     Raises:
         ModelError: names the hooks and their layers.
@@ -103,8 +115,8 @@ def refuse_foreign_hooks(model: nn.Module) -> None:
     ]
     if foreign:
         raise ModelError(
-            f"forward hooks may be part of what the model computes: {', '.join(foreign)}. If they only look on, say "
-            "onlookers=True, and they are left out; make one that computes a method of a module."
+            f"forward hooks may be part of what the model computes: {', '.join(foreign)}. If they only read, pass "
+            "onlookers=True to leave them out. If one of them changes the output, make it a method of a module."
         )
 
 
@@ -115,7 +127,7 @@ def _is_foreign(hook: object) -> bool:
 
 
 def _aliases(model: nn.Module, private: Container[str], dtype: torch.dtype | None) -> dict[int, object]:
-    """What deepcopy must not copy: id of the original -> what stands for it in the clone."""
+    """The memo for deepcopy: id of an object that must not be copied -> its replacement in the clone."""
     memo: dict[int, object] = {}
     rewritten = {
         id(module.weight)
@@ -127,20 +139,20 @@ def _aliases(model: nn.Module, private: Container[str], dtype: torch.dtype | Non
         if canonical_name(name) in private or id(parameter) in rewritten or parameter.is_inference():
             alias = alias.to(dtype if dtype and alias.is_floating_point() else alias.dtype, copy=True)
         replacement = nn.Parameter(alias, requires_grad=False)
-        replacement.__dict__.update(vars(parameter))  # what its module may have noted on it
+        replacement.__dict__.update(vars(parameter))  # attributes that a module has set on the parameter
         memo[id(parameter)] = replacement
     for module in model.modules():
         for value in (*vars(module).values(), *module.buffers(recurse=False)):
-            if isinstance(value, Tensor) and not value.is_leaf:  # a cached weight: deepcopy refuses it
+            if isinstance(value, Tensor) and not value.is_leaf:  # a cached weight with a graph: deepcopy refuses it
                 memo[id(value)] = value.detach().clone()
         for hook in (hook for hooks in forward_hooks(module) for hook in hooks.values()):
             if not (isinstance(hook, MethodType) and isinstance(hook.__self__, nn.Module)):
-                memo[id(hook)] = hook  # else deepcopy would clone whatever the hook belongs to
+                memo[id(hook)] = hook  # otherwise deepcopy also clones the object that the hook belongs to
     return memo
 
 
 def cached_values(model: nn.Module, clone: nn.Module) -> dict[str, Tensor]:
-    """The stand-ins in a clone for what its model has computed of weights, with a graph, and kept."""
+    """Name -> tensor in the clone, for each tensor with a graph that the model has computed from weights and cached."""
     found = {}
     for (name, module), copied in zip(unwrap(model).named_modules(), clone.modules(), strict=True):
         for key, value in vars(module).items():

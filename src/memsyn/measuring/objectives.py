@@ -1,7 +1,7 @@
-"""From a model and a batch to the scalars per sample whose gradients are measured.
+"""Objectives: from a model and a batch to the scalars per sample that are differentiated.
 
-Owns running the model, the choice of the tensor inside a dict, tuple or ModelOutput, the objectives, their estimators,
-and the checks that make the values usable: finite, one per sample, dependent on the weights.
+Owns running the model, choosing the tensor in its output (a dict, tuple or ModelOutput), the objectives and the
+estimators. Also owns the checks of the objective values: finite, one per sample, dependent on the weights.
 """
 
 import math
@@ -23,10 +23,13 @@ HIDDEN = "last_hidden_state"
 
 
 def output_tensor(output: object) -> Tensor:
-    """The tensor that counts in a model's output.
+    """Choose the tensor to measure in a model's output.
 
-    The output itself, if it is a tensor; of a mapping (a ModelOutput is one) its `logits`, or its embeddings, or its
-    `last_hidden_state`, whichever is there first; else the only tensor in it.
+    A tensor is taken as it is. In a mapping (a ModelOutput is one), the first of these that exists is taken: `logits`,
+    embeddings, `last_hidden_state`. Otherwise the output must hold exactly one tensor.
+
+    Raises:
+        OutputError: no single tensor can be chosen.
     """
     if isinstance(output, Tensor):
         return output
@@ -49,15 +52,16 @@ def output_tensor(output: object) -> Tensor:
     if len(tensors) == 1:
         return tensors[0]
     raise OutputError(
-        f"expected a tensor, something with 'logits' or one kind of embeddings, or something with a single tensor as "
-        f"the model's output; got {named}. Say which tensor counts: forward=lambda model, batch: model(batch[0])[...]"
+        f"expected as the model's output a tensor, a mapping with 'logits' or one kind of embeddings, or a mapping or "
+        f"sequence with a single tensor; got {named}. Say which tensor counts: "
+        "forward=lambda model, batch: model(batch[0])[...]"
     )
 
 
 def token_mask(inputs: object) -> Tensor | None:
-    """Where the tokens of a batch are not padding, (samples, tokens), if it says so: in `attention_mask`.
+    """The mask (samples, tokens) of the tokens that are not padding: the batch's `attention_mask`, if it has one.
 
-    For an encoder and a decoder the output's tokens are the decoder's: `decoder_attention_mask`.
+    With an encoder and a decoder, the output has the decoder's tokens. So the mask is `decoder_attention_mask`.
     """
     if not isinstance(inputs, Mapping):
         return None
@@ -68,30 +72,30 @@ def token_mask(inputs: object) -> Tensor | None:
 
 @dataclass(frozen=True)
 class SampleInfo:
-    """What an objective may know about the samples beside the output."""
+    """What an objective gets besides the output."""
 
     first_sample: int
-    """The number of the first sample since measuring began."""
+    """The index of the first sample, counted over all batches."""
     labels: Tensor | None = None
-    """(samples, ...), as the batch gave them."""
+    """(samples, ...), the labels from the batch."""
 
 
 Objective = Callable[[Tensor, SampleInfo], Tensor]
-"""(output (B, ...), info) -> (B,), or (B, R) for R scalars a sample, each with a gradient of its own."""
+"""(output (B, ...), info) -> (B,), or (B, R) for R scalars per sample. Each scalar is differentiated separately."""
 
 
 def squared_l2_norm(output: Tensor, info: SampleInfo) -> Tensor:
-    """s_k = ||y_k||^2, over all of a sample's output: the objective of MAS (Aljundi et al. 2018, section 4.1)."""
+    """s_k = ||y_k||^2, summed over all outputs of sample k: the objective of MAS (Aljundi et al. 2018, section 4.1)."""
     return output.square().flatten(1).sum(1)
 
 
 def squared_l2_norm_of_probabilities(output: Tensor, info: SampleInfo) -> Tensor:
-    """s_k = ||softmax(y_k)||^2, classes last: MAS on what a softmax makes of the output."""
+    """s_k = ||softmax(y_k)||^2: MAS on probabilities. The classes are the last dimension."""
     return output.softmax(-1).square().flatten(1).sum(1)
 
 
 def each_output(output: Tensor, info: SampleInfo) -> Tensor:
-    """Every output on its own, (B, R): as many backward passes as outputs."""
+    """Every output separately, (B, R). This needs one backward pass per output."""
     return output.flatten(1)
 
 
@@ -110,7 +114,8 @@ def log_likelihood(output: Tensor, info: SampleInfo) -> Tensor:
 def sampled_log_likelihood(output: Tensor, info: SampleInfo) -> Tensor:
     """log p(c_k | x_k) for a class c_k drawn from p(. | x_k): an unbiased estimate of the Fisher information.
 
-    Sample number k draws with a generator seeded by k, so that neither batch size nor split change what it draws.
+    Sample k, counted over all batches, uses a generator with seed k. So its class does not depend on the batch size or
+    the split.
     """
     log_p = _log_probabilities(output)
     drawn = []
@@ -120,7 +125,10 @@ def sampled_log_likelihood(output: Tensor, info: SampleInfo) -> Tensor:
 
 
 def expected_log_likelihood(output: Tensor, info: SampleInfo) -> Tensor:
-    """sqrt(p_c) log p_c for every class c, (B, classes), with p_c held: squares sum to sum_c p_c (d log p_c)^2."""
+    """sqrt(p_c) log p_c for every class c, (B, classes). The factor sqrt(p_c) is detached.
+
+    So the squared gradients add up to the Fisher information: sum_c p_c (d log p_c / d theta)^2.
+    """
     log_p = _log_probabilities(output)
     return (0.5 * log_p.detach()).exp() * log_p
 
@@ -129,23 +137,34 @@ def _log_probabilities(output: Tensor) -> Tensor:
     if output.ndim != 2 or output.shape[1] < 2:
         raise OutputError(
             f"this estimator needs logits of shape (samples, classes), two classes or more; got {tuple(output.shape)}. "
-            "Pick them with forward=lambda model, batch: ..."
+            "Choose them with forward=lambda model, batch: ..."
         )
     return output.log_softmax(1)
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """What is measured: sum_k sum_r f(d s_kr / d theta), a magnitude f of the gradients of an objective s.
+    """What to measure: an objective s and a magnitude f.
+
+    The importance of a weight is 1/N sum_k sum_r f(d s_kr / d theta), over N samples k and the scalars r of a sample.
 
     Attributes:
-        objective: (output (B, ...), info) -> (B,) or (B, R). Its name goes into the memory: give custom ones a name.
+        objective: (output (B, ...), info) -> (B,) or (B, R). Its name is stored in the memory, so give a custom
+            objective a name.
         magnitude: "abs" or "square".
-        local: take the objective of every layer's own output, differentiated by that layer's parameters alone. Only for
-            the squared L2 norm.
+        local: take the objective of every layer's own output, and differentiate it only by this layer's parameters.
+            Only for the squared L2 norm.
 
     Raises:
-        OptionError: the magnitude is neither, or a local objective is another.
+        OptionError: the magnitude is unknown, or a local objective is not the squared L2 norm.
+
+    Example:
+        >>> import memsyn
+        >>> def entropy(output, info):  # logits (B, classes) -> (B,)
+        ...     log_p = output.log_softmax(1)
+        ...     return -(log_p.exp() * log_p).sum(1)
+        >>> memsyn.Estimator(entropy, "abs").name
+        'entropy'
     """
 
     objective: Objective
@@ -154,7 +173,9 @@ class Estimator:
 
     def __post_init__(self) -> None:
         if self.local and self.objective is not squared_l2_norm:
-            raise OptionError(f"only squared_l2_norm can be taken layer by layer, not {self.name}.")
+            raise OptionError(
+                f"only squared_l2_norm can be taken layer by layer, not {self.name}. Leave out local=True."
+            )
         if self.magnitude not in ("abs", "square"):
             raise OptionError(f"magnitude must be 'abs' or 'square', got {self.magnitude!r}.")
 
@@ -179,13 +200,20 @@ ESTIMATORS: Final = {
     "fisher-sampled": Estimator(sampled_log_likelihood, "square"),
     "fisher-empirical": Estimator(log_likelihood, "square"),
 }
-"""The estimators by name: MAS, layer by layer (local), on probabilities, and per output; the diagonal Fisher
-information: exact over the model's own distribution (as many backward passes as classes), with one label drawn from it,
-and with the batch's."""
+"""The estimators by name.
+
+MAS: on the output, on each layer's own output (local), on probabilities, and on each output separately. The diagonal
+Fisher information: exact over the model's own distribution (one backward pass per class), with one label drawn from
+this distribution, and with the labels of the batch.
+"""
 
 
 def find_estimator(estimator: str | Estimator) -> Estimator:
-    """The estimator of that name."""
+    """The estimator with this name; an `Estimator` is returned as it is.
+
+    Raises:
+        OptionError: the name is unknown.
+    """
     if isinstance(estimator, Estimator):
         return estimator
     if estimator not in ESTIMATORS:
@@ -203,15 +231,15 @@ def scores(
     batch_index: int,
     first_in_batch: int,
 ) -> Tensor:
-    """The objective of every sample, checked.
+    """Compute and check the objective of every sample.
 
     Args:
-        objective: what to compute.
-        output: (samples, ...), the raw output; half precision is widened to float32.
-        info: for the objective.
-        num_samples: the samples that went in, if known.
-        mask: (samples, tokens): where an output (samples, tokens, ...) counts.
-        batch_index, first_in_batch: where this is, for errors.
+        objective: the objective.
+        output: (samples, ...), the raw output. Half precision is converted to float32.
+        info: passed to the objective.
+        num_samples: the number of samples in the batch, if known.
+        mask: (samples, tokens): the tokens of an output (samples, tokens, ...) that are not padding.
+        batch_index, first_in_batch: the position of the samples, for errors.
 
     Returns:
         (samples, R), with a gradient if the output has one.
@@ -223,13 +251,13 @@ def scores(
     if output.ndim == 0 or (num_samples is not None and output.shape[0] != num_samples):
         raise OutputError(
             f"{where}: the output's first dimension must be the samples; for {num_samples or 'some'} "
-            f"samples its shape is {tuple(output.shape)}. A mean loss will not do: importance is taken per sample. "
-            "Return the raw outputs, or pick them with forward=lambda model, batch: ..."
+            f"samples its shape is {tuple(output.shape)}. A mean loss is not enough, since importance is taken per "
+            "sample. Return the raw outputs, or choose them with forward=lambda model, batch: ..."
         )
     if not output.is_floating_point():
         raise OutputError(
             f"{where}: the output is {output.dtype}, which has no gradient. Return the raw outputs "
-            "(logits), not classes or flags, or pick them with forward=lambda model, batch: ..."
+            "(logits), not classes or flags, or choose them with forward=lambda model, batch: ..."
         )
     if output.dtype in (torch.float16, torch.bfloat16):
         output = output.float()
@@ -241,16 +269,16 @@ def scores(
     values = objective(output, info)
     if values.shape[:1] != output.shape[:1] or values.ndim > 2:
         raise OutputError(
-            f"{where}: the objective must give one scalar per sample, or a row of them; for {len(output)} samples its "
-            f"shape is {tuple(values.shape)}."
+            f"{where}: the objective must return one scalar per sample, (B,), or several, (B, R); for {len(output)} "
+            f"samples its shape is {tuple(values.shape)}."
         )
     if not bool(values.isfinite().all()):
         bad = ~values.reshape(len(values), -1).isfinite().all(1)
         sample = int(bad.nonzero()[0, 0])
         what = "overflows when squared" if bool(output[sample].isfinite().all()) else "is NaN or infinite"
         raise OutputError(
-            f"{where}, sample {first_in_batch + sample}: the output {what}. Look at that input, or leave it "
-            "out: one such sample would spoil the whole importance."
+            f"{where}, sample {first_in_batch + sample}: the output {what}. Check this input, or leave it out: "
+            "one such sample makes the whole importance useless."
         )
     return values.reshape(len(values), -1)
 
@@ -259,28 +287,28 @@ def scores(
 
 
 Forward = Callable[[nn.Module, Any], Any]
-"""(model, batch) -> output: how to run a model that does not take the batch itself."""
+"""(model, batch) -> output: runs a model that does not take the batch itself."""
 
 
 class Position(NamedTuple):
-    """Where some samples are in the data."""
+    """The position of some samples in the data."""
 
     batch_index: int
     first_sample: int
-    """The number of the first of them since measuring began."""
+    """The index of the first sample, counted over all batches."""
     first_in_batch: int = 0
-    """The number of the first of them in their batch."""
+    """The index of the first sample in its batch."""
 
     def moved(self, num_samples: int) -> "Position":
-        """That of samples which come so much later in the same batch."""
+        """The position `num_samples` later in the same batch."""
         return Position(self.batch_index, self.first_sample + num_samples, self.first_in_batch + num_samples)
 
 
 class Scorer(ABC):
-    """Runs a model on a batch and gives the objectives of its samples."""
+    """Runs a model on a batch, and returns the objectives of its samples."""
 
     tells_samples_apart: bool
-    """Whether row k of the scores is sample k's own; else their sum is that of all samples, and only the sum counts."""
+    """Whether row k of the scores belongs to sample k. If not, only the sum of all rows has a meaning."""
 
     def __init__(self, forward: Forward | None, estimator: "Estimator") -> None:
         self.forward: Forward = forward or call
@@ -299,35 +327,39 @@ class Scorer(ABC):
         """(B, R), the objectives of each sample.
 
         Args:
-            model: what is measured, or another clone of the user's.
-            parameters: of the model, those that are measured.
-            batch: its inputs may be changed by the forward pass.
-            position: of the batch's first sample.
-            recorder: what records the uses of parameters, if one does.
+            model: the clone that is measured, or another clone of the user's model.
+            parameters: name -> parameter of this model, for the parameters that are measured.
+            batch: the batch. The forward pass may change its inputs.
+            position: the position of the batch's first sample.
+            recorder: records the uses of parameters, if given.
         """
 
     @abstractmethod
     def check_complete(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, batch_index: int
     ) -> None:
-        """Refuse parameters that matter to the output, though the objectives say nothing about them."""
+        """Refuse parameters that the output depends on, if the objectives do not depend on them."""
 
     def output(self, model: nn.Module, inputs: Any, batch_index: int) -> Any:
-        """What the model gives; any error of its own becomes a BatchError."""
+        """Run the model.
+
+        Raises:
+            BatchError: the model failed. The cause is the model's own error.
+        """
         try:
             return self.forward(model, inputs)
         except MemsynError:
             raise
         except Exception as error:
             raise BatchError(
-                f"batch {batch_index}: the model failed on it: {type(error).__name__}: {error}. If it wants to be "
-                "called in another way, say how: forward=lambda model, batch: ..."
+                f"batch {batch_index}: the model failed on it: {type(error).__name__}: {error}. If the model needs "
+                "another call, pass it: forward=lambda model, batch: ..."
             ) from error
 
 
 @final
 class OutputScorer(Scorer):
-    """Objectives of the model's output."""
+    """The estimator's objective of the model's output."""
 
     tells_samples_apart = True
 
@@ -356,10 +388,10 @@ class OutputScorer(Scorer):
     def check_complete(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, batch_index: int
     ) -> None:
-        """Nothing to refuse: the objectives are made of the whole output."""
+        """Refuse nothing: the objectives are computed from the whole output."""
 
 
-# What scores must depend on: the weights of the clone they were asked of, through paths that autograd sees
+# Checks that the scores depend on the weights of the clone, along paths that autograd sees
 
 
 class ConstantError(OutputError):
@@ -367,37 +399,53 @@ class ConstantError(OutputError):
 
 
 def check_dependence(values: Tensor, own: Iterable[nn.Parameter]) -> None:
-    """The objective must depend on the clone it was asked of, and not on the user's model."""
+    """Check that the objective depends on the clone, and not on the user's model.
+
+    Args:
+        values: the objectives.
+        own: the parameters of the user's model.
+
+    Raises:
+        ModelError: it depends on the user's model.
+        OutputError: it depends on no parameter.
+    """
     if values.requires_grad:
         _check_graph(values)
         user_grads = torch.autograd.grad(values.sum(), list(own), retain_graph=True, allow_unused=True)
         if any(grad is not None for grad in user_grads):
             raise ModelError(
-                "the forward pass uses your model itself in place of the one it is given: in forward=lambda model, "
-                "batch: ..., use that model; in a module, a hook or a patched method, use self in place of a name "
-                "from outside."
+                "the forward pass uses your model itself, not the model that it gets. In forward=lambda model, batch: "
+                "..., use that model. In a module, a hook or a patched method, use self, not a variable from outside."
             )
     else:
         raise OutputError(
-            "the model's output has no gradient with respect to any trainable parameter. Does its forward run "
-            "under torch.no_grad(), detach the output, or skip the trainable part?"
+            "the model's output has no gradient with respect to any trainable parameter. Check whether its forward "
+            "runs under torch.no_grad(), detaches the output, or skips the trainable part."
         )
 
 
 def check_cached(values: Tensor, cached: Mapping[str, Tensor]) -> None:
-    """Refuse the use of what was computed of weights before and cached: it is a constant in the clone."""
+    """Refuse tensors that were computed from weights before the forward pass: in the clone they are constants.
+
+    Raises:
+        ModelError: the objective depends on such a tensor.
+    """
     if cached:
         grads = torch.autograd.grad(values.sum(), list(cached.values()), retain_graph=True, allow_unused=True)
         used = [name for name, grad in zip(cached, grads, strict=True) if grad is not None]
         if used:
             raise ModelError(
-                f"{', '.join(used)} was computed of weights before the forward pass and kept; how much those weights "
-                "matter through it cannot be measured. Compute it in the forward pass, or register it as a parameter."
+                f"{', '.join(used)} was computed from weights before the forward pass and cached, so the importance of "
+                "those weights cannot be measured. Compute it in the forward pass, or register it as a parameter."
             )
 
 
 def _check_graph(values: Tensor) -> None:
-    """Reentrant checkpoints hide their parameters from autograd.grad."""
+    """Refuse reentrant checkpoints, since they hide their parameters from autograd.grad.
+
+    Raises:
+        ModelError: the graph holds one.
+    """
     seen, nodes = set(), [values.grad_fn]
     while nodes:
         node = nodes.pop()
@@ -413,7 +461,14 @@ def _check_graph(values: Tensor) -> None:
 
 
 def check_not_constant(values: Tensor, parameters: Mapping[str, nn.Parameter], total_norm: float) -> None:
-    """A squared norm that no weight can change has only rounding for a gradient."""
+    """Refuse an objective that no weight can change: its gradient consists only of rounding errors.
+
+    To first order, a relative change r of the weights theta changes the objective s by at most r |g| |theta|, where g
+    is its gradient. The objective counts as constant if |g| |theta| < 1e-9 |s|.
+
+    Raises:
+        ConstantError: the objective is constant.
+    """
     least, size = 1e-9 * float(values.detach().abs().sum()), 0.0
     for parameter in sorted(parameters.values(), key=Tensor.numel):
         size = math.hypot(size, total_norm * float(parameter.detach().norm()))
@@ -421,6 +476,7 @@ def check_not_constant(values: Tensor, parameters: Mapping[str, nn.Parameter], t
             return
     if size > 0:
         raise ConstantError(
-            "the squared norm of the output is the same whatever the weights are, as of outputs that were normalised, "
-            "so it says nothing about their importance. Measure an earlier output: forward=lambda model, batch: ..."
+            "the squared norm of the output is the same for all weights, as for a normalised output, so it says "
+            "nothing about their importance. Measure the output before the normalisation: "
+            "forward=lambda model, batch: ..."
         )

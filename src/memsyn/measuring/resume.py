@@ -1,7 +1,7 @@
-"""The file that lets a measuring pass go on after it was cut off.
+"""The checkpoint file, from which an interrupted measuring pass continues.
 
-Owns when it is written, what must be the same to go on, and how the user is told. What is held in it comes from
-`measurement`. It is an importance file: of the samples so far, with an entry `checkpoint` beside.
+Owns when the file is written, the checks before a pass continues, and the notes to the user. `measurement` supplies the
+contents. The file is an importance file of the samples so far, with an extra entry `checkpoint` in its header.
 """
 
 import hashlib
@@ -25,18 +25,18 @@ from memsyn.storage.reading_and_writing import IMPORTANCE, Groups, read, well_fo
 from memsyn.values.importance import Importance
 
 NUMBERS: Final = 1024
-"""Of each tensor of a batch, by which it is known again."""
+"""About how many numbers of each tensor go into the digest of a batch."""
 
 Saved = tuple[dict[str, Any], Groups]
 """A file's header and tensors."""
 
 State = tuple[Importance, dict[str, Tensor], dict[str, Any]]
-"""The importance so far, what is to be added to its sums, and whatever else is needed to go on."""
+"""The importance so far, the remainder to add to its sums, and all other values that are needed to continue."""
 
 
 @final
 class Checkpoint:
-    """How far a pass has come, and the file that says so."""
+    """The progress of a pass, and the file that stores it."""
 
     def __init__(self, path: str | os.PathLike[str], every: float) -> None:
         if not isinstance(every, (int, float)) or not every >= 0:
@@ -47,31 +47,37 @@ class Checkpoint:
         self.num_batches = 0
         self._digest = ""
         self._saved: tuple[int, int] | None = None
-        """Batches and samples in the file."""
+        """The number of batches and of samples in the file; None without a file."""
         self._at_batch_boundary = True
-        """Whether the sums are those of whole batches."""
+        """Whether the sums hold only complete batches."""
 
     def begin(self, settings: Mapping[str, Any], state: Callable[[], State | None]) -> Saved | None:
-        """Read the file, if there is one, and set torch's generator as it was when the pass began.
+        """Read the file, if it exists, and set torch's generator to its state at the start of the pass.
 
         Args:
-            settings: what must be the same in every run of the pass: what it is, for the error -> value.
-            state: gives what is to be saved, if there is anything yet.
+            settings: description -> value, for all values that must be the same in every run of the pass. Errors show
+                the description.
+            state: returns the state to save; None if there is nothing to save yet.
+
+        Returns:
+            The header and the tensors of the file; None if the file does not exist.
 
         Raises:
             MemoryFileError: the file is damaged or of another kind, or its folder is missing.
-            MismatchError: it is of another pass.
+            MismatchError: the file belongs to another pass.
         """
         self._settings, self._state, self._time = dict(settings), state, time.monotonic()
         self._generator = torch.get_rng_state()
         if not self.path.exists():
             if not self.path.parent.is_dir():
-                raise MemoryFileError(f"the checkpoint {self.path} cannot be written: its folder does not exist.")
+                raise MemoryFileError(
+                    f"the checkpoint {self.path} cannot be written: its folder does not exist. Create the folder."
+                )
             return None
         header, groups = read(self.path, IMPORTANCE)
         if "checkpoint" not in header:
             raise MismatchError(
-                f"{self.path} is a finished importance, no checkpoint: give checkpoint= a path of its own."
+                f"{self.path} is a finished importance, not a checkpoint: give checkpoint= a path of its own."
             )
         with well_formed(self.path):
             entry = header["checkpoint"]
@@ -81,18 +87,18 @@ class Checkpoint:
             self._generator = torch.frombuffer(bytearray.fromhex(entry["generator"]), dtype=torch.uint8)
         if differing:
             raise MismatchError(
-                f"the checkpoint {self.path} is of another pass: it differs in {', '.join(differing)}. Give what it "
-                "was begun with; or delete it, or give another path, to begin anew."
+                f"the checkpoint {self.path} belongs to another pass: it differs in {', '.join(differing)}. Call "
+                "measure as in that pass; or delete the file, or give another path, to start again."
             )
         torch.set_rng_state(self._generator)
         self._saved = saved
         return header, groups
 
     def remaining(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches that are not measured yet; those before must be what was measured.
+        """Skip the batches that are measured already, compare them with the digest, and yield the others.
 
         Raises:
-            BatchError: they are not.
+            BatchError: the skipped batches are not those of the checkpoint.
         """
         digest = ""
         for index in range(self.num_batches):
@@ -105,16 +111,19 @@ class Checkpoint:
         yield from batches
 
     def _other_batches(self, more: str = "") -> BatchError:
-        self._saved, self._at_batch_boundary = None, False  # the same call will not go on, and the file is not ours
+        self._saved, self._at_batch_boundary = (
+            None,
+            False,
+        )  # another call owns the file: do not write to it, nor offer to continue
         return BatchError(
             f"the first {self.num_batches} batches are not those that the checkpoint {self.path} was measured on"
-            f"{more}. Give the same, in the same order and sizes (and seed again what draws them); or delete the "
-            "checkpoint to begin anew."
+            f"{more}. Give the same batches in the same order and sizes (if a generator draws them, seed it again); or "
+            "delete the checkpoint to start again."
         )
 
     @contextmanager
     def batch(self, batch: Any) -> Iterator[None]:
-        """While a batch is measured: Ctrl-C waits for its end. Then write the file, if it is time."""
+        """Delay Ctrl-C to the end of the batch. Then write the file, if `every` seconds have passed."""
         with _delay_interrupts():
             digest = _chain_digest(self._digest, batch)
             self._at_batch_boundary = False
@@ -125,7 +134,7 @@ class Checkpoint:
 
     @contextmanager
     def write_on_failure(self) -> Iterator[None]:
-        """If this fails, write the file, and say with the error how to go on."""
+        """If the block fails, write the file, and add to the error how to continue."""
         try:
             yield
         except BaseException as error:
@@ -138,8 +147,8 @@ class Checkpoint:
                 batches, samples = self._saved
                 _add_note(
                     error,
-                    f"Measuring was cut off. {self.path} holds the first {batches} batches ({samples} samples): call "
-                    "measure again with the same arguments, and it goes on from there.",
+                    f"Measuring was interrupted. {self.path} holds the first {batches} batches ({samples} samples). "
+                    "Call measure again with the same arguments to continue from there.",
                 )
             raise
 
@@ -165,24 +174,30 @@ class Checkpoint:
 
 
 def _chain_digest(digest: str, batch: Any) -> str:
-    """A digest of this batch and, by the digest before, of all that came before it: of some numbers of each tensor."""
+    """The digest of a batch and, through the previous digest, of all batches before it.
+
+    It covers the shapes, the dtypes and about `NUMBERS` numbers of each tensor (a small tensor is covered whole).
+
+    Raises:
+        OptionError: the batch holds no tensor.
+    """
     found, own_tensors = hashlib.sha256(digest.encode()), tensors(batch)
     if not own_tensors:
         raise OptionError(
-            "checkpoint= compares the batches that are skipped later by their tensors, and one holds none: give "
+            "checkpoint= recognises skipped batches by their tensors, but a batch holds no tensor: give batches with "
             "tensors, or leave checkpoint= out."
         )
     for tensor in own_tensors:
         found.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         if tensor.layout == torch.strided and tensor.numel():
-            step = tensor.numel() // NUMBERS | 1  # odd: it meets every column of an image
+            step = tensor.numel() // NUMBERS | 1  # odd, so the steps reach every column of an image
             own = tensor.detach().reshape(-1)[::step].cpu().contiguous()
             found.update(own.view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
 def _add_note(error: BaseException, text: str) -> None:
-    """Say it with the error; on stderr where errors take no notes, and for Ctrl-C, which is often caught."""
+    """Add a note to the error. Print it to stderr before Python 3.11, and for Ctrl-C, since programs often catch it."""
     if sys.version_info >= (3, 11) and isinstance(error, Exception):
         error.add_note(text)
     else:
@@ -191,9 +206,9 @@ def _add_note(error: BaseException, text: str) -> None:
 
 @contextmanager
 def _delay_interrupts() -> Iterator[None]:
-    """Heed a Ctrl-C after the block; a second one at once."""
+    """Delay a Ctrl-C to the end of the block. A second one acts at once."""
     before = signal.getsignal(signal.SIGINT)
-    if before is None or threading.current_thread() is not threading.main_thread():  # else no handler can be set
+    if before is None or threading.current_thread() is not threading.main_thread():  # no handler can be set
         yield
         return
     received: list[int] = []

@@ -1,8 +1,7 @@
-"""The check that each route computes what it should, on a few samples, in float64 on a clone of its own.
+"""The route check: compares every route with autograd, on a few samples, in float64, on a clone of its own.
 
-Owns what is known about how each parameter is measured (the route table), and the comparison by which it is learned: of
-every route with autograd, and of samples alone with the same samples together. Must not add to any importance, nor
-leave anything on the user's model.
+Owns the route table (the route of each parameter), and the two comparisons that fill it: each route with autograd, and
+samples alone with the same samples in a batch. Must not add to any importance, nor change the user's model.
 """
 
 import math
@@ -53,36 +52,36 @@ from memsyn.parameters import named_parameters, trainable_parameters, wide_dtype
 from memsyn.torch_private import has_own_parameter, version_of
 
 NUM_SAMPLES: Final = 2
-"""Enough to tell samples apart, and half the cost of four."""
+"""The number of samples in a check. Two suffice to distinguish samples, and cost half as much as four."""
 
 FLOAT32: Final = math.sqrt(torch.finfo(torch.float32).eps)
-"""By how much a sample's scores may differ alone and among others where a part of the model insists on float32."""
+"""How much a sample's scores alone may differ from its scores in the batch, if a part of the model needs float32."""
 
 COMPARED: Final = 2**20
-"""Numbers of a parameter that are compared at once."""
+"""How many numbers of a parameter are compared at once."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one check found."""
+    """The result of one check."""
 
     routes: dict[str, str]
-    """Parameter -> the best route that gave autograd's gradient."""
+    """Parameter -> the fastest route that gave autograd's gradient."""
     splits: dict[ValuePath, Split | None]
-    """What the operations at each path do with samples."""
+    """Path -> split; None if the batch axes are unknown."""
     unproven: set[str]
-    """Parameters whose gradient was zero on these samples: that their route gave zero says little."""
+    """Parameters with a zero gradient on these samples. A route that also gives zero may still be wrong."""
     written: set[str]
-    """Parameters to which the forward pass writes."""
+    """Parameters that the forward pass writes to."""
     changes_inputs: bool
     """Whether the forward pass wrote to its batch."""
 
 
 class Seen(IntEnum):
-    """What the checks so far have looked at.
+    """The largest batch that the checks have seen so far.
 
-    With a batch of one sample it cannot be seen where the samples are. The first check may have to make do with it;
-    until a larger batch comes, every batch is measured by ordinary backward passes. Then the check runs again, once.
+    A batch of one sample does not show the batch axes. If the first batch has one sample, the batches are measured by
+    ordinary backward passes until a larger batch comes. Then the check runs again, once.
     """
 
     NOTHING = 0
@@ -92,16 +91,16 @@ class Seen(IntEnum):
 
 @final
 class RouteTable:
-    """How each parameter is measured, and what has been learned of the model for that.
+    """The route of each parameter, and the other results of all checks so far.
 
     Attributes:
         routes: parameter -> route.
-        splits: path of a use -> what the operations there do with samples; None if that is not known.
-        plans: what to do with each operation, made of the splits.
-        unproven: parameters whose route has given nothing but zeros so far.
-        written: parameters to which the forward pass writes.
+        splits: path of a use -> split; None if the batch axes are unknown.
+        plans: the plan of each operation, made from the splits.
+        unproven: parameters on a fast route, with only zero gradients in all checks so far.
+        written: parameters that the forward pass writes to.
         changes_inputs: whether the forward pass writes to its batch.
-        seen: what the checks so far have looked at.
+        seen: the largest batch that the checks have seen.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -119,17 +118,21 @@ class RouteTable:
         return {name for name, route in self.routes.items() if route == BY_SAMPLE}
 
     def should_check(self, num_samples: int | None, batch_index: int) -> bool:
-        """Whether to check this batch: the first; the first of several samples; and batches 1, 2, 4, 8, ... while some
-        parameter is unproven.
+        """Whether to check this batch.
+
+        Checked are the first batch, the first batch with several samples, and the batches 1, 2, 4, 8, ... as long as
+        some parameter is unproven.
         """
         if self.seen < Seen.SEVERAL_SAMPLES:
             return self.seen == Seen.NOTHING or num_samples != 1
         return bool(self.unproven) and batch_index & (batch_index - 1) == 0
 
     def learn(self, verdict: Verdict, num_samples: int | None, only: set[str] | None) -> None:
-        """Take over what a check of so many samples has shown: of all parameters at first, later of `only` these.
+        """Add the result of a check on `num_samples` samples.
 
-        A later check also counts where it shows that another parameter's route does not hold.
+        As long as no check has seen several samples, the verdict replaces everything. A later check changes the routes of the parameters in
+        `only` (by default, the unproven ones). If it shows that the route of another parameter is wrong, it changes
+        that route too.
         """
         self.changes_inputs = self.changes_inputs or verdict.changes_inputs
         if self.seen < Seen.SEVERAL_SAMPLES:
@@ -146,7 +149,7 @@ class RouteTable:
         self.seen = max(self.seen, Seen.ONE_SAMPLE if num_samples == 1 else Seen.SEVERAL_SAMPLES)
 
     def state(self) -> dict[str, Any]:
-        """All of it, in plain values."""
+        """The table as plain values, for a checkpoint."""
         return {
             "routes": self.routes,
             "splits": list(self.splits.items()),
@@ -157,10 +160,10 @@ class RouteTable:
         }
 
     def restore(self, known: Mapping[str, Any]) -> None:
-        """Go on from a state.
+        """Read the table from the values of `state`.
 
         Raises:
-            LookupError, TypeError, ValueError: it is none.
+            LookupError, TypeError, ValueError: the values are not those of a state.
         """
         self.routes = {name: known["routes"][name] for name in self.routes}
         self.splits = {tuple(path): split_from(plain) for path, plain in known["splits"]}
@@ -170,7 +173,7 @@ class RouteTable:
 
 
 def samples_to_check(batch: Batch) -> Iterator[Batch]:
-    """Samples to check, from the start, the end and the middle of a batch: the next when the last were not enough."""
+    """Yield two samples each from the start, the end and the middle of a batch, to check one after the other."""
     total = batch.num_samples
     if total is None:
         yield batch
@@ -182,28 +185,28 @@ def samples_to_check(batch: Batch) -> Iterator[Batch]:
 def check(
     model: nn.Module, measured: Iterable[str], scorer: Scorer, batch: Batch, position: Position, *, served: bool = False
 ) -> Verdict:
-    """Find the best route for every parameter, and see that it holds for a few samples.
+    """Find the fastest correct route for every parameter, on a few samples.
 
-    With sample weights w, the signed sum_k w_k g_k of each route must equal autograd's gradient of sum_k w_k s_k. Since
-    the routes see the gradient of the unweighted sum, this fails wherever the samples are not where they are looked
-    for, where a weight is used unseen, and where samples interact. Weights are powers of two: they change no rounding.
-    Each sample's objective must also be the same alone as among others.
+    With sample weights w, the signed sum_k w_k g_k of each route must equal autograd's gradient of sum_k w_k s_k. The
+    routes get the output gradients of the unweighted sum, and apply the weights themselves. So the comparison fails if
+    a batch axis is wrong, if a use of a parameter was missed, or if samples interact. The weights are powers of two, so
+    they add no rounding errors. Each sample's objective alone must also equal its objective in the batch.
 
-    All this runs in float64 on a private clone, where rounding cannot be taken for an error; in the model's own
-    precision only if its forward pass insists on that. No more than one parameter's gradients are held at a time.
+    The check runs in float64 on a private clone, so rounding is never mistaken for an error. If the forward pass fails
+    in float64, the check runs in the model's own precision. At most one parameter's gradients are held at a time.
 
     Args:
-        model: the user's; it is not changed.
-        measured: the parameters to measure.
-        scorer: gives the objectives. If it does not tell samples apart, what the routes give must equal what autograd
-            gives for the samples alone.
+        model: the user's model; it is not changed.
+        measured: names of the parameters to measure.
+        scorer: gives the objectives. If it does not tell samples apart, the routes must give the same as autograd for
+            the samples alone.
         batch: a few samples.
-        position: of the first of them.
-        served: others use the model meanwhile, and may write to it: its buffers are not put back after a failure, and
-            hooks that may not be part of what the model computes are not called.
+        position: the position of the first sample.
+        served: whether other threads use the model at the same time, and may write to it. Then its buffers are not
+            restored after a failure, and hooks that may be foreign to the model are not called.
 
     Raises:
-        ModelError: the forward pass uses the user's model in place of the one it is given.
+        ModelError: the forward pass uses the user's model, not the model that it gets.
         OutputError: the objective does not depend on the parameters.
         SamplesInteractError: the samples interact, or the forward pass draws random numbers.
     """
@@ -215,12 +218,12 @@ def check(
             return _Check(model, clone, measured, scorer, position).verdict(batch.map(_double))
         except ConstantError:
             raise
-        except (BatchError, OutputError):  # a forward pass with a precision of its own
+        except (BatchError, OutputError):  # the forward pass fails in float64: it has a fixed precision
             clone = _private_clone(model, None, served)
             return _Check(model, clone, measured, scorer, position).verdict(batch)
     except ModelError:
         with torch.no_grad():
-            for buffer, value in before:  # it may have been the user's own model that ran
+            for buffer, value in before:  # the forward pass may have run the user's own model
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
         raise
@@ -228,7 +231,7 @@ def check(
 
 @dataclass(eq=False)
 class _Check:
-    """One look at a few samples."""
+    """One check of a few samples."""
 
     model: nn.Module
     clone: nn.Module
@@ -246,14 +249,14 @@ class _Check:
         self.precise = all(p.dtype == torch.float64 for p in self.parameters.values())
 
     def scores(self, batch: Batch, first_sample: int = 0) -> Tensor:
-        """The objectives of some of the samples; the forward pass may write to a copy of them."""
+        """The objectives of the samples. The forward pass gets a copy of the batch, so it may write to it."""
         own = batch.copied()
         values = self.scorer.scores(self.clone, self.parameters, own, self.position.moved(first_sample))
         self.changes_inputs = self.changes_inputs or _any_written(batch.tensors, own.tensors)
         return values
 
     def verdict(self, batch: Batch) -> Verdict:
-        """Look at them."""
+        """Run the check."""
         values, written = self._trace(batch)
         groups = self._record(batch) if len(values) > 1 else {}
         comparison = _Comparison(self, groups, _sample_weights(len(values)).to(values))
@@ -268,7 +271,7 @@ class _Check:
         return Verdict(comparison.routes, self.splits, comparison.unproven(), written, self.changes_inputs)
 
     def _trace(self, batch: Batch) -> tuple[Tensor, set[str]]:
-        """Find what each operation does with samples; returns the samples' scores, and the parameters written to."""
+        """Find the splits. Returns the scores, and the names of the parameters that the forward pass writes to."""
         together = ShapeTracer(self.parameters, batch.tensors)
         cached = {name: tensor.requires_grad_() for name, tensor in cached_values(self.model, self.clone).items()}
         with together:
@@ -283,7 +286,7 @@ class _Check:
         return values, together.written
 
     def _compare_with_single(self, traced: ShapeTracer, batch: Batch, together: Tensor) -> Tensor:
-        """Run every sample alone, to see what each operation does with samples, and that they do not interact."""
+        """Run every sample alone, to find the splits and to check that samples do not interact. Returns the scores."""
         tolerance = FLOAT32 if self.precise else TOLERANCE
         by_sample = self.scorer.tells_samples_apart
         found = []
@@ -295,7 +298,7 @@ class _Check:
             if by_sample:
                 check_same_alone(alone.detach(), together, k, tolerance)
             found.append(alone.detach() if by_sample else alone)
-            for path, split in compare(single, traced).items():  # a sample may take a short cut: no padding, no mask
+            for path, split in compare(single, traced).items():  # one sample may skip operations (no padding, no mask)
                 if self.splits.get(path) is None:
                     self.splits[path] = split
         values = torch.cat(found)
@@ -304,7 +307,7 @@ class _Check:
         return values
 
     def _record(self, batch: Batch) -> dict[str, ParameterGroup]:
-        """The uses of every parameter, with the gradients of what came of them."""
+        """Parameter -> its group, with all uses and their output gradients."""
         groups: list[ParameterGroup] = []
         recorder = Recorder(self.parameters, Plans(self.splits), groups.append, keeps=True)
         with torch.autograd.set_multithreading_enabled(False), recorder:
@@ -313,7 +316,11 @@ class _Check:
         return {name: group for group in groups for name in group.names}
 
     def _check_slow(self, batch: Batch, size: int, expected: Sums, total_norm: float) -> None:
-        """Where no route gave autograd's gradients, those of the samples alone must."""
+        """Check that the gradients of single samples give autograd's gradients, for parameters without a fast route.
+
+        Raises:
+            SamplesInteractError: they differ.
+        """
         found = {name: torch.zeros_like(grad) for name, grad in expected.items()}
         parameters = {name: self.parameters[name] for name in expected}
         for k, weight in enumerate(_sample_weights(size)):
@@ -331,13 +338,15 @@ class _Check:
 
 @dataclass(eq=False)
 class _Comparison:
-    """Of each group's routes with autograd's gradients, group by group as the gradients come.
+    """Compares each group's routes with autograd's gradients, as soon as the group's gradients arrive.
 
-    For two parameters W and b, each a group of its own, and a third one without gradient:
+    An example with three parameters, each in a group of its own:
 
-        autograd gives b's gradient    -> expected; the rule gives the same: routes = {b: rule}, let go of
-        autograd gives W's gradient    -> expected; the rule differs, the operation's derivative agrees: {W: operation}
-        the end                        -> the third one expects zeros; nothing used it: {third: unused}
+        the gradient of b arrives    The rule gives the same gradient: b gets the route "rule", and its gradient is
+        freed. the gradient of W arrives    The rule gives another gradient, the operation's derivative the same: W gets
+        the
+                                     route "operation".
+        the backward pass ends       c has no gradient, so zero is expected. Nothing used c: c gets the route "unused".
     """
 
     check: _Check
@@ -345,14 +354,14 @@ class _Comparison:
     weights: Tensor
     routes: dict[str, str] = field(default_factory=dict)
     norms: dict[str, float] = field(default_factory=dict)
-    """Of autograd's gradients."""
+    """Parameter -> norm of autograd's gradient."""
     unmatched: Sums = field(default_factory=dict)
-    """Autograd's gradients that no route has given so far."""
+    """Parameter -> autograd's gradient, as long as no route has given the same."""
     total_norm: float = 0.0
-    """The norm of all gradients together."""
+    """The norm of all gradients together; zero before the backward pass ends."""
 
     def run(self, values: Tensor) -> None:
-        """Differentiate, compare each gradient as it comes, and then those that did not come."""
+        """Differentiate, compare each gradient when it arrives, and then compare the rest."""
         parameters = self.check.parameters
         hooks = [
             parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._receive_grad(name, p))
@@ -382,7 +391,11 @@ class _Comparison:
                     del self.unmatched[done], self.group_of[done]
 
     def _compare_rest(self) -> None:
-        """What got no gradient expects zeros; and what was not given relative to itself, relative to the whole."""
+        """Compare the gradients that are still unmatched.
+
+        A parameter without a gradient expects zeros. The tolerance may now be relative to the norm of all gradients,
+        since this norm is known only at the end.
+        """
         parameters = self.check.parameters
         for name in parameters.keys() - self.unmatched.keys() - self.routes.keys():
             self.unmatched[name] = torch.zeros_like(parameters[name])
@@ -395,15 +408,15 @@ class _Comparison:
         self.routes.update(dict.fromkeys(self.unmatched, BY_SAMPLE))
 
     def unproven(self) -> set[str]:
-        """The parameters whose gradient is zero, though some fast route is taken."""
+        """The parameters with a zero gradient that take a fast route."""
         zero = {n for n, parameter in self.check.parameters.items() if not self.norms.get(n) and parameter.numel()}
         return {n for n in zero if self.routes[n] not in (BY_SAMPLE, UNUSED)}
 
     def _route(self, group: ParameterGroup) -> str | None:
-        """The first route that gives a group's expected gradients, up to rounding.
+        """The first route that gives a group's expected gradients, up to rounding; None if no route does.
 
-        Where a dimension holds more than samples, neighbours in it may be of one sample or of different ones: both are
-        tried, and the calls keep the one that holds.
+        In a folded dimension, neighbours may belong to one sample or to different samples. Both layouts are tried, and
+        the splits keep the one that agrees.
         """
         for uses in (group.uses, _with_interleaved_samples(group.uses, len(self.weights))):
             if uses is None:
@@ -417,7 +430,7 @@ class _Comparison:
         return None
 
     def _signed_sums(self, route: str, group: ParameterGroup) -> Sums | None:
-        """sum_k w_k g_k of a group's parameters by a route; None if it knows no such uses."""
+        """sum_k w_k g_k of a group's parameters by a route; None if the route does not support the uses."""
         size, parameters = len(self.weights), self.check.parameters
         found = {
             n: torch.zeros_like(self.unmatched[n], dtype=wide_dtype(self.unmatched[n])) for n in sorted(group.names)
@@ -449,12 +462,15 @@ class _Comparison:
 
 
 def _sample_weights(num_samples: int) -> Tensor:
-    """(B,), powers of two, unlike for neighbours."""
+    """(B,): powers of two, which differ between neighbours."""
     return torch.tensor([1.0, 4.0, 2.0, 8.0]).repeat(num_samples // 4 + 1)[:num_samples]
 
 
 def _with_interleaved_samples(uses: Uses, num_samples: int) -> list[tuple[Call, str]] | None:
-    """The same uses, if some dimension holds more than samples, with neighbours in it from different samples."""
+    """The same uses, but with the samples of folded dimensions interleaved; None if no output dimension is folded.
+
+    Axis(0, folded=True) reads (6, 8) as a a b b c c; with `minor=True` it reads the rows as a b c a b c.
+    """
 
     def interleaved(axis: Axis | None) -> Axis | None:
         return None if axis is None else axis._replace(minor=axis.folded)
@@ -473,7 +489,7 @@ def _with_interleaved_samples(uses: Uses, num_samples: int) -> list[tuple[Call, 
 
 
 def _private_clone(model: nn.Module, dtype: torch.dtype | None, served: bool) -> nn.Module:
-    """A clone that shares nothing with the model, in another precision if one is given."""
+    """A clone that shares no memory with the model, converted to `dtype` if given."""
     clone = model_copy(model, private=named_parameters(model), dtype=dtype, served=served)
     for buffer in clone.buffers():
         if buffer.is_floating_point():
@@ -489,13 +505,13 @@ def _double(tensor: Tensor) -> Tensor:
 
 
 def _is_equal(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, in whatever precision; without copies of their size."""
+    """Whether two tensors hold the same numbers in the precision of the left one, compared in chunks."""
     parts = zip(left.detach().reshape(-1).split(COMPARED), right.detach().reshape(-1).split(COMPARED), strict=True)
     return all(torch.equal(part, other.to(part.dtype)) for part, other in parts)
 
 
 def _any_written(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
-    """Whether a forward pass has written to the tensors that it was given."""
+    """Whether a forward pass has written to the tensors of its batch: `before` originals, `after` its copies."""
     return any(
         version_of(new) > 0 or (old.layout == torch.strided and not torch.equal(old, new))
         for old, new in zip(before, after, strict=True)
@@ -503,14 +519,14 @@ def _any_written(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
 
 
 def _exceeds_rounding(found: Tensor, expected: Tensor, norm: float, total_norm: float, *, exactly: bool) -> bool:
-    """Whether an error is beyond rounding: relative to the gradient's norm, or to a part of the model's."""
+    """Whether two gradients differ by more than rounding: relative to `norm`, or to a small part of `total_norm`."""
     tolerance, floor = (1e-6, 1e-4) if exactly else (_rounding(expected),) * 2
-    scale = max(norm, floor * total_norm)  # a gradient of zero in exact arithmetic is only rounding
+    scale = max(norm, floor * total_norm)  # a gradient that is zero in exact arithmetic consists only of rounding
     return not float(torch.dist(found, expected.to(found.dtype))) <= tolerance * scale
 
 
 def _rounding(gradient: Tensor) -> float:
-    """What the numbers behind a gradient may differ by: on CUDA, float32 may mean TF32's ten bits."""
+    """The relative rounding error of a gradient. On CUDA, float32 products may use TF32, with a mantissa of 10 bits."""
     if gradient.is_cuda and gradient.dtype == torch.float32:
         return 2.0**-5
     return max(FLOAT32, math.sqrt(torch.finfo(gradient.dtype).eps))

@@ -174,7 +174,7 @@ def test_what_cannot_be_copied_is_refused(store: Path) -> None:
         assert len(cache.entries) == 1
         stats = observer.stats()
         assert (stats.sampled, stats.dropped, stats.waiting, stats.errors) == (2, 2, 0, 1)
-        assert "a batch holds a Cache, of which no copy can be kept" in str(stats.last_error)
+        assert "a batch holds a Cache, which memsyn cannot copy" in str(stats.last_error)
 
 
 def test_arrays_are_copied(store: Path) -> None:

@@ -1,7 +1,7 @@
-"""What a batch is: reading it as model input, moving it, counting and picking its samples.
+"""Batches: reading them as model input, moving them, counting and selecting their samples.
 
-Owns everything that looks inside a batch. `Batch` is what measuring passes along, made once, where the batch comes
-in. The functions below it work on any nesting of tuples, lists and mappings of tensors.
+Owns everything that looks inside a batch. `measure` turns each batch into a `Batch` once, and passes this on. The
+functions below `Batch` work on any nesting of tuples, lists and mappings of tensors.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -18,26 +18,34 @@ LABEL_KEYS = frozenset({"label", "labels", "label_ids", "start_positions", "end_
 
 
 def check_iterable(batches: object) -> None:
-    """Refuse what iterates, but not over batches."""
+    """Refuse an argument that is not an iterable of batches.
+
+    Raises:
+        BatchError: it is one batch, or not iterable.
+    """
     if isinstance(batches, Tensor):
         raise BatchError(
-            f"expected batches, got one tensor of shape {tuple(batches.shape)}: iterating it would take its rows for "
-            "batches. Wrap it: measure(model, [tensor])"
+            f"expected batches, got one tensor of shape {tuple(batches.shape)}. Each row would be read as a batch. "
+            "Wrap it in a list: measure(model, [tensor])"
         )
     if isinstance(batches, tuple) and len(batches) == 2 and all(isinstance(part, Tensor) for part in batches):
         first, second = batches
         if first.ndim != second.ndim and first.shape[:1] == second.shape[:1]:
             raise BatchError(
-                "expected batches, got what looks like one (input, target) pair. Wrap it: [(input, target)]"
+                "expected batches, got what looks like one (input, target) pair. Wrap it in a list: [(input, target)]"
             )
     if isinstance(batches, Mapping):
-        raise BatchError("expected batches, got one mapping. Wrap it: measure(model, [mapping])")
+        raise BatchError("expected batches, got one mapping. Wrap it in a list: measure(model, [mapping])")
     if isinstance(batches, str) or not isinstance(batches, Iterable):
         raise BatchError(f"expected a DataLoader or any iterable of batches, got a {type(batches).__name__}.")
 
 
 def model_input(batch: object) -> object:
-    """What of a batch goes into the model: the tensor, the first of a tuple, a mapping without its labels."""
+    """The part of a batch that the model gets: the tensor, the first item of a tuple or list, a mapping without labels.
+
+    Raises:
+        BatchError: the batch is of another type, or empty.
+    """
     if isinstance(batch, (tuple, list)):
         if not batch:
             raise BatchError("a batch is an empty tuple or list: expected (input, target) or (input,).")
@@ -48,12 +56,12 @@ def model_input(batch: object) -> object:
         return {key: value for key, value in batch.items() if key not in LABEL_KEYS}
     raise BatchError(
         f"a batch must be a tensor, an (input, target) tuple or a mapping of tensors; got a {type(batch).__name__}. "
-        "For anything else say how to run the model: forward=lambda model, batch: ..."
+        "For other batches, pass a function that runs the model: forward=lambda model, batch: ..."
     )
 
 
 def labels_of(batch: object) -> Tensor | None:
-    """A batch's labels: the second of a tuple or list, or what a mapping has under 'labels' or 'label'."""
+    """The labels of a batch: the second item of a tuple or list, or a mapping's 'labels' or 'label'; None without."""
     if isinstance(batch, Mapping):
         found = batch.get("labels", batch.get("label"))
     else:
@@ -64,13 +72,13 @@ def labels_of(batch: object) -> Tensor | None:
 @final
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A batch as it is measured; make it with `Batch.of`.
+    """A batch in the form that is measured. Make it with `Batch.of`.
 
     Attributes:
-        inputs: what the forward pass takes.
-        labels: one label per sample, if the estimator asks for labels.
+        inputs: the input of the forward pass.
+        labels: one label per sample, if the estimator needs labels.
         tensors: the tensors in the inputs and the labels, in order.
-        num_samples: the size of the first dimension of the first tensor that has one; None without such a tensor.
+        num_samples: the size of the first dimension of the first tensor with dimensions; None without such a tensor.
     """
 
     inputs: Any
@@ -80,11 +88,11 @@ class Batch:
 
     @classmethod
     def of(cls, inputs: Any, labels: Tensor | None = None) -> "Batch":
-        """Read inputs and labels, without copying a tensor."""
+        """Make a batch from inputs and labels, without copying tensors."""
         return cls(inputs, labels, (), None).map(lambda tensor: tensor)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """The same structure, in containers of its own, with every tensor changed."""
+        """The same structure in new containers, with every tensor changed."""
         found: list[Tensor] = []
 
         def changed(tensor: Tensor) -> Tensor:
@@ -96,15 +104,15 @@ class Batch:
         return Batch(inputs, labels, tuple(found), next((t.shape[0] for t in found if t.ndim), None))
 
     def take(self, start: int, stop: int) -> "Batch":
-        """Samples start..stop: every tensor whose first dimension counts the samples is cut."""
+        """Samples start to stop - 1. A tensor is cut if its first dimension has one entry per sample."""
         total = self.num_samples
         return self.map(lambda t: t[start:stop] if t.ndim and t.shape[0] == total else t)
 
     def one_by_one(self) -> Iterator["Batch"]:
-        """Batches of one sample each.
+        """One batch per sample.
 
         Raises:
-            BatchError: it holds no tensor that could be cut.
+            BatchError: the batch holds no tensor to cut.
         """
         if self.num_samples is None:
             raise BatchError(
@@ -114,7 +122,7 @@ class Batch:
         return (self.take(k, k + 1) for k in range(self.num_samples))
 
     def to(self, device: torch.device) -> "Batch":
-        """On `device`, its tensors free of any graph (and copied if made in inference mode)."""
+        """The batch on `device`, with detached tensors. Tensors that were made in inference mode are copied."""
 
         def move(tensor: Tensor) -> Tensor:
             tensor = tensor.detach()
@@ -123,7 +131,7 @@ class Batch:
         return self.map(move)
 
     def copied(self) -> "Batch":
-        """With tensors of its own."""
+        """The batch with copies of its tensors."""
         return self.map(torch.clone)
 
 
@@ -135,7 +143,7 @@ def call(model: nn.Module, inputs: object) -> object:
 def map_tensors(
     batch: Any, change: Callable[[Tensor], Tensor], change_other: Callable[[Any], Any] = lambda part: part
 ) -> Any:
-    """The same structure with every tensor changed; all else is passed through, unless that is to be changed too."""
+    """The same structure with every tensor changed. `change_other` changes the other leaves; the default keeps them."""
     if isinstance(batch, Tensor):
         return change(batch)
     if isinstance(batch, Mapping):
@@ -162,22 +170,24 @@ def tensors(batch: Any) -> list[Tensor]:
 
 
 def num_samples(batch: Any) -> int | None:
-    """The size of the first dimension of the batch's first tensor; None if it holds no such tensor."""
-    found = [batch] if isinstance(batch, Tensor) else tensors(batch)  # observers ask it of every request
+    """The size of the first dimension of the first tensor with dimensions; None if the batch holds no such tensor."""
+    found = (
+        [batch] if isinstance(batch, Tensor) else tensors(batch)
+    )  # fast for one tensor: observers call this for every request
     return next((tensor.shape[0] for tensor in found if tensor.ndim), None)
 
 
 def take(batch: Any, start: int, stop: int) -> Any:
-    """Samples start..stop of a batch: every tensor whose first dimension counts the samples is cut."""
+    """Samples start to stop - 1 of a batch. A tensor is cut if its first dimension has one entry per sample."""
     total = num_samples(batch)
     return map_tensors(batch, lambda t: t[start:stop] if t.ndim and t.shape[0] == total else t)
 
 
 def picked(batch: Any, rows: Sequence[int]) -> Any:
-    """Some samples of a batch, in tensors of their own, free of any graph; arrays are copied whole.
+    """Copy some samples of a batch, as detached tensors. Arrays are copied whole.
 
     Raises:
-        BatchError: it holds what cannot be copied: the caller, or the model, may change it.
+        BatchError: the batch holds an object that cannot be copied. The caller or the model may change it later.
     """
     total = num_samples(batch)
 
@@ -190,8 +200,8 @@ def picked(batch: Any, rows: Sequence[int]) -> Any:
             return part.copy()
         if not isinstance(part, (str, int, float, complex, np.generic, type(None))):
             raise BatchError(
-                f"a batch holds a {type(part).__name__}, of which no copy can be kept: expected tensors, arrays, "
-                "numbers and text, in tuples, lists and mappings."
+                f"a batch holds a {type(part).__name__}, which memsyn cannot copy: expected tensors, arrays, numbers "
+                "and text, in tuples, lists and mappings. Leave it out of the batch."
             )
         return part
 
@@ -199,7 +209,10 @@ def picked(batch: Any, rows: Sequence[int]) -> Any:
 
 
 def kind(batch: Any) -> Hashable:
-    """What two batches must have in common to be joined: structure, dtypes, shapes of a sample, and all else."""
+    """A key that is equal for batches that can be joined: structure, dtypes, shapes of a sample, all other leaves.
+
+    Tensors without one entry per sample are equal only if they are the same object.
+    """
     total = num_samples(batch)
 
     def of(part: Any) -> Hashable:
@@ -216,7 +229,7 @@ def kind(batch: Any) -> Hashable:
 
 
 def joined(batches: Sequence[Any]) -> Any:
-    """Batches of one kind as one."""
+    """Join batches of one kind into one batch, along the samples."""
     size = num_samples(batches[0])
     columns = zip(*map(tensors, batches), strict=True)
     wholes = iter([torch.cat(parts) if parts[0].ndim and len(parts[0]) == size else parts[0] for parts in columns])
@@ -224,14 +237,20 @@ def joined(batches: Sequence[Any]) -> Any:
 
 
 def first_samples(batches: Iterator[Any], limit: int | None) -> Iterator[Any]:
-    """The batches up to `limit` samples, the last one cut."""
+    """The batches up to `limit` samples; the last batch is cut.
+
+    Raises:
+        BatchError: the samples of a batch cannot be counted.
+    """
     if limit is None:
         yield from batches
         return
     for batch in batches:
         size = num_samples(batch)
         if size is None:
-            raise BatchError("max_samples needs batches made of tensors, to count and cut the samples.")
+            raise BatchError(
+                "max_samples needs batches made of tensors, to count the samples. Leave it out, or give tensors."
+            )
         yield batch if size <= limit else take(batch, 0, limit)
         limit -= size
         if limit <= 0:

@@ -1,12 +1,12 @@
 """The exception tree and the warnings of memsyn.
 
-Owns every error the package raises on purpose. Each message says what was expected, what came, where, and
-what to do next. Must not import anything else of the package.
+Owns every error that the package raises on purpose. A message says what was expected, what came, where, and what to do
+next. Must not import any other module of the package.
 """
 
 
 class MemsynError(Exception):
-    """Root of all errors raised on purpose by memsyn."""
+    """Base class of all errors that memsyn raises on purpose."""
 
 
 class OptionError(MemsynError, ValueError):
@@ -30,7 +30,7 @@ class SamplesInteractError(ModelError):
 
 
 class MismatchError(MemsynError, ValueError):
-    """Two things that should hold the same parameters do not."""
+    """Two objects that must belong together do not: their parameters, weights or settings differ."""
 
 
 class ProtectionError(MemsynError, ValueError):
@@ -38,7 +38,7 @@ class ProtectionError(MemsynError, ValueError):
 
 
 class ProcessError(MemsynError, RuntimeError):
-    """Another process of those that measure together has failed."""
+    """Another process of the group that measures together has failed."""
 
 
 class MemoryFileError(MemsynError, OSError):
@@ -46,23 +46,23 @@ class MemoryFileError(MemsynError, OSError):
 
 
 class MissingFileError(MemoryFileError):
-    """There is no file."""
+    """The file does not exist."""
 
 
 class SlowParametersWarning(UserWarning):
-    """Some parameters are measured one sample at a time: exact, but slow."""
+    """Some parameters are measured one sample at a time. This is exact, but slow."""
 
 
 class NewParametersWarning(UserWarning):
-    """The model has parameters that the memory does not know: they are free to change."""
+    """The model has parameters that are not in the memory. They are not protected."""
 
 
 class LostParametersWarning(UserWarning):
-    """The memory has parameters that the model no longer has: there is nothing to protect."""
+    """The memory has parameters that are not in the model. There is nothing to protect."""
 
 
 class MovedWeightsWarning(UserWarning):
-    """The model's weights are not those the memory was consolidated at, or the importance measured at."""
+    """The model's weights differ from the weights at which the memory was consolidated or the importance measured."""
 
 
 class StrengthWarning(UserWarning):

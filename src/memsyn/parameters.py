@@ -26,17 +26,17 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def canonical_name(name: str) -> str:
-    """The name that a parameter has in the user's own module."""
+    """The name of a parameter in the user's own module, without the part that `torch.compile` adds."""
     return uncompiled_name(name)
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter of the unwrapped model by its canonical name; a tied one by its first name."""
+    """Canonical name -> parameter of the unwrapped model. A tied parameter has its first name."""
     return {canonical_name(name): parameter for name, parameter in unwrap(model).named_parameters()}
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that require a gradient, by canonical name."""
+    """Canonical name -> parameter, for the parameters that require a gradient."""
     return {name: p for name, p in named_parameters(model).items() if p.requires_grad}
 
 

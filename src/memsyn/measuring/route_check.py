@@ -130,9 +130,9 @@ class RouteTable:
     def learn(self, verdict: Verdict, num_samples: int | None, only: set[str] | None) -> None:
         """Add the result of a check on `num_samples` samples.
 
-        As long as no check has seen several samples, the verdict replaces everything. A later check changes the routes of the parameters in
-        `only` (by default, the unproven ones). If it shows that the route of another parameter is wrong, it changes
-        that route too.
+        As long as no check has seen several samples, the verdict replaces everything. A later check changes the routes
+        of the parameters in `only` (by default, the unproven ones). Other parameters change only if no fast route of
+        theirs holds: then they are measured one sample at a time.
         """
         self.changes_inputs = self.changes_inputs or verdict.changes_inputs
         if self.seen < Seen.SEVERAL_SAMPLES:

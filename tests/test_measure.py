@@ -408,7 +408,7 @@ BAD: dict[str, tuple[Any, Any, Any, str]] = {
         mlp,
         GOOD,
         memsyn.BatchError,
-        r"one tensor of shape \(6, 4\).*Wrap it: measure\(model, \[tensor\]\)",
+        r"one tensor of shape \(6, 4\).*Wrap it in a list: measure\(model, \[tensor\]\)",
     ),
     "bare mapping": (mlp, {"x": GOOD}, memsyn.BatchError, "one mapping. Wrap it"),
     "not iterable": (mlp, 3, memsyn.BatchError, "expected a DataLoader or any iterable of batches, got a int"),

@@ -136,9 +136,8 @@ class LayerTracer(Tracer):
         given = arguments(function, args, kwargs)
         values = {place: value for place, argument in given.items() if (value := self.values.get(id(argument)))}
         of_samples = self._sample_tensors(given)
-        if any(
-            t.ndim or t.is_floating_point() for t in of_samples.values()
-        ):  # an integer scalar only selects among weights
+        # An integer scalar only selects weights, as in `table[x.sum()]`: the result is still a value.
+        if any(t.ndim or t.is_floating_point() for t in of_samples.values()):
             return self._run(function, args, kwargs, of_samples, values)
         output = function(*args, **kwargs)
         self._follow(function, values, output)

@@ -136,7 +136,7 @@ class LayerTracer(Tracer):
         given = arguments(function, args, kwargs)
         values = {place: value for place, argument in given.items() if (value := self.values.get(id(argument)))}
         of_samples = self._sample_tensors(given)
-        # An integer scalar only selects weights, as in `table[x.sum()]`: the result is still a value.
+        # An integer scalar only selects weights, as in `table[x.max()]`: the result is still a value.
         if any(t.ndim or t.is_floating_point() for t in of_samples.values()):
             return self._run(function, args, kwargs, of_samples, values)
         output = function(*args, **kwargs)

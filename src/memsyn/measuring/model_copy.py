@@ -29,7 +29,7 @@ class Onlooker:
 
 
 def check_measurable(model: nn.Module) -> None:
-    """Refuse models without per-sample gradients, and models that cannot be cloned for sure.
+    """Refuse models that have no per-sample gradients, or that cannot be measured in this form.
 
     Raises:
         ModelError: the model is not a module, is scripted, or holds a lazy or complex parameter.

@@ -453,7 +453,7 @@ def _check_graph(values: Tensor) -> None:
             continue
         if type(node).__name__ == "CheckpointFunctionBackward":
             raise ModelError(
-                "the forward pass uses reentrant checkpoints, whose parameters cannot be measured: call "
+                "the forward pass uses reentrant checkpoints. Their parameters cannot be measured. Call "
                 "torch.utils.checkpoint with use_reentrant=False."
             )
         seen.add(node)

@@ -434,6 +434,27 @@ def test_a_layer_may_be_used_more_often_in_a_later_batch_than_in_the_first() -> 
         assert max(reference.errors(measured(model, batches).mean(), parts.mean()).values()) <= 1e-12
 
 
+def test_custom_functions_whose_branches_meet_again_are_followed_once() -> None:
+    class Both(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+            return grad, grad
+
+    def doubled(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.a(x)
+        for _ in range(40):  # 2^40 paths lead from the result to the layer
+            y = Both.apply(y, y) / 2
+        return Both.apply(y, y)
+
+    model, data = Lambda(doubled, a=nn.Linear(3, 2)).double(), normal(3)(4, torch.float64)
+    plain = Lambda(lambda m, x: 2 * m.a(x), a=model.a)
+    assert max(reference.errors(measured(model, [data]).mean(), measured(plain, [data]).mean()).values()) <= 1e-12
+
+
 def test_what_cannot_be_measured_says_why() -> None:
     model, good = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), normal(4)(4, torch.float32)
     with pytest.raises(

@@ -296,3 +296,14 @@ def test_real_weights_in_complex_arithmetic() -> None:
     found, error = measured_and_error(model, [normal(6)(5, torch.float64)])
     assert error <= 1e-9
     assert BY_SAMPLE not in found.routes.values()
+
+
+def test_want_of_memory_in_the_check_is_not_taken_for_a_route_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    from memsyn.measuring import route_check
+
+    def exhausted(*given: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("want of memory")
+
+    monkeypatch.setattr(route_check, "add_by_rule", exhausted)
+    with pytest.raises(torch.OutOfMemoryError, match="want of memory"):
+        memsyn.measure(nn.Linear(2, 2), [torch.ones(3, 2)], progress=False)

@@ -239,10 +239,12 @@ class LayerTracer(Tracer):
         owners = {part.grad_fn: self._layers[key] for key, part in open_parts}
         found: set[_Layer] = set()
         nodes: list[Any] = [tensor.grad_fn]
+        seen = set(nodes)  # a graph in which branches meet again has exponentially many paths
         while nodes:
-            following = [node for node, _ in nodes.pop().next_functions if node is not None]
+            following = {node for node, _ in nodes.pop().next_functions if node is not None} - seen
             found.update(owners[node] for node in following if node in owners)
             nodes += [node for node in following if node not in owners]
+            seen |= following
         if len(found) == 1:
             self._extend(found.pop(), tensor)
 

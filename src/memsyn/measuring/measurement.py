@@ -188,9 +188,9 @@ class Measurement:
 
     def describe(self, slow: set[str]) -> str:
         """The text of the warning: names the layers of the slow parameters, and their types."""
-        layers = sorted({name.rpartition(".")[0] for name in slow})
         model = unwrap(self.model)
-        named = [f"{layer or 'the model'} ({type(model.get_submodule(layer)).__name__})" for layer in layers]
+        owners = sorted({name.rpartition(".")[0] for name in slow})  # paths of modules; "" is the model itself
+        named = [f"{owner or 'the model'} ({type(model.get_submodule(owner)).__name__})" for owner in owners]
         return (
             f"{len(slow)} of {len(self.table.routes)} parameters have no fast route, so they are measured one sample "
             f"at a time. This is exact, but slow. They are in {', '.join(named)}. To save time, use fewer samples "

@@ -476,7 +476,7 @@ def check_not_constant(values: Tensor, parameters: Mapping[str, nn.Parameter], t
             return
     if size > 0:
         raise ConstantError(
-            "the squared norm of the output is the same for all weights, as for a normalised output, so it says "
+            "the objective is the same for all weights, as the squared norm of a normalised output is, so it says "
             "nothing about their importance. Measure the output before the normalisation: "
             "forward=lambda model, batch: ..."
         )

@@ -444,6 +444,8 @@ class _Comparison:
                 add_by_rule(found[name], parameters[name], group.uses, size, signed, weights=self.weights)
             else:
                 return None
+        except torch.OutOfMemoryError:
+            raise
         except (NoRuleError, RuntimeError):
             return None
         return found

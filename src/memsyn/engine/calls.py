@@ -133,6 +133,7 @@ def with_tensors(
 
 def changes_its_input(function: Function, kwargs: Mapping[str, Any]) -> bool:
     """Whether the operation writes in-place: to its first argument, or to `out`."""
+    # `add_` writes to its input and `__add__` does not. `__setitem__` is the exception: it does.
     name = name_of(function)
     return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or "out" in kwargs
 

@@ -29,6 +29,7 @@ def _projected(
     size = query.shape[-1]
 
     def project_jointly(inputs: Tensor, weight: Tensor, bias: Tensor | None, parts: int) -> Tensor:
+        # For three parts: (T, B, 3 E) -> (T, B, 3, E) -> (1, T, B, 3, E) -> (3, T, B, 1, E) -> (3, T, B, E).
         projected: Tensor = F.linear(inputs, weight, bias).unflatten(-1, (parts, size))
         return projected.unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
 
@@ -102,6 +103,7 @@ def _attention(
     if mask is not None and mask.ndim == 2:
         mask = mask.unsqueeze(0)
     if bias_k is not None and bias_v is not None:
+        # bias_k and bias_v add one source position. The masks are padded with 0 there, so it is visible to all.
         k, v = (torch.cat([x, b.repeat(1, num_samples, 1)]) for x, b in ((k, bias_k), (v, bias_v)))
         mask, padding = (None if m is None else F.pad(m, (0, 1)) for m in (mask, padding))
     head = width // num_heads
@@ -141,6 +143,7 @@ def _attended(
     found = None
     if weights is None:
         if mask is not None:
+            # F.scaled_dot_product_attention takes (1, 1, T, S) for a mask that all samples share, else (B, H, T, S).
             is_shared = mask.shape[0] == 1
             mask = mask.unsqueeze(0) if is_shared else mask.view(num_samples, num_heads, -1, num_sources)
         q = q.view(num_samples, num_heads, num_targets, head)
@@ -230,6 +233,7 @@ class _Recurrence(torch.autograd.Function):
                 of_cell = of_cell * forget_gate[t]
                 of_hidden = grads[t].flatten(1) @ weight
             flat = grads.flatten(2)
+            # The input part and the recurrent part of the gates are added, so both have the same gradient.
             return flat, flat, of_hidden, of_cell, None, None
 
 
@@ -259,6 +263,7 @@ def _lstm(
     hidden, cell = state
     ordered = gates.flip(0) if backwards else gates
     steps = _run_lstm(ordered, hidden, cell, weight, bias)
+    # The hidden states carry no graph here: `_Recurrence` sends the gradient from step to step.
     recurrent = F.linear(torch.cat([hidden.detach().unsqueeze(0), steps.outputs[:-1]]), weight, bias)
     outputs, last = _Recurrence.apply(ordered, recurrent, hidden, cell, weight.detach(), steps)  # type: ignore[no-untyped-call]
     return outputs.flip(0) if backwards else outputs, (outputs[-1], last)
@@ -292,6 +297,7 @@ def _direction(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One recurrent layer in one direction, for inputs (T, B, features): the outputs (T, B, H) and the last state."""
     bias, recurrent_bias = weights[2:4] if biased else (None, None)
+    # One direction of an LSTM has 2 weights, 4 with biases, and one more with `proj_size`: an odd number.
     projection = weights[-1] if len(weights) % 2 else None
     gates = F.linear(inputs, weights[0], bias)
     if step is _lstm_step and projection is None:

@@ -80,17 +80,24 @@ def add_by_uses(
 
     def consume(group: ParameterGroup) -> None:
         names = group.names
+        # The check saw no use of this parameter, so no route was compared with autograd: a new check must run first.
         if group.uses and any(routes[name] == UNUSED for name in names):
             unknown.update(names)
             return
+        # A group is measured as a whole: if one parameter needs single samples, so do the others. In the second pass
+        # over a batch (with `only`), the first pass has already added all other parameters.
         if any(routes[name] == BY_SAMPLE for name in names) or (only is not None and not any(n in only for n in names)):
             refused.update(name for name in names if routes[name] != BY_SAMPLE and only is None)
             return
         try:
             if not all(call.is_intact() for call, _ in group.uses):
                 raise NoRuleError
+            # The check has compared only zeros for an unproven parameter. So its sums are collected apart, and dropped
+            # if they are not zero.
             is_unproven = any(name in unproven for name in names)
             totals = {n: torch.zeros_like(sums[n]) if is_unproven else sums[n] for n in names}
+            # A rule gives the gradient of one tensor. If a value is computed from several parameters, only autograd can
+            # go on from the value to each of them.
             if len(group.names) == 1 and all(routes[name] == BY_RULE for name in names):
                 (name,) = names
                 add_by_rule(totals[name], parameters[name], group.uses, num_samples, magnitude)
@@ -104,8 +111,10 @@ def add_by_uses(
             refused.update(names)
 
     recorder = Recorder(parameters, plans, consume)
+    # The hooks must run in this thread, on CUDA too: function modes and scratch memory belong to a thread.
     with torch.autograd.set_multithreading_enabled(False), recorder:
         values = scores(batch, 0, recorder)
+        # `consume` reads this during the backward pass. A batch without tensors has no number of samples before.
         num_samples = len(values)
         backward_to_activations(recorder, values, parameters.values())
     unknown |= recorder.unknown
@@ -114,7 +123,9 @@ def add_by_uses(
 
 def backward_to_activations(recorder: Recorder, values: Tensor, parameters: Iterable[nn.Parameter]) -> None:
     """Run one backward pass for each column of `values` (B, R). The recorder's hooks receive the gradients."""
-    inputs = [recorder.root, *parameters]  # if the recorder missed a use, the graph reaches the parameter itself
+    # If the recorder missed a use of V, as in `F.linear(custom(x, V), W)`, the graph of the Linear ends at V, not at
+    # the root. Without V among the inputs, autograd would skip this part, and the hook of W's call would not run.
+    inputs = [recorder.root, *parameters]
     for column, objective in enumerate(values.unbind(1)):
         last = column == values.shape[1] - 1
         recorder.start_backward(last=last)
@@ -145,6 +156,7 @@ def run_backward(
     try:
         torch.autograd.backward([edges[0]], [start], retain_graph=retain_graph, inputs=edges[1:])
     except torch.OutOfMemoryError:
+        # It is a RuntimeError too, but it says nothing about the model.
         raise
     except RuntimeError as error:
         raise ModelError(
@@ -219,6 +231,8 @@ def add_by_samples(
         for column in range(value.shape[1]):
             last = column == value.shape[1] - 1
             for name, grad in gradients(value[0, column], parameters, retain_graph=not last).items():
+                # A copy, since the magnitude works in place, and gradients may share memory: for s = sum (a + b)^2,
+                # autograd returns one memory block for both d s / d a and d s / d b.
                 sums[name] += magnitude(grad.to(sums[name].dtype, copy=True))
         values.append(value.detach())
     return torch.cat(values)
@@ -259,6 +273,7 @@ def check_same_alone(value: Tensor, together: Tensor, k: int, tolerance: float) 
     Raises:
         SamplesInteractError: it is larger.
     """
+    # `not a <= b` instead of `a > b`, since every comparison with NaN is False: NaN must be refused.
     if not float((value[0] - together[k]).abs().max()) <= tolerance * float(together.abs().max()):
         raise samples_interact(f"the objective of sample {k}")
 

@@ -83,11 +83,14 @@ class Plans:
         splits = {place: self._splits.get(path_of(value, function, place)) for place, value in values.items()}
         known = {place: split for place, split in splits.items() if split is not None}
         makes_value = {split.out is None for split in known.values()}
+        # Leave the operation to autograd if the batch axes of an argument are not known, or if one argument was seen
+        # with a result that is a value, and another with a result that depends on samples.
         if len(known) < len(values) or len(makes_value) > 1:
             return Plan(None, False, frozenset())
         operation = operation_of(function)
         rules = [rule for place in values if (rule := operation.rules.get(place)) is not None]
         ruled = len(rules) == len(values)
+        # For F.linear(x, W, b), the rule of W needs x. If only b is trainable, x is not kept.
         unneeded = operation.activations - {rule.operand for rule in rules} - values.keys() if ruled else frozenset()
         return Plan(known, all(makes_value), unneeded)
 
@@ -97,6 +100,7 @@ class _AliasFromRoot(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, root: Tensor) -> Tensor:
+        # Not `tensor.view_as(tensor)`: its result is a view for autograd, and a hook on it would miss in-place changes.
         return tensor.new_empty(0).set_(tensor)  # type: ignore[call-overload, no-any-return]
 
     @staticmethod
@@ -188,6 +192,7 @@ class Recorder(Tracer):
         if plan.splits is None:
             output = function(*args, **kwargs)
             result = args[0] if output is None and changes_its_input(function, kwargs) else output
+            # A result without a gradient (a shape, a comparison) does not make the parameter matter.
             if any(tensor.requires_grad for tensor in tensors_of(result)):
                 self.unknown.update(*(value.names for value in values.values()))
             return output
@@ -224,6 +229,7 @@ class Recorder(Tracer):
             call.versions = {place: version_of(tensor) for place, tensor in call.tensors.items()}
             result.register_hook(partial(self._receive_grad, call))
             self._calls.append(call)
+        # After an in-place operation, the model goes on with the object that was changed, not with a new one.
         return output if changed else result
 
     @staticmethod
@@ -247,6 +253,7 @@ class Recorder(Tracer):
             elif place not in plan.unneeded:
                 kept[place] = value.detach()
         assert plan.splits is not None
+        # If a tensor was not kept, the operation cannot run again, and only a rule can measure it.
         again = None
         if len(kept) + len(options) == len(given):
             again = with_tensors(function, args, kwargs, dict.fromkeys(kept))
@@ -266,6 +273,7 @@ class Recorder(Tracer):
                 call.num_groups += 1
         self._phase, self._is_last = _Phase.BACKWARD, last
         if last:
+            # From here on, only the groups and the graph hold the calls, so each call is freed with them.
             self._calls.clear()
 
     def _group(self, names: frozenset[str]) -> ParameterGroup:
@@ -287,9 +295,9 @@ class Recorder(Tracer):
 
     def _receive_grad(self, call: Call, grad: Tensor) -> None:
         with without_function_modes():
-            if (
-                self._phase is _Phase.FORWARD
-            ):  # the model, or a scorer, differentiates a part of the forward pass at once
+            # The model or a scorer may differentiate a part of the forward pass at once. Groups do not exist yet, so
+            # the gradient waits in the call.
+            if self._phase is _Phase.FORWARD:
                 call.grad = grad if call.grad is None else call.grad + grad
                 return
             call.grad = grad
@@ -302,13 +310,16 @@ class Recorder(Tracer):
     def _hand_over(self, group: ParameterGroup) -> None:
         for name in group.names:
             del self._groups[name]
+        # A use was left to autograd. So the recorded uses are not all uses, and their sum would be wrong.
         if group.names & self.unknown:
             self.unknown |= group.names
             return
+        # Listed before the uses without a gradient are removed, since their tensors must be freed too.
         calls = unique(call for call, _ in group.uses)
         group.uses = [(call, place) for call, place in group.uses if call.grad is not None]
         self.consume(group)
-        for call in calls:  # the graph keeps the call alive until the end of the pass, so free its tensors now
+        # The graph keeps the calls alive until the end of the pass, so free their tensors now.
+        for call in calls:
             call.num_groups -= 1
             if call.num_groups == 0 and not self.keeps:
                 call.grad = None

@@ -60,9 +60,13 @@ def add_by_rule(
     parts: dict[tuple[Any, ...], list[tuple[Call, str]]] = {}
     for call, place in uses:
         value = call.values[place].tensor
+        # An expanded view has a stride of 0: all rows of `w.expand(4, 8)`, for w (1, 8), are one row in memory. So
+        # `found` has no separate place for the gradient of each row.
         if value is not parameter and (base_of(value) is not parameter or 0 in value.stride() or value.is_complex()):
             raise NoRuleError
         parts.setdefault((value.shape, value.stride(), value.storage_offset()), []).append((call, place))
+    # The parts of `total` are found by the strides of the parameter, so both must lie in memory in the same way. Parts
+    # must not overlap: `W[:8]` and `W[4:]` share rows 4 to 7, where |g_1| + |g_2| would be added, not |g_1 + g_2|.
     if total.stride() != parameter.stride() or _overlap(parameter, parts):
         raise NoRuleError
     found = torch.zeros_like(total)
@@ -93,6 +97,7 @@ def _join(uses: Uses, total: Tensor, num_samples: int, magnitude: Magnitude, wei
     if all(rule.join == rules[0].join for rule in rules):
         rules[0].join(made, total, num_samples, magnitude)
     elif all(rule.term is not None for rule in rules):
+        # Different elementwise operations, as in `x * p + p`: both gradients are summed before f is applied.
         add_terms(_sum_of_terms(rules, made, total.shape, num_samples), total, magnitude)
     elif all(rule.shared_as is not None for rule in rules):
         tables = [use for rule, use in zip(rules, made, strict=True) if rule.shared_as == "table"]
@@ -126,6 +131,7 @@ def _make_use(call: Call, place: str, rule: Rule, num_samples: int, weights: Ten
     if operand is not None and operand.is_floating_point():
         operand = operand.to(grad.dtype)
     axis = None if rule.operand is None else split.args.get(rule.operand)
+    # Rules read small tensors by name too: batch_norm takes its `running_mean` from here.
     return Use({**call.options, **call.tensors}, operand, axis, grad, split.out)
 
 
@@ -161,6 +167,7 @@ def add_by_operation(
         NoRuleError: an operation cannot be cut into samples; nothing was added.
     """
     names = sorted(group.names)
+    # Collected apart: if a later sample raises NoRuleError, nothing may have been added to `totals`.
     found = {name: torch.zeros_like(totals[name]) for name in names}
     for k in range(num_samples):
         # First compute the gradient of each value (for instance, a normalised weight), summed over its uses. Then go on
@@ -175,6 +182,7 @@ def add_by_operation(
             outputs,
             inputs,
             [grad.to(out.dtype) for grad, out in zip(grads.values(), outputs, strict=True)],
+            # The graph from the parameters to the values is needed again for the next sample.
             retain_graph=True,
             allow_unused=True,
         )
@@ -207,6 +215,7 @@ def _sample_gradient(call: Call, place: str, k: int, num_samples: int) -> Tensor
         one = Call(call.function, call.options, call.values, call.splits, cut, {}, None, grad)
         try:
             found = torch.zeros_like(call.values[place].tensor, dtype=wide_dtype(grad))
+            # With one sample and f(g) = g, a rule gives the plain gradient.
             rule.join([_make_use(one, place, rule, 1)], found, 1, signed)
             return found
         except NoRuleError:
@@ -216,11 +225,13 @@ def _sample_gradient(call: Call, place: str, k: int, num_samples: int) -> Tensor
     leaf = cut[place] = call.values[place].tensor.detach().requires_grad_()
     changed = changes_its_input(call.function, call.again[1])
     if changed:
+        # The operation will write to its input, which may be a view of a kept tensor. So it gets copies.
         cut = {name: tensor if name == place else tensor.clone() for name, tensor in cut.items()}
     args, kwargs = with_tensors(call.function, *call.again, cut)
     with torch.enable_grad():
         output = call.function(*args, **kwargs)
     output = args[0] if output is None else output
+    # An argument may hold the batch size: `torch.tile(p, (4, 1))` gives 4 rows for a batch of one, too.
     if output.shape != grad.shape:
         raise NoRuleError
     (gradient,) = torch.autograd.grad(output, leaf, grad, allow_unused=True)

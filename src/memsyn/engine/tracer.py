@@ -46,6 +46,7 @@ class Tracer(TorchFunctionMode, ABC):
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
+        # An id stays valid only while its object lives. Each Value holds its tensor, so its id is not reused.
         self.values = {id(p): Value(p, frozenset((name,)), (name,)) for name, p in parameters.items()}
 
     def __torch_function__(
@@ -54,6 +55,7 @@ class Tracer(TorchFunctionMode, ABC):
         kwargs = kwargs or {}
         if torch.is_grad_enabled() and (self._holds(args) or (kwargs and self._holds(kwargs.values()))):
             if function in self.decompositions:
+                # Torch switches a mode off while it handles an operation. Here it must see the plain operations inside.
                 with self:
                     output = self.decompositions[function](*args, **kwargs)
                 if output is not NotImplemented:
@@ -81,6 +83,7 @@ class Tracer(TorchFunctionMode, ABC):
         place, first = next(iter(values.items()))
         names = frozenset().union(*(value.names for value in values.values()))
         for index, tensor in enumerate(tensors_of(output)):
+            # Some operations return their input itself: `W.contiguous()` is W. Then the old path stays.
             if tensor.requires_grad and id(tensor) not in self.values:
                 path = (*first.path, f"{name_of(function)}.{place}.{index}")
                 self.values[id(tensor)] = Value(tensor, names, path)
@@ -123,6 +126,7 @@ class ShapeTracer(Tracer):
     def run_with_values(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the operation, note its shapes, and note whether the result is a value or depends on samples."""
         tensors = {place: v for place, v in arguments(function, args, kwargs).items() if isinstance(v, Tensor)}
+        # Before the operation runs, since an in-place one (`squeeze_`) may change the shape of its argument.
         shapes = {place: tensor.shape for place, tensor in tensors.items()}
         values = {place: self.values[id(tensor)] for place, tensor in tensors.items() if id(tensor) in self.values}
         with_samples = any(self._depends_on_samples(t) for place, t in tensors.items() if place not in values)
@@ -133,6 +137,7 @@ class ShapeTracer(Tracer):
             self._mark(function, result, list(tensors.values()), args if changed else ())
         if not any(tensor.requires_grad for tensor in tensors_of(result)):
             return output
+        # With max_norm, a lookup rescales the rows of the table itself.
         if function in (F.embedding, F.embedding_bag) and arguments(function, args, kwargs).get("max_norm") is not None:
             self.written.update(*(value.names for value in values.values()))
         # After an in-place change, a value no longer holds what its path says.
@@ -149,6 +154,7 @@ class ShapeTracer(Tracer):
 
     def _depends_on_samples(self, tensor: Tensor) -> bool:
         known = id(tensor) in self._samples
+        # A tensor with a graph that is not a value was computed from parameters and samples.
         return known or (tensor.grad_fn is not None and id(tensor) not in self.values)
 
     def _mark(self, function: Function, output: Any, given: Sequence[Tensor], changed: Sequence[Any]) -> None:
@@ -200,6 +206,8 @@ def merge(left: Split | None, right: Split | None) -> Split | None:
 
 
 def _same(left: Axis | None, right: Axis | None) -> Axis | None:
+    # The same dimension may hold one row per sample in one use and several in another. Then Axis(0, folded=True) holds
+    # for both. Two folded axes must agree in the order of the samples.
     if left is None or right is None or left.dim != right.dim:
         if left != right:
             raise ValueError
@@ -215,6 +223,8 @@ def _compare_events(one: _Event, two: _Event) -> Split | None:
     try:
         args = {place: _axis_that_doubles(one.args[place], shape) for place, shape in two.args.items()}
         if one.out is None or two.out is None:
+            # Several outputs, as of `W.chunk(2)`, are fine if no sample went in: then they are values. Otherwise the
+            # batch axes of the outputs are not known.
             return Split(None, {}) if not two.with_samples and one.out is two.out and not any(args.values()) else None
         out = _axis_that_doubles(one.out, two.out)
     except ValueError:
@@ -225,6 +235,7 @@ def _compare_events(one: _Event, two: _Event) -> Split | None:
 
 
 def _axis_that_doubles(one: torch.Size, two: torch.Size) -> Axis | None:
+    # Shapes of different length raise the same ValueError, through `strict`.
     dims = [dim for dim, (a, b) in enumerate(zip(one, two, strict=True)) if a != b]
     if not dims:
         return None

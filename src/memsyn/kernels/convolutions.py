@@ -40,6 +40,7 @@ def geometry_of(options: Mapping[str, Any], kernel: tuple[int, ...]) -> Geometry
     padding = options.get("padding", 0)
     if isinstance(padding, str):
         totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        # An odd total puts the extra zero after the image: a kernel of 4 has 1 zero before and 2 after.
         sides = tuple((total // 2, total - total // 2) for total in totals)
     else:
         sides = tuple((p, p) for p in each("padding", 0))
@@ -119,6 +120,7 @@ def _conv_weight_unfolded(pairs: Sequence[Pair], geometry: Geometry, magnitude: 
             windows = image[samples]
             if not is_pointwise:
                 windows = _windows(_padded(windows, geometry), geometry, grad.shape[2:])
+            # (b, C, *kernel, *size) -> (b, G, C / G * kernel, T) -> (b, G, T, C / G * kernel).
             rights = windows.reshape(len(windows), *total.shape[::2], -1).transpose(2, 3)
             made.append((_left_factors(grad[samples], geometry.groups), [rights]))
         return made
@@ -136,7 +138,8 @@ def _is_padded(geometry: Geometry) -> bool:
 def _padded(inputs: Tensor, geometry: Geometry) -> Tensor:
     if not _is_padded(geometry):
         return inputs
-    sides = [side for pair in reversed(geometry.padding) for side in pair]  # F.pad takes the last dimension first
+    # F.pad takes the last dimension first.
+    sides = [side for pair in reversed(geometry.padding) for side in pair]
     return F.pad(inputs, sides)
 
 
@@ -166,9 +169,8 @@ def _conv_weight_by_channel(pairs: Sequence[Pair], geometry: Geometry, magnitude
     per_sample: Tensor | float = 0.0
     for pair in pairs:
         (batch, channels), (out, *size) = pair.image.shape[:2], pair.grad.shape[1:]
-        conv_can_pad = all(
-            before == after < n for (before, after), n in zip(geometry.padding, size, strict=True)
-        )  # the convolution pads faster than F.pad, but four times slower if the padding exceeds its kernel
+        # The convolution pads faster than F.pad, but is four times slower if the padding exceeds its kernel.
+        conv_can_pad = all(before == after < n for (before, after), n in zip(geometry.padding, size, strict=True))
         inputs = pair.image if conv_can_pad else _padded(pair.image, geometry)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
         products = convolve(
@@ -179,9 +181,9 @@ def _conv_weight_by_channel(pairs: Sequence[Pair], geometry: Geometry, magnitude
             dilation=geometry.stride,
             groups=batch * channels,
         )
-        for dim, k in enumerate(
-            geometry.kernel
-        ):  # with a stride, no window may read the last pixels: drop the extra offsets
+        # With a stride, windows may not reach the last pixels. An image of 8 pixels, kernel 3 and stride 2 have 3
+        # windows, over pixels 0 to 6. The convolution gives 4 offsets, and the last one is dropped.
+        for dim, k in enumerate(geometry.kernel):
             products = products.narrow(2 + dim, 0, k)
         per_sample = per_sample + products.reshape(batch, out, 1, *geometry.kernel)
     assert isinstance(per_sample, Tensor)
@@ -206,6 +208,7 @@ def _conv_weight_by_rows(pairs: Sequence[Pair], geometry: Geometry, magnitude: M
 
     copied = sum(pair.image.shape[2] * math.prod(pair.grad.shape[3:]) * groups * columns for pair in pairs)
     add_outer_products(tokens, total.unbind(2), magnitude, num_samples=len(grad), copied=copied)
+    # (G, out / G, kernel rows, rest of the kernel * C / G) -> (out, *kernel, C / G) -> (out, C / G, *kernel).
     weight: Tensor = total.view(-1, *geometry.kernel, channels).movedim(-1, 1)
     return weight
 
@@ -259,6 +262,7 @@ def _channels_last(inputs: Tensor, geometry: Geometry, num_rows: int, use: str) 
         room = inner.shape[1 + dim]
         inner = inner.narrow(1 + dim, min(before, room), max(0, min(inputs.shape[2 + dim], room - before)))
     if inner.numel() < padded.numel():
+        # Scratch memory holds old numbers, so the padding is zeroed in every call.
         padded.zero_()
     inner.copy_(inputs[:, :, : inner.shape[1]].movedim(1, -1))
     return padded

@@ -78,6 +78,7 @@ def scratch(use: str, shape: Sequence[int], like: Tensor) -> Tensor:
         c = scratch("folded", (2, 10), x)       # separate memory
     """
     size, workspace = math.prod(shape), getattr(_thread_local, "workspace", None)
+    # Larger requests are not kept: 4 * 2^21 numbers of float32 are 32 MiB.
     if workspace is None or size > 4 * INPUTS:
         return like.new_empty(shape)
     key, tensors = (use, like.dtype, like.device), workspace.tensors
@@ -100,6 +101,8 @@ def magnitudes(gradients: Tensor, magnitude: Magnitude) -> Tensor:
     if last is not None and last[0]() is gradients and last[1:3] == (version_of(gradients), magnitude):
         return last[3]
     found = magnitude(gradients, scratch("magnitudes", gradients.shape, gradients))
+    # A weak reference does not keep the gradient alive. Comparing addresses instead would be wrong: a new tensor may
+    # get the address of a freed one.
     workspace.last = (weakref.ref(gradients), version_of(gradients), magnitude, found)
     return found
 
@@ -121,6 +124,7 @@ def add_outer_products(
     """
     if num_samples == 0 or totals[0].numel() == 0:
         return
+    # For a 3x3 kernel, 64 channels and 32x32 pixels, a sample copies 32 * 32 * 192 numbers: 10 samples at once.
     step = max(1, min(num_samples, INPUTS // copied if copied else num_samples))
     for start in range(0, num_samples, step):
         uses = tokens(slice(start, min(start + step, num_samples)))
@@ -155,9 +159,9 @@ def add_token_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], total:
         if len(pairs) == 1:
             return [(left[some], [right[some]])]
         own_lefts, own_rights = zip(*((left[some], right[some]) for left, right in pairs), strict=True)
-        return [
-            (torch.cat(own_lefts, 2), [torch.cat(own_rights, 2)])
-        ]  # joined into one product, since a use may have a single token
+        # Two uses with factors (B, 1, 1, rows) are joined into (B, 1, 2, rows): one product over two tokens, instead of
+        # two products over one token each.
+        return [(torch.cat(own_lefts, 2), [torch.cat(own_rights, 2)])]
 
     add_outer_products(tokens, [total.unsqueeze(0)], magnitude, num_samples=len(left), copied=copied)
 
@@ -188,12 +192,14 @@ def _add_tiles(pairs: Sequence[tuple[Tensor, Tensor]], total: Tensor, magnitude:
         return
     depth, height, width = _tile(num_samples, groups * rows, columns, area)
     height = max(1, height // groups)
-    depth -= depth % threads if depth > threads else 0  # otherwise some threads wait for the others
+    # With 2 threads, 7 samples would leave one thread waiting: take 6.
+    depth -= depth % threads if depth > threads else 0
     factors = [(left.flatten(0, 1).transpose(1, 2), right.flatten(0, 1)) for left, right in pairs]
     for row in range(0, rows, height):
         for column in range(0, columns, width):
             block = total[:, row : row + height, column : column + width]
             parts = [(left[:, row : row + height], right[..., column : column + width]) for left, right in factors]
+            # A block of some columns has gaps between its rows, and `_add_samples` needs one flat vector.
             if block.is_contiguous():
                 _add_samples(parts, depth, block, magnitude)
             else:
@@ -224,11 +230,16 @@ def _add_samples(parts: Sequence[tuple[Tensor, Tensor]], depth: int, total: Tens
         for lefts, rights in tiles[1:]:
             products.baddbmm_(lefts[index], rights[index])
         magnitude(samples)
-        flat.addmv_(samples.view(num_samples, -1).t(), ones[:num_samples])  # the same as sum(0), but twice as fast
+        # The same as `flat += samples.sum(0)`, but faster.
+        flat.addmv_(samples.view(num_samples, -1).t(), ones[:num_samples])
 
 
 def _tile(num_samples: int, rows: int, columns: int, area: int) -> tuple[int, int, int]:
     """The size (samples, rows, columns) of a tile with about `area` numbers."""
+    # For example, 32 samples on 2 threads, area 2^19:
+    #   matrix (768, 2304)    3 samples, 192 rows, 768 columns
+    #   matrix (256, 1152)    7 samples, 128 rows, 576 columns
+    #   matrix (64, 64)       32 samples, the whole matrix
     width = _equal_part(columns, WIDTH)
     height = _equal_part(rows, max(HEIGHT, area // (DEPTH * width)))
     return max(1, min(num_samples, area // (height * width))), height, width

@@ -65,6 +65,8 @@ class Axis(NamedTuple):
         size = tensor.shape[self.dim]
         if size % num_samples:
             raise NoRuleError
+        # The check saw one row per sample. So it could not tell a1 a2 b1 b2 from a1 b1 a2 b2, and a longer dimension
+        # needs a new check.
         if size != num_samples > 1 and not self.folded:
             raise UnseenError
         return size
@@ -157,6 +159,7 @@ def per_sample(terms: Sequence[tuple[Tensor, Axis]], shape: torch.Size, num_samp
         aligned = (*shape, *[1] * (term.ndim - 2)) if channels else tuple(shape)
         first = axis.first(term, num_samples)
         if len(terms) == 1 and first.shape == (num_samples, *shape):
+            # The tensor itself, not a copy: then `magnitudes` computes |d| once for the weight and the bias.
             return first
         # If the batch axis was not folded, moving it to the front has shifted the dimensions on its left by one. Put a
         # dimension of size 1 where it was: (T, B, 8) -> (B, T, 8) -> (B, T, 1, 8). Then (T, 1, 8) lines up with the
@@ -234,6 +237,7 @@ def rms_norm(use: Use) -> Tensor:
     assert use.operand is not None
     eps = use.options.get("eps")
     if eps is None:
+        # The default of torch is the eps of the model's dtype (0.0078 for bfloat16), but the operand may be wider here.
         eps = torch.finfo(use.options["weight"].dtype).eps
     return F.rms_norm(use.operand, use.options["normalized_shape"], eps=eps).mul_(use.grad)
 
@@ -253,6 +257,7 @@ def batch_norm(use: Use) -> Tensor:
     mean, var = use.options.get("running_mean"), use.options.get("running_var")
     training = bool(use.options.get("training", False)) or mean is None
     if mean is not None and var is not None:
+        # Copies, since F.batch_norm in training mode writes to the running statistics that it gets.
         mean, var = mean.to(use.operand.dtype, copy=True), var.to(use.operand.dtype, copy=True)
     eps = use.options.get("eps", 1e-5)
     return F.batch_norm(use.operand, mean, var, training=training, eps=eps).mul_(use.grad)
@@ -334,6 +339,7 @@ def _images(uses: Sequence[Tensor], ndim: int) -> list[Tensor]:
 
 def embedding(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:
     """g_k[v] is the sum of d_kt over the tokens t with index v. An index that occurs twice has one signed sum."""
+    # Tokens are summed before f: if a sample looks up row 4 twice, with gradients 1 and -1, then g_k[4] is 0, not 2.
     sums, cells = row_sums(*token_rows(uses, len(total), num_samples), len(total))
     total.index_add_(0, cells % len(total), magnitude(sums).to(total.dtype))
 
@@ -345,6 +351,7 @@ def token_rows(uses: Sequence[Use], num_rows: int, num_samples: int) -> tuple[Te
         if use.options.get("scale_grad_by_freq"):
             raise NoRuleError
         padding = use.options.get("padding_idx")
+        # Torch gives no gradient to the padding row. A negative index counts from the end: -1 of 10 rows is row 9.
         own = grad if padding is None else grad * (index != padding % num_rows).unsqueeze(-1)
         indices.append(index.reshape(num_samples, -1))
         rows.append(own.reshape(num_samples, -1, grad.shape[-1]))
@@ -378,4 +385,6 @@ def tied(tables: Sequence[Use], maps: Sequence[Use], total: Tensor, num_samples:
         found = rows[own]
         linear = sum(grad[k][:, found].T @ operand[k] for grad, operand in zip(grads, inputs, strict=True))
         assert isinstance(linear, Tensor)
+        # `linear` is changed in place by the last call, so the order of the two matters. With L_k = 3 and E_k = -2, the
+        # sum already holds |3|, and |3 - 2| - |3| = -2 corrects it to 1.
         total.index_add_(0, found, magnitude(linear + sums[own]).sub_(magnitude(linear)))

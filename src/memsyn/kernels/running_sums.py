@@ -48,6 +48,7 @@ class RunningSums:
             self.num_folded = num_samples
 
     def _fold(self) -> None:
+        # The first sums are taken over without a copy. So a short measurement needs no second set of sums.
         if not self.folded:
             self.folded = self.recent
             self.recent = {name: torch.zeros_like(total) for name, total in self.folded.items()}
@@ -56,6 +57,13 @@ class RunningSums:
             for recent_chunk, folded_chunk in zip(
                 _flat(recent).split(CHUNK), _flat(self.folded[name]).split(CHUNK), strict=True
             ):
+                # Near 2^25, neighbours in float32 are 4 apart. If folded is 2^25, and recent gets 1 before each fold:
+                #   fold    recent before    folded after    recent after
+                #   1       1                2^25            1
+                #   2       2                2^25            2
+                #   3       3                2^25 + 4        -1
+                #   4       0                2^25 + 4        0
+                # Plain addition would stay at 2^25.
                 after = torch.add(folded_chunk, recent_chunk, out=scratch("folded", folded_chunk.shape, folded_chunk))
                 recent_chunk -= torch.sub(after, folded_chunk, out=scratch("fold", folded_chunk.shape, folded_chunk))
                 folded_chunk.copy_(after)

@@ -20,6 +20,7 @@ from memsyn.torch_private import compiled_original
 ProcessGroup = Any
 """A torch.distributed.ProcessGroup. The type is Any, since some builds of torch lack torch.distributed."""
 
+# The order matters: the maximum of two indices is the slower route.
 _FASTEST_FIRST = (UNUSED, BY_RULE, BY_OPERATION, BY_SAMPLE)
 
 
@@ -51,6 +52,7 @@ def fail_together(group: ProcessGroup | None, device: torch.device) -> Iterator[
         failed = True
         raise
     finally:
+        # In `finally`, since the other processes wait here for a process that has failed, too.
         flag = torch.tensor([int(failed)], device=device)
         dist.all_reduce(flag, group=group)
         if int(flag) and not failed:
@@ -68,7 +70,8 @@ def sum_over_processes(
     Returns:
         The number of samples of all processes, and the slowest route of each parameter.
     """
-    names, device = sorted(sums), next(iter(sums.values())).device  # the order may differ between processes
+    # All processes must add up the same parameter at the same time, but the order of their dicts may differ.
+    names, device = sorted(sums), next(iter(sums.values())).device
     count = torch.tensor([num_samples], device=device)
     dist.all_reduce(count, group=group)
     slowest = torch.tensor([_FASTEST_FIRST.index(routes[name]) for name in names], device=device)

@@ -112,6 +112,8 @@ def measure(
     device = next(iter(trainable.values())).device
     group = group or group_of(model)
     resumable = None if checkpoint is None else Checkpoint(checkpoint, every)
+    # The order matters. `fail_together` ends before `write_on_failure`, so that a process also writes its file if only
+    # another process has failed.
     with (
         _untouched_generators(),
         nullcontext() if resumable is None else resumable.write_on_failure(),

@@ -105,6 +105,7 @@ class Measurement:
         if self.sums is not None:
             recent = self.sums.recent
             torch._foreach_zero_(list(recent.values()))
+            # A new object counts from batch 0. So it never folds, and `recent` holds this batch alone.
             self.sums = RunningSums(recent)
         return self.add(batch, index)
 
@@ -116,7 +117,9 @@ class Measurement:
         if self.table.seen == Seen.ONE_SAMPLE:  # all batches so far have one sample: ordinary backward passes
             return len(add_by_samples(sums, self.parameters, scores, batch, magnitude, together=None))
         passed = self._pass(scores, batch, None)
-        if passed.unknown:  # a parameter has a use that no earlier check has seen
+        # A parameter has a use that no earlier check has seen. The first pass has added nothing for it. After a check,
+        # the second pass adds its importance, or refuses it again.
+        if passed.unknown:
             self._check(batch, index, only=passed.unknown)
             again = self._pass(scores, batch, passed.unknown).refused & passed.unknown
             passed = passed._replace(refused=(passed.refused - passed.unknown) | again)
@@ -148,6 +151,7 @@ class Measurement:
         for few in route_check.samples_to_check(batch):
             verdict = route_check.check(self.model, table.routes, self.scorer, few, position, served=self.private)
             table.learn(verdict, few.num_samples, only)
+            # Only after the first check it is known which parameters the copy must not share with the model.
             if self.copy is None:
                 table.written = verdict.written
                 self._make_copy()
@@ -161,6 +165,7 @@ class Measurement:
         own = named_parameters(self.model) if self.private else self.table.written
         self.copy = model_copy(self.model, private=own, served=self.private)
         if self.private:
+            # Later checks must also read the snapshot: the weights of the user's model may have changed by then.
             self.model, self.fingerprint = self.copy, fingerprint(weights(self.copy))
         self.parameters = {name: p for name, p in named_parameters(self.copy).items() if name in self.table.routes}
         for parameter in self.parameters.values():
@@ -177,6 +182,7 @@ class Measurement:
             return self.scorer.scores(self.copy, self.parameters, batch.copied(), position, recorder)
         with without_function_modes():
             versions = [version_of(tensor) for tensor in batch.tensors]
+            # The same tensors in new containers: a forward pass may remove keys from its dict.
             own_containers = batch.map(lambda tensor: tensor)
         values = self.scorer.scores(self.copy, self.parameters, own_containers, position, recorder)
         if versions != [version_of(tensor) for tensor in batch.tensors]:
@@ -205,7 +211,8 @@ class Measurement:
         """
         routes, sums = self.table.routes, {} if self.sums is None else self.sums.totals()
         if group is not None:
-            if not sums:  # this process had no samples
+            # This process had no samples, but the others wait until it adds tensors of the same shapes.
+            if not sums:
                 sums = _zeros(trainable_parameters(self.model))
                 routes = dict.fromkeys(sums, UNUSED)
             self.num_samples, routes = sum_over_processes(sums, self.num_samples, routes, group)
@@ -241,6 +248,7 @@ class Measurement:
         sums, remainder = self.sums.parts()
         check_finite(remainder)
         known = {"num_samples": self.num_samples, "num_added": self.sums.num_batches, **self.table.state()}
+        # Sum and count in the file must match: before the first fold all samples, then those that are folded.
         return self.held(sums, self.sums.num_folded or self.num_samples), remainder, known
 
     def restore(self, header: Mapping[str, Any], groups: Groups) -> None:

@@ -90,9 +90,11 @@ def model_copy(
                 key for key, hook in hooks.items() if isinstance(hook, Onlooker) or (served and _is_foreign(hook))
             ]:
                 del hooks[key]
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):  # gives the plain derivative, neither scaled nor sparse
+        # These options change the gradient or its layout. Importance needs the plain derivative.
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             module.scale_grad_by_freq = module.sparse = False
-        if isinstance(module, nn.TransformerEncoder):  # frozen, it would use nested tensors, which have no backward
+        # With frozen parameters it would use nested tensors, which have no backward pass.
+        if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
     return clone
 
@@ -139,15 +141,18 @@ def _aliases(model: nn.Module, private: Container[str], dtype: torch.dtype | Non
         if canonical_name(name) in private or id(parameter) in rewritten or parameter.is_inference():
             alias = alias.to(dtype if dtype and alias.is_floating_point() else alias.dtype, copy=True)
         replacement = nn.Parameter(alias, requires_grad=False)
-        replacement.__dict__.update(vars(parameter))  # attributes that a module has set on the parameter
+        # A module may have set attributes on the parameter, and read them in its forward pass.
+        replacement.__dict__.update(vars(parameter))
         memo[id(parameter)] = replacement
     for module in model.modules():
         for value in (*vars(module).values(), *module.buffers(recurse=False)):
-            if isinstance(value, Tensor) and not value.is_leaf:  # a cached weight with a graph: deepcopy refuses it
+            # A cached weight with a graph, which deepcopy refuses.
+            if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
         for hook in (hook for hooks in forward_hooks(module) for hook in hooks.values()):
             if not (isinstance(hook, MethodType) and isinstance(hook.__self__, nn.Module)):
-                memo[id(hook)] = hook  # otherwise deepcopy also clones the object that the hook belongs to
+                # Otherwise deepcopy also clones the object that the hook belongs to.
+                memo[id(hook)] = hook
     return memo
 
 

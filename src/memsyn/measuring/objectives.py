@@ -40,6 +40,7 @@ def output_tensor(output: object) -> Tensor:
             if len(found) == 1:
                 chosen: Tensor = found[0]
                 return chosen
+            # Several embeddings, for instance of image and text: none of them is the output.
             if found:
                 break
         named = f"a mapping with keys {', '.join(map(repr, entries)) or '(none)'}"
@@ -120,6 +121,7 @@ def sampled_log_likelihood(output: Tensor, info: SampleInfo) -> Tensor:
     log_p = _log_probabilities(output)
     drawn = []
     for k, row in enumerate(log_p.detach().exp().cpu()):
+        # On the CPU, since the generators of other devices give other numbers for the same seed.
         drawn.append(torch.multinomial(row, 1, generator=torch.Generator().manual_seed(info.first_sample + k)))
     return log_p.gather(1, torch.stack(drawn).to(log_p.device)).squeeze(1)
 
@@ -259,10 +261,12 @@ def scores(
             f"{where}: the output is {output.dtype}, which has no gradient. Return the raw outputs "
             "(logits), not classes or flags, or choose them with forward=lambda model, batch: ..."
         )
+    # The square of 256 is 65,536, but the largest number in float16 is 65,504.
     if output.dtype in (torch.float16, torch.bfloat16):
         output = output.float()
     if mask is not None and output.ndim > 2 and output.shape[:2] == mask.shape:
         counts = mask.view(*mask.shape, *[1] * (output.ndim - 2)) != 0
+        # Not a product with the mask: padding may hold NaN or infinity, and NaN * 0 is NaN.
         output = torch.where(counts, output, torch.zeros((), dtype=output.dtype, device=output.device))
     if output.ndim == 1:
         output = output.unsqueeze(1)
@@ -470,6 +474,7 @@ def check_not_constant(values: Tensor, parameters: Mapping[str, nn.Parameter], t
         ConstantError: the objective is constant.
     """
     least, size = 1e-9 * float(values.detach().abs().sum()), 0.0
+    # Small parameters first: most often a few of them reach the limit, so the norms of large ones are not needed.
     for parameter in sorted(parameters.values(), key=Tensor.numel):
         size = math.hypot(size, total_norm * float(parameter.detach().norm()))
         if size >= least:

@@ -67,6 +67,7 @@ class Checkpoint:
             MismatchError: the file belongs to another pass.
         """
         self._settings, self._state, self._time = dict(settings), state, time.monotonic()
+        # Before the loader is iterated: a shuffling DataLoader draws its order from this generator.
         self._generator = torch.get_rng_state()
         if not self.path.exists():
             if not self.path.parent.is_dir():
@@ -111,10 +112,8 @@ class Checkpoint:
         yield from batches
 
     def _other_batches(self, more: str = "") -> BatchError:
-        self._saved, self._at_batch_boundary = (
-            None,
-            False,
-        )  # another call owns the file: do not write to it, nor offer to continue
+        # The file belongs to another call: do not write to it, nor offer to continue from it.
+        self._saved, self._at_batch_boundary = None, False
         return BatchError(
             f"the first {self.num_batches} batches are not those that the checkpoint {self.path} was measured on"
             f"{more}. Give the same batches in the same order and sizes (if a generator draws them, seed it again); or "
@@ -125,6 +124,7 @@ class Checkpoint:
     def batch(self, batch: Any) -> Iterator[None]:
         """Delay Ctrl-C to the end of the batch. Then write the file, if `every` seconds have passed."""
         with _delay_interrupts():
+            # Before the model sees the batch, since a forward pass may write to it.
             digest = _chain_digest(self._digest, batch)
             self._at_batch_boundary = False
             yield
@@ -139,6 +139,7 @@ class Checkpoint:
             yield
         except BaseException as error:
             try:
+                # Within a batch, the sums may hold a part of its samples: such a state is not written.
                 if self._at_batch_boundary and self.num_batches > (self._saved or (0, 0))[0]:
                     self._save()
             except MemsynError as failed:
@@ -190,7 +191,9 @@ def _chain_digest(digest: str, batch: Any) -> str:
     for tensor in own_tensors:
         found.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         if tensor.layout == torch.strided and tensor.numel():
-            step = tensor.numel() // NUMBERS | 1  # odd, so the steps reach every column of an image
+            # Odd, so that the steps reach every column. For 64 x 64 numbers, 4096 // 1024 = 4 would read only every
+            # fourth column; 5 reads all of them.
+            step = tensor.numel() // NUMBERS | 1
             own = tensor.detach().reshape(-1)[::step].cpu().contiguous()
             found.update(own.view(torch.uint8).numpy().data)
     return found.hexdigest()
@@ -208,13 +211,15 @@ def _add_note(error: BaseException, text: str) -> None:
 def _delay_interrupts() -> Iterator[None]:
     """Delay a Ctrl-C to the end of the block. A second one acts at once."""
     before = signal.getsignal(signal.SIGINT)
-    if before is None or threading.current_thread() is not threading.main_thread():  # no handler can be set
+    # Python sets handlers in the main thread only, and cannot restore one that was not set in Python.
+    if before is None or threading.current_thread() is not threading.main_thread():
         yield
         return
     received: list[int] = []
 
     def delay(number: int, frame: FrameType | None) -> None:
         received.append(number)
+        # The next Ctrl-C meets the old handler, so it acts at once.
         signal.signal(number, before)
 
     signal.signal(signal.SIGINT, delay)

@@ -169,6 +169,7 @@ class RouteTable:
         self.splits = {tuple(path): split_from(plain) for path, plain in known["splits"]}
         self.plans = Plans(self.splits)
         self.unproven, self.written = set(known["unproven"]), set(known["written"])
+        # The name and the limit are for older checkpoints: they hold the number of samples in the largest check.
         self.changes_inputs, self.seen = bool(known["changes_inputs"]), Seen(min(known["num_guarded"], 2))
 
 
@@ -217,13 +218,16 @@ def check(
             clone = _private_clone(model, torch.float64, served)
             return _Check(model, clone, measured, scorer, position).verdict(batch.map(_double))
         except ConstantError:
+            # It is an OutputError too, but another precision would not help.
             raise
-        except (BatchError, OutputError):  # the forward pass fails in float64: it has a fixed precision
+        except (BatchError, OutputError):
+            # The forward pass fails in float64: it has a fixed precision.
             clone = _private_clone(model, None, served)
             return _Check(model, clone, measured, scorer, position).verdict(batch)
     except ModelError:
         with torch.no_grad():
-            for buffer, value in before:  # the forward pass may have run the user's own model
+            # The forward pass may have run the user's own model, and changed its running statistics.
+            for buffer, value in before:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
         raise
@@ -267,6 +271,7 @@ class _Check:
         if slow and len(values) > 1 and batch.num_samples is not None:
             self._check_slow(batch, len(values), slow, comparison.total_norm)
         own = named_parameters(self.model)
+        # Conversion to float64 is exact, so a parameter of the clone differs from the model only if it was written to.
         written |= {name for name, p in named_parameters(self.clone).items() if not _is_equal(p, own[name])}
         return Verdict(comparison.routes, self.splits, comparison.unproven(), written, self.changes_inputs)
 
@@ -298,7 +303,8 @@ class _Check:
             if by_sample:
                 check_same_alone(alone.detach(), together, k, tolerance)
             found.append(alone.detach() if by_sample else alone)
-            for path, split in compare(single, traced).items():  # one sample may skip operations (no padding, no mask)
+            # One sample may skip operations that another one needs, for instance those for padding.
+            for path, split in compare(single, traced).items():
                 if self.splits.get(path) is None:
                     self.splits[path] = split
         values = torch.cat(found)
@@ -312,6 +318,7 @@ class _Check:
         recorder = Recorder(self.parameters, Plans(self.splits), groups.append, keeps=True)
         with torch.autograd.set_multithreading_enabled(False), recorder:
             values = self.scores(batch)
+            # Signed gradients may be added before they are compared, so one backward pass serves all R objectives.
             backward_to_activations(recorder, values.sum(1, keepdim=True), self.parameters.values())
         return {name: group for group in groups for name in group.names}
 
@@ -465,6 +472,7 @@ class _Comparison:
 
 def _sample_weights(num_samples: int) -> Tensor:
     """(B,): powers of two, which differ between neighbours."""
+    # With equal weights, the sum would be the same if two samples were exchanged.
     return torch.tensor([1.0, 4.0, 2.0, 8.0]).repeat(num_samples // 4 + 1)[:num_samples]
 
 
@@ -498,7 +506,8 @@ def _private_clone(model: nn.Module, dtype: torch.dtype | None, served: bool) ->
             buffer.data = buffer.data.to(dtype or buffer.dtype)
     for module in clone.modules():
         if isinstance(module, nn.Embedding) and has_own_parameter(module, "weight"):
-            module.sparse = True  # autograd's gradient of a large table would be mostly zeros
+            # Two samples look up few rows, so a dense gradient of a large table would be mostly zeros.
+            module.sparse = True
     return clone
 
 
@@ -515,6 +524,7 @@ def _is_equal(left: Tensor, right: Tensor) -> bool:
 def _any_written(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
     """Whether a forward pass has written to the tensors of its batch: `before` originals, `after` its copies."""
     return any(
+        # A write counts even if it changed no number here. A write that torch does not count shows in the numbers.
         version_of(new) > 0 or (old.layout == torch.strided and not torch.equal(old, new))
         for old, new in zip(before, after, strict=True)
     )
@@ -523,7 +533,9 @@ def _any_written(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
 def _exceeds_rounding(found: Tensor, expected: Tensor, norm: float, total_norm: float, *, exactly: bool) -> bool:
     """Whether two gradients differ by more than rounding: relative to `norm`, or to a small part of `total_norm`."""
     tolerance, floor = (1e-6, 1e-4) if exactly else (_rounding(expected),) * 2
-    scale = max(norm, floor * total_norm)  # a gradient that is zero in exact arithmetic consists only of rounding
+    # A gradient that is zero in exact arithmetic (the key bias of an attention) consists only of rounding errors. So it
+    # is compared with a small part of all gradients.
+    scale = max(norm, floor * total_norm)
     return not float(torch.dist(found, expected.to(found.dtype))) <= tolerance * scale
 
 

@@ -106,6 +106,7 @@ class Batch:
     def take(self, start: int, stop: int) -> "Batch":
         """Samples start to stop - 1. A tensor is cut if its first dimension has one entry per sample."""
         total = self.num_samples
+        # A trap: a tensor that belongs to no sample, but has as many rows as there are samples, is cut too.
         return self.map(lambda t: t[start:stop] if t.ndim and t.shape[0] == total else t)
 
     def one_by_one(self) -> Iterator["Batch"]:
@@ -126,6 +127,7 @@ class Batch:
 
         def move(tensor: Tensor) -> Tensor:
             tensor = tensor.detach()
+            # Autograd refuses tensors that were made in inference mode. A clone is an ordinary tensor.
             return tensor.clone().to(device) if tensor.is_inference() else tensor.to(device, non_blocking=True)
 
         return self.map(move)
@@ -171,9 +173,8 @@ def tensors(batch: Any) -> list[Tensor]:
 
 def num_samples(batch: Any) -> int | None:
     """The size of the first dimension of the first tensor with dimensions; None if the batch holds no such tensor."""
-    found = (
-        [batch] if isinstance(batch, Tensor) else tensors(batch)
-    )  # fast for one tensor: observers call this for every request
+    # A shortcut for a single tensor, since observers call this for every request.
+    found = [batch] if isinstance(batch, Tensor) else tensors(batch)
     return next((tensor.shape[0] for tensor in found if tensor.ndim), None)
 
 

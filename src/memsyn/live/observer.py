@@ -203,6 +203,8 @@ class Observer:
         nothing.
         """
         if self._hook is None:
+            # `prepend`, since another hook may change the inputs. An Onlooker is left out of the copy that is measured:
+            # otherwise each measurement would be observed as a request.
             hook = _RequestHook(self._offer_call)
             self._hook = self._model.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
 
@@ -303,6 +305,7 @@ class Observer:
         try:
             own = picked(given, rows)
             is_on_gpu = any(tensor.is_cuda for tensor in tensors(own))
+            # The copy above runs on the stream of this request. The worker waits for this event on its own stream.
             copied = torch.cuda.current_stream().record_event() if is_on_gpu else None
             version, now = self._version.current(), time.time()
             self._queue.put(QueuedSamples(own, len(rows), segment, version, now, copied))

@@ -48,7 +48,8 @@ class RateSampler:
 
     def __init__(self, rate: float, seed: int | None) -> None:
         self._rate = rate
-        self._random = random.Random(seed)  # not a torch.Generator: the caller's default device or mode would reach it
+        # Not a torch.Generator, since the caller's default device or mode would reach it.
+        self._random = random.Random(seed)
         self._next = self._gap()
         """Samples to pass over until the next chosen one."""
 
@@ -63,6 +64,7 @@ class RateSampler:
 
     def _gap(self) -> int:
         """A geometric random number: floor(log(1 - u) / log(1 - rate)) for u uniform in [0, 1)."""
+        # 1 - u is never 0, so its logarithm exists. For a rate of 1, log1p(-1) would raise an error.
         return 0 if self._rate == 1 else int(math.log(1 - self._random.random()) / math.log1p(-self._rate))
 
 
@@ -145,6 +147,7 @@ class RequestQueue:
     @property
     def lag(self) -> float:
         """Seconds since the oldest request in the queue was put there; 0 if the queue is empty."""
+        # Without the lock, another thread may empty the queue after a test for emptiness, so there is no test.
         try:
             return time.monotonic() - self._queue[0][2]
         except IndexError:

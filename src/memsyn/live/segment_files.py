@@ -81,7 +81,8 @@ class SegmentFiles:
             except MissingFileError:
                 return path, None
             except MemoryFileError as error:
-                if isinstance(error.__cause__, OSError):  # of the disk or the network: the file may hold our sums
+                # An error of the disk or the network: the file may hold the sums that are looked for.
+                if isinstance(error.__cause__, OSError):
                     raise
         raise MemoryFileError(
             f"the sums cannot be stored: {paths[0]} and {paths[1]} are damaged, or hold sums of something else. Move "
@@ -93,5 +94,6 @@ def _path(store: str | os.PathLike[str], segment: str | None, digest: str = "") 
     """`folder/name.end`, `folder/name+segment.end` or `folder/name.digest.end`."""
     folder, slash, name = str(store).rpartition("/")
     stem, dot, end = name.partition(".")
+    # A dot would end the stem and a slash would name a folder: "a.b" becomes `traffic+a%2Eb.safetensors`.
     quoted = "" if segment is None else "+" + quote(segment, safe="").replace(".", "%2E")
     return f"{folder}{slash}{stem}{quoted}{'.' + digest if digest else ''}{dot}{end}"

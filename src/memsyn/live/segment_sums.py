@@ -235,6 +235,7 @@ class SegmentSums:
                 own *= limit / total
         with self._lock:
             window.add(sums, size, min(total, limit), served_at)
+            # All parts of one batch go into the same half: `add` counts a batch once.
             self._halves.add(sums, self._num_batches % 2)
         self.counts += SampleCounts(measured=size, capped=int(is_capped))
 
@@ -293,6 +294,8 @@ class SegmentSums:
         if isinstance(segments, Mapping):
             if not all(math.isfinite(w) and w >= 0 for w in segments.values()) or not sum(segments.values()) > 0:
                 raise OptionError(f"weights must be finite, not negative, and not all zero; got {dict(segments)!r}.")
+            # With 100 samples each and weights 1 and 3, there are 200 samples, and the scales are 0.5 and 1.5. Then the
+            # sums over 200 samples have the mean 0.25 Omega_1 + 0.75 Omega_2.
             each = sum(segments.values())
             scales = {name: segments[str(name)] / each * num_samples / count for name, (_, count) in values.items()}
         sums: dict[str, Tensor] = {}
@@ -336,6 +339,7 @@ def spearman(one: np.ndarray[Any, Any], two: np.ndarray[Any, Any]) -> float:
     ranks = []
     for values in (one, two):
         _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
+        # For 5 5 7: counts 2 and 1, cumulative 2 and 3, so the ranks are 1.5, 1.5 and 3.
         own = (np.cumsum(counts) - (counts - 1) / 2)[where]
         ranks.append(own - own.mean())
     size = math.sqrt(float(ranks[0] @ ranks[0]) * float(ranks[1] @ ranks[1]))

@@ -52,6 +52,7 @@ class WeightsVersion:
         """A value that is equal while the weights are; made from the tensors that were there at the last `refresh`."""
         if any(owner.get(name) is not value for owner, name, value in self._slots):
             return self.refresh()  # a module or a tensor was replaced
+        # Asking a tensor that was made in inference mode for its version is an error: torch does not count its writes.
         addresses = tuple((t.data_ptr(), 0 if uncounted else version_of(t)) for t, uncounted in self._tensors)
         return self._num_renewals, addresses
 
@@ -111,7 +112,8 @@ class VersionedSums:
             MemsynError: the batch cannot be measured, or its file cannot be read.
         """
         if not self._onlookers:
-            refuse_foreign_hooks(self._model)  # not a failure of these weights: the hook may be removed again
+            # Outside of `try`: it does not count as a failure of these weights, since the hook may be removed again.
+            refuse_foreign_hooks(self._model)
         try:
             if stream is not None:
                 for samples in queued:
@@ -137,10 +139,13 @@ class VersionedSums:
         try:
             served_at = min(first.served_at, time.time())  # the clock may have been set back
             batch = Batch.of(joined([samples.inputs for samples in queued]))
+            # The dispatch mode slows down every operation. So it is on for the first batch, and after that only while
+            # batches draw random numbers.
             with PrivateDraws() if is_first or self._draws else nullcontext() as draws:
                 problem = sums.add(batch, first.segment, served_at)
             self._draws = draws is not None and draws.num_draws > 0
-        finally:  # the first batch copies the weights: they may have changed in the meantime
+        finally:
+            # The first batch copies the weights. If they changed in the meantime, the copy may hold a mixture.
             if is_first and not (self._version.refresh() == present and sums.is_of_fingerprint):
                 self._past, self.current = self._past + before, None
         if self.current is None:

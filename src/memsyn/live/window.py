@@ -141,6 +141,7 @@ class Window:
             if bucket.header.place == place:
                 return bucket
         if self.buckets:
+            # The newest bucket so far will get few more samples. Adding up its two sets of sums frees one of them.
             self.buckets[-1].sums = RunningSums(self.buckets[-1].sums.totals())
         else:
             self.origin = served_at
@@ -193,6 +194,7 @@ class Window:
         for values in header["buckets"]:
             own = record(BucketHeader, values)
             stored = groups["importance" if self.width is None else str(own.place)]
+            # A weight of 2.6 was stored as 3 samples, with sums to match. Times 2.6 / 3 they are as before.
             ratio = 1.0 if self.half_life is None else own.weight / max(1, round(own.weight))
             sums = {name: stored[name].to(zero) * ratio for name, zero in zeros.items()}
             self.buckets.append(_Bucket(own, RunningSums(sums)))
@@ -209,6 +211,7 @@ class Window:
         """What weights are multiplied by now: 2^(-(now - origin) / half_life)."""
         if self.half_life is None:
             return 1.0
+        # `now` lies before the origin if the clock was set back. The limit keeps the factor finite then.
         halvings = (now - self.origin) / self.half_life
         return 0.0 if halvings > ZERO_AFTER else 2.0 ** min(-halvings, RESCALE_AFTER)
 

@@ -184,6 +184,7 @@ class Worker:
     def _work(self, device: torch.device) -> None:
         with _one_core(), _own_stream(device) as stream:
             while not self._signals.closed:
+                # Cleared before any work: a signal that comes during the work is then seen in the next round.
                 asked = self._signals.clear()
                 rest = self._budget.ready - time.monotonic()
                 if rest > 0 and not self._signals.is_flush_due(asked) and not self._signals.closed:
@@ -252,8 +253,10 @@ class Worker:
 def _one_core() -> Iterator[None]:
     """Let torch use one core in this thread, and as many as before in others."""
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # OpenMP's number for this thread, and torch's for all threads that begin later
-    other = threading.Thread(target=torch.set_num_threads, args=(num_threads,))  # sets the latter back
+    # This sets two numbers: OpenMP's for this thread, and torch's for all threads that begin later. Another thread sets
+    # the second one back.
+    torch.set_num_threads(1)
+    other = threading.Thread(target=torch.set_num_threads, args=(num_threads,))
     other.start()
     other.join()
     yield
@@ -265,6 +268,7 @@ def _own_stream(device: torch.device) -> Iterator[torch.cuda.Stream | None]:
     if device.type != "cuda":
         yield None
         return
+    # In CUDA, lower numbers are more urgent, and 0 is the least urgent.
     stream = torch.cuda.Stream(device, priority=0)
     with torch.cuda.stream(stream):
         yield stream

@@ -74,7 +74,8 @@ def _update(
         ctypes.c_int(torch.get_num_threads()),
     )
     for i in chosen:
-        torch.autograd.graph.increment_version(items[i][0])  # autograd did not see the write
+        # Autograd did not see the write. Without this, a backward pass through the old value would be wrong in silence.
+        torch.autograd.graph.increment_version(items[i][0])
     return set(chosen)
 
 

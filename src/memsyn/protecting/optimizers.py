@@ -59,12 +59,14 @@ def step_size(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) ->
             return None
         steps, beta = state["step"], group["betas"][1]
         if isinstance(steps, Tensor) and steps.is_cuda:
+            # `float(steps)` would wait for the GPU.
             steps = steps.clamp_min(1.0)
         else:
             steps = float(steps)
             if steps < 1:  # GradScaler made it skip its first step
                 return None
         squares = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        # sqrt(v / (1 - beta^t)) is root * sqrt(v). After the first step, with beta 0.999, root is 31.6.
         return StepSize(size, Preconditioner(squares, (1 - beta**steps) ** -0.5, group["eps"]))
     return StepSize(size, None)
 

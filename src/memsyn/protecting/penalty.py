@@ -134,6 +134,8 @@ def pull_(
         factors: one per parameter: the strength times the size of a step.
         preconditioners: one per parameter; None: the divisor is 1.
     """
+    # A factor of 0 moves nothing, and would make 1 / k infinite. A factor on a device is not compared with 0, since the
+    # comparison would wait for the device.
     moving = [index for index, factor in enumerate(factors) if isinstance(factor, Tensor) or factor]
     protected, factors = [protected[i] for i in moving], [factors[i] for i in moving]
     preconditioners = preconditioners and [preconditioners[i] for i in moving]
@@ -197,6 +199,7 @@ def _shares(
             torch._foreach_add_(divisors, wide)
         else:
             divisors = _with(torch._foreach_add, wide, own)
+        # Not as k / (1 + k): if k overflows, this is infinity / infinity, so NaN. Here the share is 1.
         yield thetas, anchors, list(torch._foreach_div(wide, divisors))
 
 

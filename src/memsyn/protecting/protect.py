@@ -262,6 +262,7 @@ class Protection:
         They have changed if one was added, removed, moved to another device, reshaped, or put into another group.
         """
         groups = optimizer.param_groups
+        # `_hold` keeps views of the weights. So the address counts: if `p.data` was replaced, the views are old.
         seen = [key for group in groups for p in group["params"] for key in (id(p), p.data_ptr(), p.shape, id(group))]
         if seen == self._seen:
             return
@@ -318,6 +319,7 @@ class Protection:
             return
         self._check_stable(optimizer)
         gradients = [known_rows(slot.parameter.grad, slot.protected.omega) for slot in slots]  # type: ignore[arg-type]
+        # With maximize=True a weight moves along its gradient, so the pull towards the anchor needs the other sign.
         factors = [-self.strength if slot.group.get("maximize") else self.strength for slot in slots]
         scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler when a fused optimizer unscales
         add_gradients_(gradients, [slot.protected for slot in slots], factors, scale)
@@ -328,7 +330,9 @@ class Protection:
         slots = self._with_gradients(optimizer)
         if not slots:
             return
-        found_inf = getattr(optimizer, "found_inf", None)  # GradScaler made a fused optimizer skip this step
+        # GradScaler sets it to 1 if a fused optimizer must skip this step: then the pull is skipped too. A product does
+        # not wait for the GPU, as a comparison would.
+        found_inf = getattr(optimizer, "found_inf", None)
         strength = self.strength if found_inf is None else self.strength * (1 - found_inf)
         for pulls in self._pulls(optimizer, slots, strength):
             pull_(*pulls)

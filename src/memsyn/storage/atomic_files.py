@@ -53,7 +53,8 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     path = path.resolve() if path.is_symlink() else path
     _check_regular(path)
     if path.exists():
-        os.close(os.open(path, os.O_WRONLY))  # rename does not check the permission to write the old file
+        # A rename does not need the permission to write the old file, so ask for it here.
+        os.close(os.open(path, os.O_WRONLY))
     _remove_leftovers(path)
     file = _temporary(path)
     try:
@@ -63,10 +64,12 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)  # before the lock is released, else another writer may remove the file
+            # While the file is still locked. Otherwise another writer may take it for a leftover and remove it.
+            os.replace(file.name, path)
     finally:
         with suppress(OSError):
             os.unlink(file.name)
+    # After a power cut, the folder may still hold the old name if only the file was synced.
     _sync_folder(path)
 
 
@@ -97,6 +100,7 @@ def _remove_leftovers(path: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(_stem(path))}\.[0-9a-f]{{16}}\.tmp")
     for name in filter(pattern.fullmatch, os.listdir(path.parent)):
         with suppress(OSError):
+            # A pipe with this name must not make `open` wait, and a link must not be followed.
             handle = os.open(path.parent / name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
             try:
                 _lock(handle, wait=False)

@@ -150,6 +150,7 @@ def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[st
             raise MemoryFileError(
                 f"{path} is damaged: its checksum does not match its content. Restore it from a copy."
             )
+        # Values are checked after the checksum, so that damage is reported as damage and not as a NaN.
         for key, tensor in tensors.items():
             _check_dtype(path, key, tensor.dtype)
             for piece in _pieces(tensor):
@@ -182,6 +183,7 @@ def record(kind: type[Record], values: Mapping[str, Any]) -> Record:
     for field in fields(kind):  # type: ignore[arg-type]
         if field.name in values:
             value, hint = values[field.name], hints[field.name]
+            # In Python, `isinstance(True, int)` holds, so a bool would pass as a number.
             if isinstance(value, bool) or not isinstance(value, hint | int if hint == float | None else hint):
                 raise ValueError(f"{field.name} is {value!r}")
             if isinstance(value, float) and not math.isfinite(value):
@@ -234,6 +236,7 @@ def _read_header(path: object, file: BinaryIO, size: int) -> tuple[bytes, dict[s
     """The bytes before the tensors, the metadata in them, and the tensors they describe, in the file's order."""
     start = file.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    # The length is not trusted: a damaged file must not make `read` ask for terabytes.
     if not 2 <= length <= min(size - 8, MAX_HEADER):
         raise MemoryFileError(
             f"{path} is truncated, or was not written by memsyn: it has {size} bytes, and no whole safetensors header."
@@ -318,6 +321,7 @@ def _check_dtype(path: object, key: str, dtype: torch.dtype) -> None:
 def _check_values(path: object, key: str, piece: Tensor) -> None:
     if not piece.dtype.is_floating_point:
         return
+    # float8 has no `aminmax`. Conversion to float32 is exact.
     low, high = (piece if piece.dtype.itemsize > 2 else piece.float()).aminmax()
     if not math.isfinite(low) or not math.isfinite(high):
         raise MemoryFileError(f"{path}: {key} holds NaN or infinite values; all must be finite.")

@@ -77,6 +77,7 @@ def header_bytes(path: object, entry: str, stored: list[StoredTensor]) -> bytes:
         header[each.key] = {"dtype": _CODES[each.dtype], "shape": each.shape, "data_offsets": [start, end]}
         start = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    # Spaces up to a multiple of 8, so that the tensors are aligned: 13 bytes get 3, since -13 % 8 is 3.
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise MemoryFileError(
@@ -93,6 +94,7 @@ def parse(text: str) -> Any:
         if len(found) != len(pairs):
             raise ValueError("an object has a key twice")
         for name, value in pairs:
+            # JSON may hold half of a surrogate pair, such as "\ud800". Python reads it, but cannot print or write it.
             (f"{name}{value}" if isinstance(value, str) else name).encode()
         return found
 

@@ -62,7 +62,8 @@ def _find(url: str) -> tuple[Any, str]:
         from fsspec.core import url_to_fs
     except ModuleNotFoundError:
         raise MemoryFileError(f"{url} is a URL, and those need fsspec: pip install 'memsyn[remote]'.") from None
-    found: tuple[Any, str] = url_to_fs(url, skip_instance_cache=True)  # a cached one may be in use by another thread
+    # fsspec returns the same file system again for the same store, and another thread may be using it.
+    found: tuple[Any, str] = url_to_fs(url, skip_instance_cache=True)
     return found
 
 

@@ -40,7 +40,8 @@ Fold = Callable[[Tensor, Tensor, int, int, float], Tensor]
 
 RULES: dict[str, Fold] = {
     "sum": lambda old, new, num_old, num_new, decay: old + new,
-    "mean": lambda old, new, num_old, num_new, decay: old.lerp(new, num_new / (num_old + num_new)),  # nothing overflows
+    # Not (n old + n' new) / (n + n'), since n old may overflow.
+    "mean": lambda old, new, num_old, num_new, decay: old.lerp(new, num_new / (num_old + num_new)),
     "ema": lambda old, new, num_old, num_new, decay: decay * old + (1 - decay) * new,
     "max": lambda old, new, num_old, num_new, decay: old.maximum(new),
 }
@@ -137,7 +138,8 @@ class Memory:
         new, old, count = importance.mean(), self.importance, importance.num_samples
         fold = RULES[rule]
 
-        def folded(name: str) -> Tensor:  # a head that grew from 10 rows to 12: rows 0-9 folded, 10 and 11 from `new`
+        # For a head that grew from 10 rows to 12, rows 0 to 9 are folded, and rows 10 and 11 are taken from `new`.
+        def folded(name: str) -> Tensor:
             if name not in old:
                 return new[name]
             before, whole = old[name].to(parameters[name].device), parameters[name]

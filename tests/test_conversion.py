@@ -186,7 +186,7 @@ def test_the_old_format_of_torch_is_read(tmp_path) -> None:
         ({"w": {"omega": torch.ones(1)}}, "real numbers as w"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # of torch 2.14
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")  # of torch 2.14
 def test_other_structures_are_refused(tmp_path, plain, message) -> None:
     torch.save(plain, tmp_path / "p.pt")
     with pytest.raises((memsyn.MemoryFileError, memsyn.MismatchError), match=message):

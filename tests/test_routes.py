@@ -307,3 +307,13 @@ def test_want_of_memory_in_the_check_is_not_taken_for_a_route_that_fails(monkeyp
     monkeypatch.setattr(route_check, "add_by_rule", exhausted)
     with pytest.raises(torch.OutOfMemoryError, match="want of memory"):
         memsyn.measure(nn.Linear(2, 2), [torch.ones(3, 2)], progress=False)
+
+
+def test_two_samples_with_a_dead_branch_keep_the_fast_routes() -> None:
+    """The check looks again for samples that reach the branch, but never at one sample alone."""
+    model = Lambda(lambda m, x: m.a(x) + torch.relu(m.b(x)), a=nn.Linear(3, 2), b=nn.Linear(3, 2)).double()
+    with torch.no_grad():
+        model.b.bias.fill_(-1e3)
+    for size in (2, 3, 4):
+        importance = memsyn.measure(model, [normal(3)(size, torch.float64)] * 2, progress=False)
+        assert set(importance.routes.values()) == {BY_RULE}, size

@@ -179,7 +179,9 @@ def samples_to_check(batch: Batch) -> Iterator[Batch]:
     if total is None:
         yield batch
         return
-    for start in dict.fromkeys((0, max(0, total - NUM_SAMPLES), total // 2)):
+    last = max(0, total - NUM_SAMPLES)
+    # At most `last`: a pair that begins at the last sample would be a single sample, which has no fast route.
+    for start in dict.fromkeys((0, last, min(total // 2, last))):
         yield batch.take(start, start + NUM_SAMPLES)
 
 
@@ -349,10 +351,9 @@ class _Comparison:
 
     An example with three parameters, each in a group of its own:
 
-        the gradient of b arrives    The rule gives the same gradient: b gets the route "rule", and its gradient is
-        freed. the gradient of W arrives    The rule gives another gradient, the operation's derivative the same: W gets
-        the
-                                     route "operation".
+        the gradient of b arrives    The rule gives the same gradient: b gets the route "rule", its gradient is freed.
+        the gradient of W arrives    The rule gives another gradient, the operation's derivative gives the same: W gets
+                                     the route "operation".
         the backward pass ends       c has no gradient, so zero is expected. Nothing used c: c gets the route "unused".
     """
 

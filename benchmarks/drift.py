@@ -133,7 +133,7 @@ def observed(model: Network, tasks: Sequence[Task], seed: int) -> list[memsyn.Im
 def agreement(one: memsyn.Importance, other: memsyn.Importance) -> float:
     """Of the ranking of the backbone's weights."""
     ranked = [
-        torch.cat([sums.flatten() for name, sums in own.sums.items() if name.startswith("backbone.")]).double().numpy()
+        torch.cat([sums.flatten() for name, sums in own.sums.items() if name.startswith("body.")]).double().numpy()
         for own in (one, other)
     ]
     return spearman(*ranked)

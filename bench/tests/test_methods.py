@@ -179,7 +179,7 @@ def test_alone_learns_each_task_from_the_first_weights():
 def test_with_a_frozen_body_only_heads_learn_after_the_first_task():
     models = course("frozen", 3).models
     assert_close(models[0], plain_course(1)[0])
-    assert_close(models[0].backbone, models[2].backbone, rtol=0.0)
+    assert_close(models[0].body, models[2].body, rtol=0.0)
     assert not torch.equal(models[0].heads[2].weight, models[2].heads[2].weight)
     assert torch.equal(models[1].heads[1].weight, models[2].heads[1].weight)
     assert all(parameter.requires_grad for parameter in models[2].parameters())
@@ -187,9 +187,9 @@ def test_with_a_frozen_body_only_heads_learn_after_the_first_task():
 
 def test_the_warm_up_trains_the_head_alone():
     start, model = build(), course("mas", 2, warmup=2).models[1]
-    assert_close(model.backbone, start.backbone, rtol=0.0)
+    assert_close(model.body, start.body, rtol=0.0)
     assert not torch.equal(model.heads[1].weight, start.heads[1].weight)
-    assert not torch.equal(course("mas", 1, warmup=1).models[0].backbone[1].weight, start.backbone[1].weight)
+    assert not torch.equal(course("mas", 1, warmup=1).models[0].body[1].weight, start.body[1].weight)
 
 
 @pytest.mark.parametrize("name", PENALISING)
@@ -333,7 +333,7 @@ def test_imm_merges_the_weights_of_all_tasks(name):
 def test_l2_transfer_keeps_imm_near_the_last_tasks_own_weights():
     way = {}
     for strength in (0.0, 10.0):
-        own = [course("imm-mean", num, strength).method.memory.anchor["backbone.1.weight"] for num in (1, 2)]
+        own = [course("imm-mean", num, strength).method.memory.anchor["body.1.weight"] for num in (1, 2)]
         way[strength] = float((own[1] - own[0]).norm())
     assert 0 < way[10.0] < 0.5 * way[0.0]
 
@@ -366,8 +366,7 @@ def test_lwf_and_ebll_add_the_gradient_of_what_the_old_network_said(name):
             if name == "ebll":
                 encoder = method.kept[f"encoder{head}"]
                 now, then = (
-                    torch.sigmoid(encoder["weight"] @ m.backbone(image[None])[0] + encoder["bias"])
-                    for m in (model, old)
+                    torch.sigmoid(encoder["weight"] @ m.body(image[None])[0] + encoder["bias"]) for m in (model, old)
                 )
                 loss = loss + CODE_WEIGHT * 0.5 * (now - then.detach()).square().sum() / 5
     (strength * loss).backward()
@@ -486,7 +485,7 @@ def size_of(*groups):
 
 def test_bytes_are_those_of_the_tensors_held():
     model = weights_of(build())
-    trained = {name: value for name, value in model.items() if name.startswith(("backbone", "heads.1"))}
+    trained = {name: value for name, value in model.items() if name.startswith(("body", "heads.1"))}
     images = dict.fromkeys(range(2), TASKS[0].train_images)
     labels = dict.fromkeys(range(2), TASKS[0].train_labels)
     encoders = {0: torch.zeros(2, 8), 1: torch.zeros(2)}

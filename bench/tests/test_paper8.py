@@ -263,17 +263,17 @@ def test_a_network_of_torchvision_is_fed_as_it_was_trained_and_has_no_head_of_it
     assert model.heads[0].in_features == 3
     images = torch.zeros(2, 3, 224, 224, dtype=torch.uint8)
     images[1] = 255
-    features = model.backbone(images)
+    features = model.body(images)
     mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(features, torch.stack([-mean / deviation, (1 - mean) / deviation]))
-    assert not model.train().backbone.network.training
+    assert not model.train().body.network.training
 
 
 @pytest.mark.usefixtures("torchvision")
 def test_small_pictures_are_enlarged_for_the_network(monkeypatch):
     model = SEQUENCES["paper8"].build(small_tasks(32), torch.Generator().manual_seed(0))
     seen = []
-    model.backbone.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+    model.body.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
     model(small_tasks(32)[0].train_images, 0)
     assert seen == [(4, 3, 224, 224)]
 

@@ -78,8 +78,8 @@ def test_mas_holds_the_weights_back_and_finetune_does_not():
     assert remembered("finetune", start, tasks[0]).importance == {}
     free, held = (train_tiny(method, memory, index=1, strength=1e3) for method in ("finetune", "mas"))
     assert free[1].penalty == 0.0
-    omega = memory.importance["backbone.layers.0.weight"]
-    moved = [(model.backbone.layers[0].weight - start.backbone.layers[0].weight).detach() for model, _ in (free, held)]
+    omega = memory.importance["body.layers.0.weight"]
+    moved = [(model.body.layers[0].weight - start.body.layers[0].weight).detach() for model, _ in (free, held)]
     drift = [float((omega * by.square()).sum()) for by in moved]
     assert 0 < drift[1] < 0.5 * drift[0]
     assert held[1].penalty == pytest.approx(1e3 * penalty(held[0], memory).item(), rel=1e-4)
@@ -232,7 +232,7 @@ def test_a_diverging_training_says_so(tmp_path):
 
 def shared_head(tasks, generator):
     model = tiny.build(tasks[:1], generator)
-    return SharedHead(model.backbone, model.backbone.num_features, num_classes=3)
+    return SharedHead(model.body, model.body.num_features, num_classes=3)
 
 
 def test_every_method_can_learn_tasks_that_share_one_head(tmp_path, monkeypatch):

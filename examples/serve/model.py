@@ -107,7 +107,7 @@ def load(path: Path) -> Served:
 
 def adopt(network: MultiHead, fresh: MultiHead) -> None:
     """Give a network the weights and heads of another with the same body: in place, so that hooks stay."""
-    network.backbone.load_state_dict(fresh.backbone.state_dict())
+    network.body.load_state_dict(fresh.body.state_dict())
     network.heads = fresh.heads
 
 

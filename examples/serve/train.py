@@ -28,7 +28,7 @@ HEAD_LR = 3e-3
 def optimizer_of(network: MultiHead, lr: float) -> Adam:
     """Of all weights, those of the body at `lr`."""
     groups: list[dict[str, Any]] = [
-        {"params": network.backbone.parameters(), "lr": lr},
+        {"params": network.body.parameters(), "lr": lr},
         {"params": network.heads.parameters(), "lr": HEAD_LR},
     ]
     return Adam(groups)
@@ -49,7 +49,7 @@ def learn(network: MultiHead, lessons: Lessons, optimizer: Optimizer, *, epochs:
             for chosen in torch.randperm(len(labels), generator=generator).split(16)
         ]
         order = torch.randperm(len(batches), generator=generator).tolist()
-        with frozen(network.backbone) if epoch < WARMUP else nullcontext():
+        with frozen(network.body) if epoch < WARMUP else nullcontext():
             for head, chosen in tqdm([batches[k] for k in order], f"epoch {epoch + 1} of {epochs}", leave=False):
                 images, labels = lessons[head]
                 optimizer.zero_grad()

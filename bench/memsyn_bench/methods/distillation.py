@@ -104,7 +104,7 @@ class Distillation(Method):
 
     def loss(self, training: TaskTraining, teacher: Network, images: Tensor) -> Tensor:
         """The sum over the old tasks."""
-        features, recorded = training.model.backbone(images), teacher.backbone(images)
+        features, recorded = training.model.body(images), teacher.body(images)
         terms = [
             distillation(head(features), old(recorded))
             for head, old in zip(training.model.heads[: training.index], teacher.heads[: training.index], strict=True)
@@ -119,7 +119,7 @@ class Distillation(Method):
         if self._encodes:
             model, task = training.model.eval(), training.task
             with torch.no_grad():
-                features = torch.cat([model.backbone(images) for images in task.train_images.split(MEASURE_BATCH)])
+                features = torch.cat([model.body(images) for images in task.train_images.split(MEASURE_BATCH)])
             head = model.heads[: training.index + 1][-1]  # the one head, where all tasks share it
             encoder = fit_encoder(features, task.train_labels, head, training.method_generator)
             self.kept = {**self.kept, f"encoder{training.index}": encoder}

@@ -22,7 +22,7 @@ class FrozenBackbone(Method):
     def begin(self, training: TaskTraining) -> None:
         """Freeze the backbone from the second task on."""
         if training.index > 0:
-            self._open.enter_context(frozen(training.model.backbone))
+            self._open.enter_context(frozen(training.model.body))
 
     def end(self, training: TaskTraining) -> None:
         """Leave the model as it was found."""

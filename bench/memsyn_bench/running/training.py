@@ -74,7 +74,7 @@ def train(training: TaskTraining, method: Method, after_epoch: Callable[[], obje
     losses = []
     model.train()
     for epoch in range(settings.epochs):
-        with frozen(model.backbone) if epoch < settings.warmup else nullcontext():
+        with frozen(model.body) if epoch < settings.warmup else nullcontext():
             order = torch.randperm(len(task.train_labels), generator=training.generator)
             for chosen in order.split(settings.batch_size):
                 images = training.augment(task.train_images[chosen], training.generator)

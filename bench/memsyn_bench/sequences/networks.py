@@ -83,12 +83,13 @@ class MultiHead(nn.Module):
 
     def __init__(self, backbone: nn.Module, num_features: int, *, head_sizes: Sequence[int]) -> None:
         super().__init__()
-        self.backbone = backbone
+        # `body` is in the names of parameters, so in memory files and checkpoints: another name would not fit them.
+        self.body = backbone
         self.heads = nn.ModuleList(nn.Linear(num_features, size) for size in head_sizes)
 
     def forward(self, inputs: Tensor, task: int | None = None) -> Tensor:
         """Return the logits of one task's head, (N, classes), or with no task of all heads side by side."""
-        features = self.backbone(inputs)
+        features = self.body(inputs)
         if task is None:
             return torch.cat([head(features) for head in self.heads], dim=1)
         logits: Tensor = self.heads[task](features)
@@ -106,12 +107,12 @@ class SharedHead(nn.Module):
 
     def __init__(self, backbone: nn.Module, num_features: int, *, num_classes: int) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.body = backbone
         self.heads = nn.ModuleList([nn.Linear(num_features, num_classes)])
 
     def forward(self, inputs: Tensor, task: int | None = None) -> Tensor:
         """Return the logits, (N, num_classes), the same for every task."""
-        logits: Tensor = self.heads[0](self.backbone(inputs))
+        logits: Tensor = self.heads[0](self.body(inputs))
         return logits
 
 

@@ -314,7 +314,7 @@ def test_max_samples_cuts_the_last_batch_and_reads_no_further() -> None:
         memsyn.measure(model, [["a"]], max_samples=2, forward=lambda m, b: m(batch), progress=False)
 
 
-def test_the_shadow_shares_storage_and_hooks_of_the_user_keep_working() -> None:
+def test_the_clone_shares_storage_and_hooks_of_the_user_keep_working() -> None:
     seen = []
     model = nn.Sequential(nn.Linear(4, 3))
     model[0].register_forward_pre_hook(lambda module, args: (2 * args[0],))
@@ -330,7 +330,7 @@ def test_the_shadow_shares_storage_and_hooks_of_the_user_keep_working() -> None:
     assert torch.allclose(found.sums["0.weight"], expected.sums["0.weight"], rtol=1e-5)
 
 
-def test_a_layer_first_met_after_the_guard_is_still_exact() -> None:
+def test_a_layer_first_met_after_the_check_is_still_exact() -> None:
     def route(m: nn.Module, x: Tensor) -> Tensor:
         return m.a(x) if x.shape[1] == 4 else m.b(x)
 
@@ -514,7 +514,7 @@ BAD: dict[str, tuple[Any, Any, Any, str]] = {
         lambda: Lambda(lambda m, x: F.normalize(m.a(x), dim=1), a=nn.Linear(4, 3)),
         [normal(4)(6, torch.float32)],
         memsyn.OutputError,
-        "the same for all weights, as for a normalised output",
+        "the objective is the same for all weights, as the squared norm of a normalised output is",
     ),
     "another call": (
         mlp,
@@ -697,7 +697,7 @@ def test_checkpoints() -> None:
         memsyn.measure(model(True), [batch], progress=False)
 
 
-def test_small_gradients_are_guarded_as_closely_in_half_precision() -> None:
+def test_small_gradients_are_checked_as_closely_in_half_precision() -> None:
     model = Lambda(
         lambda m, x: (
             m.h(torch.tanh(x)) * 30 + 0.03 * torch.tanh(m.g(x)) + 0.03 * Hidden.apply(torch.cos(x), m.g.weight)
@@ -747,7 +747,7 @@ def test_a_transformer_encoder_with_padding(frozen: bool) -> None:
     assert max(reference.errors(found.mean(), expected).values()) <= 1e-9
 
 
-def test_a_model_that_insists_on_its_precision_is_guarded_in_it() -> None:
+def test_a_model_that_insists_on_its_precision_is_checked_in_it() -> None:
     model = Lambda(lambda m, x: m.a(x.float()), a=nn.Linear(4, 3))
     batch = normal(4)(6, torch.float32)
     found, expected = (memsyn.measure(m, [batch], progress=False).sums.values() for m in (model, model.a))

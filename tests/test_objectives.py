@@ -56,7 +56,7 @@ DEFINITIONS: dict[str, tuple[Scalars, int]] = {
 
 
 def test_every_estimator_has_a_definition() -> None:
-    assert DEFINITIONS.keys() == ESTIMATORS.keys() - {"mas-local"}  # see test_hebbian.py
+    assert DEFINITIONS.keys() == ESTIMATORS.keys() - {"mas-local"}  # see test_local_importance.py
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)
@@ -157,7 +157,7 @@ def test_wrong_estimators_get_an_error_that_says_what_to_do(name: str) -> None:
 
 
 def test_magnitudes_are_two() -> None:
-    with pytest.raises(memsyn.OptionError, match="must be 'abs' or 'square', got 'cube'"):
+    with pytest.raises(memsyn.OptionError, match="must be one of abs, square; got 'cube'"):
         memsyn.Estimator(each, "cube")
 
 

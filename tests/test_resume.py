@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import memsyn
 from memsyn.measuring import route_check
+from memsyn.measuring.objectives import squared_l2_norm
 from memsyn.values import memory
 from tests.cases import CASES, Lambda, normal
 
@@ -523,3 +525,25 @@ def test_a_checkpoint_is_a_local_file_and_stays_where_it_is(tmp_path: Path, monk
     assert (tmp_path / "pass.ckpt").exists()
     with pytest.raises(memsyn.MemoryFileError, match="is the checkpoint of a pass that has not ended"):
         memory.load(tmp_path / "pass.ckpt")
+
+
+def small_network() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.arange(p.numel()).reshape(p.shape) % 7 / 4 - 0.5)
+    return model
+
+
+@pytest.mark.parametrize("magnitude", ["abs", "square"])
+def test_a_local_checkpoint_of_format_1_goes_on(tmp_path: Path, magnitude: str) -> None:
+    """In tests/golden_checkpoints: 12 of these 14 batches, cut off, as the code before format 2 wrote them."""
+    data = [(torch.arange(15.0).reshape(5, 3) * (k + 1) % 11) / 4 - 1 for k in range(14)]
+    estimator = memsyn.Estimator(squared_l2_norm, magnitude, local=True)
+    file = tmp_path / "checkpoint"
+    shutil.copy(Path(__file__).parent / "golden_checkpoints" / f"0.1.0-local-{magnitude}-checkpoint.safetensors", file)
+    resumed = memsyn.measure(small_network(), data, estimator=estimator, checkpoint=file, progress=False)
+    whole = memsyn.measure(small_network(), data, estimator=estimator, progress=False)
+    assert resumed.num_samples == whole.num_samples == 70
+    for name, total in whole.sums.items():
+        torch.testing.assert_close(resumed.sums[name], total, rtol=1e-6, atol=0.0)

@@ -16,7 +16,7 @@ from tests.test_measure import GOOD, Snapshot, build
 
 
 def test_experts_whose_work_is_new_in_a_later_batch() -> None:
-    """A weight that is first used, or used in another way, after the guard is looked at again there."""
+    """A weight that is first used, or used in another way, after the check is looked at again there."""
 
     def run(m: nn.Module, x: Tensor) -> Tensor:
         y = m.a(x)
@@ -35,7 +35,7 @@ def test_experts_whose_work_is_new_in_a_later_batch() -> None:
 
 @pytest.mark.parametrize("length", [2, 3, 7])
 def test_sizes_that_coincide_do_not_matter(length: int) -> None:
-    """As many samples as tokens, heads, channels, or as the guard looks at."""
+    """As many samples as tokens, heads, channels, or as the check looks at."""
     torch.manual_seed(0)
     model = Lambda(
         lambda m, x: m.c(m.lstm((m.a(x) + m.table(torch.arange(x.shape[1])))[:, :, :3].transpose(0, 1))[0]).transpose(
@@ -298,15 +298,22 @@ def test_real_weights_in_complex_arithmetic() -> None:
     assert BY_SAMPLE not in found.routes.values()
 
 
-def test_want_of_memory_in_the_check_is_not_taken_for_a_route_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("want of memory"), None], ids=["device", "processor"])
+@pytest.mark.parametrize("where", ["a route", "the forward pass"])
+def test_want_of_memory_ends_the_check(monkeypatch: pytest.MonkeyPatch, where: str, error: RuntimeError | None) -> None:
+    """It is neither taken for a route that fails, nor for a model that insists on a precision."""
     from memsyn.measuring import route_check
 
-    def exhausted(*given: Any, **options: Any) -> None:
-        raise torch.OutOfMemoryError("want of memory")
+    def exhausted(*given: Any, **options: Any) -> Any:
+        if error is not None:
+            raise error
+        return torch.empty(2**60, dtype=torch.uint8)
 
-    monkeypatch.setattr(route_check, "add_by_rule", exhausted)
-    with pytest.raises(torch.OutOfMemoryError, match="want of memory"):
-        memsyn.measure(nn.Linear(2, 2), [torch.ones(3, 2)], progress=False)
+    if where == "a route":
+        monkeypatch.setattr(route_check, "add_by_rule", exhausted)
+    forward = exhausted if where == "the forward pass" else None
+    with pytest.raises(RuntimeError, match=r"want of memory|can't allocate memory"):
+        memsyn.measure(nn.Linear(2, 2), [torch.ones(3, 2)], forward=forward, progress=False)
 
 
 def test_two_samples_with_a_dead_branch_keep_the_fast_routes() -> None:

@@ -77,6 +77,31 @@ def test_unviewed_is_the_same_memory_and_graph_but_no_view() -> None:
     assert torch.equal(leaf.grad, torch.full((2, 3), 6.0))
 
 
+def test_one_call_for_a_list_of_tensors() -> None:
+    ones, twos = [torch.ones(2), torch.ones(3)], [torch.full((2,), 2.0), torch.full((3,), 2.0)]
+    both = {"foreach_add": 3, "foreach_sub": -1, "foreach_mul": 2, "foreach_div": 0.5}
+    for name, expected in both.items():
+        assert [t.unique().item() for t in getattr(torch_private, name)(ones, twos)] == [expected] * 2
+    assert [t.unique().item() for t in torch_private.foreach_sqrt([4 * t for t in ones])] == [2, 2]
+    torch_private.foreach_add_(ones, twos)  # 3
+    torch_private.foreach_mul_(ones, [2.0, 2.0])  # 6
+    torch_private.foreach_addcmul_(ones, twos, twos, [1.0, 1.0])  # 10
+    torch_private.foreach_lerp_(ones, twos, [torch.full((2,), 0.5), torch.full((3,), 0.5)])  # 6
+    assert [t.unique().item() for t in ones] == [6, 6]
+    torch_private.foreach_zero_(ones)
+    assert not any(t.any() for t in ones)
+
+
+def test_want_of_memory_is_told_from_other_errors() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert torch_private.is_out_of_memory(caught.value)
+    assert torch_private.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.ones(2) + torch.ones(3)
+    assert not torch_private.is_out_of_memory(caught.value)
+
+
 def test_custom_functions_are_told_from_torchs() -> None:
     class Double(torch.autograd.Function):
         @staticmethod
@@ -168,7 +193,7 @@ def private_names(path: Path) -> list[str]:
     tree = ast.parse(path.read_text())
     own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     own |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
-    own |= {"_replace", "_foreach"}
+    own |= {"_replace"}
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
@@ -180,7 +205,7 @@ def private_names(path: Path) -> list[str]:
             part.startswith("_") and part != "__future__" for part in (node.module or "").split(".")
         ):
             found.append(f"{path.name}:{node.lineno} {node.module}")
-    return [name for name in found if " _foreach_" not in name]
+    return found
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())

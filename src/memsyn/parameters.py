@@ -66,7 +66,7 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
 def fingerprint(of: nn.Module | Mapping[str, Tensor]) -> str:
     """SHA-256 of a model's weights, bit for bit: "sha256:" and 64 hexadecimal digits.
 
-    Two models with the same fingerprint compute the same. `Importance.fingerprint` says at which weights an importance
+    `Importance.fingerprint` says at which weights an importance
     was measured, if it is known. Names, dtypes, shapes and bytes count; the order, the device and the strides do not.
     At most one tensor is copied at a time.
 

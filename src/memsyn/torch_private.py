@@ -33,6 +33,24 @@ base_of: Final[Callable[[Tensor], Tensor | None]] = attrgetter("_base")
 """The base of a view; None if the tensor is not a view."""
 
 
+foreach_add: Final = torch._foreach_add
+foreach_add_: Final = torch._foreach_add_
+foreach_addcmul_: Final = torch._foreach_addcmul_
+foreach_div: Final = torch._foreach_div
+foreach_lerp_: Final = torch._foreach_lerp_
+foreach_mul: Final = torch._foreach_mul
+foreach_mul_: Final = torch._foreach_mul_
+foreach_sqrt: Final = torch._foreach_sqrt
+foreach_sub: Final = torch._foreach_sub
+foreach_zero_: Final = torch._foreach_zero_
+"""One operation on a list of tensors, with one call for all of them where torch can."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch says that memory is exhausted: on the CPU only its text tells."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
 def unviewed(tensor: Tensor) -> Tensor:
     """An alias with the same memory and graph that is not a view. A hook on a view misses in-place changes of its base.
 
@@ -49,7 +67,8 @@ def is_custom_function(tensor: Tensor) -> bool:
 
 def compiled_original(model: nn.Module) -> nn.Module | None:
     """The module that was passed to `torch.compile`, if the model is its result; otherwise None."""
-    if type(model).__name__ != "OptimizedModule":  # importing its class from torch._dynamo takes seconds
+    # Told by its class's name: importing the class from torch._dynamo takes seconds.
+    if type(model).__name__ != "OptimizedModule" or not type(model).__module__.startswith("torch._dynamo"):
         return None
     original: nn.Module = model._orig_mod  # type: ignore[assignment]
     return original

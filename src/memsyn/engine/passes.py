@@ -16,7 +16,7 @@ from memsyn.engine.routes import BY_RULE, BY_SAMPLE, UNUSED, Sums, add_by_operat
 from memsyn.errors import BatchError, ModelError, OutputError, SamplesInteractError
 from memsyn.kernels.outer_products import Magnitude
 from memsyn.kernels.rules import NoRuleError, UnseenError
-from memsyn.torch_private import without_function_modes
+from memsyn.torch_private import is_out_of_memory, without_function_modes
 
 TOLERANCE: Final = 0.05
 """How much a sample's objective alone may differ from its objective in the batch, relative to the largest one.
@@ -155,10 +155,10 @@ def run_backward(
         start = torch.ones_like(total) if gradient is None else gradient
     try:
         torch.autograd.backward([edges[0]], [start], retain_graph=retain_graph, inputs=edges[1:])
-    except torch.OutOfMemoryError:
-        # It is a RuntimeError too, but it says nothing about the model.
-        raise
     except RuntimeError as error:
+        # Want of memory is a RuntimeError too, but it says nothing about the model.
+        if is_out_of_memory(error):
+            raise
         raise ModelError(
             f"autograd cannot differentiate the model, so it cannot be measured: {error} Look for an in-place change "
             "of a tensor that the backward pass needs, or for an operation without a derivative."

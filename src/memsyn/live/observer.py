@@ -30,7 +30,7 @@ from memsyn.live.weights_versions import VersionedSums, WeightsVersion
 from memsyn.live.window import Window
 from memsyn.live.worker import ErrorCount, TimeBudget, Worker
 from memsyn.measuring.model_copy import Onlooker, check_measurable, refuse_foreign_hooks
-from memsyn.measuring.objectives import ESTIMATORS, Estimator, Forward, find_estimator
+from memsyn.measuring.objectives import Estimator, Forward, find_estimator
 from memsyn.parameters import trainable_parameters, unwrap
 from memsyn.values.importance import Importance
 
@@ -147,8 +147,8 @@ class Observer:
         )
         _check_counts({"room": room, "max_batch": max_batch})
         chosen = find_estimator(estimator)
-        if chosen == ESTIMATORS["fisher-empirical"]:
-            raise OptionError("estimator='fisher-empirical' needs labels, which requests do not have.")
+        if chosen.needs_labels:
+            raise OptionError(f"the estimator of {chosen.name} needs labels, which requests do not have.")
         device = _check_model(model, onlookers)
         Window(last, half_life)  # raises if they are wrong
         if "://" not in str(store) and not Path(store).absolute().parent.is_dir():

@@ -20,7 +20,8 @@ from memsyn.engine.recorder import Recorder, unique
 from memsyn.engine.tracer import Tracer
 from memsyn.errors import BatchError, ModelError, OutputError
 from memsyn.kernels.operations import Function, name_of, operation_of
-from memsyn.measuring.objectives import Position, Scorer, token_mask
+from memsyn.kernels.rules import MAGNITUDES
+from memsyn.measuring.objectives import Estimator, Position, Scorer, token_mask
 from memsyn.torch_private import is_custom_function, without_function_modes
 
 
@@ -403,3 +404,12 @@ def refuse_unseen_uses(run: Callable[[], Any], unused: Mapping[str, nn.Parameter
             "that memsyn can see uses it, so its local importance is unknown. Look for a custom autograd function. "
             "Write the function in torch's own operations, or freeze the parameter."
         )
+
+
+def remainder_scale(estimator: Estimator) -> float:
+    """By what to multiply the remainder in a checkpoint of format 1, written by memsyn 0.1.0.
+
+    There each layer was differentiated with y in place of 2 y: the sums were multiplied by f(2) when they were saved,
+    the remainder was not.
+    """
+    return float(MAGNITUDES[estimator.magnitude](torch.tensor(2.0))) if estimator.local else 1.0

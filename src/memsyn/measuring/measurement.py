@@ -21,7 +21,7 @@ from memsyn.kernels.rules import MAGNITUDES
 from memsyn.kernels.running_sums import RunningSums
 from memsyn.measuring import route_check
 from memsyn.measuring.distributed import ProcessGroup, sum_over_processes
-from memsyn.measuring.local_importance import LocalScorer
+from memsyn.measuring.local_importance import LocalScorer, remainder_scale
 from memsyn.measuring.model_copy import model_copy
 from memsyn.measuring.objectives import Estimator, Forward, OutputScorer, Position, Scorer
 from memsyn.measuring.resume import State
@@ -36,7 +36,7 @@ from memsyn.parameters import (
     wide_dtype,
 )
 from memsyn.storage.reading_and_writing import Groups, checked_count
-from memsyn.torch_private import version_of, without_function_modes
+from memsyn.torch_private import foreach_zero_, version_of, without_function_modes
 from memsyn.values.importance import Importance, check_same_shapes
 
 
@@ -104,7 +104,7 @@ class Measurement:
         """Like `add`, but first set the sums to zero, so that they hold only this batch."""
         if self.sums is not None:
             recent = self.sums.recent
-            torch._foreach_zero_(list(recent.values()))
+            foreach_zero_(list(recent.values()))
             # A new object counts from batch 0. So it never folds, and `recent` holds this batch alone.
             self.sums = RunningSums(recent)
         return self.add(batch, index)
@@ -261,7 +261,9 @@ class Measurement:
         for part in (groups["importance"], groups["remainder"] or groups["importance"]):
             check_same_shapes(part, self.sums.recent, "the checkpoint", "the model")
         num_folded = header["num_samples"] if groups["remainder"] else 0
-        self.sums.restore((groups["importance"], groups["remainder"]), checked_count(known["num_added"]), num_folded)
+        scale = remainder_scale(self.estimator) if header["format"] == 1 else 1.0
+        remainder = {name: total * scale for name, total in groups["remainder"].items()}
+        self.sums.restore((groups["importance"], remainder), checked_count(known["num_added"]), num_folded)
 
 
 def _zeros(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

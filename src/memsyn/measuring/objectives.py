@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from memsyn.batches import Batch, call
 from memsyn.engine.recorder import Recorder
 from memsyn.errors import BatchError, MemsynError, ModelError, OptionError, OutputError
-from memsyn.torch_private import without_function_modes
+from memsyn.kernels.rules import MAGNITUDES
+from memsyn.torch_private import is_out_of_memory, without_function_modes
 
 EMBEDDINGS = ("embeddings", "sentence_embedding", "image_embeds", "text_embeds")
 HIDDEN = "last_hidden_state"
@@ -178,8 +179,8 @@ class Estimator:
             raise OptionError(
                 f"only squared_l2_norm can be taken layer by layer, not {self.name}. Leave out local=True."
             )
-        if self.magnitude not in ("abs", "square"):
-            raise OptionError(f"magnitude must be 'abs' or 'square', got {self.magnitude!r}.")
+        if self.magnitude not in MAGNITUDES:
+            raise OptionError(f"magnitude must be one of {', '.join(MAGNITUDES)}; got {self.magnitude!r}.")
 
     @property
     def needs_labels(self) -> bool:
@@ -355,6 +356,8 @@ class Scorer(ABC):
         except MemsynError:
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise BatchError(
                 f"batch {batch_index}: the model failed on it: {type(error).__name__}: {error}. If the model needs "
                 "another call, pass it: forward=lambda model, batch: ..."

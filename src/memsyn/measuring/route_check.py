@@ -49,7 +49,7 @@ from memsyn.measuring.objectives import (
     check_not_constant,
 )
 from memsyn.parameters import named_parameters, trainable_parameters, wide_dtype
-from memsyn.torch_private import has_own_parameter, version_of
+from memsyn.torch_private import has_own_parameter, is_out_of_memory, version_of
 
 NUM_SAMPLES: Final = 2
 """The number of samples in a check. Two suffice to distinguish samples, and cost half as much as four."""
@@ -452,9 +452,11 @@ class _Comparison:
                 add_by_rule(found[name], parameters[name], group.uses, size, signed, weights=self.weights)
             else:
                 return None
-        except torch.OutOfMemoryError:
-            raise
-        except (NoRuleError, RuntimeError):
+        except NoRuleError:
+            return None
+        except RuntimeError as error:
+            if is_out_of_memory(error):  # no fault of the route: a slower one would only hide it
+                raise
             return None
         return found
 

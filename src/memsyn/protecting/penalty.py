@@ -12,6 +12,17 @@ from torch import Tensor, nn
 
 from memsyn.parameters import named_parameters, wide_dtype
 from memsyn.protecting import compiled
+from memsyn.torch_private import (
+    foreach_add,
+    foreach_add_,
+    foreach_addcmul_,
+    foreach_div,
+    foreach_lerp_,
+    foreach_mul,
+    foreach_mul_,
+    foreach_sqrt,
+    foreach_sub,
+)
 from memsyn.values.memory import Memory, check_fit
 
 BUCKET: Final = 2**19
@@ -109,12 +120,12 @@ def add_gradients_(
         done = compiled.add_gradients_in_c_(items, [2 * factor for factor in factors])
     for bucket in _buckets(items, done):
         grads, thetas, anchors, omegas = (list(parts) for parts in zip(*(parts for _, parts in bucket), strict=True))
-        moved = list(torch._foreach_sub(_all_wide(thetas, thetas, anchors), _all_wide(anchors, thetas, anchors)))
+        moved = list(foreach_sub(_all_wide(thetas, thetas, anchors), _all_wide(anchors, thetas, anchors)))
         if scale is not None:
-            torch._foreach_mul_(moved, scale.to(moved[0].device))
+            foreach_mul_(moved, scale.to(moved[0].device))
         wide = _all_wide(grads, thetas, anchors)
         twice = [2 * factors[index] for index, _ in bucket]
-        torch._foreach_addcmul_(wide, moved, _all_wide(omegas, thetas, anchors), twice)
+        foreach_addcmul_(wide, moved, _all_wide(omegas, thetas, anchors), twice)
         _copy_back(grads, wide)
 
 
@@ -146,7 +157,7 @@ def pull_(
         #   theta 1, theta* 0, k 3: share 0.75, and theta becomes 0.25
         #   k 0: share 0, theta stays bit for bit; k infinite: share 1, theta becomes theta* bit for bit
         wide = _all_wide(thetas, thetas, anchors)
-        torch._foreach_lerp_(wide, _all_wide(anchors, thetas, anchors), shares)
+        foreach_lerp_(wide, _all_wide(anchors, thetas, anchors), shares)
         _copy_back(thetas, wide)
 
 
@@ -193,14 +204,14 @@ def _shares(
         thetas, anchors, omegas, *squares = (list(parts) for parts in zip(*(parts for _, parts in bucket), strict=True))
         wide, own = _all_wide(omegas, thetas, anchors), [offsets[index] for index, _ in bucket]
         if squares:
-            divisors = list(torch._foreach_sqrt(_all_wide(squares[0], thetas, anchors)))
-            divisors = _with(torch._foreach_mul, divisors, [scales[index] for index, _ in bucket])
-            divisors = _with(torch._foreach_add, divisors, own)
-            torch._foreach_add_(divisors, wide)
+            divisors = list(foreach_sqrt(_all_wide(squares[0], thetas, anchors)))
+            divisors = _with(foreach_mul, divisors, [scales[index] for index, _ in bucket])
+            divisors = _with(foreach_add, divisors, own)
+            foreach_add_(divisors, wide)
         else:
-            divisors = _with(torch._foreach_add, wide, own)
+            divisors = _with(foreach_add, wide, own)
         # Not as k / (1 + k): if k overflows, this is infinity / infinity, so NaN. Here the share is 1.
-        yield thetas, anchors, list(torch._foreach_div(wide, divisors))
+        yield thetas, anchors, list(foreach_div(wide, divisors))
 
 
 def _with(operation: Callable[..., Any], tensors: list[Tensor], numbers: Sequence[float | Tensor]) -> list[Tensor]:

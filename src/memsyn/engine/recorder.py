@@ -4,7 +4,7 @@ Owns cutting the graph between values and samples, and grouping the parameters t
 formulas.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -306,6 +306,28 @@ class Recorder(Tracer):
                 group.num_waiting -= 1
                 if group.num_waiting == 0:
                     self._hand_over(group)
+
+    def hand_over_early(self, names: Container[str]) -> set[str]:
+        """Hand over, in the forward pass, the calls that have their gradients and use nothing but `names`.
+
+        For a scorer that differentiates parts of the model itself, and knows that each of `names` is used once. Then no
+        other gradient belongs to these calls and parameters, and their tensors are freed now, not after the forward pass.
+
+        Returns:
+            The parameters that were handed over: they must not be used again.
+        """
+        found: set[str] = set()
+        with without_function_modes():
+            for call in [call for call in self._calls if call.grad is not None]:
+                own = [value.names for value in call.values.values()]
+                if all(len(members) == 1 and all(name in names for name in members) for members in own):
+                    for place, value in call.values.items():
+                        self.consume(ParameterGroup(value.names, [(call, place)]))
+                    call.grad = None
+                    call.tensors.clear()
+                    self._calls.remove(call)
+                    found.update(*own)
+        return found
 
     def _hand_over(self, group: ParameterGroup) -> None:
         for name in group.names:

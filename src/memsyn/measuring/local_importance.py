@@ -4,7 +4,8 @@ Owns where a layer ends, which tensor is its output, and that no gradient leaves
 importance: it gives objectives with local gradients, and the routes of exact importance measure these.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Mapping
 from functools import partial
 from typing import Any, final
 
@@ -21,7 +22,7 @@ from memsyn.engine.tracer import Tracer
 from memsyn.errors import BatchError, ModelError, OutputError
 from memsyn.kernels.operations import Function, name_of, operation_of
 from memsyn.kernels.rules import MAGNITUDES
-from memsyn.measuring.objectives import Estimator, Position, Scorer, token_mask
+from memsyn.measuring.objectives import Estimator, Forward, Position, Scorer, token_mask
 from memsyn.torch_private import is_custom_function, without_function_modes
 
 
@@ -104,6 +105,7 @@ class LayerTracer(Tracer):
         batch: Iterable[Tensor],
         mask: Tensor | None,
         recorder: Recorder | None = None,
+        single_use: Container[str] = (),
     ) -> None:
         super().__init__(parameters)
         self.recorder = recorder
@@ -113,8 +115,11 @@ class LayerTracer(Tracer):
 
         With a recorder: only of the layers that are open at the end of the forward pass, and without a graph.
         """
-        self.used: set[str] = set()
-        """The parameters of the layers that ran."""
+        self.num_uses: Counter[str] = Counter()
+        """How often each parameter was used, for the parameters of the layers that ran."""
+        self._single_use = single_use
+        """Parameters that are used once: they are measured as soon as their layer ends, and their tensors freed."""
+        self._measured: set[str] = set()
         self._mask = mask
         self._marker = torch.zeros((), requires_grad=True)
         self._layers: dict[int, _Layer] = {}
@@ -162,7 +167,13 @@ class LayerTracer(Tracer):
         values: Mapping[str, Value],
     ) -> Any:
         names = frozenset[str]().union(*(value.names for value in values.values()))
-        self.used |= names
+        for value in values.values():
+            self.num_uses.update(value.names)
+        if names & self._measured:
+            raise ModelError(
+                f"{', '.join(sorted(names & self._measured))}: used once in the batch that was checked first, and more "
+                "than once in a later one. Let the first batch be one in which it is used more often."
+            )
         for tensor in of_samples.values():
             self._claim_custom_result(tensor)
         layers = unique(layer for t in of_samples.values() if (layer := self._layers.get(id(t))))
@@ -299,6 +310,7 @@ class LayerTracer(Tracer):
                 if y.requires_grad:
                     run_backward(y, (self.recorder.root,), retain_graph=False, gradient=2 * y.detach())
                     self.recorder.root.grad = None
+                    self._measured |= self.recorder.hand_over_early(self._single_use)
                 # Only the last layers are checked: a NaN or infinity in any layer also reaches them.
                 if last:
                     self.squares.append((_squared_norm(y.detach()), layer))
@@ -349,6 +361,11 @@ class LocalScorer(Scorer):
 
     tells_samples_apart = False
 
+    def __init__(self, forward: Forward | None, estimator: Estimator) -> None:
+        super().__init__(forward, estimator)
+        self._num_uses: Counter[str] = Counter()
+        """The most uses of each parameter in a forward pass, as the checks have seen it."""
+
     def scores(
         self,
         model: nn.Module,
@@ -364,7 +381,8 @@ class LocalScorer(Scorer):
         mask = token_mask(batch.inputs) if self.masks_padding else None
         # With a decoder, layers of encoder and decoder cannot be told apart, so padding is not left out.
         encoded = mask is not None and batch.inputs.get("attention_mask") is mask
-        layers = LayerTracer(parameters, batch.tensors, mask if encoded else None, recorder)
+        single_use = {name for name, count in self._num_uses.items() if count == 1}
+        layers = LayerTracer(parameters, batch.tensors, mask if encoded else None, recorder, single_use)
         with layers:
             output = self.output(model, batch.inputs, position.batch_index)
         return layers.scores(tensors(output), batch.num_samples, position.batch_index)
@@ -382,8 +400,9 @@ class LocalScorer(Scorer):
             self.output(model, batch.copied().inputs, batch_index)
         refuse_unseen_uses(
             partial(self.output, model, batch.copied().inputs, batch_index),
-            {name: p for name, p in parameters.items() if name not in layers.used},
+            {name: p for name, p in parameters.items() if name not in layers.num_uses},
         )
+        self._num_uses |= layers.num_uses  # the larger count of the two
 
 
 def refuse_unseen_uses(run: Callable[[], Any], unused: Mapping[str, nn.Parameter]) -> None:

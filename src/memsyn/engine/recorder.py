@@ -311,7 +311,7 @@ class Recorder(Tracer):
         """Hand over, in the forward pass, the calls that have their gradients and use nothing but `names`.
 
         For a scorer that differentiates parts of the model itself, and knows that each of `names` is used once. Then no
-        other gradient belongs to these calls and parameters, and their tensors are freed now, not after the forward pass.
+        other gradient belongs to these calls and parameters, and their tensors can be freed now.
 
         Returns:
             The parameters that were handed over: they must not be used again.

@@ -152,7 +152,7 @@ def test_arguments_that_have_no_name_are_an_error(model: nn.Module, others: tupl
         model(torch.ones(1, 2, dtype=torch.float64), *others)
         stats = observer.stats()
         assert (stats.seen, stats.errors) == (0, 1)
-        assert "by its place only" in str(stats.last_error)
+        assert "only as a positional argument" in str(stats.last_error)
 
 
 class Cache:

@@ -70,7 +70,7 @@ def test_a_restart_keeps_what_is_of_others(store: Path) -> None:
     with begin(a_model(1), store, last=timedelta(days=1)) as observer:
         observer.observe(batches[0])
         assert observer.flush()
-        assert "are damaged, or hold sums of something else" in str(observer.stats().last_error)
+        assert "are damaged, or were written with other weights or settings" in str(observer.stats().last_error)
         assert (observer.stats().measured, observer.stats().dropped) == (0, 1)
 
 

@@ -63,7 +63,7 @@ class NamedEntries(Mapping[str, Entry], Generic[Entry]):
         places = [*(["memsyn-bench or this process"] if name in self.entries else []), *map(_described, points)]
         if len(places) > 1:
             raise OptionError(
-                f"the {self.noun} {name!r} is there {len(places)} times: from {', and from '.join(places)}. Rename "
+                f"the {self.noun} {name!r} is defined {len(places)} times: by {', and by '.join(places)}. Rename "
                 "one, or uninstall its package."
             )
         if not points:

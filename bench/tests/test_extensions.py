@@ -176,7 +176,7 @@ def test_a_broken_entry_point_is_listed_as_an_error_and_stops_nothing_else(monke
         ("x", "bench.tests.test_extensions:QUICK", r"x = bench.* must be a memsyn_bench\.MethodEntry, got list"),
         ("x", "bench.tests.test_extensions:NONE", r"cannot be imported: AttributeError: .*NONE"),
         ("a/b", "bench.tests.test_extensions:PLAIN", r"a/b = bench.*: the name of a method must consist of"),
-        ("mas", "bench.tests.test_extensions:PLAIN", r"'mas' is there 2 times: from memsyn-bench or this process, and"),
+        ("mas", "bench.tests.test_extensions:PLAIN", r"'mas' is defined 2 times: by memsyn-bench or this process, and"),
     ],
 )
 def test_an_entry_point_that_cannot_be_used_is_named(monkeypatch, name, value, message):
@@ -204,7 +204,7 @@ def test_two_packages_with_one_name_are_both_named(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     entries = NamedEntries("method", MethodEntry, "memsyn_bench.test", {})
     assert (list(entries), len(entries)) == (["mine"], 1)
-    message = r"is there 2 times: from the entry point .* of (one|two) .*, and from the .* of (one|two) .*Rename one"
+    message = r"is defined 2 times: by the entry point .* of (one|two) .*, and by the .* of (one|two) .*Rename one"
     with pytest.raises(OptionError, match=message):
         entries["mine"]
     with pytest.raises(KeyError):

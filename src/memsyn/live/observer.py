@@ -359,7 +359,8 @@ def _keyword_arguments(forward: Callable[..., Any], args: tuple[Any, ...], kwarg
         parameter = bound.signature.parameters[name]
         if parameter.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL):
             raise BatchError(
-                f"forward takes {name!r} by its place only: call observe, with forward= to say how to run."
+                f"forward takes {name!r} only as a positional argument, so its calls cannot be observed by attach(). "
+                "Call observe(inputs) where the requests come in, and give Observer(forward=lambda model, inputs: ...)."
             )
         named |= value if parameter.kind is inspect.Parameter.VAR_KEYWORD else {name: value}
     return named

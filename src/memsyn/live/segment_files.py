@@ -85,8 +85,8 @@ class SegmentFiles:
                 if isinstance(error.__cause__, OSError):
                     raise
         raise MemoryFileError(
-            f"the sums cannot be stored: {paths[0]} and {paths[1]} are damaged, or hold sums of something else. Move "
-            "them away."
+            f"the sums cannot be stored: {paths[0]} and {paths[1]} are damaged, or were written with other weights "
+            "or settings. Move them to another folder."
         )
 
 

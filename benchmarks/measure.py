@@ -1,6 +1,6 @@
 """What exact importance costs, relative to an ordinary forward and backward pass of the same batches.
 
-In one run and in turn: the ordinary pass, `memsyn.measure` (shadow, guard and all) over the same batches, the same for
+In one run and in turn: the ordinary pass, `memsyn.measure` (with its route check) over the same batches, the same for
 local importance, the loop over single samples, `vmap(grad)` over the whole model, and what others compute: the absolute
 value of the mean over a batch. Prints a Markdown table: the median of the ratios over the rounds, the smallest and
 largest, and the relative error ||x - ref|| / ||ref|| over all weights on the first batch, ref being a loop over its

@@ -481,7 +481,7 @@ def test_nothing_of_a_parameters_size_is_made_in_a_step(
         handle._after_step(optimizer, (optimizer,), {})
     largest = max((event.self_cpu_memory_usage for event in profile.events()), default=0)
     assert largest > 0 or smallest < math.inf
-    assert largest <= 4 * arithmetic.BUCKET + 64 < 4 * model.weight.numel()
+    assert largest <= 4 * arithmetic.BUCKET < 4 * model.weight.numel()
 
 
 @pytest.mark.parametrize("make", [OPTIMIZERS["momentum"], OPTIMIZERS["adam"]])

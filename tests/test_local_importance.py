@@ -513,7 +513,7 @@ def test_what_is_looked_at_without_gradients_ends_no_layer() -> None:
 
 @pytest.mark.parametrize("name", ["BERT, classifier", "ViT", "Llama", "Swin", "GPT-2", "wav2vec2", "BART"])
 def test_models_that_others_wrote_do_not_depend_on_the_batch(name: str) -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="needs transformers: make install brings it")
     specimen = ZOO[name]
     torch.manual_seed(0)
     model, batch = specimen.model(specimen.attentions[0]).to(specimen.dtype), specimen.batch()
@@ -523,7 +523,7 @@ def test_models_that_others_wrote_do_not_depend_on_the_batch(name: str) -> None:
 
 
 def test_the_linear_layers_of_gpt2_end_after_its_own_gelu() -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="needs transformers: make install brings it")
     torch.manual_seed(0)
     model = ZOO["GPT-2"].model("eager").double()
     ids = integers(23, 6)(3, torch.float64)
@@ -541,7 +541,7 @@ def test_the_linear_layers_of_gpt2_end_after_its_own_gelu() -> None:
 
 
 def test_efficientnet() -> None:
-    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite_pytorch", reason="needs the weights: make install brings them")
     torch.manual_seed(0)
     specimen = ZOO["EfficientNet-Lite0, trained"]
     model = specimen.model(None).double().eval()

@@ -411,7 +411,7 @@ def test_models_and_stores_are_checked(tmp_path: Path) -> None:
 
 
 def test_prometheus(store: Path) -> None:
-    client = pytest.importorskip("prometheus_client")
+    client = pytest.importorskip("prometheus_client", reason="needs the extra observe: make install brings it")
     from memsyn.integrations.prometheus import export
 
     registry = client.CollectorRegistry()

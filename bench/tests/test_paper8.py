@@ -24,7 +24,7 @@ def write(path, *lines):
 
 
 def save_mat(path, **content):
-    savemat = pytest.importorskip("scipy.io").savemat
+    savemat = pytest.importorskip("scipy.io", reason="needs scipy: memsyn-bench[paper8]").savemat
     path.parent.mkdir(parents=True, exist_ok=True)
     savemat(path, content)
 

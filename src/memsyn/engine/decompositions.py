@@ -22,6 +22,18 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 
+def _merged(mask: Tensor | None, padding: Tensor | None, num_heads: int, *, num_added: int) -> Tensor | None:
+    """A mask (1 or B H, T, S) and the padding (B, S) as one mask; added source positions are visible to all (0)."""
+    if num_added:
+        mask, padding = (None if m is None else F.pad(m, (0, num_added)) for m in (mask, padding))
+    if padding is None:
+        return mask
+    num_samples, num_sources = padding.shape
+    padding = padding.view(num_samples, 1, 1, num_sources).expand(-1, num_heads, -1, -1)
+    padding = padding.reshape(num_samples * num_heads, 1, num_sources)
+    return padding if mask is None else mask + padding
+
+
 def _projected(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,13 +98,12 @@ def _attention(
     if not is_batched:
         query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-    (num_targets, num_samples, width), num_sources = query.shape, key.shape[0]
+    num_targets, num_samples, width = query.shape
     padding = _additive(key_padding_mask, query.dtype)
-    if is_causal and padding is None and not need_weights:
-        mask = None  # F.scaled_dot_product_attention makes the causal mask itself
-    else:
-        mask = _additive(attn_mask, query.dtype)
-        is_causal = is_causal and padding is None
+    # F.scaled_dot_product_attention makes the causal mask itself, if there is no other one.
+    is_causal = is_causal and padding is None
+    mask = None if is_causal and not need_weights else _additive(attn_mask, query.dtype)
+    mask = mask.unsqueeze(0) if mask is not None and mask.ndim == 2 else mask
     if use_separate_proj_weight:
         separate = (q_proj_weight, k_proj_weight, v_proj_weight)
         biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
@@ -100,24 +111,15 @@ def _attention(
     else:
         assert in_proj_weight is not None
         q, k, v = _projected(query, key, value, in_proj_weight, in_proj_bias)
-    if mask is not None and mask.ndim == 2:
-        mask = mask.unsqueeze(0)
+    num_sources = len(k)
     if bias_k is not None and bias_v is not None:
-        # bias_k and bias_v add one source position. The masks are padded with 0 there, so it is visible to all.
         k, v = (torch.cat([x, b.repeat(1, num_samples, 1)]) for x, b in ((k, bias_k), (v, bias_v)))
-        mask, padding = (None if m is None else F.pad(m, (0, 1)) for m in (mask, padding))
     head = width // num_heads
-    q = q.view(num_targets, num_samples * num_heads, head).transpose(0, 1)
-    k, v = (x.view(len(x), num_samples * num_heads, head).transpose(0, 1) for x in (k, v))
+    q, k, v = (x.view(len(x), num_samples * num_heads, head).transpose(0, 1) for x in (q, k, v))
     if add_zero_attn:
         zeros = torch.zeros((num_samples * num_heads, 1, head), dtype=k.dtype, device=k.device)
         k, v = torch.cat([k, zeros], 1), torch.cat([v, zeros], 1)
-        mask, padding = (None if m is None else F.pad(m, (0, 1)) for m in (mask, padding))
-    num_sources = k.shape[1]
-    if padding is not None:
-        padding = padding.view(num_samples, 1, 1, num_sources).expand(-1, num_heads, -1, -1)
-        padding = padding.reshape(num_samples * num_heads, 1, num_sources)
-        mask = padding if mask is None else mask + padding
+    mask = _merged(mask, padding, num_heads, num_added=k.shape[1] - num_sources)
     return _attended(
         q, k, v, mask, out_proj_weight, out_proj_bias, (num_targets, num_samples, num_heads), is_batched=is_batched,
         weights="mean" if need_weights and average_attn_weights else "each" if need_weights else None,

@@ -124,35 +124,47 @@ def measure(
     ):
         measurement = Measurement(model, trainable, device, forward, chosen, batched=batched)
         if resumable is not None:
-            found = resumable.begin(
-                {**measurement.settings(), "max_samples": max_samples, "process": rank_and_size(group)},
-                measurement.state,
-            )
+            settings = {**measurement.settings(), "max_samples": max_samples, "process": rank_and_size(group)}
+            found = resumable.begin(settings, measurement.state)
             if found is not None:
                 with well_formed(resumable.path):
                     measurement.restore(*found)
-        limited = first_samples(iter(batches), max_samples)
-        start = 0 if resumable is None else resumable.num_batches
-        bar = tqdm(
-            limited if resumable is None else resumable.remaining(limited),
-            "measuring",
-            _length(batches, max_samples),
-            initial=start,
-            disable=not progress,
-            unit="batch",
-        )
-        for index, batch in enumerate(bar, start):
-            inputs = model_input(batch) if forward is None else batch
-            read = Batch.of(inputs, labels_of(batch) if chosen.needs_labels else None)
-            with nullcontext() if resumable is None else resumable.batch(batch):
-                slow = measurement.add(read, index)
-            if slow:
-                warnings.warn(measurement.describe(slow), SlowParametersWarning, stacklevel=2)
-            bar.set_postfix_str(f"{measurement.num_samples} samples, {len(measurement.table.slow)} slow parameters")
+        limited, length = first_samples(iter(batches), max_samples), _length(batches, max_samples)
+        _add_batches(measurement, limited, resumable, length=length, progress=progress)
     importance = measurement.importance(group)
     if resumable is not None:
         resumable.finish()
     return importance
+
+
+def _add_batches(
+    measurement: Measurement,
+    batches: Iterator[Any],
+    resumable: Checkpoint | None,
+    *,
+    length: int | None,
+    progress: bool,
+) -> None:
+    """Add all batches to the measurement, with a progress bar; those that a checkpoint holds are only read."""
+    start = 0 if resumable is None else resumable.num_batches
+    bar = tqdm(
+        batches if resumable is None else resumable.remaining(batches),
+        "measuring",
+        length,
+        initial=start,
+        disable=not progress,
+        unit="batch",
+    )
+    scorer = measurement.scorer
+    for index, batch in enumerate(bar, start):
+        # With a `forward` of the user's, the batch is passed on as the loader gave it.
+        inputs = model_input(batch) if scorer.masks_padding else batch
+        read = Batch.of(inputs, labels_of(batch) if scorer.estimator.needs_labels else None)
+        with nullcontext() if resumable is None else resumable.batch(batch):
+            slow = measurement.add(read, index)
+        if slow:
+            warnings.warn(measurement.describe(slow), SlowParametersWarning, stacklevel=3)
+        bar.set_postfix_str(f"{measurement.num_samples} samples, {len(measurement.table.slow)} slow parameters")
 
 
 def _length(batches: object, max_samples: int | None) -> int | None:

@@ -138,7 +138,6 @@ class Memory:
         new, old, count = importance.mean(), self.importance, importance.num_samples
         fold = RULES[rule]
 
-        # For a head that grew from 10 rows to 12, rows 0 to 9 are folded, and rows 10 and 11 are taken from `new`.
         def folded(name: str) -> Tensor:
             if name not in old:
                 return new[name]

@@ -22,10 +22,12 @@ from memsyn.measuring.measure import measure
 from memsyn.measuring.objectives import Estimator, Forward
 from memsyn.parameters import fingerprint
 from memsyn.protecting.penalty import penalty
-from memsyn.protecting.protect import Protection, Report, protect
+from memsyn.protecting.protect import protect
+from memsyn.protecting.protection import Protection, Report
 from memsyn.protecting.strength import Relative
 from memsyn.protecting.tune import Trial, Tuned, tune
 from memsyn.values.consolidation import Consolidation
+from memsyn.values.factors import FactorSummary, KroneckerFactors
 from memsyn.values.importance import Importance, LayerSummary
 from memsyn.values.memory import Memory
 
@@ -33,8 +35,10 @@ __all__ = [
     "BatchError",
     "Consolidation",
     "Estimator",
+    "FactorSummary",
     "Forward",
     "Importance",
+    "KroneckerFactors",
     "LayerSummary",
     "LostParametersWarning",
     "Memory",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +46,11 @@ class TaskTraining:
 
 
 class Method:
-    """What a method does around the training loop. This base class protects the memory, if it holds importance.
+    """What a method does around the training loop. This base class protects the memory, if it holds anything.
 
     Attributes:
-        memory: anchor and importance, in methods that protect weights.
+        memory: importance or directions, in methods that protect weights.
+        options: further options of `protect`.
         kept: tensors held from task to task, by group and name; saved in checkpoints, and never changed in place.
         working: tensors held while a task is learned.
         merges: whether `end` changes the model's weights.
@@ -60,14 +61,17 @@ class Method:
     def __init__(self, strength: float = 0.0) -> None:
         self.strength = strength
         self.memory = Memory.empty()
+        self.options: dict[str, Any] = {}
         self.kept: TensorGroups = {}
         self.working: TensorGroups = {}
         self._protection: Protection | None = None
 
     def begin(self, training: TaskTraining) -> None:
         """Before a task's first step: protect what the memory holds, if it holds anything."""
-        if self.memory.importance:
-            self._protection = protect(training.optimizer, training.model, self.memory, strength=self.strength)
+        if self.memory.names:
+            self._protection = protect(
+                training.optimizer, training.model, self.memory, strength=self.strength, **self.options
+            )
 
     def before_step(self, training: TaskTraining, images: Tensor) -> None:
         """After the backward pass: `.grad` holds the gradients of the task's loss on `images`. May add to it."""
@@ -77,6 +81,8 @@ class Method:
 
     def end(self, training: TaskTraining) -> None:
         """After a task's last step: end the protection."""
+        if self._protection is not None:
+            self._protection.remove()
         self._protection, self.working = None, {}
 
     def penalty(self) -> float:
@@ -89,7 +95,7 @@ class Method:
 
     def num_bytes(self) -> int:
         """The bytes of all tensors held now, beside the model and its optimizer."""
-        groups = [self.memory.anchor, self.memory.importance, *self.kept.values(), *self.working.values()]
+        groups = [*self.memory.groups().values(), *self.kept.values(), *self.working.values()]
         return sum(tensor.numel() * tensor.element_size() for group in groups for tensor in group.values())
 
 

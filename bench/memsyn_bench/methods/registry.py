@@ -31,6 +31,7 @@ from memsyn_bench.methods.penalties import (
     si,
     test_images,
 )
+from memsyn_bench.methods.projections import Projection
 from memsyn_bench.methods.references import Alone, FrozenBackbone
 from memsyn_bench.methods.rehearsal import PER_TASK, Rehearsal
 from memsyn_bench.task import Task
@@ -152,6 +153,14 @@ BUILT_IN_METHODS: dict[str, MethodEntry] = {
         "MAS with the absolute value after the mean over a batch, as other libraries compute it",
         lambda strength: ImportancePenalty(strength, mas_batched),
         1.0,
+    ),
+    "projected": MethodEntry(
+        "memsyn's projection: directions of inputs and outputs by rank 64, one fixed strength",
+        lambda _: Projection(),
+    ),
+    "projected-full": MethodEntry("the same with all directions", lambda _: Projection(rank=None)),
+    "projected-inputs": MethodEntry(
+        "the same with the inputs' directions alone: forward passes only", lambda _: Projection(estimator="inputs")
     ),
     "rehearsal": MethodEntry(
         f"store {PER_TASK} images of each task and train on them beside", lambda _: Rehearsal(), stores_data=True

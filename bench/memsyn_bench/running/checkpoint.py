@@ -6,13 +6,12 @@ is fresh with every task and the random numbers are drawn from (seed, task): nei
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from torch import nn
 
-from memsyn import Consolidation, Memory, MemsynError
-from memsyn.storage.reading_and_writing import read, record, write
+from memsyn import Memory, MemsynError
+from memsyn.storage.reading_and_writing import read, write
 from memsyn_bench.methods.method import Method
 
 KIND = "checkpoint"
@@ -27,14 +26,9 @@ def save_checkpoint(path: Path, model: nn.Module, method: Method, *, num_tasks: 
         MemoryFileError: it cannot be written; the one before it stays.
     """
     memory = method.memory
-    header = {
-        "num_tasks": num_tasks,
-        "fingerprint": fingerprint,
-        "history": [asdict(entry) for entry in memory.history],
-        "counts": memory.counts,
-    }
+    header = {"num_tasks": num_tasks, "fingerprint": fingerprint, **memory.header()}
     kept = {KEPT + name: group for name, group in method.kept.items()}
-    groups = {"model": model.state_dict(), "anchor": memory.anchor, "importance": memory.importance, **kept}
+    groups = {"model": model.state_dict(), **memory.groups(), **kept}
     write(path, KIND, header, groups)
 
 
@@ -51,8 +45,7 @@ def load_checkpoint(path: Path, model: nn.Module, method: Method, *, fingerprint
     if header["fingerprint"] != fingerprint:
         raise MemsynError(f"{path} is of other settings. Use another --out, or remove the folder.")
     model.load_state_dict(groups["model"])
-    history = tuple(record(Consolidation, entry) for entry in header["history"])
-    memory = Memory(groups["anchor"], groups["importance"], history, header["counts"])
+    memory = Memory.from_file(path, header, groups)
     method.load(memory, {name.removeprefix(KEPT): group for name, group in groups.items() if name.startswith(KEPT)})
     num_tasks: int = header["num_tasks"]
     return num_tasks

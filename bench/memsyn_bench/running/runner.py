@@ -183,7 +183,7 @@ class _Runner:
                 "diverged. Use a smaller --strength or --lr, with another --out."
             )
         learner.end(training)
-        if learner.memory.importance:
+        if learner.memory.names:
             learner.memory.save(self.out / f"{method}-seed{seed}.memsyn.safetensors")
         first, *others = [(kind, score(model, self.tasks[: index + 1], kind)) for kind in sequence.scorings]
         record = TaskRecord(

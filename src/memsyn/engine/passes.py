@@ -238,6 +238,22 @@ def add_by_samples(
     return torch.cat(values)
 
 
+def add_one_sample(
+    sums: Sums, parameters: Mapping[str, nn.Parameter], scores: Scores, sample: Batch, magnitude: Magnitude
+) -> int:
+    """Add f(g) of a batch of one sample, by an ordinary backward pass that a recorder watches. Returns 1."""
+    recorder = Recorder({}, Plans({}), lambda group: None)
+    with torch.autograd.set_multithreading_enabled(False), recorder:
+        values = scores(sample, 0, recorder)
+        if values.requires_grad:
+            run_backward(values.sum(), [recorder.root, *parameters.values()], retain_graph=False)
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            sums[name] += magnitude(parameter.grad.to_dense().to(sums[name].dtype, copy=True))
+            parameter.grad = None
+    return len(values)
+
+
 def add_batched(
     sums: Sums, parameters: Mapping[str, nn.Parameter], scores: Scores, batch: Batch, magnitude: Magnitude
 ) -> int:

@@ -25,6 +25,8 @@ BY_OPERATION: Final = "operation"
 """The derivative of each operation that uses the parameter, one sample at a time."""
 BY_SAMPLE: Final = "one sample at a time"
 """Forward and backward passes of the whole model, one sample at a time."""
+BY_FACTORS: Final = "Kronecker factors"
+"""The second moments of a matrix, for all samples at once, without any per-sample gradient."""
 UNUSED: Final = "unused"
 """Nothing to compute: the importance is zero, since no output depends on the parameter."""
 

@@ -161,6 +161,18 @@ def _windows(padded: Tensor, geometry: Geometry, size: Sequence[int]) -> Tensor:
     )
 
 
+def windows_of(images: Tensor, geometry: Geometry) -> Tensor:
+    """The window of each output position of images (b, C, *spatial): (b, C, *kernel, *size of the output)."""
+    padded = _padded(images, geometry)
+    size = [
+        (length - dilation * (kernel - 1) - 1) // stride + 1
+        for length, kernel, stride, dilation in zip(
+            padded.shape[2:], geometry.kernel, geometry.stride, geometry.dilation, strict=True
+        )
+    ]
+    return _windows(padded, geometry, size)
+
+
 def _conv_weight_by_channel(pairs: Sequence[Pair], geometry: Geometry, magnitude: Magnitude) -> Tensor:
     """Each channel separately, by a grouped convolution of the images with the gradients.
 

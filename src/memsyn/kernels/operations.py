@@ -33,6 +33,7 @@ from memsyn.kernels.rules import (
     scaled,
     times_operand,
 )
+from memsyn.kernels.second_moments import MatrixUse, channels, features, rows_of_table, windows
 from memsyn.torch_private import PACKED_SEQUENCES
 
 Function = Callable[..., Any]
@@ -55,6 +56,7 @@ class Operation:
         activations: the arguments that hold activations. They are kept only for rules that need them.
         elementwise: whether the operation is elementwise or a reshape. For local importance, the result of such an
             operation belongs to the same layer as its input.
+        matrices: argument -> how the operation uses it as a matrix, for Kronecker factors.
         selects: tells whether the data choose which rows of the result belong to which sample; None means never.
     """
 
@@ -63,6 +65,7 @@ class Operation:
     saves_output: bool = True
     activations: frozenset[str | None] = frozenset(("input", "other", "mat1"))
     elementwise: bool = False
+    matrices: Mapping[str, MatrixUse] = field(default_factory=dict)
     selects: Selects | None = None
 
 
@@ -102,17 +105,20 @@ _MUL = Operation(
     elementwise=True,
 )
 _DIV = Operation(_TERMS, {"input": elementwise(divided_by_operand, "other")}, elementwise=True)
-_MATMUL = Operation(_TERMS, {"other": Rule("input", matrix)}, saves_output=False)
-_MM = Operation(_TERMS, {"other": Rule("input", matrix)})
+_FROM_THE_RIGHT = {"other": MatrixUse("input", features, features, inputs_first=True)}
+_MATMUL = Operation(_TERMS, {"other": Rule("input", matrix)}, saves_output=False, matrices=_FROM_THE_RIGHT)
+_MM = Operation(_TERMS, {"other": Rule("input", matrix)}, matrices=_FROM_THE_RIGHT)
 _EXPAND = Operation(("input",), {"input": elementwise(output_gradient)})
 _CHANNEL_BIAS = elementwise(output_gradient, channels=True)
 _CONV = Operation(
     ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
     {"weight": Rule("input", conv_weight), "bias": _CHANNEL_BIAS},
+    matrices={"weight": MatrixUse("input", windows, channels, bias="bias")},
 )
 _CONV_TRANSPOSE = Operation(
     ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
     {"weight": Rule("input", conv_transpose_weight), "bias": _CHANNEL_BIAS},
+    matrices={"weight": MatrixUse("input", channels, windows, inputs_first=True)},
 )
 _SELECTION = Operation(selects=_always)
 
@@ -121,11 +127,13 @@ OPERATIONS: dict[Callable[..., Any], Operation] = {
         ("input", "weight", "bias"),
         {"weight": Rule("input", linear_weight, shared_as="map"), "bias": elementwise(output_gradient)},
         saves_output=False,
+        matrices={"weight": MatrixUse("input", features, features, bias="bias")},
     ),
     torch.addmm: Operation(
         ("input", "mat1", "mat2", "beta", "alpha"),
         {"input": elementwise(scaled("beta")), "mat2": Rule("mat1", matrix)},
         saves_output=False,
+        matrices={"mat2": MatrixUse("mat1", features, features, inputs_first=True, bias="input")},
     ),
     F.layer_norm: Operation(
         ("input", "normalized_shape", "weight", "bias", "eps"),
@@ -151,6 +159,7 @@ OPERATIONS: dict[Callable[..., Any], Operation] = {
         ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
         {"weight": Rule("input", embedding, shared_as="table")},
         saves_output=False,
+        matrices={"weight": MatrixUse("input", rows_of_table, features, inputs_first=True, is_table=True)},
     ),
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _CONV),
     **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), _CONV_TRANSPOSE),

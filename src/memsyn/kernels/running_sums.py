@@ -3,7 +3,7 @@
 Owns how sums over batches are accumulated, and their precision. Must not know the meaning of the numbers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final, final
 
 import torch
@@ -20,12 +20,12 @@ CHUNK: Final = 2**20
 
 @final
 class RunningSums:
-    """Sums of non-negative numbers. The sums of a few batches are collected, then folded into the sums of all batches.
+    """Sums over batches. The sums of a few batches are collected, then folded into the sums of all batches.
 
     Folding is Kahan summation: the part of `recent` that `folded` lost to rounding stays in `recent`, and is added with
-    the next batches. The relative error of a sum is at most (2 + M) u for any number of batches. Here u is the unit
-    roundoff (2^-24 in float32) and M the number of additions in `BATCHES` batches. Plain addition loses every
-    contribution that is smaller than u times the current sum.
+    the next batches. Relative to the sum of the terms' magnitudes, the error is at most (2 + M) u for any number of
+    batches. Here u is the unit roundoff (2^-24 in float32) and M the number of additions in `BATCHES`
+    batches. Plain addition loses every contribution that is smaller than u times the current sum.
 
     Attributes:
         recent: name -> sum of the batches since the last fold. Callers add to these tensors.
@@ -39,6 +39,15 @@ class RunningSums:
         self.folded: dict[str, Tensor] = {}
         self.num_folded = 0
         self.num_batches = 0
+
+    def replace(self, names: Iterable[str], zeros: Mapping[str, Tensor]) -> None:
+        """Leave out the sums of some names, which are zero, and begin sums of other names."""
+        for name in names:
+            self.recent.pop(name, None)
+            self.folded.pop(name, None)
+        if self.folded:
+            self.folded.update((name, torch.zeros_like(total)) for name, total in zeros.items())
+        self.recent.update(zeros)
 
     def end_batch(self, num_samples: int) -> None:
         """Count a batch, and fold after every `BATCHES`. `num_samples` is the number of samples added so far."""

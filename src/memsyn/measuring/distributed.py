@@ -5,7 +5,8 @@ Owns summing their results, and makes all processes fail if one fails. Must not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,15 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from memsyn.engine.routes import BY_OPERATION, BY_RULE, BY_SAMPLE, UNUSED
+from memsyn.engine.routes import BY_FACTORS, BY_OPERATION, BY_RULE, BY_SAMPLE, UNUSED
 from memsyn.errors import ProcessError
+from memsyn.matrices import Matrix
 from memsyn.torch_private import compiled_original
+from memsyn.values.factors import matrices_from, matrices_header
 
 ProcessGroup = Any
 """A torch.distributed.ProcessGroup. The type is Any, since some builds of torch lack torch.distributed."""
 
 # The order matters: the maximum of two indices is the slower route.
-_FASTEST_FIRST = (UNUSED, BY_RULE, BY_OPERATION, BY_SAMPLE)
+_FASTEST_FIRST = (UNUSED, BY_FACTORS, BY_RULE, BY_OPERATION, BY_SAMPLE)
 
 
 def group_of(model: nn.Module) -> ProcessGroup | None:
@@ -81,3 +84,49 @@ def sum_over_processes(
         dist.all_reduce(whole, group=group)
         sums[name].copy_(whole)
     return int(count), {name: _FASTEST_FIRST[index] for name, index in zip(names, slowest.tolist(), strict=True)}
+
+
+def share_sums(
+    sums: dict[str, Tensor],
+    matrices: Mapping[str, Matrix],
+    own_names: Iterable[str],
+    device: torch.device,
+    group: ProcessGroup,
+) -> dict[str, Matrix]:
+    """Make the sums of factors have the same names in all processes: zeros for what only another process has used.
+
+    Returns:
+        The matrices of all processes. A parameter that is a matrix in one process has no other sum in any process.
+
+    Raises:
+        ProcessError: a weight was used as a matrix in different ways.
+    """
+    mine = {
+        "sums": {name: [list(total.shape), str(total.dtype).removeprefix("torch.")] for name, total in sums.items()},
+        "matrices": matrices_header(matrices),
+        "names": sorted(own_names),
+    }
+    everyone = [json.loads(text) for text in _gather_text(json.dumps(mine), device, group)]
+    shared: dict[str, Matrix] = {}
+    for other in everyone:
+        for key, matrix in matrices_from(other["matrices"]).items():
+            if shared.setdefault(key, matrix) != matrix:
+                raise ProcessError(f"{key} was used as a matrix in different ways in two processes.")
+    taken = {name for other in everyone for name in other["names"]}
+    for other in everyone:
+        for name, (shape, dtype) in other["sums"].items():
+            sums.setdefault(name, torch.zeros(shape, dtype=getattr(torch, dtype), device=device))
+    for name in taken & sums.keys():
+        del sums[name]
+    return shared
+
+
+def _gather_text(text: str, device: torch.device, group: ProcessGroup) -> list[str]:
+    """The text of every process, in the order of ranks."""
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(lengths, torch.tensor([len(data)], device=device), group=group)
+    longest = max(int(length) for length in lengths)
+    parts = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in lengths]
+    dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - len(data))), group=group)
+    return [bytes(part[: int(n)].tolist()).decode() for part, n in zip(parts, lengths, strict=True)]

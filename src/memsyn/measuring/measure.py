@@ -8,7 +8,7 @@ import random
 import warnings
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -24,7 +24,42 @@ from memsyn.measuring.objectives import Estimator, Forward, find_estimator
 from memsyn.measuring.resume import Checkpoint
 from memsyn.parameters import trainable_parameters
 from memsyn.storage.reading_and_writing import well_formed
+from memsyn.values.factors import KroneckerFactors
 from memsyn.values.importance import Importance
+
+
+@overload
+def measure(  # type: ignore[overload-overlap]
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    estimator: Literal["kronecker", "inputs"],
+    forward: Forward | None = ...,
+    max_samples: int | None = ...,
+    batched: bool = ...,
+    group: ProcessGroup | None = ...,
+    progress: bool = ...,
+    checkpoint: str | os.PathLike[str] | None = ...,
+    every: float = ...,
+    rank: int | None = ...,
+) -> KroneckerFactors: ...
+
+
+@overload
+def measure(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Forward | None = ...,
+    max_samples: int | None = ...,
+    estimator: str | Estimator = ...,
+    batched: bool = ...,
+    group: ProcessGroup | None = ...,
+    progress: bool = ...,
+    checkpoint: str | os.PathLike[str] | None = ...,
+    every: float = ...,
+    rank: int | None = ...,
+) -> Importance: ...
 
 
 def measure(
@@ -39,8 +74,9 @@ def measure(
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     every: float = 60.0,
-) -> Importance:
-    """Measure how much each weight matters to the model's output, from unlabelled data.
+    rank: int | None = None,
+) -> Importance | KroneckerFactors:
+    """Measure what a model relies on, from unlabelled data: an importance per weight, or directions per weight matrix.
 
     Omega = 1/N sum_k |d s(F(x_k; theta)) / d theta|, where s is the squared L2 norm of the raw output, summed over
     every non-batch dimension (Aljundi et al. 2018, Eq. 2). The absolute value is taken per sample. So the result does
@@ -54,6 +90,15 @@ def measure(
     operation that reads another tensor of the sample. Layers that do not run, or run under no_grad, have zero
     importance. Padding is left out in tensors (samples, tokens, ...) and (samples * tokens, features). In models with a
     decoder it is not left out.
+
+    estimator="kronecker" takes, for each weight matrix, the second moments of what it meets and of the gradients of its
+    outputs: A = E[x x^T] and S = E[d d^T], with d = J^T v for random signs v at the outputs, so that on average
+    S = sum_o J_o^T J_o. They are sums over samples, tokens, positions and uses, so that batch size, order and split do
+    not matter. The signs belong to the place of a sample in the data. Linear layers, convolutions and their transposes,
+    tables, attention and recurrent layers are matrices, with their biases. Norms, depthwise convolutions and all other
+    parameters get 1/N sum_k (d sum_o v_o y_o / d theta)^2. estimator="inputs" takes A alone, and needs only forward
+    passes. Their result is for `protect(form="projected")` and `Memory.predicted_change`. Padding tokens are not
+    counted as inputs, as for "mas-local".
 
     Padding tokens in outputs (samples, tokens, ...) are left out, if the batch has an `attention_mask` (for a decoder,
     a `decoder_attention_mask`). If you pass `forward`, mask padding yourself.
@@ -80,9 +125,13 @@ def measure(
             settings and some numbers of every batch are compared. The file is an `Importance` of the samples so far. It
             is removed at the end, so save the result. In a group, each process needs its own path.
         every: seconds between writes of the checkpoint.
+        rank: for "kronecker" and "inputs": matrices wider than four times the rank keep a sketch of 2 * rank columns in
+            place of their second moments. By default, those wider than 2,048 keep a sketch of 256 columns. What a
+            sketch lost is known: see `KroneckerFactors.lost`.
 
     Returns:
-        The importance of every parameter that requires a gradient, as sums and a count.
+        The importance of every parameter that requires a gradient, as sums and a count; `KroneckerFactors` for
+        estimators of factors.
 
     Raises:
         BatchError: there are no samples, or the batches cannot be read.
@@ -105,6 +154,7 @@ def measure(
     if max_samples is not None and (not isinstance(max_samples, int) or max_samples < 1):
         raise OptionError(f"max_samples must be a whole number, at least 1; got {max_samples!r}.")
     chosen = find_estimator(estimator)
+    _check_options(chosen, batched=batched, checkpoint=checkpoint, rank=rank)
     check_measurable(model)
     trainable = trainable_parameters(model)
     if not trainable:
@@ -122,7 +172,7 @@ def measure(
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
     ):
-        measurement = Measurement(model, trainable, device, forward, chosen, batched=batched)
+        measurement = Measurement(model, trainable, device, forward, chosen, batched=batched, rank=rank)
         if resumable is not None:
             settings = {**measurement.settings(), "max_samples": max_samples, "process": rank_and_size(group)}
             found = resumable.begin(settings, measurement.state)
@@ -131,10 +181,30 @@ def measure(
                     measurement.restore(*found)
         limited, length = first_samples(iter(batches), max_samples), _length(batches, max_samples)
         _add_batches(measurement, limited, resumable, length=length, progress=progress)
-    importance = measurement.importance(group)
+    result = measurement.result(group)
     if resumable is not None:
         resumable.finish()
-    return importance
+    return result
+
+
+def _check_options(estimator: Estimator, *, batched: bool, checkpoint: object, rank: object) -> None:
+    """Refuse options that do not go with the estimator.
+
+    Raises:
+        OptionError: says which.
+    """
+    if estimator.factors is None:
+        if rank is not None:
+            raise OptionError("rank is for estimator='kronecker' and 'inputs': leave it out.")
+        return
+    if batched:
+        raise OptionError("batched=True takes the magnitude of a mean gradient: factors have none. Leave it out.")
+    if checkpoint is not None:
+        raise OptionError(
+            "factors are measured without a checkpoint: measure the data in parts, save each part, and add them up."
+        )
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise OptionError(f"rank must be a whole number, at least 1, or None; got {rank!r}.")
 
 
 def _add_batches(

@@ -4,7 +4,8 @@ Owns the clone of the model that is measured, the time of route checks, the sums
 resumes. Must not know loaders, progress or files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, final
 
@@ -12,15 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from memsyn.batches import Batch
-from memsyn.engine.passes import Passed, Scores, add_batched, add_by_samples, add_by_uses, check_finite
+from memsyn.engine.passes import (
+    Passed,
+    Scores,
+    add_batched,
+    add_by_samples,
+    add_by_uses,
+    add_one_sample,
+    check_finite,
+)
 from memsyn.engine.recorder import Recorder
-from memsyn.engine.routes import BY_SAMPLE, UNUSED
+from memsyn.engine.routes import BY_FACTORS, BY_RULE, BY_SAMPLE, UNUSED
 from memsyn.errors import BatchError
 from memsyn.kernels.outer_products import Workspace
 from memsyn.kernels.rules import MAGNITUDES
 from memsyn.kernels.running_sums import RunningSums
 from memsyn.measuring import route_check
-from memsyn.measuring.distributed import ProcessGroup, sum_over_processes
+from memsyn.measuring.distributed import ProcessGroup, share_sums, sum_over_processes
+from memsyn.measuring.factor_scorer import SIDES, FactorScorer
 from memsyn.measuring.local_importance import LocalScorer, remainder_scale
 from memsyn.measuring.model_copy import model_copy
 from memsyn.measuring.objectives import Estimator, Forward, OutputScorer, Position, Scorer
@@ -37,6 +47,7 @@ from memsyn.parameters import (
 )
 from memsyn.storage.reading_and_writing import Groups, checked_count
 from memsyn.torch_private import foreach_zero_, version_of, without_function_modes
+from memsyn.values.factors import BOTH, INPUTS, KroneckerFactors
 from memsyn.values.importance import Importance, check_same_shapes
 
 
@@ -52,6 +63,7 @@ class Measurement:
         estimator: what to measure.
         batched: take the magnitude of each batch's mean gradient, as other libraries do.
         private: measure a snapshot of the weights, taken at the first batch. Later changes of the model do not matter.
+        rank: of the second moments that an estimator of factors sums; None: whole.
     """
 
     def __init__(
@@ -64,9 +76,10 @@ class Measurement:
         *,
         batched: bool = False,
         private: bool = False,
+        rank: int | None = None,
     ) -> None:
         self.model, self.device, self.private = model, device, private
-        self.scorer: Scorer = (LocalScorer if estimator.local else OutputScorer)(forward, estimator)
+        self.scorer: Scorer = _scorer(forward, estimator, rank)
         self.batched = batched
         self.table = RouteTable(trainable)
         self.copy: nn.Module | None = None
@@ -114,14 +127,21 @@ class Measurement:
         scores, magnitude = partial(self._scores, index), MAGNITUDES[self.estimator.magnitude]
         if self.batched:
             return add_batched(sums, self.parameters, scores, batch, magnitude)
+        if isinstance(self.scorer, FactorScorer):
+            self.scorer.sums = sums
+            if not self.scorer.needs_outputs:
+                return self._add_inputs(self.scorer, batch, index, sums)
+            if self.table.seen == Seen.ONE_SAMPLE:
+                return add_one_sample(sums, self.parameters, scores, batch, magnitude)
         if self.table.seen == Seen.ONE_SAMPLE:  # all batches so far have one sample: ordinary backward passes
             return len(add_by_samples(sums, self.parameters, scores, batch, magnitude, together=None))
         passed = self._pass(scores, batch, None)
         # A parameter has a use that no earlier check has seen. The first pass has added nothing for it. After a check,
         # the second pass adds its importance, or refuses it again.
         if passed.unknown:
-            self._check(batch, index, only=passed.unknown)
-            again = self._pass(scores, batch, passed.unknown).refused & passed.unknown
+            with self._new_matrices_only():
+                self._check(batch, index, only=passed.unknown)
+                again = self._pass(scores, batch, passed.unknown).refused & passed.unknown
             passed = passed._replace(refused=(passed.refused - passed.unknown) | again)
         self.table.routes.update(dict.fromkeys(passed.refused, BY_SAMPLE))
         slow = self.table.slow
@@ -130,6 +150,48 @@ class Measurement:
             together = passed.scores if self.scorer.tells_samples_apart else None
             add_by_samples(sums, own, scores, batch, magnitude, together=together)
         return len(passed.scores)
+
+    def _add_inputs(self, scorer: FactorScorer, batch: Batch, index: int, sums: dict[str, Tensor]) -> int:
+        """Add the second moments of inputs. Each other parameter counts 1 for each sample, as if its input were 1."""
+        assert self.copy is not None
+        if batch.num_samples is None:
+            raise BatchError(
+                f"batch {index}: the inputs of a batch without tensors cannot be counted. Give batches of tensors, "
+                "samples first."
+            )
+        used = scorer.add_inputs(self.copy, self.parameters, batch.copied(), index)
+        if any(self.table.routes[name] == UNUSED for name in used):
+            with self._new_matrices_only():
+                self._take_matrices(batch, Position(index, self.num_samples), used)
+                scorer.add_inputs(self.copy, self.parameters, batch.copied(), index)
+        for name in used & self.parameters.keys():
+            sums[name] += batch.num_samples
+        return batch.num_samples
+
+    @contextmanager
+    def _new_matrices_only(self) -> Iterator[None]:
+        """For a second pass over a batch: add the second moments of those matrices alone that are found from now on."""
+        if not isinstance(self.scorer, FactorScorer):
+            yield
+            return
+        known = set(self.scorer.matrices)
+        self.scorer.excluded = known
+        try:
+            yield
+        finally:
+            self.scorer.excluded = set()
+
+    def _take_matrices(self, batch: Batch, position: Position, used: Container[str]) -> None:
+        """Measure the weights that the batch uses as matrices by their second moments, from now on."""
+        assert isinstance(self.scorer, FactorScorer)
+        assert self.copy is not None
+        assert self.sums is not None
+        zeros = self.scorer.find_matrices(self.copy, self.parameters, batch, position)
+        names = self.scorer.names()
+        self.parameters = {name: p for name, p in self.parameters.items() if name not in names}
+        self.sums.replace(names, zeros)
+        others = {name: BY_RULE for name in self.parameters if name in used and not self.scorer.needs_outputs}
+        self.table.routes.update(others | dict.fromkeys(names, BY_FACTORS))
 
     def _pass(self, scores: Scores, batch: Batch, only: set[str] | None) -> Passed:
         assert self.sums is not None
@@ -148,6 +210,11 @@ class Measurement:
     def _check(self, batch: Batch, index: int, only: set[str] | None = None) -> None:
         """Check the routes on a few samples of the batch: of the parameters in `only`, or of all."""
         table, position = self.table, Position(index, self.num_samples)
+        if isinstance(self.scorer, FactorScorer) and not self.scorer.needs_outputs:
+            # No gradient is computed, so there is no route to check.
+            self._make_copy()
+            table.routes, table.seen = dict.fromkeys(table.routes, UNUSED), Seen.SEVERAL_SAMPLES
+            return
         for few in route_check.samples_to_check(batch):
             verdict = route_check.check(self.model, table.routes, self.scorer, few, position, served=self.private)
             table.learn(verdict, few.num_samples, only)
@@ -157,6 +224,8 @@ class Measurement:
                 self._make_copy()
             assert self.copy is not None
             self.scorer.check_complete(self.copy, self.parameters, few, index)
+            if isinstance(self.scorer, FactorScorer):
+                self._take_matrices(few, position, ())
             open_questions = table.unproven if only is None else only & table.slow
             if table.seen == Seen.ONE_SAMPLE or not open_questions:
                 break
@@ -203,14 +272,18 @@ class Measurement:
             "(max_samples=), or freeze parameters that need no protection."
         )
 
-    def importance(self, group: ProcessGroup | None) -> Importance:
+    def result(self, group: ProcessGroup | None) -> Importance | KroneckerFactors:
         """The result. With a group, the result for the samples of all processes.
 
         Raises:
             BatchError: there were no samples.
         """
         routes, sums = self.table.routes, {} if self.sums is None else self.sums.totals()
-        if group is not None:
+        if group is not None and isinstance(self.scorer, FactorScorer):
+            self.scorer.matrices = share_sums(sums, self.scorer.matrices, self.scorer.names(), self.device, group)
+            routes = {**dict.fromkeys(sums, BY_FACTORS), **routes}
+            self.num_samples, routes = sum_over_processes(sums, self.num_samples, routes, group)
+        elif group is not None:
             # This process had no samples, but the others wait until it adds tensors of the same shapes.
             if not sums:
                 sums = _zeros(trainable_parameters(self.model))
@@ -221,7 +294,27 @@ class Measurement:
                 "there are no samples: the loader is empty, or all of its batches are empty. Nothing was measured. "
                 "Give at least one sample."
             )
+        if isinstance(self.scorer, FactorScorer):
+            return self.factors(sums, self.num_samples, routes)
         return self.held(sums, self.num_samples, routes)
+
+    def factors(
+        self, sums: dict[str, Tensor], num_samples: int, routes: dict[str, str] | None = None
+    ) -> KroneckerFactors:
+        """Kronecker factors from sums of this measurement."""
+        assert isinstance(self.scorer, FactorScorer)
+        check_finite(sums)
+        magnitude = BOTH if self.scorer.needs_outputs else INPUTS
+        own = {name: route for name, route in (routes or self.table.routes).items() if not name.startswith(SIDES)}
+        return KroneckerFactors(
+            self.scorer.completed(sums),
+            num_samples,
+            dict(self.scorer.matrices),
+            own,
+            self.estimator.name,
+            magnitude,
+            self.fingerprint,
+        )
 
     def held(self, sums: dict[str, Tensor], num_samples: int, routes: dict[str, str] | None = None) -> Importance:
         """An importance from sums of this measurement. By default, with the routes of this measurement."""
@@ -264,6 +357,12 @@ class Measurement:
         scale = remainder_scale(self.estimator) if header["format"] == 1 else 1.0
         remainder = {name: total * scale for name, total in groups["remainder"].items()}
         self.sums.restore((groups["importance"], remainder), checked_count(known["num_added"]), num_folded)
+
+
+def _scorer(forward: Forward | None, estimator: Estimator, rank: int | None) -> Scorer:
+    if estimator.factors is not None:
+        return FactorScorer(forward, estimator, rank)
+    return (LocalScorer if estimator.local else OutputScorer)(forward, estimator)
 
 
 def _zeros(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

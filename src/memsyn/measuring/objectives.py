@@ -136,6 +136,22 @@ def expected_log_likelihood(output: Tensor, info: SampleInfo) -> Tensor:
     return (0.5 * log_p.detach()).exp() * log_p
 
 
+def signed_outputs(output: Tensor, info: SampleInfo) -> Tensor:
+    """sum_o v_ko y_ko with random signs v, (B,): with d = J^T v, the mean of d d^T over the signs is sum_o J_o^T J_o.
+
+    The signs of sample k, counted over all batches, come from a generator with seed k. So they do not depend on the
+    batch size, on the split or on the device.
+    """
+    flat = output.flatten(1)
+    signs = torch.stack(
+        [
+            torch.randint(2, flat.shape[1:], generator=torch.Generator().manual_seed(info.first_sample + k))
+            for k in range(len(flat))
+        ]
+    )
+    return (flat * (2 * signs - 1).to(flat)).sum(1)
+
+
 def _log_probabilities(output: Tensor) -> Tensor:
     if output.ndim != 2 or output.shape[1] < 2:
         raise OutputError(
@@ -157,9 +173,12 @@ class Estimator:
         magnitude: "abs" or "square".
         local: take the objective of every layer's own output, and differentiate it only by this layer's parameters.
             Only for the squared L2 norm.
+        factors: what to sum for weight matrices instead of f: "both" for the Kronecker factors, the second moments of
+            their inputs and of the objective's gradients at their outputs; "inputs" for the first alone, by forward
+            passes; None for an importance per weight.
 
     Raises:
-        OptionError: the magnitude is unknown, or a local objective is not the squared L2 norm.
+        OptionError: the magnitude or the factors are unknown, or a local objective is not the squared L2 norm.
 
     Example:
         >>> import memsyn
@@ -173,8 +192,11 @@ class Estimator:
     objective: Objective
     magnitude: str = "abs"
     local: bool = False
+    factors: str | None = None
 
     def __post_init__(self) -> None:
+        if self.factors not in (None, "inputs", "both") or (self.factors and self.local):
+            raise OptionError(f"factors must be None, inputs or both, and not local; got {self.factors!r}.")
         if self.local and self.objective is not squared_l2_norm:
             raise OptionError(
                 f"only squared_l2_norm can be taken layer by layer, not {self.name}. Leave out local=True."
@@ -202,12 +224,15 @@ ESTIMATORS: Final = {
     "fisher": Estimator(expected_log_likelihood, "square"),
     "fisher-sampled": Estimator(sampled_log_likelihood, "square"),
     "fisher-empirical": Estimator(log_likelihood, "square"),
+    "kronecker": Estimator(signed_outputs, "square", factors="both"),
+    "inputs": Estimator(signed_outputs, "square", factors="inputs"),
 }
 """The estimators by name.
 
 MAS: on the output, on each layer's own output (local), on probabilities, and on each output separately. The diagonal
 Fisher information: exact over the model's own distribution (one backward pass per class), with one label drawn from
-this distribution, and with the labels of the batch.
+this distribution, and with the labels of the batch. Kronecker factors: of inputs and output
+gradients, and of inputs alone.
 """
 
 

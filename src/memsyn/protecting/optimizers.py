@@ -1,6 +1,6 @@
 """How far torch's optimizers move a weight for a gradient, and which form of protection suits each.
 
-Owns all knowledge of single optimizers.
+Owns the names of the forms, and all knowledge of single optimizers.
 """
 
 from typing import Any, Final, NamedTuple
@@ -9,10 +9,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from memsyn.errors import OptionError
 from memsyn.protecting.penalty import Preconditioner
 
 GRADIENT: Final = "gradient"
 PROXIMAL: Final = "proximal"
+PROJECTED: Final = "projected"
+AUTO: Final = "auto"
+FORMS: Final = {
+    GRADIENT: "add the penalty's gradient to .grad just before the optimizer's step",
+    PROXIMAL: "pull the weights back just after the optimizer's step, by the penalty's proximal step",
+    PROJECTED: "damp each step's change of the weights in the directions that the old tasks use",
+}
 
 ADAPTIVE: Final = (torch.optim.Adam, torch.optim.AdamW)
 """They divide a gradient by the root of its mean square, kept as `exp_avg_sq`; the proximal step does the same."""
@@ -35,6 +43,26 @@ def best_form(optimizer: Optimizer) -> str:
     if not has_rates or isinstance(optimizer, (torch.optim.LBFGS, *NORMALISING)):
         return GRADIENT
     return PROXIMAL
+
+
+def checked_form(form: object, optimizer: Optimizer) -> str:
+    """A form that suits the optimizer.
+
+    Raises:
+        OptionError: the form is unknown, or does not work with this optimizer.
+    """
+    if not (isinstance(form, str) and form in FORMS):
+        raise OptionError(f"form must be one of {AUTO}, {', '.join(FORMS)}; got {form!r}.")
+    if form == PROXIMAL and isinstance(optimizer, torch.optim.LBFGS):
+        raise OptionError("LBFGS must see the penalty in the loss that it minimises: use form='gradient' or 'auto'.")
+    if form == PROXIMAL and not all("lr" in group for group in optimizer.param_groups):
+        raise OptionError("this optimizer has no 'lr', which the proximal step needs: use form='gradient' or 'auto'.")
+    if form == PROJECTED and isinstance(optimizer, torch.optim.LBFGS):
+        raise OptionError(
+            "LBFGS takes several steps inside one, and builds on them: its changes cannot be projected. Use another "
+            "optimizer, or an importance with form='gradient'."
+        )
+    return form
 
 
 class StepSize(NamedTuple):

@@ -1,46 +1,26 @@
-"""protect(optimizer, model, memory): adds the penalty to the step of an optimizer that the user already has.
+"""protect(optimizer, model, memory): protects a memory inside the step of an optimizer that the user already has.
 
-Owns the hooks and their removal. The arithmetic is in `penalty`, all knowledge of single optimizers in `optimizers`.
-Must not keep state on the model or its parameters.
+Owns the options of `protect`. The penalty forms are in `penalising`, the projected form in `projection`.
 """
 
-import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, final
-from weakref import WeakSet, ref
+from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from memsyn.errors import OptionError, ProtectionError, StrengthWarning
-from memsyn.parameters import layer_of, named_parameters, wide_dtype
-from memsyn.protecting.optimizers import GRADIENT, PROXIMAL, best_form, largest_stable_pull, step_size
-from memsyn.protecting.penalty import (
-    Preconditioner,
-    ProtectedWeights,
-    add_gradients_,
-    distances,
-    known_rows,
-    num_held,
-    pull_,
-)
+from memsyn.errors import OptionError, ProtectionError
+from memsyn.parameters import named_parameters
+from memsyn.protecting.optimizers import AUTO, PROJECTED, best_form, checked_form
+from memsyn.protecting.penalising import Penalising
+from memsyn.protecting.projection import EVERY, Projecting, checked_every
+from memsyn.protecting.protection import Protection, is_protected
 from memsyn.protecting.strength import Relative, checked_strength
-from memsyn.values.memory import Memory, check_fit
-
-AUTO: Final = "auto"
-FORMS: Final = {
-    GRADIENT: "add the penalty's gradient to .grad just before the optimizer's step",
-    PROXIMAL: "pull the weights back just after the optimizer's step, by the penalty's proximal step",
-}
+from memsyn.values.directions import STRENGTH
+from memsyn.values.memory import Memory
 
 IMPORTANCE_DTYPES: Final = (None, torch.bfloat16, torch.float32, torch.float64)
 """float16 is not among them: an importance of 65,520 would be infinite."""
-
-_protected: "WeakSet[Optimizer]" = WeakSet()
-"""The optimizers with a handle that was not removed."""
 
 
 def protect(
@@ -48,71 +28,94 @@ def protect(
     model: nn.Module,
     memory: Memory,
     *,
-    strength: float | Relative = Relative(),
+    strength: float | Relative | None = None,
     form: str = AUTO,
     device: torch.device | str | None = None,
     importance_dtype: torch.dtype | None = None,
-) -> "Protection":
-    """Protect the weights in the memory while `optimizer` trains `model`. The training loop stays as it is.
+    every: int = EVERY,
+) -> Protection:
+    """Protect what the memory holds while `optimizer` trains `model`. The training loop stays as it is.
 
-    The training minimises L_new + lambda sum Omega (theta - theta*)^2 (Aljundi et al. 2018, Eq. 3). The loss you
-    compute stays L_new; the penalty acts inside `optimizer.step()`, once per step, however many backward passes came
-    before, and after your own gradient clipping. A parameter without a gradient is not touched in that step.
+    A memory of Kronecker factors is protected by a projection. After the step, with D the change of a weight matrix W
+    and its bias, A = V diag(a) V^T the second moment of its inputs and S = U diag(s) U^T that of its output gradients:
 
-    There are two forms; the same strength has the same effect in both. The gradient form adds
-    2 lambda Omega (theta - theta*) to `.grad` before the step. The proximal form sets theta to
+        D <- U [(U^T D V)_ij / (1 + c a_j ((1 - mu) s_i + mu))] V^T,  mu = 0.1
+
+    A change is damped where old inputs and old outputs would feel it. Nothing is pulled back, and nothing is read from
+    the optimizer, so that weight decay, momentum and unknown optimizers are covered. In each direction a step moves the
+    old layer's output at most 1 / (1 + c a_j mu) as far as before (relatives: Zeng et al. 2019; Saha et al. 2021; Kao
+    et al. 2021). The steps of `every` steps are projected together: the map is linear, so that the sum is the same.
+    Parameters that are no matrices are damped by 1 / (1 + c sum_t ((1 - mu) g_t / mean(g_t) + mu)), with their mean
+    squared gradients g.
+
+    A memory of importance is protected by a penalty: training minimises L_new + lambda sum Omega (theta - theta*)^2
+    (Aljundi et al. 2018, Eq. 3). The loss you compute stays L_new; the penalty acts inside `optimizer.step()`, once per
+    step, however many backward passes came before, and after your own gradient clipping. A parameter without a gradient
+    is not touched in that step. The penalty has two forms; the same strength has the same effect in both. The gradient
+    form adds 2 lambda Omega (theta - theta*) to `.grad` before the step. The proximal form sets theta to
     (theta + k theta*) / (1 + k) after the step, with k = 2 s lambda Omega, where s is how far a unit of gradient moves
     the weight in a step: lr / (1 - momentum) for SGD, lr / (sqrt(v) + eps) for Adam, lr for others. No strength makes
-    the proximal form diverge.
+    the proximal form or the projected form diverge.
 
     Args:
         optimizer: any torch optimizer that holds parameters of the model. Parameters and groups may be added and
             removed later.
         model: the model of the memory. Parameters that the memory does not know are free to change, with a warning, and
             so are new rows of a parameter. Parameters that the model has lost are left out, with a warning.
-        memory: anchor and importance as they are now; protect again after consolidating.
-        strength: a number is lambda as in the paper, which uses 1, untuned; `Relative`, the default, is in units of the
-            mean importance of a task. 0 turns protection off.
-        form: "gradient", "proximal", or "auto": gradient for LBFGS and for optimizers that normalise their steps in
-            another way than Adam (RMSprop, Adagrad, ...), proximal for SGD, Adam, AdamW and all others.
+        memory: what is protected, as it is now; protect again after consolidating.
+        strength: for the projected form c, a number without a unit, 10 by default; from 1 to 100 it changes little. For
+            the penalty forms lambda as in the paper, which uses 1, untuned, or `Relative`, in units of the mean
+            importance of a task; `Relative()` by default. 0 turns protection off.
+        form: "projected", "gradient", "proximal", or "auto": projected if the memory holds directions. Else gradient
+            for LBFGS and for optimizers that normalise their steps in another way than Adam (RMSprop, Adagrad, ...),
+            proximal for SGD, Adam, AdamW and all others.
         device: where anchor and importance are held; by default beside the weights. "cpu" saves memory of an
-            accelerator, and costs a transfer in every step.
+            accelerator, and costs a transfer in every step. Not for the projected form.
         importance_dtype: the dtype in which the importance is held; torch.bfloat16 halves its memory, with an error of
-            at most 0.4%.
+            at most 0.4%. Not for the projected form.
+        every: the projected form projects the changes of so many steps together. It also projects before `state_dict`
+            of the model, the optimizer or the handle, in `flush()` and in `remove()`: call one of them when training
+            ends, or before you evaluate.
 
     Returns:
-        A handle, with `value()`, `report()`, `state_dict()`, `load_state_dict()` and `remove()`.
+        A handle, with `value()`, `report()`, `flush()`, `state_dict()`, `load_state_dict()` and `remove()`.
 
     Raises:
-        OptionError: strength is negative or not finite, or the form is unknown.
+        OptionError: strength is negative or not finite, or the form is unknown or does not suit optimizer or memory.
         MismatchError: the memory is of another architecture than the model.
         ProtectionError: the optimizer is protected already, or holds no parameter of the memory.
 
     Example:
         >>> import torch, memsyn
         >>> model = torch.nn.Linear(2, 1)
-        >>> importance = memsyn.measure(model, [torch.ones(4, 2)], progress=False)
-        >>> memory = memsyn.Memory.empty().consolidate(model, importance)
+        >>> factors = memsyn.measure(model, [torch.ones(4, 2)], estimator="kronecker", progress=False)
+        >>> memory = memsyn.Memory.empty().consolidate(model, factors)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> handle = memsyn.protect(optimizer, model, memory)
-        >>> handle.value()
-        0.0
+        >>> handle.form
+        'projected'
     """
     if not (isinstance(optimizer, Optimizer) and isinstance(model, nn.Module) and isinstance(memory, Memory)):
         given = ", ".join(type(value).__name__ for value in (optimizer, model, memory))
         raise OptionError(f"expected protect(optimizer, model, memory), got ({given}).")
-    raw = strength if isinstance(strength, Relative) else checked_strength(strength)
-    form = _checked_form(best_form(optimizer) if form == AUTO else form, optimizer)
+    form = checked_form(_form_for(optimizer, memory) if form == AUTO else form, optimizer)
+    raw = strength if strength is None or isinstance(strength, Relative) else checked_strength(strength)
     if importance_dtype not in IMPORTANCE_DTYPES:
         allowed = ", ".join(map(str, IMPORTANCE_DTYPES))
         raise OptionError(f"importance_dtype must be one of {allowed}; got {importance_dtype!r}.")
-    if optimizer in _protected:
+    if is_protected(optimizer):
         raise ProtectionError("this optimizer is protected already: call remove() on its first handle.")
-    if not memory.importance:
-        raise ProtectionError(
-            "the memory is empty and there is nothing to protect: measure the model and consolidate first."
-        )
+    _check_holds(memory, form)
     memory.check(model)
+    if form == PROJECTED:
+        if isinstance(raw, Relative) or device is not None or importance_dtype is not None:
+            raise OptionError(
+                "the projected form takes a number as strength, and neither Relative nor device nor importance_dtype."
+            )
+        assert memory.directions is not None
+        number = STRENGTH if raw is None else raw
+        return Projecting(optimizer, model, memory.directions, number, checked_every(every))
+    raw = Relative() if raw is None else raw
     raw = checked_strength(raw.of(memory)) if isinstance(raw, Relative) else raw
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(name in memory.importance and id(p) in held for name, p in named_parameters(model).items()):
@@ -121,264 +124,29 @@ def protect(
             "model, or before the model was copied or moved?"
         )
     where = None if device is None else torch.device(device)
-    return Protection(optimizer, model, memory, raw, form, where, importance_dtype)
+    return Penalising(optimizer, model, memory, raw, form, where, importance_dtype)
 
 
-def _checked_form(form: object, optimizer: Optimizer) -> str:
-    if not (isinstance(form, str) and form in FORMS):
-        raise OptionError(f"form must be one of auto, {', '.join(FORMS)}; got {form!r}.")
-    if form == PROXIMAL and isinstance(optimizer, torch.optim.LBFGS):
-        raise OptionError("LBFGS must see the penalty in the loss that it minimises: use form='gradient' or 'auto'.")
-    if form == PROXIMAL and not all("lr" in group for group in optimizer.param_groups):
-        raise OptionError("this optimizer has no 'lr', which the proximal step needs: use form='gradient' or 'auto'.")
-    return form
+def _form_for(optimizer: Optimizer, memory: Memory) -> str:
+    """The form for form="auto": projected where the memory has directions and the optimizer allows it."""
+    if memory.directions is not None and not (isinstance(optimizer, torch.optim.LBFGS) and memory.importance):
+        return PROJECTED
+    return best_form(optimizer)
 
 
-@dataclass(frozen=True)
-class Report:
-    """How far the weights are from the anchor, in units of importance."""
-
-    penalty: float
-    """lambda sum Omega (theta - theta*)^2."""
-    bound: float
-    """sum Omega |theta - theta*|: to first order, the mean squared output norm on the measured data has changed by at
-    most this. It does not bound the change of single outputs."""
-    layers: dict[str, float]
-    """Layer -> its part of the bound. A parameter of the model itself is a layer by its own name."""
-    held: float
-    """The share of the protected weights that a step pulls back by more than half of their distance to the anchor: 0 if
-    all weights are free, 1 if none can move."""
-
-
-class _Slot(NamedTuple):
-    """A protected parameter in its optimizer."""
-
-    name: str
-    parameter: nn.Parameter
-    group: dict[str, Any]
-    protected: ProtectedWeights
-
-
-_Pulls = tuple[list[ProtectedWeights], list[float | Tensor], list[Preconditioner] | None]
-"""The arguments of `pull_`: parameters, for each the strength times its step size, and its preconditioner if any."""
-
-
-@final
-class Protection:
-    """The handle of one protected optimizer."""
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        model: nn.Module,
-        memory: Memory,
-        strength: float,
-        form: str,
-        device: torch.device | None,
-        importance_dtype: torch.dtype | None,
-    ) -> None:
-        self.strength, self.form = strength, form
-        self._model = model
-        self._device, self._importance_dtype = device, importance_dtype
-        self._take(memory)
-        self._optimizer = ref(optimizer)  # the optimizer's hooks refer to this object: no reference cycle
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
-        _protected.add(optimizer)
-        self._find_slots(optimizer)
-
-    def value(self) -> float:
-        """The penalty now: lambda sum Omega (theta - theta*)^2 over the protected parameters."""
-        slots = self._now()
-        terms = (float((omega * moved.square_()).sum()) for _, moved, omega in distances([s.protected for s in slots]))
-        return self.strength * sum(terms)
-
-    def report(self) -> Report:
-        """How far the weights have moved, layer by layer, and the share that is held in place."""
-        slots, optimizer = self._now(), self._optimizer()
-        penalty, stiff = 0.0, 0
-        layers: dict[str, float] = {}
-        for index, moved, omega in distances([slot.protected for slot in slots]):
-            layer = layer_of(slots[index].name)
-            layers[layer] = layers.get(layer, 0.0) + float((omega * moved.abs()).sum())
-            penalty += float((omega * moved.square_()).sum())
-        if optimizer is not None:
-            stiff = sum(num_held(*pulls) for pulls in self._pulls(optimizer, slots, self.strength))
-        count = sum(slot.protected.omega.numel() for slot in slots)
-        return Report(self.strength * penalty, sum(layers.values()), layers, stiff / max(1, count))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Strength, form, anchor and importance, as tensors and plain values, for `load_state_dict`."""
-        return {
-            "strength": self.strength,
-            "form": self.form,
-            "anchor": dict(self._memory.anchor),
-            "importance": dict(self._memory.importance),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the strength, form, anchor and importance of a saved handle.
-
-        Raises:
-            OptionError: the state did not come from `state_dict`.
-            MismatchError: the state is of another architecture.
-        """
-        if not state.keys() >= {"strength", "form", "anchor", "importance"}:
-            raise OptionError(f"expected the state of a Protection, got the keys {', '.join(map(str, state))}.")
-        memory = Memory(dict(state["anchor"]), dict(state["importance"]))
-        memory.check(self._model)
-        optimizer = self._optimizer()
-        form = str(state["form"]) if optimizer is None else _checked_form(state["form"], optimizer)
-        self.strength, self.form = checked_strength(state["strength"]), form
-        self._take(memory)
-
-    def remove(self) -> None:
-        """Stop protecting; a second call does nothing."""
-        optimizer = self._optimizer()
-        if self._hooks and optimizer is not None:
-            for hook in self._hooks:
-                hook.remove()
-            _protected.discard(optimizer)
-        self._hooks = []
-
-    def _take(self, memory: Memory) -> None:
-        dtype = self._importance_dtype
-        importance = {name: omega.to(dtype or omega.dtype) for name, omega in memory.importance.items()}
-        self._memory = Memory(dict(memory.anchor), importance)
-        self._slots: list[_Slot] = []
-        self._seen: list[Any] = []
-
-    def _now(self) -> list[_Slot]:
-        optimizer = self._optimizer()
-        if optimizer is not None:
-            self._find_slots(optimizer)
-        return self._slots
-
-    def _find_slots(self, optimizer: Optimizer) -> None:
-        """Look for the protected parameters again if the optimizer's parameters have changed.
-
-        They have changed if one was added, removed, moved to another device, reshaped, or put into another group.
-        """
-        groups = optimizer.param_groups
-        # `_hold` keeps views of the weights. So the address counts: if `p.data` was replaced, the views are old.
-        seen = [key for group in groups for p in group["params"] for key in (id(p), p.data_ptr(), p.shape, id(group))]
-        if seen == self._seen:
-            return
-        names = {id(p): name for name, p in named_parameters(self._model).items() if name in self._memory.importance}
-        self._slots = []
-        for group in groups:
-            for parameter in group["params"]:
-                name = names.get(id(parameter))
-                if name is not None:
-                    self._slots.append(_Slot(name, parameter, group, self._hold(name, parameter)))
-        self._seen = seen
-        self._most: dict[int, float] = {}
-        self._warned: set[int] = set()
-
-    def _hold(self, name: str, parameter: nn.Parameter) -> ProtectedWeights:
-        """Anchor and importance in float32 at least, on the parameter's device or on `device`."""
-        check_fit({name: self._memory.importance[name]}, {name: parameter}, "the memory", may_change=True)
-        device, dtype = self._device or parameter.device, wide_dtype(parameter)
-        omega = self._memory.importance[name].to(device, self._importance_dtype or dtype)
-        anchor = self._memory.anchor[name].to(device, dtype)
-        if anchor.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr():
-            anchor = anchor.clone()  # a memory made by hand may hold the weights themselves, which move
-        return ProtectedWeights(known_rows(parameter.detach(), omega), anchor, omega)
-
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.form != GRADIENT or not self.strength:
-            return None
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._add_gradients(optimizer)
-            return None
-        # optimizer.step(closure) runs this hook, then closure(), then the update:
-        #   hook        adds 2 lambda Omega (theta - theta*) to .grad
-        #   closure()   calls zero_grad(), which discards it, and backward()
-        # So the closure is replaced by one that adds the gradient at its end. The hook's args are (optimizer, closure).
-        penalised = self._penalised(optimizer, closure)
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": penalised}
-        return (args[0], penalised, *args[2:]), kwargs
-
-    def _penalised(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """A closure of the penalised loss: it adds the gradient, and returns the value, which a line search needs."""
-
-        def run() -> Any:
-            loss = closure()
-            self._add_gradients(optimizer)
-            return None if loss is None else loss + self.value()
-
-        return run
-
-    def _add_gradients(self, optimizer: Optimizer) -> None:
-        slots = self._with_gradients(optimizer)
-        if not slots:
-            return
-        self._check_stable(optimizer)
-        gradients = [known_rows(slot.parameter.grad, slot.protected.omega) for slot in slots]  # type: ignore[arg-type]
-        # With maximize=True a weight moves along its gradient, so the pull towards the anchor needs the other sign.
-        factors = [-self.strength if slot.group.get("maximize") else self.strength for slot in slots]
-        scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler when a fused optimizer unscales
-        add_gradients_(gradients, [slot.protected for slot in slots], factors, scale)
-
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.form != PROXIMAL or not self.strength:
-            return
-        slots = self._with_gradients(optimizer)
-        if not slots:
-            return
-        # GradScaler sets it to 1 if a fused optimizer must skip this step: then the pull is skipped too. A product does
-        # not wait for the GPU, as a comparison would.
-        found_inf = getattr(optimizer, "found_inf", None)
-        strength = self.strength if found_inf is None else self.strength * (1 - found_inf)
-        for pulls in self._pulls(optimizer, slots, strength):
-            pull_(*pulls)
-
-    @staticmethod
-    def _pulls(optimizer: Optimizer, slots: Sequence[_Slot], strength: float | Tensor) -> Iterator[_Pulls]:
-        """The parameters that were stepped: first those with a preconditioner, then those without."""
-        sizes = [(slot, step_size(optimizer, slot.group, slot.parameter)) for slot in slots]
-        known = [(slot, step) for slot, step in sizes if step is not None]
-        for chosen in (
-            [(slot, step) for slot, step in known if step.preconditioner is not None],
-            [(slot, step) for slot, step in known if step.preconditioner is None],
-        ):
-            preconditioners = [
-                own._replace(squares=known_rows(own.squares, slot.protected.omega))
-                for slot, step in chosen
-                if (own := step.preconditioner) is not None
-            ]
-            if chosen:
-                factors = [step.size * strength for _, step in chosen]
-                yield [slot.protected for slot, _ in chosen], factors, preconditioners or None
-
-    def _with_gradients(self, optimizer: Optimizer) -> list[_Slot]:
-        self._find_slots(optimizer)
-        slots = [slot for slot in self._slots if slot.parameter.grad is not None]
-        if any(slot.parameter.grad.is_sparse for slot in slots):  # type: ignore[union-attr]
-            raise ProtectionError("a protected parameter has a sparse gradient: make its embedding with sparse=False.")
-        return slots
-
-    def _check_stable(self, optimizer: Optimizer) -> None:
-        """Warn before the gradient form diverges: once per group, and again if a group was stable in between."""
-        for index, group in enumerate(optimizer.param_groups):
-            limit = largest_stable_pull(optimizer, group)
-            if index not in self._most and math.isfinite(limit):
-                self._most[index] = max(
-                    (float(s.protected.omega.max()) for s in self._slots if s.group is group), default=0.0
-                )
-            most = self._most.get(index, 0.0)
-            if 2 * self.strength * most <= limit:
-                self._warned.discard(index)
-            elif index not in self._warned:
-                self._warned.add(index)
-                warnings.warn(
-                    f"strength {self.strength:g} is too large for the gradient form at this learning rate: beyond "
-                    f"{limit / (2 * most):.3g} the pull overshoots, and training diverges. Use form='proximal', which "
-                    "no strength can make diverge, or a smaller strength or learning rate.",
-                    StrengthWarning,
-                    stacklevel=6,
-                )
+def _check_holds(memory: Memory, form: str) -> None:
+    """Refuse a memory that does not hold what the form protects."""
+    if not memory.names:
+        raise ProtectionError(
+            "the memory is empty and there is nothing to protect: measure the model and consolidate first."
+        )
+    if form == PROJECTED and memory.directions is None:
+        raise OptionError(
+            "form='projected' needs Kronecker factors, and the memory holds an importance: measure with "
+            "estimator='kronecker', and consolidate the result."
+        )
+    if form != PROJECTED and not memory.importance:
+        raise OptionError(
+            f"form={form!r} needs an importance, and the memory holds directions: use form='projected' or 'auto', or "
+            "measure with estimator='mas' too."
+        )

@@ -7,6 +7,8 @@ version of memsyn, the checksum, and the caller's own entries:
     importance file    sum/0.weight            the sum over samples of |gradient|, not divided
     memory file        importance/0.weight     Omega, the mean over samples
                        anchor/0.weight         theta*, the weights at the last consolidation
+                       input_values/0.weight   and the other groups of `values.directions.GROUPS`
+    factors file       moments/inputs/0.weight and the other sums of `KroneckerFactors`
 
 Callers say `importance` for both; `_stored_name` translates. Format 1 wrote `importance/` for the sum too.
 
@@ -40,6 +42,7 @@ FORMAT: Final = 2
 
 IMPORTANCE: Final = "importance"
 MEMORY: Final = "memory"
+FACTORS: Final = "factors"
 
 _SUM: Final = "sum"
 _ANCHOR: Final = "anchor"

@@ -24,6 +24,7 @@ from memsyn.errors import (
 )
 from memsyn.parameters import fingerprint, named_parameters, trainable_parameters
 from memsyn.storage.reading_and_writing import (
+    FACTORS,
     IMPORTANCE,
     MEMORY,
     Groups,
@@ -34,6 +35,8 @@ from memsyn.storage.reading_and_writing import (
     write,
 )
 from memsyn.values.consolidation import MERGED, Consolidation
+from memsyn.values.directions import RANK, Directions, consolidated, merged
+from memsyn.values.factors import BOTH, INPUTS, KroneckerFactors
 from memsyn.values.importance import Importance, LayerSummary, check_same_shapes, summarize
 
 Fold = Callable[[Tensor, Tensor, int, int, float], Tensor]
@@ -54,19 +57,21 @@ DECAY = 0.5
 @final
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """Anchor and importance by parameter name: all that `protect` needs of the old data.
+    """What `protect` needs of the old data: an importance per weight with an anchor, directions per matrix, or both.
 
     Attributes:
         anchor: the weights theta* when the memory was last consolidated.
         importance: Omega, the mean over samples; not negative, with the same names and shapes.
         history: the consolidations, oldest first.
         counts: parameter name -> on how many samples its importance was measured: the weights of rule `mean`.
+        directions: what is kept of Kronecker factors; None without.
     """
 
     anchor: dict[str, Tensor] = field(default_factory=dict)
     importance: dict[str, Tensor] = field(default_factory=dict)
     history: tuple[Consolidation, ...] = ()
     counts: dict[str, int] = field(default_factory=dict)
+    directions: Directions | None = None
 
     @classmethod
     def empty(cls) -> Memory:
@@ -80,17 +85,29 @@ class Memory:
 
     @property
     def quantity(self) -> tuple[str, str] | None:
-        """Objective and magnitude of the importance; None before the first consolidation."""
-        return (self.history[-1].objective, self.history[-1].magnitude) if self.history else None
+        """Objective and magnitude of the importance; None before it was first consolidated."""
+        return self._quantity(of_factors=False)
+
+    def _quantity(self, *, of_factors: bool) -> tuple[str, str] | None:
+        """Objective and magnitude of the last consolidation of an importance, or of factors."""
+        entries = [entry for entry in self.history if (entry.magnitude in (BOTH, INPUTS)) == of_factors]
+        return (entries[-1].objective, entries[-1].magnitude) if entries else None
+
+    @property
+    def names(self) -> set[str]:
+        """The parameters that the memory knows."""
+        own = set() if self.directions is None else self.directions.names() | self.directions.free
+        return self.importance.keys() | own
 
     def consolidate(
         self,
         model: nn.Module,
-        importance: Importance,
+        importance: Importance | KroneckerFactors,
         *,
         rule: str = "sum",
         decay: float | None = None,
         label: str | None = None,
+        rank: int | None = RANK,
     ) -> Memory:
         """A new memory that includes `importance`, with the anchor at the model's present weights.
 
@@ -99,12 +116,18 @@ class Memory:
         (1 - decay) Omega'; `max`: the larger of the two. If only one side has a parameter, or a row of one, its value
         is kept. Parameters that the model has lost are dropped, with a warning.
 
+        Kronecker factors become directions; the importance and its anchor stay as they are. A and S of each
+        consolidation are scaled to mean eigenvalue 1. Then A is combined by the rule (`max` is not for matrices), and S
+        averaged in the same proportion. Of each, `rank` eigenvectors are kept, and the mean of the other eigenvalues.
+
         Args:
             model: the model the importance was measured on, with the same weights.
-            importance: from `measure` or from an `Observer`.
+            importance: importance or factors, from `measure` or from an `Observer`.
             rule: one of `sum`, `mean`, `ema`, `max`.
             decay: for rule `ema`, from 0 (only the new importance) to 1 (only the old); 0.5 by default.
             label: a name for what was learned, shown in the history.
+            rank: for factors: how many eigenvectors of each matrix are kept; None keeps all. Matrices up to twice as
+                wide are kept whole.
 
         Raises:
             OptionError: the rule is unknown, decay is given for another rule, or the label is not text.
@@ -114,20 +137,9 @@ class Memory:
         Warns:
             MovedWeightsWarning: the importance was measured at other weights than the model has.
         """
-        if rule not in RULES:
-            raise OptionError(f"rule must be one of {', '.join(RULES)}; got {rule!r}.")
-        if decay is not None and rule != "ema":
-            raise OptionError(f"decay is only for rule='ema'; got decay={decay} with rule={rule!r}.")
-        if rule == "ema":
-            decay = DECAY if decay is None else decay
-            if not 0 <= decay <= 1:
-                raise OptionError(f"decay must be from 0 to 1, got {decay}.")
+        decay = _checked_rule(rule, decay)
         if not isinstance(label, str | None):
             raise OptionError(f"label must be text, got {label!r}.")
-        parameters = named_parameters(model)
-        check_fit(importance.sums, parameters, "the importance")
-        check_fit(self.importance, parameters, "the memory", may_change=True)
-        _check_same_quantity(self.quantity or importance.quantity, importance.quantity, "the importance", "folded")
         if importance.fingerprint is not None and importance.fingerprint != fingerprint(model):
             warnings.warn(
                 "the importance was measured at other weights than the model has now, or at fewer: the anchor would "
@@ -135,6 +147,12 @@ class Memory:
                 MovedWeightsWarning,
                 stacklevel=2,
             )
+        if isinstance(importance, KroneckerFactors):
+            return self._with_factors(model, importance, rule, decay, label, rank)
+        parameters = named_parameters(model)
+        check_fit(importance.sums, parameters, "the importance")
+        check_fit(self.importance, parameters, "the memory", may_change=True)
+        _check_same_quantity(self.quantity or importance.quantity, importance.quantity, "the importance", "folded")
         new, old, count = importance.mean(), self.importance, importance.num_samples
         fold = RULES[rule]
 
@@ -163,7 +181,75 @@ class Memory:
             magnitude=importance.magnitude,
             label=label,
         )
-        return Memory(anchor, omega, (*self.history, entry), counts)
+        return Memory(anchor, omega, (*self.history, entry), counts, self.directions)
+
+    def _with_factors(
+        self,
+        model: nn.Module,
+        factors: KroneckerFactors,
+        rule: str,
+        decay: float | None,
+        label: str | None,
+        rank: int | None,
+    ) -> Memory:
+        """`consolidate` for factors."""
+        if rule == "max":
+            raise OptionError("rule='max' is for importances: of matrices there is no maximum. Use sum, mean or ema.")
+        if rank is not None and (not isinstance(rank, int) or rank < 1):
+            raise OptionError(f"rank must be a whole number, at least 1, or None; got {rank!r}.")
+        _check_same_quantity(
+            self._quantity(of_factors=True) or factors.quantity, factors.quantity, "the factors", "folded"
+        )
+        parameters = named_parameters(model)
+        old = _present(self.directions or Directions(), parameters)
+        new = consolidated(Directions(), factors, (0.0, 1.0), rank)
+        missing = sorted((new.names() | new.free) - parameters.keys())
+        if missing:
+            raise MismatchError(
+                f"the factors are of another architecture: the model lacks {', '.join(missing)}. Use the model "
+                "they were measured on."
+            )
+        earlier = sum(entry.num_samples for entry in self.history if entry.magnitude in (BOTH, INPUTS))
+        share = factors.num_samples / (earlier + factors.num_samples)
+        weights = {"sum": (1.0, 1.0), "mean": (1 - share, share), "ema": (decay or 0.0, 1 - (decay or 0.0))}[rule]
+        directions = consolidated(old, factors, weights, rank)
+        entry = Consolidation.now(
+            {name: parameters[name].detach() for name in sorted(directions.names())},
+            num_samples=factors.num_samples,
+            rule=rule,
+            decay=decay,
+            objective=factors.objective,
+            magnitude=factors.magnitude,
+            label=label,
+        )
+        return replace(self, history=(*self.history, entry), directions=directions)
+
+    def predicted_change(
+        self, model: nn.Module | Mapping[str, Tensor], reference: nn.Module | Mapping[str, Tensor] | None = None
+    ) -> dict[str, float]:
+        """Layer -> the mean squared change of the outputs on the remembered data, to second order; no data are needed.
+
+        tr(S D A D^T), for the change D from the reference to the model (see `KroneckerFactors`). The total change is
+        the sum over layers, if their effects do not cancel. If only inputs were measured, it is tr(D A D^T): the mean
+        squared change of each layer's own output.
+
+        Args:
+            model: a model, or its weights by name (a state_dict).
+            reference: the weights that were measured; by default the anchor, if the memory holds an importance.
+
+        Raises:
+            OptionError: the memory holds no directions, or there is no reference.
+            MismatchError: a weight is missing.
+        """
+        if self.directions is None:
+            raise OptionError(
+                "the memory holds no directions: measure with estimator='kronecker', and consolidate the result."
+            )
+        if reference is None and not self.directions.names() <= self.anchor.keys():
+            raise OptionError("the memory holds no anchor: give the weights that were measured as reference=.")
+        before = self.anchor if reference is None else reference
+        sides = [dict(side) if isinstance(side, Mapping) else named_parameters(side) for side in (before, model)]
+        return self.directions.predicted_change(sides[0], sides[1])
 
     def merge(self, other: Memory) -> Memory:
         """The memory of the samples of both, for replicas that each consolidated once, at the same weights.
@@ -182,6 +268,10 @@ class Memory:
                     f"only memories of one consolidation each can be merged, and one has {len(memory.history)}: a past "
                     "that they share would count twice. Merge the importances, and consolidate the result once."
                 )
+        if (self.quantity is None) != (other.quantity is None):
+            raise MismatchError("one memory holds an importance, the other directions: they cannot be merged.")
+        if self.directions is not None and other.directions is not None:
+            return self._merge_directions(other, other.directions)
         assert self.quantity is not None
         assert other.quantity is not None
         _check_same_quantity(self.quantity, other.quantity, "the other memory", "merged")
@@ -200,6 +290,19 @@ class Memory:
         counts = {name: n[name] + m[name] for name in omega}
         merged = tuple(replace(entry, rule=MERGED) for entry in other.history)
         return Memory(self.anchor, omega, self.history + merged, counts)
+
+    def _merge_directions(self, other: Memory, directions: Directions) -> Memory:
+        """`merge` for memories of directions alone."""
+        own, their = self._quantity(of_factors=True), other._quantity(of_factors=True)
+        if self.importance or other.importance or own != their or self.directions is None:
+            raise MismatchError(
+                "memories with directions can be merged if both hold nothing else, and the same second moments. Merge "
+                "the factors, and consolidate the result once."
+            )
+        if self.history[0].fingerprint != other.history[0].fingerprint:
+            raise MismatchError("the memories are of different weights. Only replicas of one model can be merged.")
+        history = self.history + tuple(replace(entry, rule=MERGED) for entry in other.history)
+        return replace(self, history=history, directions=merged(self.directions, directions))
 
     def summary(self) -> list[LayerSummary]:
         """Per layer its share of the total importance, mean, maximum and concentration, in the model's order."""
@@ -225,8 +328,17 @@ class Memory:
                 checked_count(count)
         except ValueError as error:
             raise OptionError(f"the memory's counts: {error}.") from None
-        header = {"history": [asdict(entry) for entry in self.history], "counts": self.counts}
-        write(path, MEMORY, header, {"anchor": self.anchor, "importance": self.importance})
+        write(path, MEMORY, self.header(), self.groups())
+
+    def header(self) -> dict[str, Any]:
+        """The entries of a file's metadata."""
+        known = {} if self.directions is None else {"directions": self.directions.header()}
+        return {"history": [asdict(entry) for entry in self.history], "counts": self.counts, **known}
+
+    def groups(self) -> Groups:
+        """The tensors of a file, by group and name."""
+        known = {} if self.directions is None else self.directions.groups()
+        return {"anchor": self.anchor, "importance": self.importance, **known}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, like: nn.Module | None = None) -> Memory:
@@ -250,9 +362,13 @@ class Memory:
         memory.check(like)
         parameters = named_parameters(like)
         moved = [n for n, anchor in memory.anchor.items() if n in parameters and not _stands_at(parameters[n], anchor)]
+        if not memory.anchor and memory.directions is not None:
+            names = sorted(memory.directions.names() & parameters.keys())
+            is_same = memory.history[-1].fingerprint == fingerprint({n: parameters[n].detach() for n in names})
+            moved = [] if is_same else names
         if moved:
             warnings.warn(
-                f"{len(moved)} of {len(memory.anchor)} parameters (the first is {moved[0]}) have other weights in the "
+                f"{len(moved)} of {len(memory.names)} parameters (the first is {moved[0]}) have other weights in the "
                 f"model than at the last consolidation of {path}. This is right if the model was trained since. If "
                 "not, load its weights first: protect would pull the model towards the weights of another one.",
                 MovedWeightsWarning,
@@ -262,7 +378,8 @@ class Memory:
         def placed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {n: tensor.to(parameters[n].device) if n in parameters else tensor for n, tensor in tensors.items()}
 
-        return cls(placed(memory.anchor), placed(memory.importance), memory.history, memory.counts)
+        anchor, importance = placed(memory.anchor), placed(memory.importance)
+        return replace(memory, anchor=anchor, importance=importance)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], header: Mapping[str, Any], groups: Groups) -> Memory:
@@ -274,7 +391,10 @@ class Memory:
         with well_formed(path):
             history = tuple(record(Consolidation, entry) for entry in header["history"])
             counts = {str(name): checked_count(samples) for name, samples in header["counts"].items()}
-            memory = cls(groups["anchor"], groups["importance"], history, counts)
+            directions = None
+            if "directions" in header:
+                directions = Directions.from_file(header["directions"], groups)
+            memory = cls(groups["anchor"], groups["importance"], history, counts, directions)
             check_same_shapes(memory.anchor, memory.importance, "the anchor", "the importance")
             return memory
 
@@ -286,14 +406,49 @@ class Memory:
         Raises:
             MismatchError: the model has no parameter of the memory, or has one in another shape; the error names it.
         """
-        check_fit(self.importance, named_parameters(model), "the memory", may_change=True)
-        new = [name for name in trainable_parameters(model) if name not in self.importance]
-        if new and self.importance:
+        parameters = named_parameters(model)
+        check_fit(self.importance, parameters, "the memory", may_change=True)
+        if self.directions is not None:
+            self.directions.check(parameters)
+        known = self.names
+        new = [name for name in trainable_parameters(model) if name not in known]
+        if new and known:
             warnings.warn(
                 f"{len(new)} parameters of the model are not in the memory and stay free to change: {', '.join(new)}",
                 NewParametersWarning,
                 stacklevel=3,
             )
+
+
+def _checked_rule(rule: str, decay: float | None) -> float | None:
+    """The decay of a rule.
+
+    Raises:
+        OptionError: the rule is unknown, or the decay is out of range or of another rule.
+    """
+    if rule not in RULES:
+        raise OptionError(f"rule must be one of {', '.join(RULES)}; got {rule!r}.")
+    if rule != "ema":
+        if decay is not None:
+            raise OptionError(f"decay is only for rule='ema'; got decay={decay} with rule={rule!r}.")
+        return None
+    decay = DECAY if decay is None else decay
+    if not 0 <= decay <= 1:
+        raise OptionError(f"decay must be from 0 to 1, got {decay}.")
+    return decay
+
+
+def _present(directions: Directions, parameters: Mapping[str, Any]) -> Directions:
+    """The directions of parameters that the model still has; the others are dropped, with a warning."""
+    lost = sorted(directions.names() - parameters.keys())
+    if not lost:
+        return directions
+    warnings.warn(
+        f"{len(lost)} parameters of the memory are no longer in the model and are left out: {', '.join(lost)}",
+        LostParametersWarning,
+        stacklevel=4,
+    )
+    return directions.only(parameters)
 
 
 def _check_same_quantity(mine: tuple[str, str], other: tuple[str, str], whose: str, how: str) -> None:
@@ -351,13 +506,19 @@ def has_grown(held: Tensor, parameter: Tensor) -> bool:
     return 0 < held.ndim == parameter.ndim and held.shape[1:] == parameter.shape[1:] and len(held) < len(parameter)
 
 
-KINDS: dict[str, type[Memory] | type[Importance]] = {MEMORY: Memory, IMPORTANCE: Importance}
+Held = Memory | Importance | KroneckerFactors
+
+KINDS: dict[str, type[Memory] | type[Importance] | type[KroneckerFactors]] = {
+    MEMORY: Memory,
+    IMPORTANCE: Importance,
+    FACTORS: KroneckerFactors,
+}
 """Kind of file -> the value that it holds."""
 
 
-def kind_of(held: Memory | Importance) -> str:
+def kind_of(held: Held) -> str:
     """The kind of the file that holds a value, a key of `KINDS`."""
-    return MEMORY if isinstance(held, Memory) else IMPORTANCE
+    return next(kind for kind, own in KINDS.items() if isinstance(held, own))
 
 
 def omega_of(held: Memory | Importance) -> dict[str, Tensor]:
@@ -365,11 +526,11 @@ def omega_of(held: Memory | Importance) -> dict[str, Tensor]:
     return held.importance if isinstance(held, Memory) else held.mean()
 
 
-def load(path: str | os.PathLike[str]) -> Memory | Importance:
-    """Read a memory or an importance, whichever the file holds; tensors are on the CPU.
+def load(path: str | os.PathLike[str]) -> Held:
+    """Read a memory, an importance or factors, whichever the file holds; tensors are on the CPU.
 
     Raises:
-        MemoryFileError: the file is missing, damaged, neither of the two, or of a newer format.
+        MemoryFileError: the file is missing, damaged, none of these, or of a newer format.
     """
     header, groups = read(path)
     kind = str(header.get("kind"))

@@ -1,0 +1,144 @@
+"""Kronecker factors: the scorer that sums second moments of weight matrices while the model runs.
+
+Owns which parameters are measured as matrices, and their sums. All other parameters are measured like importance, by
+the routes of `measurement`. Must not know files.
+"""
+
+import math
+from collections.abc import Container, Mapping
+from contextlib import nullcontext
+from typing import Final, final
+
+import torch
+from torch import Tensor, nn
+
+from memsyn.batches import Batch
+from memsyn.engine.matrix_tracer import MatrixFinder, MatrixTracer, complete_, zero_sums
+from memsyn.engine.passes import gradients
+from memsyn.engine.recorder import Recorder
+from memsyn.matrices import Matrix
+from memsyn.measuring.objectives import Estimator, Forward, OutputScorer, Position, Scorer, token_mask
+
+
+@final
+class FactorScorer(Scorer):
+    """The estimator's objective of the model's output; while a recorder watches, second moments are summed.
+
+    Args:
+        forward, estimator: as for every scorer.
+        rank: of the sketches; None: second moments are summed whole as far as they are not too wide.
+    """
+
+    tells_samples_apart = True
+
+    def __init__(self, forward: Forward | None, estimator: Estimator, rank: int | None = None) -> None:
+        super().__init__(forward, estimator)
+        self._rank = rank
+        self._output_scorer = OutputScorer(forward, estimator)
+        self.matrices: dict[str, Matrix] = {}
+        """Key -> matrix, as `MatrixFinder` names them."""
+        self.sums: Mapping[str, Tensor] = {}
+        """Where second moments are added: the running sums of the measurement."""
+        self.excluded: Container[str] = ()
+        """The keys whose second moments are not added."""
+        self._parameters: dict[str, nn.Parameter] = {}
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether the second moments of output gradients are summed, which needs a backward pass."""
+        return self.estimator.factors == "both"
+
+    def names(self) -> set[str]:
+        """The parameters of all matrices."""
+        weights = {matrix.weight for matrix in self.matrices.values()}
+        return weights | {matrix.bias for matrix in self.matrices.values() if matrix.bias is not None}
+
+    def find_matrices(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, position: Position
+    ) -> dict[str, Tensor]:
+        """Find the matrices among the parameters, those that are known apart; returns their sums, which are zero.
+
+        They take no gradient from now on. Of output gradients, a matrix is only taken if sum d x^T over its uses is the
+        gradient of autograd: then no use of it is hidden.
+        """
+        root = torch.zeros((), requires_grad=True)
+        finder = MatrixFinder(parameters, root)
+        with finder:
+            values = self._output_scorer.scores(model, parameters, batch.copied(), position)
+        found = finder.matrices()
+        if self.needs_outputs:
+            names = sorted({matrix.weight for matrix in found.values()})
+            expected = gradients(values.sum(), {name: parameters[name] for name in names})
+            hidden = {name for name in names if not _is_close(finder.gradients.get(name), expected[name], expected)}
+            found = {key: matrix for key, matrix in found.items() if matrix.weight not in hidden}
+        self.matrices.update(found)
+        for name in self.names() & parameters.keys():
+            parameters[name].requires_grad_(False)
+            self._parameters[name] = parameters[name]
+        return zero_sums(found, self._parameters, outputs=self.needs_outputs, rank=self._rank)
+
+    def scores(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        batch: Batch,
+        position: Position,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        """(B, 1), the objective of each sample. With a recorder, second moments of the batch are added."""
+        with nullcontext() if recorder is None else self._tracer(batch, recorder.root):
+            return self._output_scorer.scores(model, parameters, batch, position, recorder)
+
+    def add_inputs(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, batch_index: int
+    ) -> set[str]:
+        """Add the second moments of the inputs alone, by a forward pass.
+
+        Returns:
+            Those of `parameters` that the pass used: they are no matrices, or are not known to be.
+        """
+        tracer = self._tracer(batch, None, parameters)
+        with tracer:
+            self.output(model, batch.inputs, batch_index)
+        return tracer.others
+
+    def _tracer(
+        self, batch: Batch, root: Tensor | None, others: Mapping[str, nn.Parameter] | None = None
+    ) -> MatrixTracer:
+        mask = token_mask(batch.inputs) if self.masks_padding else None
+        # With a decoder, tensors of encoder and decoder cannot be told apart, so padding is not left out.
+        encoded = mask if mask is not None and batch.inputs.get("attention_mask") is mask else None
+        return MatrixTracer(
+            {**self._parameters, **(others or {})}, self.matrices, self.sums, root, encoded, self.excluded
+        )
+
+    def check_complete(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, batch_index: int
+    ) -> None:
+        """Refuse nothing: the objectives are computed from the whole output."""
+
+    def completed(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The sums by the names under which `KroneckerFactors` keeps them."""
+        complete_(sums)
+        return {name if name.startswith(SIDES) else f"diagonal/{name}": total for name, total in sums.items()}
+
+
+SIDES: Final = (
+    "inputs/",
+    "inputs_sketch/",
+    "inputs_trace/",
+    "outputs/",
+    "outputs_sketch/",
+    "outputs_trace/",
+    "positions/",
+)
+"""The first parts of the names of second moments; all other sums are named like their parameters."""
+
+
+def _is_close(found: Tensor | None, expected: Tensor, all_expected: Mapping[str, Tensor]) -> bool:
+    """Whether a gradient is that of autograd up to rounding, which counts by the largest gradient of the model."""
+    if found is None:
+        return not bool(expected.any())
+    largest = max(float(own.abs().max()) for own in all_expected.values() if own.numel())
+    tolerance = math.sqrt(torch.finfo(expected.dtype).eps)
+    return bool(torch.allclose(found, expected, rtol=tolerance, atol=tolerance * largest))

@@ -1,0 +1,252 @@
+"""Protection by a penalty: the gradient form and the proximal form.
+
+Owns which parameters of an optimizer are pulled, when, and by how much. The arithmetic is in `penalty`, all knowledge
+of single optimizers in `optimizers`. Must not keep state on the model or its parameters.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from memsyn.errors import OptionError, ProtectionError, StrengthWarning
+from memsyn.parameters import layer_of, named_parameters, wide_dtype
+from memsyn.protecting.optimizers import GRADIENT, PROJECTED, PROXIMAL, checked_form, largest_stable_pull, step_size
+from memsyn.protecting.penalty import (
+    Preconditioner,
+    ProtectedWeights,
+    add_gradients_,
+    distances,
+    known_rows,
+    num_held,
+    pull_,
+)
+from memsyn.protecting.protection import Protection, Report
+from memsyn.protecting.strength import checked_strength
+from memsyn.values.memory import Memory, check_fit
+
+
+class _Slot(NamedTuple):
+    """A protected parameter in its optimizer."""
+
+    name: str
+    parameter: nn.Parameter
+    group: dict[str, Any]
+    protected: ProtectedWeights
+
+
+_Pulls = tuple[list[ProtectedWeights], list[float | Tensor], list[Preconditioner] | None]
+"""The arguments of `pull_`: parameters, for each the strength times its step size, and its preconditioner if any."""
+
+
+@final
+class Penalising(Protection):
+    """The gradient form and the proximal form: the importance of a memory is protected by a penalty."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        memory: Memory,
+        strength: float,
+        form: str,
+        device: torch.device | None,
+        importance_dtype: torch.dtype | None,
+    ) -> None:
+        self.strength, self.form = strength, form
+        self._model = model
+        self._device, self._importance_dtype = device, importance_dtype
+        self._take(memory)
+        super().__init__(optimizer)
+        self._find_slots(optimizer)
+
+    def value(self) -> float:
+        """The penalty now: lambda sum Omega (theta - theta*)^2 over the protected parameters."""
+        slots = self._now()
+        terms = (float((omega * moved.square_()).sum()) for _, moved, omega in distances([s.protected for s in slots]))
+        return self.strength * sum(terms)
+
+    def report(self) -> Report:
+        """How far the weights have moved, layer by layer, and the share that is held in place."""
+        slots, optimizer = self._now(), self._optimizer()
+        penalty, stiff = 0.0, 0
+        layers: dict[str, float] = {}
+        for index, moved, omega in distances([slot.protected for slot in slots]):
+            layer = layer_of(slots[index].name)
+            layers[layer] = layers.get(layer, 0.0) + float((omega * moved.abs()).sum())
+            penalty += float((omega * moved.square_()).sum())
+        if optimizer is not None:
+            stiff = sum(num_held(*pulls) for pulls in self._pulls(optimizer, slots, self.strength))
+        count = sum(slot.protected.omega.numel() for slot in slots)
+        return Report(self.strength * penalty, sum(layers.values()), layers, stiff / max(1, count))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Strength, form, anchor and importance, as tensors and plain values, for `load_state_dict`."""
+        return {
+            "strength": self.strength,
+            "form": self.form,
+            "anchor": dict(self._memory.anchor),
+            "importance": dict(self._memory.importance),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the strength, form, anchor and importance of a saved handle.
+
+        Raises:
+            OptionError: the state did not come from `state_dict`.
+            MismatchError: the state is of another architecture.
+        """
+        if not state.keys() >= {"strength", "form", "anchor", "importance"}:
+            raise OptionError(f"expected the state of a Protection, got the keys {', '.join(map(str, state))}.")
+        memory = Memory(dict(state["anchor"]), dict(state["importance"]))
+        memory.check(self._model)
+        optimizer = self._optimizer()
+        form = str(state["form"]) if optimizer is None else checked_form(state["form"], optimizer)
+        if form == PROJECTED:
+            raise OptionError("the state is of form='projected': protect with that form, then load it.")
+        self.strength, self.form = checked_strength(state["strength"]), form
+        self._take(memory)
+
+    def _take(self, memory: Memory) -> None:
+        dtype = self._importance_dtype
+        importance = {name: omega.to(dtype or omega.dtype) for name, omega in memory.importance.items()}
+        self._memory = Memory(dict(memory.anchor), importance)
+        self._slots: list[_Slot] = []
+        self._seen: list[Any] = []
+
+    def _now(self) -> list[_Slot]:
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            self._find_slots(optimizer)
+        return self._slots
+
+    def _find_slots(self, optimizer: Optimizer) -> None:
+        """Look for the protected parameters again if the optimizer's parameters have changed.
+
+        They have changed if one was added, removed, moved to another device, reshaped, or put into another group.
+        """
+        groups = optimizer.param_groups
+        # `_hold` keeps views of the weights. So the address counts: if `p.data` was replaced, the views are old.
+        seen = [key for group in groups for p in group["params"] for key in (id(p), p.data_ptr(), p.shape, id(group))]
+        if seen == self._seen:
+            return
+        names = {id(p): name for name, p in named_parameters(self._model).items() if name in self._memory.importance}
+        self._slots = []
+        for group in groups:
+            for parameter in group["params"]:
+                name = names.get(id(parameter))
+                if name is not None:
+                    self._slots.append(_Slot(name, parameter, group, self._hold(name, parameter)))
+        self._seen = seen
+        self._most: dict[int, float] = {}
+        self._warned: set[int] = set()
+
+    def _hold(self, name: str, parameter: nn.Parameter) -> ProtectedWeights:
+        """Anchor and importance in float32 at least, on the parameter's device or on `device`."""
+        check_fit({name: self._memory.importance[name]}, {name: parameter}, "the memory", may_change=True)
+        device, dtype = self._device or parameter.device, wide_dtype(parameter)
+        omega = self._memory.importance[name].to(device, self._importance_dtype or dtype)
+        anchor = self._memory.anchor[name].to(device, dtype)
+        if anchor.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr():
+            anchor = anchor.clone()  # a memory made by hand may hold the weights themselves, which move
+        return ProtectedWeights(known_rows(parameter.detach(), omega), anchor, omega)
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.form != GRADIENT or not self.strength:
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._add_gradients(optimizer)
+            return None
+        # optimizer.step(closure) runs this hook, then closure(), then the update:
+        #   hook        adds 2 lambda Omega (theta - theta*) to .grad
+        #   closure()   calls zero_grad(), which discards it, and backward()
+        # So the closure is replaced by one that adds the gradient at its end. The hook's args are (optimizer, closure).
+        penalised = self._penalised(optimizer, closure)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": penalised}
+        return (args[0], penalised, *args[2:]), kwargs
+
+    def _penalised(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """A closure of the penalised loss: it adds the gradient, and returns the value, which a line search needs."""
+
+        def run() -> Any:
+            loss = closure()
+            self._add_gradients(optimizer)
+            return None if loss is None else loss + self.value()
+
+        return run
+
+    def _add_gradients(self, optimizer: Optimizer) -> None:
+        slots = self._with_gradients(optimizer)
+        if not slots:
+            return
+        self._check_stable(optimizer)
+        gradients = [known_rows(slot.parameter.grad, slot.protected.omega) for slot in slots]  # type: ignore[arg-type]
+        # With maximize=True a weight moves along its gradient, so the pull towards the anchor needs the other sign.
+        factors = [-self.strength if slot.group.get("maximize") else self.strength for slot in slots]
+        scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler when a fused optimizer unscales
+        add_gradients_(gradients, [slot.protected for slot in slots], factors, scale)
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.form != PROXIMAL or not self.strength:
+            return
+        slots = self._with_gradients(optimizer)
+        if not slots:
+            return
+        # GradScaler sets it to 1 if a fused optimizer must skip this step: then the pull is skipped too. A product does
+        # not wait for the GPU, as a comparison would.
+        found_inf = getattr(optimizer, "found_inf", None)
+        strength = self.strength if found_inf is None else self.strength * (1 - found_inf)
+        for pulls in self._pulls(optimizer, slots, strength):
+            pull_(*pulls)
+
+    @staticmethod
+    def _pulls(optimizer: Optimizer, slots: Sequence[_Slot], strength: float | Tensor) -> Iterator[_Pulls]:
+        """The parameters that were stepped: first those with a preconditioner, then those without."""
+        sizes = [(slot, step_size(optimizer, slot.group, slot.parameter)) for slot in slots]
+        known = [(slot, step) for slot, step in sizes if step is not None]
+        for chosen in (
+            [(slot, step) for slot, step in known if step.preconditioner is not None],
+            [(slot, step) for slot, step in known if step.preconditioner is None],
+        ):
+            preconditioners = [
+                own._replace(squares=known_rows(own.squares, slot.protected.omega))
+                for slot, step in chosen
+                if (own := step.preconditioner) is not None
+            ]
+            if chosen:
+                factors = [step.size * strength for _, step in chosen]
+                yield [slot.protected for slot, _ in chosen], factors, preconditioners or None
+
+    def _with_gradients(self, optimizer: Optimizer) -> list[_Slot]:
+        self._find_slots(optimizer)
+        slots = [slot for slot in self._slots if slot.parameter.grad is not None]
+        if any(slot.parameter.grad.is_sparse for slot in slots):  # type: ignore[union-attr]
+            raise ProtectionError("a protected parameter has a sparse gradient: make its embedding with sparse=False.")
+        return slots
+
+    def _check_stable(self, optimizer: Optimizer) -> None:
+        """Warn before the gradient form diverges: once per group, and again if a group was stable in between."""
+        for index, group in enumerate(optimizer.param_groups):
+            limit = largest_stable_pull(optimizer, group)
+            if index not in self._most and math.isfinite(limit):
+                self._most[index] = max(
+                    (float(s.protected.omega.max()) for s in self._slots if s.group is group), default=0.0
+                )
+            most = self._most.get(index, 0.0)
+            if 2 * self.strength * most <= limit:
+                self._warned.discard(index)
+            elif index not in self._warned:
+                self._warned.add(index)
+                warnings.warn(
+                    f"strength {self.strength:g} is too large for the gradient form at this learning rate: beyond "
+                    f"{limit / (2 * most):.3g} the pull overshoots, and training diverges. Use form='proximal', which "
+                    "no strength can make diverge, or a smaller strength or learning rate.",
+                    StrengthWarning,
+                    stacklevel=6,
+                )

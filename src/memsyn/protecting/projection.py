@@ -1,0 +1,340 @@
+"""Protection by a projection: each change of a weight matrix is damped in the directions that the old tasks use.
+
+Owns the projected form: its arithmetic, which parameters it acts on, and when. Reads nothing of the optimizer. Must not
+keep state on the model or its parameters.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from memsyn.errors import OptionError, ProtectionError
+from memsyn.matrices import Matrix
+from memsyn.parameters import layer_of, named_parameters, wide_dtype
+from memsyn.protecting.optimizers import PROJECTED
+from memsyn.protecting.protection import Protection, Report
+from memsyn.protecting.strength import checked_strength
+from memsyn.torch_private import version_of
+from memsyn.values.directions import (
+    DiagonalDirections,
+    Directions,
+    LayerDirections,
+    damping,
+    diagonal_damping,
+)
+from memsyn.values.spectra import Spectrum
+
+EVERY: Final = 10
+"""Steps between two projections by default; the measurements are in docs/decisions.md."""
+
+
+@final
+class Damping:
+    """D -> U [(U^T D V)_ij / (1 + c a_j ((1 - mu) s_i + mu))] V^T, for the kept eigenvectors and the mean of the rest.
+
+    With V of r columns and U of q, let P = D V, Q = U^T D and C = U^T D V, and let h_ij be the damping, where the index
+    0 stands for the rest. Then the result is
+
+        h_00 D + U [(h_i0 - h_00) Q + ((h_ij - h_i0 - h_0j + h_00) C) V^T] + ((h_0j - h_00) P) V^T
+
+    Args:
+        own: the directions of a layer.
+        strength: c.
+        device, dtype: of the changes to come.
+    """
+
+    def __init__(self, own: LayerDirections, strength: float, device: torch.device, dtype: torch.dtype) -> None:
+        inputs = own.inputs.to(device, dtype)
+        outputs = None if own.outputs is None else own.outputs.to(device, dtype)
+        self._by_column = inputs.vectors is None
+        self._vectors = inputs.vectors
+        self._output_vectors = None if outputs is None else outputs.vectors
+        column_values = _with_rest(inputs)
+        row_values = None if outputs is None else _with_rest(outputs)
+        gains = damping(column_values, row_values, strength)  # (G, q + 1 or 1, r + 1, or n for a table)
+        corner = gains[:, -1:, -1:]
+        if self._by_column:
+            self._rest = gains[:, -1:, :]
+            self._of_rows = gains[:, :-1, :] - self._rest
+        else:
+            self._rest = corner
+            self._of_columns = gains[:, -1:, :-1] - corner
+            self._of_rows = gains[:, :-1, -1:] - corner
+            self._of_both = gains[:, :-1, :-1] - gains[:, :-1, -1:] - gains[:, -1:, :-1] + corner
+
+    def __call__(self, change: Tensor) -> Tensor:
+        """The damped change, (G, m, n)."""
+        result = change * self._rest
+        u, v = self._output_vectors, self._vectors
+        if v is not None:
+            by_inputs = change @ v
+            result = result.baddbmm_(by_inputs * self._of_columns, v.transpose(1, 2))
+        if u is not None:
+            rotated = u.transpose(1, 2) @ change
+            kept = rotated * self._of_rows
+            if v is not None:
+                kept = kept.baddbmm_((rotated @ v) * self._of_both, v.transpose(1, 2))
+            result = result.baddbmm_(u, kept)
+        return result
+
+
+def _with_rest(spectrum: Spectrum) -> Tensor:
+    """The eigenvalues that are kept and that of the rest, (G, r + 1); of a table, all n."""
+    if spectrum.vectors is None:
+        return spectrum.values
+    return torch.cat([spectrum.values, spectrum.rest.unsqueeze(1)], 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Protected:
+    """A layer in its optimizer: the parameters that are changed together, and how."""
+
+    name: str
+    parameters: tuple[nn.Parameter, ...]
+    """The weight, and its bias if both are protected together."""
+    matrix: Matrix | None
+    """None for a parameter that is no matrix."""
+    damping: Damping | Tensor
+    """Of a parameter that is no matrix, the factor of each weight."""
+    num_rows: int
+    """The rows of the weight that the memory knows."""
+
+    def rows(self, parameter: Tensor) -> Tensor:
+        """The part of a parameter that the memory knows."""
+        return parameter.detach()[: self.num_rows] if parameter.ndim else parameter.detach()
+
+    def project(self, befores: Mapping[int, Tensor]) -> tuple[float, float]:
+        """Damp the change since `befores`, in place. Returns ||change||^2 before and after."""
+        changes = []
+        for parameter in self.parameters:
+            rows, dtype = self.rows(parameter), wide_dtype(parameter)
+            changes.append(rows.to(dtype) - self.rows(befores[id(parameter)]).to(dtype))
+        before = sum(float(change.square().sum()) for change in changes)
+        if isinstance(self.damping, Tensor):
+            damped = [changes[0] * self.damping]
+        else:
+            assert self.matrix is not None
+            damped = _split(self.damping(_joined(self.matrix, changes)), self.matrix, changes)
+        after = sum(float(change.square().sum()) for change in damped)
+        for parameter, change in zip(self.parameters, damped, strict=True):
+            old = self.rows(befores[id(parameter)])
+            self.rows(parameter).copy_(old.to(change.dtype) + change)
+        return before, after
+
+
+def _joined(matrix: Matrix, changes: list[Tensor]) -> Tensor:
+    """The change of a weight, with that of its bias as the last column."""
+    change = matrix.layout.matrix(changes[0])
+    if len(changes) == 1:
+        return change
+    bias = changes[1].reshape(matrix.layout.groups, -1, 1)
+    return torch.cat([change, bias], 2)
+
+
+def _split(change: Tensor, matrix: Matrix, like: list[Tensor]) -> list[Tensor]:
+    """The inverse of `_joined`."""
+    parts = [matrix.layout.weight(change[:, :, : matrix.layout.inputs], like[0].shape)]
+    return parts if len(like) == 1 else [*parts, change[:, :, -1].reshape(like[1].shape)]
+
+
+@final
+class Projecting(Protection):
+    """The projected form: the directions of a memory are protected by damping the optimizer's changes."""
+
+    def __init__(
+        self, optimizer: Optimizer, model: nn.Module, directions: Directions, strength: float, every: int
+    ) -> None:
+        self.strength, self.form, self.every = strength, PROJECTED, every
+        self._model, self._directions = model, directions
+        self._layers: list[_Protected] = []
+        self._seen: list[Any] = []
+        self._befores: dict[int, Tensor] = {}
+        """id of a parameter -> its values after the last projection."""
+        self._versions: dict[int, int] = {}
+        """id of a parameter -> its version when `_befores` was taken: equal if nobody has written to it since."""
+        self._num_waiting = 0
+        """Steps that are not projected yet."""
+        self._removed: dict[str, tuple[float, float]] = {}
+        """Layer -> ||change||^2 before and after its last projection."""
+        super().__init__(optimizer)
+        self._guards = [
+            model.register_state_dict_pre_hook(lambda *_: self.flush()),
+            optimizer.register_state_dict_pre_hook(lambda _: self.flush()),
+            model.register_load_state_dict_post_hook(lambda *_: self._restart()),
+        ]
+        self._find_layers(optimizer)
+        if not self._layers:
+            self.remove()
+            raise ProtectionError(
+                f"the optimizer holds none of the memory's {len(directions.names())} parameters. Was it made from "
+                "another model, or before the model was copied or moved?"
+            )
+
+    def value(self) -> float:
+        """0: a projection adds no penalty to the loss."""
+        return 0.0
+
+    def report(self) -> Report:
+        """How much of the last projected change was taken away, layer by layer, and how much room is left."""
+        layers: dict[str, list[tuple[float, float]]] = {}
+        for name, parts in self._removed.items():
+            layers.setdefault(layer_of(name), []).append(parts)
+        removed = {layer: _share_removed(parts) for layer, parts in layers.items()}
+        room = {layer_of(key): share for key, share in self._directions.room(self.strength).items()}
+        return Report(0.0, 0.0, removed, _share_removed(list(self._removed.values())), room)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Strength, form and directions, as tensors and plain values. Steps that wait are projected first."""
+        self.flush()
+        return {
+            "strength": self.strength,
+            "form": PROJECTED,
+            "every": self.every,
+            "directions": self._directions.header(),
+            "groups": self._directions.groups(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the strength and directions of a saved handle."""
+        if not state.keys() >= {"strength", "form", "every", "directions", "groups"} or state["form"] != PROJECTED:
+            raise OptionError(f"expected the state of a projected form, got the keys {', '.join(map(str, state))}.")
+        try:
+            directions = Directions.from_file(state["directions"], dict(state["groups"]))
+        except (LookupError, TypeError, ValueError) as error:
+            raise OptionError(f"the state holds no directions: {error}.") from error
+        directions.check(named_parameters(self._model))
+        self.flush()
+        self.strength, self.every = checked_strength(state["strength"]), checked_every(state["every"])
+        self._directions, self._seen = directions, []
+        self._restart()
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Project the changes of the steps that wait for it."""
+        if self._num_waiting == 0:
+            return
+        self._num_waiting = 0
+        for layer in self._layers:
+            if any(version_of(p) != self._versions[id(p)] for p in layer.parameters):
+                self._removed[layer.name] = layer.project(self._befores)
+                self._remember(layer.parameters)
+
+    def remove(self) -> None:
+        """Project what waits, and stop protecting; a second call does nothing."""
+        super().remove()
+        for guard in self._guards:
+            guard.remove()
+        self._befores, self._versions = {}, {}
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.strength:
+            return
+        self._find_layers(optimizer)
+        # What was changed since the last projection, and not by a step, is not to be projected: it is taken over.
+        if self._num_waiting == 0:
+            for layer in self._layers:
+                if any(self._versions.get(id(p)) != version_of(p) for p in layer.parameters):
+                    self._remember(layer.parameters)
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.strength:
+            return
+        self._num_waiting += 1
+        if self._num_waiting >= self.every:
+            self.flush()
+
+    @torch.no_grad()
+    def _remember(self, parameters: tuple[nn.Parameter, ...]) -> None:
+        for parameter in parameters:
+            old = self._befores.get(id(parameter))
+            if old is None or old.shape != parameter.shape or old.device != parameter.device:
+                self._befores[id(parameter)] = parameter.detach().clone()
+            else:
+                old.copy_(parameter.detach())
+            self._versions[id(parameter)] = version_of(parameter)
+
+    def _restart(self) -> None:
+        """Forget the steps that wait: the weights were replaced."""
+        self._num_waiting = 0
+        self._versions = {}
+
+    def _find_layers(self, optimizer: Optimizer) -> None:
+        """Look for the protected parameters again if the optimizer's parameters have changed."""
+        groups = optimizer.param_groups
+        seen = [key for group in groups for p in group["params"] for key in (id(p), p.data_ptr(), p.shape, p.device)]
+        if seen == self._seen:
+            return
+        if self._num_waiting and all(id(p) in self._befores for layer in self._layers for p in layer.parameters):
+            same = [
+                layer for layer in self._layers if all(_is_as_remembered(p, self._befores) for p in layer.parameters)
+            ]
+            self._layers = same
+            self.flush()
+        self._num_waiting = 0
+        held = {id(p) for group in groups for p in group["params"] if p.requires_grad}
+        parameters = {name: p for name, p in named_parameters(self._model).items() if id(p) in held}
+        self._directions.check(named_parameters(self._model))
+        made = [self._layer(key, own, parameters) for key, own in self._directions.layers.items()]
+        made += [self._single(name, own, parameters) for name, own in self._directions.diagonal.items()]
+        self._layers = [layer for layer in made if layer is not None]
+        self._seen = seen
+        for layer in self._layers:
+            self._remember(layer.parameters)
+
+    def _layer(self, key: str, own: LayerDirections, parameters: Mapping[str, nn.Parameter]) -> _Protected | None:
+        matrix = own.matrix
+        weight = parameters.get(matrix.weight)
+        if weight is None:
+            bias_alone = None if matrix.bias is None else parameters.get(matrix.bias)
+            return None if bias_alone is None else self._bias(key, own, bias_alone)
+        bias = None if matrix.bias is None else parameters.get(matrix.bias)
+        if matrix.bias is not None and bias is None:
+            # The bias does not move: then only the part of A without it counts.
+            own = replace(own, matrix=replace(matrix, bias=None), inputs=own.inputs.without_last())
+        damped = Damping(own, self.strength, weight.device, wide_dtype(weight))
+        rows = matrix.layout.groups * (matrix.layout.inputs if matrix.layout.inputs_first else matrix.layout.outputs)
+        return _Protected(key, (weight,) if bias is None else (weight, bias), own.matrix, damped, rows)
+
+    def _bias(self, key: str, own: LayerDirections, bias: nn.Parameter) -> _Protected:
+        """A bias that moves without its weight: its input is 1, whose second moment is the last number of A."""
+        matrix = own.matrix
+        layout = matrix.layout._replace(inputs=1, inputs_first=False)
+        alone = own.inputs.dense()[:, -1:, -1:]
+        spectrum = Spectrum(alone[:, :, 0], torch.ones_like(alone), alone.new_zeros(len(alone)))
+        single = Matrix(matrix.bias or "", None, layout)
+        narrowed = replace(own, matrix=single, inputs=spectrum)
+        damped = Damping(narrowed, self.strength, bias.device, wide_dtype(bias))
+        return _Protected(key, (bias,), single, damped, layout.groups * layout.outputs)
+
+    def _single(self, name: str, own: DiagonalDirections, parameters: Mapping[str, nn.Parameter]) -> _Protected | None:
+        parameter = parameters.get(name)
+        if parameter is None:
+            return None
+        squares = own.squares.to(parameter.device, wide_dtype(parameter))
+        factor = diagonal_damping(squares, own.mass, self.strength)
+        return _Protected(name, (parameter,), None, factor, len(squares) if squares.ndim else 1)
+
+
+def _is_as_remembered(parameter: nn.Parameter, befores: Mapping[int, Tensor]) -> bool:
+    old = befores[id(parameter)]
+    return old.shape == parameter.shape and old.device == parameter.device
+
+
+def _share_removed(parts: list[tuple[float, float]]) -> float:
+    before, after = (sum(side) for side in zip(*parts, strict=True)) if parts else (0.0, 0.0)
+    return 1 - after / before if before else 0.0
+
+
+def checked_every(every: object) -> int:
+    """Steps between two projections.
+
+    Raises:
+        OptionError: it is not a whole number, or below 1.
+    """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise OptionError(f"every must be a whole number of steps, at least 1; got {every!r}.")
+    return every

@@ -1,0 +1,444 @@
+"""The value Directions: what a memory keeps of Kronecker factors, as spectra per weight matrix.
+
+Owns how the factors of tasks are combined, the predicted change of outputs, and how much room is left. Must not know
+models or optimizers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor
+
+from memsyn.errors import MismatchError
+from memsyn.matrices import EXACT_WIDTH, Layout, Matrix
+from memsyn.parameters import layer_of
+from memsyn.storage.reading_and_writing import Groups, checked_count
+from memsyn.values.factors import KroneckerFactors, matrices_from, matrices_header
+from memsyn.values.spectra import Spectrum, combined
+
+RANK: Final = 64
+"""How many eigenvectors of each side are kept by default; the measurements are in docs/decisions.md."""
+
+STRENGTH: Final = 10.0
+"""c: the default strength of a projection, chosen on permuted-fashion and scripts8 (docs/decisions.md)."""
+
+FLOOR: Final = 0.1
+"""mu: the part of an input direction's weight that does not depend on the output direction."""
+
+
+def damping(inputs: Tensor, outputs: Tensor | None, strength: float = STRENGTH) -> Tensor:
+    """1 / (1 + c a_j ((1 - mu) s_i + mu)), by which a step's change is multiplied: (G, m, n), or (G, 1, n) without S.
+
+    Args:
+        inputs: a, (G, n), eigenvalues of A, with a mean of 1 for each task.
+        outputs: s, (G, m), eigenvalues of S, with mean 1; None if it is not known: then s is 1.
+        strength: c.
+    """
+    weights = inputs.unsqueeze(1)
+    if outputs is not None:
+        weights = weights * ((1 - FLOOR) * outputs.unsqueeze(2) + FLOOR)
+    return 1 / (1 + strength * weights)
+
+
+def diagonal_damping(squares: Tensor, mass: float, strength: float = STRENGTH) -> Tensor:
+    """1 / (1 + c sum_t ((1 - mu) g_t / mean(g_t) + mu)), for a parameter without a matrix.
+
+    Args:
+        squares: sum_t g_t / mean(g_t), of the parameter's shape; g_t are mean squared gradients.
+        mass: the number of tasks.
+        strength: c.
+    """
+    return 1 / (1 + strength * ((1 - FLOOR) * squares + FLOOR * mass))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class LayerDirections:
+    """The second moments of one matrix over all tasks.
+
+    Attributes:
+        matrix: which parameter, and how it is read.
+        inputs: sum over tasks of A, each scaled to mean eigenvalue 1.
+        outputs: the mean over tasks of S, each scaled to mean eigenvalue 1; None if only inputs were measured.
+        mass: the number of tasks; with rule `mean` 1, with `ema` at most 1.
+        scales: the mean eigenvalues of A and of S, averaged over tasks, by which the units of the outputs come back.
+        counts: the positions and the samples that were measured.
+    """
+
+    matrix: Matrix
+    inputs: Spectrum
+    outputs: Spectrum | None
+    mass: float
+    scales: tuple[float, float]
+    counts: tuple[int, int]
+
+    def room(self, strength: float = STRENGTH) -> float:
+        """The share of directions in which more than half of a step remains, from 0 to 1."""
+        outputs = None if self.outputs is None else _expanded(self.outputs)
+        return float((damping(_expanded(self.inputs), outputs, strength) > 0.5).double().mean())
+
+    def predicted_change(self, change: Tensor) -> float:
+        """tr(S D A D^T) in units of squared outputs, for a change D (G, m, n) of the matrix with its bias column."""
+        dtype = torch.promote_types(change.dtype, self.inputs.values.dtype)
+        wide = change.to(dtype)
+        by_inputs = _weighted(wide, self.inputs)
+        if self.outputs is None:
+            return float(by_inputs.sum()) * self.scales[0] / self.mass
+        # sum_ij s_i a_j (U^T D V)_ij^2, with U^T taken first and A's form taken row by row.
+        total = 0.0
+        for group in range(len(wide)):
+            own = wide[group]
+            spectrum = self.outputs
+            rest = float(spectrum.rest[group])
+            vectors = None if spectrum.vectors is None else spectrum.vectors[group].to(dtype)
+            rotated = own if vectors is None else vectors.T @ own
+            values = spectrum.values[group].to(dtype) - (rest if vectors is not None else 0.0)
+            own_inputs = Spectrum(
+                self.inputs.values[group : group + 1],
+                None if self.inputs.vectors is None else self.inputs.vectors[group : group + 1],
+                self.inputs.rest[group : group + 1],
+            )
+            total += float((_weighted(rotated.unsqueeze(0), own_inputs)[0] * values).sum())
+            total += rest * float(by_inputs[group].sum()) if vectors is not None else 0.0
+        return total * self.scales[0] * self.scales[1] / self.mass
+
+
+def _weighted(rows: Tensor, inputs: Spectrum) -> Tensor:
+    """d_i A d_i^T for each row of (G, rows, n): (G, rows)."""
+    values, rest = inputs.values.to(rows), inputs.rest.to(rows)
+    if inputs.vectors is None:
+        return (rows.square() * values.unsqueeze(1)).sum(2)
+    kept = ((rows @ inputs.vectors.to(rows)).square() * (values - rest.unsqueeze(1)).unsqueeze(1)).sum(2)
+    return kept + rest.unsqueeze(1) * rows.square().sum(2)
+
+
+def _expanded(spectrum: Spectrum) -> Tensor:
+    """All n eigenvalues, (G, n)."""
+    rest = spectrum.rest.unsqueeze(1).expand(-1, spectrum.width - spectrum.rank)
+    return torch.cat([spectrum.values, rest], 1)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class DiagonalDirections:
+    """A parameter that is no matrix: `squares` sum_t g_t / mean(g_t), `mass` the number of tasks, `scale` mean(g)."""
+
+    squares: Tensor
+    mass: float
+    scale: float
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """The directions of a model that its tasks rely on.
+
+    Attributes:
+        layers: key -> matrix, as in `KroneckerFactors`.
+        diagonal: parameter -> squared gradients, for parameters that are no matrices.
+        rank: the number of eigenvectors that are kept of each side; None: all.
+        free: the parameters that were measured, and that no output relied on.
+    """
+
+    layers: dict[str, LayerDirections] = field(default_factory=dict)
+    diagonal: dict[str, DiagonalDirections] = field(default_factory=dict)
+    rank: int | None = RANK
+    free: frozenset[str] = frozenset()
+
+    def names(self) -> set[str]:
+        """The parameters that are protected."""
+        weights = {own.matrix.weight for own in self.layers.values()}
+        return weights | {own.matrix.bias for own in self.layers.values() if own.matrix.bias} | self.diagonal.keys()
+
+    def only(self, names: Container[str]) -> Directions:
+        """Those of some parameters."""
+        layers = {key: own for key, own in self.layers.items() if own.matrix.weight in names}
+        diagonal = {name: own for name, own in self.diagonal.items() if name in names}
+        return replace(self, layers=layers, diagonal=diagonal, free=frozenset(n for n in self.free if n in names))
+
+    def check(self, parameters: Mapping[str, Tensor]) -> None:
+        """Check that parameters can be read as the matrices of these directions; they may have more rows.
+
+        Raises:
+            MismatchError: names those that cannot, or none is there at all.
+        """
+        wrong = []
+        for own in self.layers.values():
+            parameter, layout = parameters.get(own.matrix.weight), own.matrix.layout
+            if parameter is not None and not _fits(parameter, layout):
+                wrong.append(f"{own.matrix.weight} (expected {layout}, the model has {tuple(parameter.shape)})")
+        for name, diagonal in self.diagonal.items():
+            shape = parameters[name].shape if name in parameters else diagonal.squares.shape
+            if shape[1:] != diagonal.squares.shape[1:] or (len(shape) and shape[0] < len(diagonal.squares)):
+                wrong.append(f"{name} (expected {tuple(diagonal.squares.shape)}, the model has {tuple(shape)})")
+        if wrong or (self.names() and not self.names() & parameters.keys()):
+            raise MismatchError(
+                f"the memory is of another architecture: {'; '.join(wrong) or 'the model has none of its parameters'}. "
+                "Use the model it was made with, or measure this model."
+            )
+
+    def room(self, strength: float = STRENGTH) -> dict[str, float]:
+        """Key of a matrix -> the share of its directions in which more than half of a step remains."""
+        return {key: own.room(strength) for key, own in self.layers.items()}
+
+    def num_numbers(self) -> int:
+        """How many numbers are kept."""
+        return sum(tensor.numel() for members in self.groups().values() for tensor in members.values())
+
+    def predicted_change(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, float]:
+        """Layer -> the mean squared change of the outputs on the measured data, to second order.
+
+        tr(S D A D^T) for matrices, with D the change of a weight and its bias; sum g D^2 for other parameters. Changes
+        of several layers are taken as independent. With rows that only `after` has, those of `before` are compared.
+        """
+        found: dict[str, float] = {}
+        for own in self.layers.values():
+            matrix = own.matrix
+            change = self._change(matrix, before, after)
+            layer = layer_of(matrix.weight)
+            found[layer] = found.get(layer, 0.0) + own.predicted_change(change)
+        for name, diagonal in self.diagonal.items():
+            change = _difference(name, before, after, diagonal.squares.shape)
+            own_change = float((diagonal.squares.to(change) * change.square()).sum()) * diagonal.scale / diagonal.mass
+            found[layer_of(name)] = found.get(layer_of(name), 0.0) + own_change
+        return found
+
+    @staticmethod
+    def _change(matrix: Matrix, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Tensor:
+        change = matrix.layout.matrix(_difference(matrix.weight, before, after, None))
+        if matrix.bias is None:
+            return change
+        bias = _difference(matrix.bias, before, after, None).reshape(matrix.layout.groups, -1, 1)
+        return torch.cat([change, bias.to(change)], 2)
+
+    def groups(self) -> Groups:
+        """The tensors by group and name, as a file holds them."""
+        groups: Groups = {name: {} for name in GROUPS}
+        for key, own in self.layers.items():
+            for side, spectrum in (("input", own.inputs), ("output", own.outputs)):
+                if spectrum is not None:
+                    groups[f"{side}_values"][key] = spectrum.values
+                    groups[f"{side}_rest"][key] = spectrum.rest
+                    if spectrum.vectors is not None:
+                        groups[f"{side}_vectors"][key] = spectrum.vectors
+        groups["diagonal"] = {name: own.squares for name, own in self.diagonal.items()}
+        return groups
+
+    def header(self) -> dict[str, Any]:
+        """The entry of a file's metadata."""
+        numbers = {
+            key: {"mass": own.mass, "scales": list(own.scales), "counts": list(own.counts)}
+            for key, own in self.layers.items()
+        }
+        return {
+            "matrices": matrices_header({key: own.matrix for key, own in self.layers.items()}),
+            "numbers": numbers,
+            "diagonal": {name: [own.mass, own.scale] for name, own in self.diagonal.items()},
+            "rank": self.rank,
+            "free": sorted(self.free),
+        }
+
+    @classmethod
+    def from_file(cls, header: Mapping[str, Any], groups: Groups) -> Directions:
+        """Read what `header` and `groups` returned.
+
+        Raises:
+            LookupError, TypeError, ValueError: they are not those of directions.
+        """
+        layers = {}
+        for key, matrix in matrices_from(header["matrices"]).items():
+            numbers = header["numbers"][key]
+            mass = _positive(numbers["mass"])
+            (inputs_scale, outputs_scale), (positions, samples) = numbers["scales"], numbers["counts"]
+            inputs = _spectrum(groups, "input", key, matrix.width, matrix.layout.groups)
+            outputs = _spectrum(groups, "output", key, matrix.layout.outputs, matrix.layout.groups)
+            if inputs is None:
+                raise KeyError(f"input_values/{key}")
+            scales = (_positive(inputs_scale), _positive(outputs_scale))
+            counts = (checked_count(positions), checked_count(samples))
+            layers[key] = LayerDirections(matrix, inputs, outputs, mass, scales, counts)
+        diagonal = {}
+        for name, squares in groups.get("diagonal", {}).items():
+            mass, scale = header["diagonal"][name]
+            if not squares.is_floating_point() or bool((squares < 0).any()):
+                raise ValueError(f"diagonal/{name} holds negative values")
+            diagonal[name] = DiagonalDirections(squares, _positive(mass), float(scale))
+        rank = header["rank"]
+        free = frozenset(str(name) for name in header["free"])
+        return cls(layers, diagonal, None if rank is None else checked_count(rank), free)
+
+
+def _fits(parameter: Tensor, layout: Layout) -> bool:
+    """Whether a parameter is the weight of a layout, or has more rows."""
+    outputs, inputs = (layout.inputs, layout.outputs) if layout.inputs_first else (layout.outputs, layout.inputs)
+    rows = layout.groups * outputs
+    columns = math.prod(parameter.shape[1:]) if parameter.ndim else 0
+    return columns == inputs and (len(parameter) == rows or (layout.groups == 1 and len(parameter) > rows))
+
+
+GROUPS: Final = (
+    "input_values",
+    "input_rest",
+    "input_vectors",
+    "output_values",
+    "output_rest",
+    "output_vectors",
+    "diagonal",
+)
+"""The groups of a file that hold directions."""
+
+ORTHONORMAL: Final = 1e-2
+"""How far V^T V in a file may be from the identity."""
+
+
+def _positive(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+        raise ValueError(f"expected a positive number, got {value!r:.40}")
+    return float(value)
+
+
+def _spectrum(groups: Groups, side: str, key: str, width: int, num_groups: int) -> Spectrum | None:
+    """A spectrum from a file, with its checks: shapes, no negative eigenvalue, orthonormal vectors."""
+    values = groups.get(f"{side}_values", {}).get(key)
+    if values is None:
+        return None
+    vectors, rest = groups.get(f"{side}_vectors", {}).get(key), groups[f"{side}_rest"][key]
+    rank = width if vectors is None else vectors.shape[-1]
+    shapes = [tuple(values.shape), tuple(rest.shape), (num_groups, width, rank)]
+    found = (num_groups, width, rank) if vectors is None else tuple(vectors.shape)
+    if shapes != [(num_groups, rank), (num_groups,), found] or not 0 < rank <= width:
+        raise ValueError(f"{side}_values/{key}: its shapes do not fit the matrix")
+    if not all(t.is_floating_point() for t in (values, rest)) or bool((values < 0).any()) or bool((rest < 0).any()):
+        raise ValueError(f"{side}_values/{key} holds negative values")
+    if vectors is not None:
+        if not vectors.is_floating_point():
+            raise ValueError(f"{side}_vectors/{key} is {vectors.dtype}")
+        product = vectors.float().transpose(1, 2) @ vectors.float()
+        if not bool(((product - torch.eye(rank)).abs() <= ORTHONORMAL).all()):
+            raise ValueError(f"{side}_vectors/{key}: its columns are not orthonormal")
+    return Spectrum(values, vectors, rest)
+
+
+def _difference(
+    name: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor], shape: torch.Size | None
+) -> Tensor:
+    for which, weights in (("before", before), ("after", after)):
+        if name not in weights:
+            raise MismatchError(f"{name} is not among the weights {which} the change.")
+    old, new = before[name].detach(), after[name].detach()
+    wide = torch.promote_types(old.dtype, torch.float32)
+    if shape is not None and old.shape != shape:
+        old = old[: shape[0]]
+    return new[: len(old)].to(old.device, wide) - old.to(wide) if new.ndim else new.to(old.device, wide) - old.to(wide)
+
+
+def consolidated(
+    old: Directions, factors: KroneckerFactors, weights: tuple[float, float], rank: int | None
+) -> Directions:
+    """The directions of all tasks: A is added up with the weights (old, new), S averaged in the same proportion.
+
+    With weights (1, 1), rule `sum`, the masses of tasks count their number. A matrix or parameter that only one side
+    has is taken over. A matrix whose inputs are zero (it was not used) is left out.
+    """
+    layers = dict(old.layers)
+    for key, matrix in factors.matrices.items():
+        inputs, outputs = factors.spectrum("inputs", key, rank), factors.spectrum("outputs", key, rank)
+        if inputs is None:
+            continue
+        counts = (round(float(factors.sums[f"positions/{key}"])), factors.num_samples)
+        found = LayerDirections(
+            matrix,
+            inputs[0],
+            None if outputs is None else outputs[0],
+            1.0,
+            (inputs[1], 1.0 if outputs is None else outputs[1]),
+            counts,
+        )
+        layers[key] = _combined(layers[key], found, weights, rank) if key in layers else found
+    diagonal = dict(old.diagonal)
+    for name, total in factors.sums.items():
+        side, _, parameter = name.partition("/")
+        mean = float(total.double().mean()) if side == "diagonal" and total.numel() else 0.0
+        if mean > 0:
+            own = DiagonalDirections(total / mean, 1.0, mean / factors.num_samples)
+            before = diagonal.get(parameter)
+            diagonal[parameter] = own if before is None else _combined_diagonal(before, own, weights)
+    found = Directions(layers, diagonal, rank)
+    return replace(found, free=frozenset((old.free | factors.routes.keys()) - found.names()))
+
+
+def _combined(
+    old: LayerDirections, new: LayerDirections, weights: tuple[float, float], rank: int | None
+) -> LayerDirections:
+    old = _grown(old, new.matrix)
+    masses = weights[0] * old.mass, weights[1] * new.mass
+    mass = sum(masses)
+    shares = masses[0] / mass, masses[1] / mass
+    inputs = combined(old.inputs, new.inputs, weights, rank, EXACT_WIDTH)
+    outputs = None
+    if old.outputs is not None and new.outputs is not None:
+        outputs = combined(old.outputs, new.outputs, shares, rank, EXACT_WIDTH)
+    scales = [shares[0] * one + shares[1] * other for one, other in zip(old.scales, new.scales, strict=True)]
+    counts = (old.counts[0] + new.counts[0], old.counts[1] + new.counts[1])
+    return LayerDirections(new.matrix, inputs, outputs, mass, (scales[0], scales[1]), counts)
+
+
+def _combined_diagonal(
+    old: DiagonalDirections, new: DiagonalDirections, weights: tuple[float, float]
+) -> DiagonalDirections:
+    squares = old.squares.to(new.squares)
+    if squares.shape != new.squares.shape:
+        squares = torch.cat([squares, torch.zeros_like(new.squares[len(squares) :])])
+    mass = weights[0] * old.mass + weights[1] * new.mass
+    scale = (weights[0] * old.mass * old.scale + weights[1] * new.mass * new.scale) / mass
+    return DiagonalDirections(weights[0] * squares + weights[1] * new.squares, mass, scale)
+
+
+def merged(one: Directions, other: Directions) -> Directions:
+    """The directions of the samples of both, for replicas that each consolidated once, at the same weights.
+
+    Exact for spectra that are kept whole. Of truncated ones, the mean of the rest is taken for what each has cut.
+    """
+    layers, diagonal = {**other.layers, **one.layers}, {**other.diagonal, **one.diagonal}
+    for key in one.layers.keys() & other.layers.keys():
+        mine, theirs = one.layers[key], other.layers[key]
+        if mine.matrix != theirs.matrix:
+            raise MismatchError(f"{key} is read as another matrix in the other memory: they cannot be merged.")
+        spectra, scales = [mine.inputs, mine.outputs], [1.0, 1.0]
+        for side, (own, their) in enumerate(((mine.inputs, theirs.inputs), (mine.outputs, theirs.outputs))):
+            if own is not None and their is not None:
+                whole = mine.counts[side] + theirs.counts[side]
+                parts = tuple(layer.counts[side] * layer.scales[side] / whole for layer in (mine, theirs))
+                scales[side] = sum(parts)
+                shares = parts[0] / scales[side], parts[1] / scales[side]
+                spectra[side] = combined(own, their, shares, one.rank, EXACT_WIDTH)
+        counts = (mine.counts[0] + theirs.counts[0], mine.counts[1] + theirs.counts[1])
+        assert spectra[0] is not None
+        layers[key] = LayerDirections(mine.matrix, spectra[0], spectra[1], 1.0, (scales[0], scales[1]), counts)
+    found = Directions(layers, diagonal, one.rank)
+    return replace(found, free=(one.free | other.free) - found.names())
+
+
+def _grown(own: LayerDirections, matrix: Matrix) -> LayerDirections:
+    """A matrix's directions after its parameter got more rows: nothing is known of the new ones.
+
+    Raises:
+        MismatchError: the parameter has changed in another way.
+    """
+    if own.matrix == matrix:
+        return own
+    before, after = own.matrix.layout, matrix.layout
+    grown = before._replace(outputs=after.outputs, inputs=after.inputs)
+    more = after.outputs >= before.outputs and after.inputs >= before.inputs
+    if grown != after or not more or (own.matrix.bias is None) != (matrix.bias is None) or after.groups > 1:
+        raise MismatchError(
+            f"{matrix.weight} was read as {before}, and is now read as {after}: its directions cannot be combined. "
+            "Use the model that the memory was made with."
+        )
+    outputs = None if own.outputs is None else own.outputs.wider(after.outputs)
+    return replace(own, matrix=matrix, inputs=own.inputs.wider(matrix.width), outputs=outputs)

@@ -1,0 +1,303 @@
+"""The value KroneckerFactors: second moments of weight matrices, as sums over samples.
+
+Owns addition, files and summaries of factors. How a memory keeps them is in `directions`.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor
+
+from memsyn.errors import MismatchError, OptionError
+from memsyn.matrices import Layout, Matrix
+from memsyn.parameters import layer_of
+from memsyn.storage.reading_and_writing import FACTORS, Groups, checked_count, read, well_formed, write
+from memsyn.values.importance import check_same_shapes
+from memsyn.values.spectra import Spectrum, spectrum_of, spectrum_of_sketch
+
+BOTH: Final = "second moments of inputs and output gradients"
+INPUTS: Final = "second moments of inputs"
+
+MOMENTS: Final = "moments"
+"""The group of a file that holds the sums."""
+
+
+@dataclass(frozen=True)
+class FactorSummary:
+    """The second moments of one layer in numbers."""
+
+    layer: str
+    num_weights: int
+    inputs: int
+    """Input directions, with that of a bias."""
+    outputs: int
+    input_dimension: float
+    """tr(A)^2 / tr(A^2): how many directions the inputs fill, from 1 to `inputs`."""
+    output_dimension: float | None
+    """The same of S; None if only inputs were measured."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class KroneckerFactors:
+    """Which directions of each weight matrix matter: A = E[x x^T] of its inputs, S = E[d d^T] of its output gradients.
+
+    For y = W x, of all samples, tokens, positions and uses: A is the mean of x x^T over positions, S the sum of d d^T
+    over the positions of a sample, averaged over samples. A bias is a further column of W, whose input is 1. A change D
+    of W changes the output's squared norm, to second order and on average, by about tr(S D A D^T) (Martens and Grosse
+    2015; Ritter et al. 2018).
+
+    Attributes:
+        sums: name -> sum over samples. `inputs/<key>` (G, n, n) and `outputs/<key>` (G, m, m) for G groups of a matrix;
+            (n,) the counts of a table's rows; `inputs_sketch/<key>` (G, n, l) with `inputs_trace/<key>` in place of a
+            matrix that is too wide, and so for outputs; `positions/<key>` the number of x; `diagonal/<parameter>` sums
+            of squared gradients, for parameters that are no matrices.
+        num_samples: the number of samples.
+        matrices: key -> which parameter is read as a matrix, and how. A key is the weight's name.
+        routes: parameter name -> how it was computed.
+        objective: the function of the output whose gradient is d.
+        quantity_of: `BOTH` or `INPUTS`: whether there are second moments of output gradients.
+        fingerprint: of the weights at which it was measured; known if an `Observer` measured, else None.
+    """
+
+    sums: dict[str, Tensor]
+    num_samples: int
+    matrices: dict[str, Matrix]
+    routes: dict[str, str] = field(default_factory=dict)
+    objective: str = "signed_outputs"
+    magnitude: str = BOTH
+    fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "num_samples", checked_count(operator.index(self.num_samples)))
+        except (TypeError, ValueError):
+            raise OptionError(f"num_samples must be a whole number below 2^63, got {self.num_samples!r:.40}.") from None
+        if self.num_samples < 1:
+            raise OptionError(f"factors need at least one sample, got num_samples={self.num_samples}.")
+
+    @property
+    def quantity(self) -> tuple[str, str]:
+        """Objective, and which second moments. Only factors of the same quantity can be added."""
+        return self.objective, self.magnitude
+
+    def inputs(self, key: str) -> Tensor:
+        """A of a matrix, (G, n, n), or (n,) for the rows of a table: the mean of x x^T over positions.
+
+        Raises:
+            MismatchError: there is no such matrix, or it is so wide that only a sketch of A was summed.
+        """
+        return self._whole("inputs", key) / self.sums[f"positions/{key}"].clamp_min(1.0)
+
+    def outputs(self, key: str) -> Tensor:
+        """S of a matrix, (G, m, m): the sum of d d^T over a sample's positions, averaged over samples.
+
+        Raises:
+            MismatchError: there is no such matrix, only its inputs were measured, or only a sketch of S was summed.
+        """
+        return self._whole("outputs", key) / self.num_samples
+
+    def _whole(self, side: str, key: str) -> Tensor:
+        if f"{side}/{key}" not in self.sums:
+            raise MismatchError(f"there is no whole second moment of the {side} of {key!r}.")
+        return self.sums[f"{side}/{key}"]
+
+    def spectrum(self, side: str, key: str, rank: int | None = None) -> tuple[Spectrum, float] | None:
+        """The eigenvectors of A (`inputs`) or S (`outputs`), scaled to mean eigenvalue 1, and that scale.
+
+        The scale is the mean eigenvalue of A or S. None if this side was not measured, or is zero.
+        """
+        count = float(self.sums[f"positions/{key}"]) if side == "inputs" else float(self.num_samples)
+        if f"{side}/{key}" in self.sums:
+            found, mean = spectrum_of(self.sums[f"{side}/{key}"], rank)
+        elif f"{side}_sketch/{key}" in self.sums:
+            found, mean = spectrum_of_sketch(self.sums[f"{side}_sketch/{key}"], self.sums[f"{side}_trace/{key}"], rank)
+        else:
+            return None
+        return (found, mean / count) if mean > 0 and count > 0 else None
+
+    def lost(self, key: str, rank: int | None = None) -> dict[str, float]:
+        """The share of a second moment's trace that its kept eigenvectors leave out, by side (`inputs`, `outputs`).
+
+        Of a sketch, this is exactly the nuclear norm of what the sketch lost, relative to the trace. It is replaced by
+        its mean, never by zero.
+        """
+        found = {side: self.spectrum(side, key, rank) for side in ("inputs", "outputs")}
+        return {side: own[0].lost() for side, own in found.items() if own is not None}
+
+    def __add__(self, other: KroneckerFactors) -> KroneckerFactors:
+        """The factors over the samples of both, the same as measuring all samples together.
+
+        A matrix or parameter that only one of the two has used is taken over.
+
+        Raises:
+            MismatchError: quantities or shapes differ, or both fingerprints are known and differ.
+        """
+        if self.quantity != other.quantity:
+            raise MismatchError(
+                f"cannot add factors of different quantities: {self.magnitude} of {self.objective} and "
+                f"{other.magnitude} of {other.objective}."
+            )
+        if None not in (self.fingerprint, other.fingerprint) and self.fingerprint != other.fingerprint:
+            raise MismatchError("cannot add factors that were measured at different weights.")
+        clash = [k for k, matrix in self.matrices.items() if other.matrices.get(k, matrix) != matrix]
+        if clash:
+            raise MismatchError(f"{', '.join(clash)}: the two read this weight as a matrix in different ways.")
+        both = self.sums.keys() & other.sums.keys()
+        check_same_shapes(_only(self.sums, both), _only(other.sums, both), "the first factors", "the second factors")
+        sums = {**other.sums, **self.sums}
+        sums |= {name: self.sums[name] + other.sums[name].to(self.sums[name].device) for name in both}
+        taken = {matrix.weight for matrix in (self.matrices | other.matrices).values()}
+        sums = {name: total for name, total in sums.items() if name.removeprefix("diagonal/") not in taken}
+        of = self.fingerprint if self.fingerprint == other.fingerprint else None
+        count, routes = self.num_samples + other.num_samples, {**other.routes, **self.routes}
+        matrices = {**self.matrices, **other.matrices}
+        return KroneckerFactors(sums, count, matrices, routes, self.objective, self.magnitude, of)
+
+    def summary(self) -> list[FactorSummary]:
+        """Per matrix, how many directions its inputs and output gradients fill."""
+        found = []
+        for key, matrix in self.matrices.items():
+            sides = {side: self.spectrum(side, key) for side in ("inputs", "outputs")}
+            dimensions = {side: None if own is None else own[0].dimension() for side, own in sides.items()}
+            groups, outputs = matrix.layout.groups, matrix.layout.outputs
+            found.append(
+                FactorSummary(
+                    layer=layer_of(matrix.weight),
+                    num_weights=groups * outputs * matrix.width,
+                    inputs=groups * matrix.width,
+                    outputs=groups * outputs,
+                    input_dimension=dimensions["inputs"] or 0.0,
+                    output_dimension=dimensions["outputs"],
+                )
+            )
+        return found
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file atomically, tensor by tensor. It holds the sums.
+
+        Args:
+            path: the file, or a URL, as for `Memory.save`.
+
+        Raises:
+            MemoryFileError: the file cannot be written; an old file stays.
+        """
+        write(path, FACTORS, self.header(), {MOMENTS: self.sums})
+
+    def header(self) -> dict[str, Any]:
+        """The entries of a file's metadata."""
+        known = {} if self.fingerprint is None else {"fingerprint": self.fingerprint}
+        return {
+            "objective": self.objective,
+            "magnitude": self.magnitude,
+            "num_samples": self.num_samples,
+            "routes": self.routes,
+            "matrices": matrices_header(self.matrices),
+            **known,
+        }
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> KroneckerFactors:
+        """Read a file that `save` wrote, from a path or a URL. Tensors are on the CPU.
+
+        Raises:
+            MemoryFileError: the file is missing, damaged, holds no factors, or is of a newer format.
+        """
+        return cls.from_file(path, *read(path, FACTORS))
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], header: Mapping[str, Any], groups: Groups) -> KroneckerFactors:
+        """The factors in the header and groups that `storage.reading_and_writing.read` returned.
+
+        Raises:
+            MemoryFileError: they are not as `save` writes them.
+        """
+        with well_formed(path):
+            of = header.get("fingerprint")
+            if not isinstance(of, str | None):
+                raise TypeError(f"fingerprint is {of!r:.40}")
+            matrices = matrices_from(header["matrices"])
+            sums = groups[MOMENTS]
+            _check_sums(sums, matrices)
+            routes = {str(name): str(route) for name, route in header["routes"].items()}
+            count = checked_count(header["num_samples"])
+            return cls(sums, count, matrices, routes, str(header["objective"]), str(header["magnitude"]), of)
+
+
+def _only(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    return {name: tensors[name] for name in names}
+
+
+def matrices_header(matrices: Mapping[str, Matrix]) -> dict[str, Any]:
+    """Matrices as plain values, for a file's metadata."""
+    return {key: {"weight": m.weight, "bias": m.bias, "layout": list(m.layout)} for key, m in matrices.items()}
+
+
+def matrices_from(plain: Mapping[str, Any]) -> dict[str, Matrix]:
+    """Read what `matrices_header` returned.
+
+    Raises:
+        LookupError, TypeError, ValueError: the values are not those of matrices.
+    """
+    found = {}
+    for key, own in plain.items():
+        groups, outputs, inputs, inputs_first, is_table = own["layout"]
+        sizes = [checked_count(size) for size in (groups, outputs, inputs)]
+        flags = (inputs_first, is_table)
+        if not all(isinstance(flag, bool) for flag in flags) or not isinstance(own["bias"], str | None):
+            raise TypeError(f"the layout of {key} is {own!r:.80}")
+        found[key] = Matrix(str(own["weight"]), own["bias"], Layout(sizes[0], sizes[1], sizes[2], *flags))
+    return found
+
+
+SYMMETRY: Final = 1e-3
+"""How far a second moment in a file may be from its transpose, relative to its largest number."""
+
+
+def _check_sums(sums: Mapping[str, Tensor], matrices: Mapping[str, Matrix]) -> None:
+    """Refuse sums that no samples can have.
+
+    Raises:
+        ValueError, KeyError: names the sum.
+    """
+    for name, total in sums.items():
+        side, _, key = name.partition("/")
+        if not total.is_floating_point():
+            raise ValueError(f"{name} is {total.dtype}; expected a floating point type")
+        if side == "diagonal":
+            wrong = bool((total < 0).any())
+        else:
+            matrix = matrices[key]
+            width = matrix.width if side.startswith("inputs") else matrix.layout.outputs
+            shapes = {
+                "inputs": (width,) if matrix.layout.is_table else (matrix.layout.groups, width, width),
+                "outputs": (matrix.layout.groups, width, width),
+                "positions": (),
+            }
+            expected = shapes.get(side, tuple(total.shape) if side in _SKETCHED else None)
+            wrong = tuple(total.shape) != expected or not _can_be_moment(total, side)
+        if wrong:
+            raise ValueError(f"{name} is no sum of second moments")
+    missing = [key for key in matrices if f"positions/{key}" not in sums]
+    if missing:
+        raise ValueError(f"positions/{missing[0]} is missing")
+
+
+_SKETCHED: Final = ("inputs_sketch", "inputs_trace", "outputs_sketch", "outputs_trace")
+
+
+def _can_be_moment(total: Tensor, side: str) -> bool:
+    """Whether a sum is symmetric and has no negative diagonal."""
+    if side.endswith("_sketch"):
+        return total.ndim == 3
+    if total.ndim < 3:
+        return not bool((total < 0).any())
+    largest = total.abs().amax() if total.numel() else torch.zeros(())
+    close = (total - total.transpose(1, 2)).abs().amax() <= SYMMETRY * largest if total.numel() else True
+    return bool(close) and not bool((total.diagonal(dim1=1, dim2=2) < 0).any())

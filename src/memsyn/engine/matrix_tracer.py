@@ -6,9 +6,10 @@ formulas are in `kernels.second_moments`.
 Unlike importance, second moments need no batch axis: they are sums over all samples and positions alike.
 """
 
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple, final
+from typing import Any, Final, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,9 @@ class _Found(NamedTuple):
     use: MatrixUse
     part: _Part
     groups: int
-    bias: tuple[str, _Part] | None
+    bias: str | None
+    others: frozenset[str]
+    """The other parameters of the operation, for instance the bias of a transposed convolution."""
 
 
 @final
@@ -77,11 +80,13 @@ class MatrixFinder(Tracer):
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], root: Tensor | None = None) -> None:
         super().__init__(parameters)
+        self.num_positions: Counter[str] = Counter()
+        """Weight -> the positions of all of its uses."""
         self.others: set[str] = set()
         """The parameters that are used in another way."""
         self.gradients: dict[str, Tensor] = {}
         """Weight -> sum d x^T over the uses found, in the weight's shape."""
-        self._parameters, self._root = parameters, root
+        self.parameters, self._root = parameters, root
         self._found: dict[tuple[str, bool], list[_Found]] = {}
         """(weight, whether it is used as a table) -> its uses."""
 
@@ -89,24 +94,26 @@ class MatrixFinder(Tracer):
         """Run the operation, and note how it uses its parameters."""
         given = arguments(function, args, kwargs)
         values = _values(self.values, given)
-        found = matrix_use(function, given, values, self._parameters)
+        found = matrix_use(function, given, values, self.parameters)
         operand = None if found is None else given[found.use.operand].detach().clone()
         output = function(*args, **kwargs)
         if found is None:
-            follow_views(self.values, values, output, self.others)
+            follow_views(self.values, values, function, output, self.others)
             return output
         self._found.setdefault((found.name, found.use.is_table), []).append(found)
+        self.others |= found.others
+        self.num_positions[found.name] += output.numel()
         if self._root is None or not output.requires_grad:
             return output
         result = attach_to_root(output, self._root, changed=False, saves_output=operation_of(function).saves_output)
-        options = {place: value for place, value in given.items() if not isinstance(value, Tensor)}
+        options = _options(given, found.use, self.parameters[found.name].shape)
         result.register_hook(partial(self._add_gradient, found, options, operand))
         return result
 
     def _add_gradient(self, found: _Found, options: Mapping[str, Any], operand: Tensor | None, grad: Tensor) -> None:
         assert operand is not None
         with without_function_modes():
-            parameter, part = self._parameters[found.name], found.part
+            parameter, part = self.parameters[found.name], found.part
             total = self.gradients.setdefault(found.name, torch.zeros_like(parameter))
             shape = parameter.shape[::-1] if part.transposed else (part.stop - part.start, *parameter.shape[1:])
             shape = torch.Size(shape)
@@ -122,12 +129,12 @@ class MatrixFinder(Tracer):
 
     def matrices(self) -> dict[str, Matrix]:
         """Key -> matrix. The key is the weight's name; for a tied weight's use as a table, followed by AS_TABLE."""
-        biases = [(use.bias[0], name) for (name, _), uses in self._found.items() for use in uses if use.bias]
+        biases = [(use.bias, name) for (name, _), uses in self._found.items() for use in uses if use.bias]
         shared = {bias for bias, name in biases if any(b == bias and n != name for b, n in biases)}
         found: dict[str, Matrix] = {}
         for (name, is_table), uses in self._found.items():
             layouts = {self._layout(use) for use in uses}
-            bias = {use.bias[0] if use.bias else None for use in uses}
+            bias = {use.bias for use in uses}
             if name in self.others or len(layouts) > 1 or None in layouts:
                 continue
             layout = layouts.pop()
@@ -143,11 +150,11 @@ class MatrixFinder(Tracer):
 
     def _layout(self, found: _Found) -> Layout | None:
         use, part = found.use, found.part
-        whole = part.stop - part.start == len(self._parameters[found.name])
+        whole = part.stop - part.start == len(self.parameters[found.name])
         if found.groups > 1 and not whole:
             return None
         turned = use if not part.transposed else MatrixUse(use.operand, use.outputs, use.inputs, not use.inputs_first)
-        layout = layout_of(turned, self._parameters[found.name].shape, found.groups)
+        layout = layout_of(turned, self.parameters[found.name].shape, found.groups)
         # A part of the inputs is not a matrix of its own: its second moment lacks the products with the other parts.
         if (layout.inputs_first and not whole) or (found.groups > 1 and layout.inputs == 1):
             return None
@@ -160,7 +167,7 @@ def matrix_use(
     values: Mapping[str, Value],
     parameters: Mapping[str, nn.Parameter],
 ) -> _Found | None:
-    """How an operation uses its parameters, if it uses one as a matrix and at most one more as that matrix's bias."""
+    """How an operation uses its parameters, if it uses one as a matrix; another one may be that matrix's bias."""
     operation = operation_of(function)
     places = [place for place in values if place in operation.matrices]
     if len(places) != 1:
@@ -168,29 +175,35 @@ def matrix_use(
     (place,) = places
     use, value = operation.matrices[place], values[place]
     others = values.keys() - {place}
-    if others - {use.bias} or len(value.names) != 1 or any(given.get(name, 1) != 1 for name in ("alpha", "beta")):
+    if len(value.names) != 1 or any(given.get(name, 1) != 1 for name in ("alpha", "beta")):
         return None
     (name,) = value.names
     part = part_of(value.tensor, parameters[name])
     if part is None or (value.tensor.ndim != 2 and function in _PRODUCTS) or use.operand in others:
         return None
     bias = None
-    if use.bias is not None and use.bias in others:
+    if use.bias is not None and use.bias in others and len(values[use.bias].names) == 1:
         (bias_name,) = values[use.bias].names
         bias_part = part_of(values[use.bias].tensor, parameters[bias_name])
-        if bias_part is None or (not use.inputs_first and bias_part[:2] != part[:2]):
-            return None
-        bias = bias_name, bias_part
-    return _Found(name, use, part, given.get("groups", 1), bias)
+        if bias_part is not None and (use.inputs_first or bias_part[:2] == part[:2]):
+            bias, others = bias_name, others - {use.bias}
+    names = frozenset[str]().union(*(values[other].names for other in others))
+    return _Found(name, use, part, given.get("groups", 1), bias, names)
+
+
+def _options(given: Mapping[str, Any], use: MatrixUse, shape: torch.Size) -> dict[str, Any]:
+    """What the rows of output gradients need of a call: its arguments that are no tensors, and which lookups count."""
+    options = {place: value for place, value in given.items() if not isinstance(value, Tensor)}
+    if use.is_table and options.get("padding_idx") is not None:
+        with without_function_modes():
+            options["counted"] = given[use.operand] % shape[0] != options["padding_idx"] % shape[0]
+    return options
 
 
 def _one_hot(tensor: Tensor, options: Mapping[str, Any], shape: torch.Size) -> Iterator[Tensor]:
     """The inputs of a lookup as vectors with a single 1, or none for the padding row: (1, positions, rows)."""
-    vectors = torch.nn.functional.one_hot(tensor.reshape(-1) % shape[0], shape[0])
-    padding = options.get("padding_idx")
-    if padding is not None:
-        vectors[:, padding] = 0
-    yield vectors.unsqueeze(0)
+    vectors, counted = torch.nn.functional.one_hot(tensor.reshape(-1) % shape[0], shape[0]), options.get("counted")
+    yield (vectors if counted is None else vectors[counted.reshape(-1)]).unsqueeze(0)
 
 
 _PRODUCTS = frozenset((torch.matmul, Tensor.matmul, torch.mm, Tensor.mm))
@@ -200,10 +213,18 @@ def _values(known: Mapping[int, Value], given: Mapping[str, Any]) -> dict[str, V
     return {place: value for place, argument in given.items() if (value := known.get(id(argument)))}
 
 
+CONSTANT: Final = frozenset(
+    f"{name}{end}" for name in ("new_", "") for end in ("zeros", "ones", "empty", "full", "tensor")
+) | {"detach", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"}
+"""Operations whose results take nothing but the shape, the dtype or the constant value of a parameter."""
+
+
 def follow_views(
-    known: dict[int, Value], values: Mapping[str, Value], output: Any, others: set[str] | None = None
+    known: dict[int, Value], values: Mapping[str, Value], function: Function, output: Any, others: set[str]
 ) -> None:
     """Note views of parameters in an operation's output. All other results use their parameters in another way."""
+    if name_of(function) in CONSTANT:
+        return
     for tensor in tensors_of(output):
         if id(tensor) in known:  # `W.contiguous()` is W
             continue
@@ -211,7 +232,7 @@ def follow_views(
         own = None if base is None else known.get(id(base))
         if own is not None and own.tensor is base:
             known[id(tensor)] = Value(tensor, own.names, own.path)
-        elif others is not None and tensor.is_floating_point():
+        elif tensor.is_floating_point():
             others.update(*(value.names for value in values.values()))
 
 
@@ -250,6 +271,7 @@ class MatrixTracer(Tracer):
         given = arguments(function, args, kwargs)
         values = _values(self.values, given)
         found = matrix_use(function, given, values, self._parameters)
+        self.others |= frozenset() if found is None else found.others
         key = "" if found is None else self._key(found)
         if found is None or key not in self._matrices:
             return self._run_other(function, args, kwargs, values)
@@ -265,8 +287,7 @@ class MatrixTracer(Tracer):
         saves_output = operation_of(function).saves_output
         result = attach_to_root(output, self._root, changed=False, saves_output=saves_output)
         if adds:
-            options = {place: value for place, value in given.items() if not isinstance(value, Tensor)}
-            result.register_hook(partial(self._add_outputs, key, found, options))
+            result.register_hook(partial(self._add_outputs, key, found, _options(given, found.use, self._shape(found))))
         return result
 
     def _key(self, found: _Found) -> str:
@@ -278,7 +299,7 @@ class MatrixTracer(Tracer):
     ) -> Any:
         output = function(*args, **kwargs)
         others = set[str]()
-        follow_views(self.values, values, output, others)
+        follow_views(self.values, values, function, output, others)
         known = {matrix.weight for matrix in self._matrices.values()}
         if others & known:
             raise ModelError(

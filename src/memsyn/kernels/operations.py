@@ -33,7 +33,7 @@ from memsyn.kernels.rules import (
     scaled,
     times_operand,
 )
-from memsyn.kernels.second_moments import MatrixUse, channels, features, rows_of_table, windows
+from memsyn.kernels.second_moments import MatrixUse, channels, features, gradients_of_table, rows_of_table, windows
 from memsyn.torch_private import PACKED_SEQUENCES
 
 Function = Callable[..., Any]
@@ -159,7 +159,7 @@ OPERATIONS: dict[Callable[..., Any], Operation] = {
         ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
         {"weight": Rule("input", embedding, shared_as="table")},
         saves_output=False,
-        matrices={"weight": MatrixUse("input", rows_of_table, features, inputs_first=True, is_table=True)},
+        matrices={"weight": MatrixUse("input", rows_of_table, gradients_of_table, inputs_first=True, is_table=True)},
     ),
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _CONV),
     **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), _CONV_TRANSPOSE),

@@ -91,6 +91,12 @@ def rows_of_table(tensor: Tensor, options: Mapping[str, Any], shape: torch.Size)
     yield index if padding is None else index[index != padding % shape[0]]
 
 
+def gradients_of_table(tensor: Tensor, options: Mapping[str, Any], shape: torch.Size) -> Iterator[Tensor]:
+    """The output gradients of a lookup, (1, positions, features), without those of the padding row."""
+    rows, counted = tensor.reshape(1, -1, tensor.shape[-1]), options.get("counted")
+    yield rows if counted is None else rows[:, counted.reshape(-1)]
+
+
 # Sums
 
 

@@ -5,6 +5,7 @@ the routes of `measurement`. Must not know files.
 """
 
 import math
+from collections import Counter
 from collections.abc import Container, Mapping
 from contextlib import nullcontext
 from typing import Final, final
@@ -61,11 +62,12 @@ class FactorScorer(Scorer):
         They take no gradient from now on. Of output gradients, a matrix is only taken if sum d x^T over its uses is the
         gradient of autograd: then no use of it is hidden.
         """
-        root = torch.zeros((), requires_grad=True)
-        finder = MatrixFinder(parameters, root)
-        with finder:
-            values = self._output_scorer.scores(model, parameters, batch.copied(), position)
+        several = batch if batch.num_samples != 1 else batch.map(lambda t: torch.cat([t, t]) if len(t.shape) else t)
+        finder, values = self._watched(model, parameters, several, position)
         found = finder.matrices()
+        if several.num_samples is not None:
+            constant = self._constant(finder, model, several, position)
+            found = {key: matrix for key, matrix in found.items() if matrix.weight not in constant}
         if self.needs_outputs:
             names = sorted({matrix.weight for matrix in found.values()})
             expected = gradients(values.sum(), {name: parameters[name] for name in names})
@@ -76,6 +78,27 @@ class FactorScorer(Scorer):
             parameters[name].requires_grad_(False)
             self._parameters[name] = parameters[name]
         return zero_sums(found, self._parameters, outputs=self.needs_outputs, rank=self._rank)
+
+    def _watched(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, position: Position
+    ) -> tuple[MatrixFinder, Tensor]:
+        """Run the model once while a finder watches; returns the finder and the objectives."""
+        finder = MatrixFinder(parameters, torch.zeros((), requires_grad=True))
+        with finder:
+            values = self._output_scorer.scores(model, parameters, batch.copied(), position)
+        return finder, values
+
+    def _constant(self, together: MatrixFinder, model: nn.Module, batch: Batch, position: Position) -> set[str]:
+        """Weights whose positions do not add up over samples.
+
+        Such a weight is applied to a constant, as a row of a position table or a learned query. With two samples it has
+        as many positions as with one, and its output gradient is summed over samples before it arrives.
+        """
+        counts: Counter[str] = Counter()
+        for sample in batch.one_by_one():
+            alone, _ = self._watched(model, together.parameters, sample, position)
+            counts.update(alone.num_positions)
+        return {name for name, number in together.num_positions.items() if counts[name] != number}
 
     def scores(
         self,

@@ -4,7 +4,7 @@ Owns the clone of the model that is measured, the time of route checks, the sums
 resumes. Must not know loaders, progress or files.
 """
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, final
@@ -162,7 +162,10 @@ class Measurement:
         used = scorer.add_inputs(self.copy, self.parameters, batch.copied(), index)
         if any(self.table.routes[name] == UNUSED for name in used):
             with self._new_matrices_only():
-                self._take_matrices(batch, Position(index, self.num_samples), used)
+                for few in (*route_check.samples_to_check(batch), batch):
+                    if any(self.table.routes[name] == UNUSED for name in used):
+                        self._take_matrices(few, Position(index, self.num_samples))
+                self.table.routes.update((name, BY_RULE) for name in used if self.table.routes[name] == UNUSED)
                 scorer.add_inputs(self.copy, self.parameters, batch.copied(), index)
         for name in used & self.parameters.keys():
             sums[name] += batch.num_samples
@@ -181,7 +184,7 @@ class Measurement:
         finally:
             self.scorer.excluded = set()
 
-    def _take_matrices(self, batch: Batch, position: Position, used: Container[str]) -> None:
+    def _take_matrices(self, batch: Batch, position: Position) -> None:
         """Measure the weights that the batch uses as matrices by their second moments, from now on."""
         assert isinstance(self.scorer, FactorScorer)
         assert self.copy is not None
@@ -190,8 +193,7 @@ class Measurement:
         names = self.scorer.names()
         self.parameters = {name: p for name, p in self.parameters.items() if name not in names}
         self.sums.replace(names, zeros)
-        others = {name: BY_RULE for name in self.parameters if name in used and not self.scorer.needs_outputs}
-        self.table.routes.update(others | dict.fromkeys(names, BY_FACTORS))
+        self.table.routes.update(dict.fromkeys(names, BY_FACTORS))
 
     def _pass(self, scores: Scores, batch: Batch, only: set[str] | None) -> Passed:
         assert self.sums is not None
@@ -213,6 +215,8 @@ class Measurement:
         if isinstance(self.scorer, FactorScorer) and not self.scorer.needs_outputs:
             # No gradient is computed, so there is no route to check.
             self._make_copy()
+            for parameter in self.parameters.values():
+                parameter.requires_grad_(False)
             table.routes, table.seen = dict.fromkeys(table.routes, UNUSED), Seen.SEVERAL_SAMPLES
             return
         for few in route_check.samples_to_check(batch):
@@ -225,7 +229,7 @@ class Measurement:
             assert self.copy is not None
             self.scorer.check_complete(self.copy, self.parameters, few, index)
             if isinstance(self.scorer, FactorScorer):
-                self._take_matrices(few, position, ())
+                self._take_matrices(few, position)
             open_questions = table.unproven if only is None else only & table.slow
             if table.seen == Seen.ONE_SAMPLE or not open_questions:
                 break

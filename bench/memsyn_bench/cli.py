@@ -16,6 +16,7 @@ from memsyn import MemsynError, OptionError
 from memsyn.cli.screen import plain_errors, say
 from memsyn_bench.extensions import NamedEntries
 from memsyn_bench.methods.registry import METHODS, MethodEntry
+from memsyn_bench.optimizers import OPTIMIZERS
 from memsyn_bench.pages.export import write_mlflow, write_tensorboard
 from memsyn_bench.pages.plots import plot_accuracy, plot_strengths
 from memsyn_bench.pages.run_page import read_runs, write_run_page
@@ -76,13 +77,18 @@ def run_(
     size: Annotated[int | None, typer.Option(help="Side of the images in pixels.", show_default=ITS_OWN)] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over each task's images.", show_default=ITS_OWN)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images in a step.", show_default=ITS_OWN)] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of Adam.", show_default=ITS_OWN)] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate.", show_default=f"{ITS_OWN}, scaled for the optimizer")
+    ] = None,
     warmup: Annotated[
         int | None, typer.Option(help="Number of first epochs in which only heads are trained.", show_default=ITS_OWN)
     ] = None,
     strength: Annotated[
         str, typer.Option(help="A number for all methods; own: each method's default; chosen: by validation data.")
     ] = OWN,
+    optimizer: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.", show_default=ITS_OWN)
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/SEQUENCE")] = None,
 ) -> None:
     """Run methods through a sequence of tasks, one after the other.
@@ -97,7 +103,7 @@ def run_(
     with plain_errors():
         options = {"size": size, "epochs": epochs, "batch_size": batch_size, "lr": lr, "warmup": warmup}
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        own = default_settings(sequence)
+        own = default_settings(sequence, optimizer=optimizer)
         if epochs is not None:
             given.setdefault("warmup", min(own.warmup, max(epochs, 0)))
         settings = replace(own, strength=parse_strength(strength), **given)

@@ -9,8 +9,10 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from memsyn import OptionError
+from memsyn_bench.optimizers import ADAM, OPTIMIZERS
 
 OWN, CHOSEN = "own", "chosen"
 
@@ -24,10 +26,11 @@ class Settings:
         size: the side of the images in pixels.
         epochs: passes over a task's training images.
         batch_size: images in a step.
-        lr: the learning rate of Adam, which starts afresh with each task.
+        lr: the learning rate of the optimizer, which starts afresh with each task.
         warmup: the number of first epochs in which only heads are trained.
         strength: a number for every method that has a strength; "own": each method's default; "chosen": what the
             protocol of `memsyn_bench.running.strengths` finds on validation data, method by method.
+        optimizer: a name of `memsyn_bench.optimizers.OPTIMIZERS`.
 
     Raises:
         OptionError: a value is out of range.
@@ -40,6 +43,7 @@ class Settings:
     lr: float = 3e-3
     warmup: int = 0
     strength: float | str = OWN
+    optimizer: str = ADAM
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lr", float(self.lr))  # 1 and 1.0 have one fingerprint
@@ -50,16 +54,23 @@ class Settings:
             raise OptionError(f"lr must be finite and above 0, got {self.lr}.")
         if not 0 <= self.warmup <= self.epochs:
             raise OptionError(f"warmup must be from 0 to the {self.epochs} epochs, got {self.warmup}.")
+        if self.optimizer not in OPTIMIZERS:
+            raise OptionError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {self.optimizer!r}.")
         if isinstance(self.strength, str):
             if self.strength not in (OWN, CHOSEN):
                 raise OptionError(f"strength must be a number, {OWN} or {CHOSEN}; got {self.strength!r}.")
         elif not (math.isfinite(self.strength) and self.strength >= 0):
             raise OptionError(f"strength must be finite and not negative, got {self.strength}.")
 
+    def recorded(self) -> dict[str, Any]:
+        """The settings as files hold them. Adam is left out: older files and fingerprints are without optimizer."""
+        values = asdict(self)
+        return {name: value for name, value in values.items() if (name, value) != ("optimizer", ADAM)}
+
     @property
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits of the SHA-256 of the settings."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        text = json.dumps(self.recorded(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -74,9 +85,10 @@ def parse_strength(text: str) -> float | str:
 def training_words(settings: Settings) -> str:
     """One sentence: how every method of a run is trained."""
     warmup = f", in the first {settings.warmup} heads alone" if settings.warmup else ""
+    optimizer = OPTIMIZERS[settings.optimizer].words
     epochs = "1 epoch" if settings.epochs == 1 else f"{settings.epochs} epochs"
     return (
-        f"{epochs} a task{warmup}, Adam, lr {settings.lr:g}, batch size {settings.batch_size}, "
+        f"{epochs} a task{warmup}, {optimizer}, lr {settings.lr:g}, batch size {settings.batch_size}, "
         f"{_strength_words(settings.strength)}."
     )
 

@@ -1,5 +1,6 @@
 """The command: what it prints, writes and exits with."""
 
+import json
 import sys
 from dataclasses import replace
 
@@ -44,7 +45,7 @@ def test_no_option_comes_or_goes_unnoticed():
         "list": [],
         "run": [
             "sequence", "--methods", "--seeds", "--size", "--epochs", "--batch-size", "--lr", "--warmup",
-            "--strength", "--out",
+            "--strength", "--optimizer", "--out",
         ],
         "report": ["runs", "--out", "-o", "--png", "--tensorboard", "--mlflow"],
         "results": ["files", "--out", "-o"],
@@ -106,6 +107,28 @@ def test_the_rest_is_the_sequences_own_and_no_more_epochs_warm_up_than_there_are
     assert "epochs must be at least 1, got 0" in refused.stderr
 
 
+def test_another_optimizer_has_a_default_learning_rate_of_its_own(tmp_path):
+    command = ["run", "tiny", *QUICK, "--methods", "finetune"]
+    for optimizer, given, words in (
+        ("adam", (), "Adam, lr 0.003"),
+        ("adamw", (), "AdamW with weight decay 0.01, lr 0.003"),
+        ("sgd", (), "SGD with momentum 0.9, lr 0.015"),
+        ("sgd", ("--lr", "0.5"), "SGD with momentum 0.9, lr 0.5"),
+    ):
+        out = tmp_path / f"{optimizer}{len(given)}"
+        assert f"1 epoch a task, {words}," in call(*command, "--optimizer", optimizer, *given, "--out", out).output
+        assert f"1 epoch a task, {words}," in (out / "table.md").read_text()
+    for name, written in (("adam0", None), ("sgd0", "sgd")):
+        line = (tmp_path / name / "results.jsonl").read_text().splitlines()[0]
+        assert json.loads(line)["settings"].get("optimizer") == written
+    refused = call(*command, "--out", tmp_path / "sgd0", code=1).stderr
+    assert "lr is 0.015 there and 0.003 here, optimizer is sgd there and adam here. Use another --out" in refused
+    assert "or continue them with --lr 0.015 --optimizer sgd." in refused
+    refused = call(*command, "--optimizer", "sgd", "--lr", "0.003", "--out", tmp_path / "adam0", code=1).stderr
+    assert "optimizer is adam there and sgd here" in refused
+    assert "or continue them with --optimizer adam." in refused
+
+
 def test_a_strength_is_a_number_or_chosen_on_validation_data(tmp_path):
     command = ["run", "tiny", *QUICK, "--methods", "mas", "--strength"]
     call(*command, "0.5", "--out", tmp_path / "number")
@@ -148,6 +171,10 @@ def test_ctrl_c_says_how_to_continue_and_the_same_command_does(tmp_path, monkeyp
         (["tiny", *QUICK, "--methods", "x"], f"error: methods must be of {NAMES}, separated by commas; got 'x'."),
         (["tiny", "--size", "8", "--lr", "0"], "error: lr must be finite and above 0, got 0.0."),
         (["tiny", "--size", "8", "--strength", "x"], "error: strength must be a number, own or chosen; got 'x'."),
+        (
+            ["tiny", *QUICK, "--optimizer", "x"],
+            "error: optimizer must be one of adam, adamw, sgd, rmsprop, lion; got 'x'.",
+        ),
         (["tiny", "--size", "32"], "error: size must be one of 8; got 32."),
     ],
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """What a run writes down: settings, result lines and checkpoints, also when a process died while it wrote."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from memsyn_bench.running.record import (
     append_strength,
     append_task,
     read_all,
+    read_run,
 )
 from memsyn_bench.settings import Settings
 
@@ -112,6 +114,7 @@ def test_equal_settings_have_one_fingerprint():
         ("strength", "mine", "strength must be a number, own or chosen; got 'mine'"),
         ("warmup", -1, "warmup must be from 0 to the 20 epochs, got -1"),
         ("warmup", 21, "warmup must be from 0 to the 20 epochs, got 21"),
+        ("optimizer", "x", "optimizer must be one of adam, adamw, sgd, rmsprop, lion; got 'x'"),
         ("strength", float("inf"), "strength must be finite and not negative, got inf"),
     ],
 )
@@ -124,11 +127,30 @@ def test_the_fingerprint_is_of_every_setting():
     others = [
         replace(SETTINGS, **{name: value})
         for name, value in {
-            "sequence": "x", "size": 9, "epochs": 9, "batch_size": 9, "lr": 9.0, "warmup": 9, "strength": 9.0
+            "sequence": "x", "size": 9, "epochs": 9, "batch_size": 9, "lr": 9.0, "warmup": 9, "strength": 9.0,
+            "optimizer": "sgd",
         }.items()
     ]  # fmt: skip
-    assert len({settings.fingerprint for settings in [SETTINGS, *others]}) == 8
+    assert len({settings.fingerprint for settings in [SETTINGS, *others]}) == 9
     assert Settings(sequence="tiny", size=8).fingerprint == SETTINGS.fingerprint
+
+
+def test_settings_with_adam_are_written_as_before_there_was_a_choice(path):
+    known = {"sequence": "tiny", "size": 8, "epochs": 20, "batch_size": 16, "lr": 0.003, "warmup": 0, "strength": "own"}
+    assert json.loads(path.read_text().splitlines()[0])["settings"] == known
+    digits = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
+    assert replace(SETTINGS, optimizer="adam").fingerprint == digits == "f63fabaa9910"
+    assert read_run(path).settings == SETTINGS
+
+
+def test_another_optimizer_is_written_and_read(tmp_path):
+    path, settings = tmp_path / "results.jsonl", replace(SETTINGS, optimizer="lion")
+    append_run(path, settings, 3)
+    assert json.loads(path.read_text())["settings"]["optimizer"] == "lion"
+    assert read_run(path).settings == settings
+    assert read_all(path, settings) == ([], [])
+    with pytest.raises(MemsynError, match=r"optimizer is lion there and adam here\. .* with --optimizer lion\."):
+        read_all(path, SETTINGS)
 
 
 @pytest.fixture

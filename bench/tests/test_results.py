@@ -307,6 +307,8 @@ def test_a_method_that_this_version_does_not_know_comes_last(tmp_path):
         {"strength": "chosen"},
         {"strength": 100.0},
         {"sequence": "split-fashion", "size": 28, "epochs": 2, "batch_size": 64, "lr": 1e-3},
+        {"optimizer": "sgd"},  # with Adam's learning rate
+        {"optimizer": "sgd", "lr": 0.03},
     ],
 )
 def test_the_command_makes_the_same_settings(tmp_path, changes):
@@ -320,9 +322,10 @@ def test_the_command_makes_the_same_settings(tmp_path, changes):
     assert (options.pop("methods"), options.pop("seeds"), options.pop("out")) == ("finetune,mas", 2, Path("runs/x"))
     options["strength"] = parse_strength(options["strength"])
     given = {name: value for name, value in options.items() if value is not None}
-    assert replace(default_settings(settings.sequence), **given) == settings
+    own = default_settings(settings.sequence, optimizer=settings.optimizer)
+    assert replace(own, **given) == settings
     assert " ".join(second).startswith(f"memsyn-bench run {settings.sequence} --methods si --seeds 1")
-    own = asdict(default_settings(settings.sequence))
+    own = {**asdict(own), "optimizer": "adam"}
     assert len(first) == 9 + 2 * sum(own[name] != value for name, value in asdict(settings).items())
 
 
@@ -343,6 +346,15 @@ def test_it_says_how_the_file_was_made_and_the_page_is_made_again(path):
     assert "memsyn-bench results docs/results/*.jsonl -o docs/results.md" in text
     assert "cannot be compared with the paper's" in text
     assert "2 epochs a task, Adam, lr 0.003" in text
+
+
+def test_the_page_names_the_optimizer_if_it_is_not_adam(path, tmp_path):
+    other = write(tmp_path / "other.jsonl", MATRICES, replace(SETTINGS, optimizer="sgd", lr=0.5))
+    text = page(path, other)
+    assert "tiny, 8x8, 3 seeds: three kinds of noise. 2 epochs a task, Adam, lr 0.003" in text
+    assert "tiny, 8x8, sgd, 3 seeds: three kinds of noise. 2 epochs a task, SGD with momentum 0.9, lr 0.5" in text
+    assert "--epochs 2 --lr 0.5 --optimizer sgd" in text
+    assert text.count("--optimizer") == 1
 
 
 def test_a_run_in_its_folder_goes_by_the_folders_name(tmp_path):

@@ -44,9 +44,10 @@ def cells(results: Results) -> list[list[str]]:
 
 
 def title(settings: Settings, num_seeds: int) -> str:
-    """The sequence, size and number of seeds of a run, in words."""
+    """The sequence, size and number of seeds of a run, in words, and the optimizer if it is not Adam."""
     seeds = "1 seed" if num_seeds == 1 else f"{num_seeds} seeds"
-    return f"{settings.sequence}, {settings.size}x{settings.size}, {seeds}"
+    optimizer = "" if settings.optimizer == Settings.optimizer else f"{settings.optimizer}, "
+    return f"{settings.sequence}, {settings.size}x{settings.size}, {optimizer}{seeds}"
 
 
 def note(settings: Settings, num_seeds: int) -> str:

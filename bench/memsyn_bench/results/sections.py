@@ -96,7 +96,9 @@ def commands(found: Findings) -> list[str]:
     for method, seed, _ in found.unfinished:
         seeds[method] = max(seeds.get(method, 0), seed + 1)
     others = []
-    for name, default in asdict(default_settings(settings.sequence)).items():
+    defaults = asdict(default_settings(settings.sequence, optimizer=settings.optimizer))
+    defaults["optimizer"] = default_settings(settings.sequence).optimizer
+    for name, default in defaults.items():
         value = getattr(settings, name)
         if value != default:
             others += [f"--{name.replace('_', '-')}", str(value).removesuffix(".0")]

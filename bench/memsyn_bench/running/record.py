@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from memsyn import MemsynError, OptionError
+from memsyn_bench.optimizers import ADAM
 from memsyn_bench.settings import Settings
 
 RESULTS_FILE = "results.jsonl"
@@ -100,7 +101,7 @@ def append_run(path: Path, settings: Settings, num_tasks: int) -> None:
         {
             "kind": "run",
             "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "settings": asdict(settings),
+            "settings": settings.recorded(),
             "num_tasks": num_tasks,
             "fingerprint": settings.fingerprint,
             "versions": versions,
@@ -206,7 +207,7 @@ def _with_tuples(entry: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _check_settings(path: Path, found: Mapping[str, Any], settings: Settings) -> None:
-    expected = asdict(settings)
+    found, expected = {"optimizer": ADAM, **found}, asdict(settings)
     others = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
     if others:
         differences = [f"{name} is {found.get(name)} there and {expected.get(name)} here" for name in others]

@@ -14,6 +14,7 @@ import torch
 
 from memsyn_bench.losses import Loss, cross_entropy
 from memsyn_bench.methods.method import Augment, Method, TaskTraining, frozen
+from memsyn_bench.optimizers import OPTIMIZERS
 from memsyn_bench.sequences.networks import Network
 from memsyn_bench.settings import Settings
 from memsyn_bench.task import Task
@@ -37,12 +38,12 @@ def task_training(
     seed: int,
     loss: Loss = cross_entropy,
 ) -> TaskTraining:
-    """A task about to be learned, with a fresh Adam over all parameters and the random numbers of (seed, task)."""
+    """A task about to be learned, with a fresh optimizer over all parameters and the random numbers of (seed, task)."""
     return TaskTraining(
         model=model,
         task=task,
         index=index,
-        optimizer=torch.optim.Adam(model.parameters(), lr=settings.lr),
+        optimizer=OPTIMIZERS[settings.optimizer].make(model.parameters(), settings.lr),
         settings=settings,
         augment=augment,
         loss=loss,
@@ -66,8 +67,8 @@ class TrainingResult:
 def train(training: TaskTraining, method: Method, after_epoch: Callable[[], object]) -> TrainingResult:
     """Train on one task through its head: its mean loss, and what the method adds. The caller calls `method.end`.
 
-    The other heads get no gradient of the task's loss, so Adam leaves them alone. Batches and augmentation come from
-    `training.generator`. In the first `warmup` epochs the backbone is frozen.
+    The other heads get no gradient of the task's loss, so the optimizer leaves them alone. Batches and augmentation
+    come from `training.generator`. In the first `warmup` epochs the backbone is frozen.
     """
     model, task, settings, optimizer = training.model, training.task, training.settings, training.optimizer
     method.begin(training)

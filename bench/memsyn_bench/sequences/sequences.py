@@ -24,6 +24,7 @@ from memsyn_bench.data.scripts import load_scripts8
 from memsyn_bench.data.sixds import load_6ds
 from memsyn_bench.extensions import NamedEntries
 from memsyn_bench.losses import Loss, cross_entropy, similarity_loss
+from memsyn_bench.optimizers import OPTIMIZERS
 from memsyn_bench.sequences.networks import MultiHead, Network, SharedHead, SmallConvNet, draw_weights, perceptron
 from memsyn_bench.sequences.pretrained import PretrainedBackbone, efficientnet_lite0, torchvision_backbone
 from memsyn_bench.settings import Settings
@@ -57,7 +58,7 @@ class TaskSequence:
     loss: Loss = cross_entropy
     scorings: tuple[str, ...] = ("multi-head", "class-incremental")
     shares_head: bool = False
-    training: Mapping[str, float] = field(default_factory=dict)
+    training: Mapping[str, float | str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.summary, str):
@@ -384,12 +385,16 @@ def find_sequence(name: str) -> TaskSequence:
     )
 
 
-def default_settings(name: str) -> Settings:
-    """The settings of a run of that sequence if none are given.
+def default_settings(name: str, *, optimizer: str | None = None) -> Settings:
+    """The settings of a run of that sequence if none but the optimizer are given; its learning rate is scaled.
 
     Raises:
-        OptionError: an unknown sequence.
+        OptionError: an unknown sequence or optimizer.
     """
     sequence = find_sequence(name)
     values: dict[str, Any] = {"sequence": name, "size": sequence.sizes[0], **sequence.training}
-    return Settings(**values)
+    own = Settings(**values)
+    if optimizer is None or optimizer == own.optimizer:
+        return own
+    other = replace(own, optimizer=optimizer)
+    return replace(other, lr=own.lr * OPTIMIZERS[optimizer].lr_factor / OPTIMIZERS[own.optimizer].lr_factor)

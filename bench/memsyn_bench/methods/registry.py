@@ -31,7 +31,7 @@ from memsyn_bench.methods.penalties import (
     si,
     test_images,
 )
-from memsyn_bench.methods.projections import Projection
+from memsyn_bench.methods.projections import OrthogonalProjection, Projection, adam_nscl, gpm
 from memsyn_bench.methods.references import Alone, FrozenBackbone
 from memsyn_bench.methods.rehearsal import PER_TASK, Rehearsal
 from memsyn_bench.task import Task
@@ -161,6 +161,14 @@ BUILT_IN_METHODS: dict[str, MethodEntry] = {
     "projected-full": MethodEntry("the same with all directions", lambda _: Projection(rank=None)),
     "projected-inputs": MethodEntry(
         "the same with the inputs' directions alone: forward passes only", lambda _: Projection(estimator="inputs")
+    ),
+    "gpm": MethodEntry(
+        "Gradient Projection Memory (Saha et al. 2021): gradients orthogonal to old tasks' inputs",
+        lambda _: OrthogonalProjection(gpm, of_updates=False),
+    ),
+    "adam-nscl": MethodEntry(
+        "Adam-NSCL (Wang et al. 2021): steps in the null space of old tasks' inputs",
+        lambda _: OrthogonalProjection(adam_nscl, of_updates=True),
     ),
     "rehearsal": MethodEntry(
         f"store {PER_TASK} images of each task and train on them beside", lambda _: Rehearsal(), stores_data=True

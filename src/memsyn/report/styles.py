@@ -76,8 +76,13 @@ METHOD_STYLES: Final = {
     "ewc": Style(GREEN, "diamond", "solid"),
     "si": Style(BROWN, "triangle-up", "longdash"),
     "rwalk": Style(GREEN, "triangle-down", "dash"),
+    "projected": Style(PURPLE, "square", "dot"),
+    "projected-full": Style(ORANGE, "diamond", "dot"),
+    "projected-inputs": Style(VERMILLION, "triangle-up", "dot"),
+    "gpm": Style(GREEN, "square", "dot"),
+    "adam-nscl": Style(SKY, "star", "solid"),
 }
-"""Method of the benchmark -> style. At most two share a colour, and these differ in marker and dash."""
+"""Method of the benchmark -> style. At most three share a colour, and these differ in marker and dash."""
 
 TAKEN: Final = {(style.colour, style.marker) for style in METHOD_STYLES.values()}
 FREE: Final = [Style(*look) for look in product(COLOURS, MARKERS, DASHES) if look[:2] not in TAKEN]

@@ -52,3 +52,34 @@ class Words(nn.Module):
 
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
         return self.head(self.table(ids).tanh()) * scale
+
+
+class TwoPaths(nn.Module):
+    """Uses its second layer and its scale only if a batch has `more`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3, dtype=torch.float64), nn.Linear(2, 3, dtype=torch.float64)
+        self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
+        return self.first(x).tanh() * self.scale if more is None else self.first(x).tanh() + self.second(more)
+
+
+def factors_of(model: nn.Module, batches: list[Any], estimator: str) -> memsyn.KroneckerFactors:
+    found = memsyn.measure(model, batches, estimator=estimator, progress=False)
+    assert isinstance(found, memsyn.KroneckerFactors)
+    return found
+
+
+def assert_same_factors(
+    found: memsyn.KroneckerFactors, expected: memsyn.KroneckerFactors, tolerance: float = 1e-12
+) -> None:
+    assert (found.num_samples, found.quantity) == (expected.num_samples, expected.quantity)
+    assert found.matrices == expected.matrices
+    # The routes of other parameters are those since the last restart.
+    matrices = {name for name, route in expected.routes.items() if route == "Kronecker factors"}
+    assert matrices == {name for name, route in found.routes.items() if route == "Kronecker factors"}
+    assert found.sums.keys() == expected.sums.keys()
+    for name, total in expected.sums.items():
+        assert (found.sums[name] - total).norm() <= tolerance * total.norm(), name

@@ -18,6 +18,7 @@ from memsyn.engine.routes import BY_RULE, BY_SAMPLE
 from memsyn.measuring.objectives import output_tensor
 from tests import reference
 from tests.cases import CASES, Case, Hidden, Lambda, hidden, normal, parameter
+from tests.serving import TwoPaths, assert_same_factors, factors_of
 
 NUM_SAMPLES = 7
 
@@ -800,3 +801,15 @@ def test_slow_parameters_need_batches_that_can_be_cut() -> None:
     texts = {"short": torch.randn(2, 5, 4)}
     with pytest.raises(memsyn.BatchError, match="without tensors cannot be cut"):
         memsyn.measure(model, ["short"], forward=lambda m, text: m(texts[text]), progress=False)
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+@pytest.mark.parametrize("estimator", ["inputs", "kronecker"])
+def test_a_matrix_that_a_later_single_sample_uses_first(estimator: str, is_reversed: bool) -> None:
+    """It is found then, and so is a parameter that is no matrix: the factors are those of larger batches."""
+    model, generator = TwoPaths(), torch.Generator().manual_seed(0)
+    x, y = (torch.randn(6, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    more = torch.randn(6, 2, generator=generator, dtype=torch.float64)
+    large = [{"x": x}, {"x": y, "more": more}][:: -1 if is_reversed else 1]
+    small = [{name: own[k : k + 1] for name, own in batch.items()} for batch in large for k in range(6)]
+    assert_same_factors(factors_of(model, small, estimator), factors_of(model, large, estimator), 1e-10)

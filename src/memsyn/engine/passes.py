@@ -239,9 +239,19 @@ def add_by_samples(
 
 
 def add_one_sample(
-    sums: Sums, parameters: Mapping[str, nn.Parameter], scores: Scores, sample: Batch, magnitude: Magnitude
-) -> int:
-    """Add f(g) of a batch of one sample, by an ordinary backward pass that a recorder watches. Returns 1."""
+    sums: Sums,
+    parameters: Mapping[str, nn.Parameter],
+    scores: Scores,
+    sample: Batch,
+    magnitude: Magnitude,
+    new: Container[str] = (),
+) -> set[str]:
+    """Add f(g) of a batch of one sample, by an ordinary backward pass that a recorder watches.
+
+    Returns:
+        Those parameters in `new` that the sample uses. Nothing was added for them.
+    """
+    used: set[str] = set()
     recorder = Recorder({}, Plans({}), lambda group: None)
     with torch.autograd.set_multithreading_enabled(False), recorder:
         values = scores(sample, 0, recorder)
@@ -249,9 +259,12 @@ def add_one_sample(
             run_backward(values.sum(), [recorder.root, *parameters.values()], retain_graph=False)
     for name, parameter in parameters.items():
         if parameter.grad is not None:
-            sums[name] += magnitude(parameter.grad.to_dense().to(sums[name].dtype, copy=True))
+            if name in new:
+                used.add(name)
+            else:
+                sums[name] += magnitude(parameter.grad.to_dense().to(sums[name].dtype, copy=True))
             parameter.grad = None
-    return len(values)
+    return used
 
 
 def add_batched(

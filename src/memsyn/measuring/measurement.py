@@ -24,10 +24,11 @@ from memsyn.engine.passes import (
 )
 from memsyn.engine.recorder import Recorder
 from memsyn.engine.routes import BY_FACTORS, BY_RULE, BY_SAMPLE, UNUSED
-from memsyn.errors import BatchError
+from memsyn.errors import BatchError, MemsynError
 from memsyn.kernels.outer_products import Workspace
 from memsyn.kernels.rules import MAGNITUDES
 from memsyn.kernels.running_sums import RunningSums
+from memsyn.matrices import Matrix
 from memsyn.measuring import route_check
 from memsyn.measuring.distributed import ProcessGroup, share_sums, sum_over_processes
 from memsyn.measuring.factor_scorer import SIDES, FactorScorer
@@ -132,7 +133,8 @@ class Measurement:
             if not self.scorer.needs_outputs:
                 return self._add_inputs(self.scorer, batch, index, sums)
             if self.table.seen == Seen.ONE_SAMPLE:
-                return add_one_sample(sums, self.parameters, scores, batch, magnitude)
+                self._add_one_sample(batch, index, sums)
+                return 1
         if self.table.seen == Seen.ONE_SAMPLE:  # all batches so far have one sample: ordinary backward passes
             return len(add_by_samples(sums, self.parameters, scores, batch, magnitude, together=None))
         passed = self._pass(scores, batch, None)
@@ -170,6 +172,19 @@ class Measurement:
         for name in used & self.parameters.keys():
             sums[name] += batch.num_samples
         return batch.num_samples
+
+    def _add_one_sample(self, batch: Batch, index: int, sums: dict[str, Tensor]) -> None:
+        """Add factors of a batch of one sample. A weight that no earlier batch has used may be a matrix."""
+        routes, scores = self.table.routes, partial(self._scores, index)
+        magnitude = MAGNITUDES[self.estimator.magnitude]
+        new = {name for name in self.parameters if routes[name] == UNUSED}
+        used = add_one_sample(sums, self.parameters, scores, batch, magnitude, new)
+        if used:
+            with self._new_matrices_only():
+                self._take_matrices(batch, Position(index, self.num_samples))
+                others = {name: self.parameters[name] for name in used & self.parameters.keys()}
+                routes.update(dict.fromkeys(others, BY_SAMPLE))
+                add_one_sample(sums, others, scores, batch, magnitude)
 
     @contextmanager
     def _new_matrices_only(self) -> Iterator[None]:
@@ -229,7 +244,13 @@ class Measurement:
             assert self.copy is not None
             self.scorer.check_complete(self.copy, self.parameters, few, index)
             if isinstance(self.scorer, FactorScorer):
-                self._take_matrices(few, position)
+                try:
+                    self._take_matrices(few, position)
+                except MemsynError:
+                    # The check ran in float64, and these samples overflow in float32: let another batch show the
+                    # matrices, before anything is measured.
+                    table.seen = Seen.NOTHING
+                    raise
             open_questions = table.unproven if only is None else only & table.slow
             if table.seen == Seen.ONE_SAMPLE or not open_questions:
                 break
@@ -303,18 +324,26 @@ class Measurement:
         return self.held(sums, self.num_samples, routes)
 
     def factors(
-        self, sums: dict[str, Tensor], num_samples: int, routes: dict[str, str] | None = None
+        self,
+        sums: dict[str, Tensor],
+        num_samples: int,
+        routes: dict[str, str] | None = None,
+        matrices: Mapping[str, Matrix] | None = None,
     ) -> KroneckerFactors:
-        """Kronecker factors from sums of this measurement."""
+        """Kronecker factors from sums of this measurement; or from other sums, of some of the given matrices."""
         assert isinstance(self.scorer, FactorScorer)
         check_finite(sums)
         magnitude = BOTH if self.scorer.needs_outputs else INPUTS
+        known = self.scorer.matrices if matrices is None else matrices
+        found = {key: matrix for key, matrix in known.items() if f"positions/{key}" in sums}
+        # Other sums may hold a parameter by its own name too, from before it was found to be a matrix: it is zero.
+        taken = {name for matrix in found.values() for name in (matrix.weight, matrix.bias) if name is not None}
         own = {name: route for name, route in (routes or self.table.routes).items() if not name.startswith(SIDES)}
         return KroneckerFactors(
-            self.scorer.completed(sums),
+            self.scorer.completed({name: total for name, total in sums.items() if name not in taken}),
             num_samples,
-            dict(self.scorer.matrices),
-            own,
+            found,
+            own | dict.fromkeys(taken, BY_FACTORS),
             self.estimator.name,
             magnitude,
             self.fingerprint,

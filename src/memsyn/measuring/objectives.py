@@ -435,7 +435,7 @@ def check_dependence(values: Tensor, own: Iterable[nn.Parameter]) -> None:
 
     Args:
         values: the objectives.
-        own: the parameters of the user's model.
+        own: the parameters of the user's model that take a gradient; there may be none.
 
     Raises:
         ModelError: it depends on the user's model.
@@ -443,7 +443,8 @@ def check_dependence(values: Tensor, own: Iterable[nn.Parameter]) -> None:
     """
     if values.requires_grad:
         _check_graph(values)
-        user_grads = torch.autograd.grad(values.sum(), list(own), retain_graph=True, allow_unused=True)
+        given = list(own)
+        user_grads = torch.autograd.grad(values.sum(), given, retain_graph=True, allow_unused=True) if given else ()
         if any(grad is not None for grad in user_grads):
             raise ModelError(
                 "the forward pass uses your model itself, not the model that it gets. In forward=lambda model, batch: "

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import memsyn
 from memsyn.cli import app
-from memsyn.live.weights_versions import WeightsVersion
+from memsyn.live.weights_versions import PrivateDraws, WeightsVersion
 from tests.serving import a_model, assert_same, begin, measured, requests
 
 
@@ -298,3 +298,17 @@ def test_outputs_that_are_drawn_are_still_refused(store: Path) -> None:
         observer.observe(requests(2)[1])
         assert observer.flush()
         assert "SamplesInteractError" in str(observer.stats().last_error)
+
+
+def test_draws_from_a_generator_of_its_own_are_nobody_elses() -> None:
+    """Random signs are such draws. They do not keep the slow dispatch mode on."""
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    with PrivateDraws() as draws:
+        first = torch.randint(2, (9,), generator=torch.Generator().manual_seed(1))
+        assert draws.num_draws == 0
+        torch.rand(3)
+        assert draws.num_draws == 1
+    assert torch.equal(first, torch.randint(2, (9,), generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(torch.rand(3), expected)

@@ -204,7 +204,8 @@ class PrivateDraws(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if torch.Tag.nondeterministic_seeded not in func.tags:
+        # A generator of its own is nobody else's: random signs come from one.
+        if torch.Tag.nondeterministic_seeded not in func.tags or (kwargs or {}).get("generator") is not None:
             return func(*args, **(kwargs or {}))
         self.num_draws += 1
         before = [generator.get_state() for generator in self._generators]

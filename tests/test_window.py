@@ -146,3 +146,26 @@ def test_a_sliding_window_with_a_clock_that_is_set_back() -> None:
     assert [bucket.header.place for bucket in window.buckets] == [20_000, 20_001, 20_002, 20_003]
     assert held(window, START + 3 * DAY) == (1121.0, 5)
     assert held(window, START + 8 * DAY) == (1100.0, 2)
+
+
+@pytest.mark.parametrize("given", [{}, {"last": timedelta(days=7)}, {"half_life": timedelta(days=1)}])
+def test_a_sum_that_appears_later_was_zero_before(given: dict[str, timedelta]) -> None:
+    window, full, days = Window(**given), Window(**given), 20
+    for day in range(days):
+        own = {**sums(day), "late": torch.full((4,), 1.0 + day, dtype=torch.float64)}
+        full.add({**own, "late": own["late"] if day >= 17 else 0 * own["late"]}, 1, day, START + day * DAY)
+        window.add(own if day >= 17 else sums(day), 1, day, START + day * DAY)
+    now = START + days * DAY - 1
+    header, groups, count = window.saved(now)
+    restored = Window(**given)
+    restored.restore(header, groups, sums(0))
+    for found in (window, restored):
+        values, number = found.value(now)
+        expected, _ = full.value(now)
+        assert number == count
+        assert all(torch.allclose(values[name], own, rtol=1e-12) for name, own in expected.items())
+        read = found.traces(now, lambda part: {name: float(own.sum()) for name, own in part.items()})
+        scale = count / found.total(now)[1]
+        assert {name: own * scale for name, own in read.items()} == pytest.approx(
+            {name: float(own.sum()) for name, own in expected.items()}
+        )

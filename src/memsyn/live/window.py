@@ -5,7 +5,7 @@ is given sums, and the time.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta, timezone
 from typing import Any, Final, final
@@ -41,7 +41,7 @@ class BucketHeader:
     weight: float
     """Sum of the samples' weights: their number, unless they decay."""
     total: float
-    """Sum of all of its sums."""
+    """Sum of all of its sums; of factors, the sum of all traces."""
 
     def scaled(self, factor: float) -> "BucketHeader":
         """The same samples with their weights times `factor`."""
@@ -114,12 +114,26 @@ class Window:
         headers = [bucket.header.scaled(self._factor(now)) for bucket in self.buckets]
         return sum(header.total for header in headers), sum(header.weight for header in headers)
 
+    def traces(self, now: float, of: Callable[[Mapping[str, Tensor]], dict[str, float]]) -> dict[str, float]:
+        """The numbers that `of` reads from some sums, added up over all sums as they count now; by name."""
+        self._expire(now)
+        found: dict[str, float] = {}
+        for bucket in self.buckets:
+            for part in bucket.sums.parts():
+                for name, own in of(part).items():
+                    found[name] = found.get(name, 0.0) + own * self._factor(now)
+        return found
+
     def add(self, sums: Mapping[str, Tensor], num_samples: int, total: float, served_at: float) -> None:
-        """Add the sums of samples that were served at a time; `total` is the sum of these sums."""
+        """Add the sums of samples that were served at a time; `total` is the sum of these sums, or of their traces.
+
+        A sum that is not in the window yet was zero until now.
+        """
         self._expire(served_at)
         self._rescale(served_at)
         bucket = self._bucket(sums, served_at)
-        weight = 1 / self._factor(served_at)
+        weight, known = 1 / self._factor(served_at), bucket.sums.recent
+        bucket.sums.replace((), {name: torch.zeros_like(own) for name, own in sums.items() if name not in known})
         for name, own in sums.items():
             bucket.sums.recent[name].add_(own, alpha=weight)
         old = bucket.header
@@ -187,24 +201,26 @@ class Window:
     def restore(self, header: Mapping[str, Any], groups: Groups, zeros: Mapping[str, Tensor]) -> None:
         """Go on from what `saved` returned; `zeros` has the shapes, dtypes and device of the sums.
 
+        Sums of other names keep their dtype.
+
         Raises:
             ValueError, KeyError: the header or the groups are not as `saved` makes them.
         """
-        self.origin = float(header["at"])
+        self.origin, device = float(header["at"]), next(iter(zeros.values())).device
         for values in header["buckets"]:
             own = record(BucketHeader, values)
             stored = groups["importance" if self.width is None else str(own.place)]
             # A weight of 2.6 was stored as 3 samples, with sums to match. Times 2.6 / 3 they are as before.
             ratio = 1.0 if self.half_life is None else own.weight / max(1, round(own.weight))
-            sums = {name: stored[name].to(zero) * ratio for name, zero in zeros.items()}
+            sums = {name: total.to(zeros.get(name, total)).to(device) * ratio for name, total in stored.items()}
             self.buckets.append(_Bucket(own, RunningSums(sums)))
 
     def _sums(self) -> dict[str, Tensor]:
         """The sums of all buckets, without rescaling."""
         first, *others = (_whole(bucket.sums) for bucket in self.buckets)
         for other in others:
-            for name, own in first.items():
-                own += other[name]
+            for name, own in other.items():
+                first[name] = first[name].add_(own) if name in first else own
         return first
 
     def _factor(self, now: float) -> float:

@@ -17,7 +17,16 @@ from torch.nn.utils import prune
 
 import memsyn
 from memsyn.measuring.model_copy import Onlooker, model_copy
-from tests.serving import Words, a_model, assert_same, begin, measured, requests
+from tests.serving import (
+    Words,
+    a_model,
+    assert_same,
+    assert_same_factors,
+    begin,
+    factors_of,
+    measured,
+    requests,
+)
 from tests.test_measure import Snapshot
 
 
@@ -255,6 +264,103 @@ def test_hooks_of_others_see_no_samples_again(store: Path) -> None:
         assert observer.stats().last_error is None
         assert_same(observer.importance(), expected)
     assert seen == [threading.current_thread().name] * 4
+
+
+# Factors
+
+
+FACTORS = pytest.mark.parametrize("estimator", ["inputs", "kronecker"])
+
+
+@FACTORS
+def test_factors_are_those_of_measure(estimator: str, store: Path) -> None:
+    """With seed 0 the signs are also the same. Requests of the same size are measured in their order."""
+    conv = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 2))
+    cases: list[tuple[nn.Module, list[Any], float]] = [
+        (a_model(), list(torch.randn(100, 4, dtype=torch.float64).split(1)), 1e-12),
+        (Words(), [{"ids": torch.randint(0, 10, (2, 3))} for _ in range(40)], 1e-12),
+        (conv.eval(), list(torch.randn(80, 1, 6, 6).split(2)), 1e-6),
+        (nn.Linear(2100, 2), list(torch.randn(6, 2100).split(1)), 1e-6),
+    ]
+    for index, (model, batches, tolerance) in enumerate(cases):
+        own = store.with_name(f"{index}.safetensors")
+        with begin(model, own, estimator=estimator) as observer:
+            for repetition in (1, 2):
+                for number, batch in enumerate(batches):
+                    observer.observe(batch)
+                    assert number or observer.flush()  # the first request is measured alone
+                assert observer.flush()
+                assert observer.stats().last_error is None
+                expected = factors_of(model, batches * repetition, estimator)
+                assert_same_factors(observer.factors(), expected, tolerance)
+                assert_same_factors(memsyn.KroneckerFactors.load(own), expected, tolerance)
+
+
+def test_the_other_result_is_an_error(store: Path) -> None:
+    with begin(a_model(), store, estimator="kronecker") as observer:
+        with pytest.raises(memsyn.OptionError, match=r"this observer measures factors, .* call factors\(\)"):
+            observer.importance()
+        with pytest.raises(memsyn.BatchError, match="nothing has been measured yet"):
+            observer.factors()
+    expected = pytest.raises(memsyn.OptionError, match=r"measures an importance per weight, .* call importance\(\)")
+    with begin(a_model(), store) as observer, expected:
+        observer.factors()
+
+
+def signs_of(places: Any, width: int) -> Tensor:
+    """sum v v^T over the samples at these places: the last layer's output gradients are the signs themselves."""
+    drawn = [torch.randint(2, (width,), generator=torch.Generator().manual_seed(place)) for place in places]
+    signs = (2 * torch.stack(drawn) - 1).double()
+    return signs.T @ signs
+
+
+def test_signs_never_repeat(store: Path) -> None:
+    """Not from batch to batch, nor if the model returns to earlier weights, nor after a restart with another seed."""
+    model, sample = nn.Linear(2, 32, bias=False).double(), torch.ones(1, 2, dtype=torch.float64)
+    weights = [model.weight.detach().clone(), model.weight.detach() + 1]
+    with begin(model, store, estimator="kronecker", max_batch=4) as observer:
+        for version, places in ((0, [*range(10)]), (1, [*range(10, 20)]), (0, [*range(10), *range(20, 30)])):
+            with torch.no_grad():
+                model.weight.copy_(weights[version])
+            for _ in range(10):
+                observer.observe(sample)
+            assert observer.flush()
+            assert torch.equal(observer.factors().sums["outputs/weight"][0], signs_of(places, 32))
+    with begin(model, store, estimator="kronecker", seed=1000) as observer:
+        observer.observe(sample)
+        assert observer.flush()
+        assert torch.equal(observer.factors().sums["outputs/weight"][0], signs_of([*places, 1000], 32))
+    found = []
+    for name in ("a", "b"):
+        with begin(model, store.with_name(name), estimator="kronecker", seed=None) as observer:
+            observer.observe(sample)
+            assert observer.flush()
+            found.append(observer.factors().sums["outputs/weight"])
+    assert not torch.equal(*found)
+
+
+@FACTORS
+def test_matrices_are_found_after_samples_that_overflow(estimator: str, store: Path) -> None:
+    """The check runs in float64, where exp(300) is finite. In float32 it is not, so these samples are left out."""
+
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(2, 3), nn.Linear(3, 1)
+            nn.init.ones_(self.first.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x).exp())
+
+    model, batches = Growing(), list(torch.randn(10, 2).split(1))
+    with begin(model, store, estimator=estimator) as observer:
+        observer.observe(torch.full((2, 2), 150.0))
+        assert observer.flush()
+        assert observer.stats().invalid == 2
+        for batch in batches:
+            observer.observe(batch)
+        assert observer.flush()
+        assert_same_factors(observer.factors(), factors_of(model, batches, estimator), 1e-5)
 
 
 # The caller

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import memsyn
 from memsyn.cli import app
 from memsyn.parameters import fingerprint, weights
-from tests.serving import a_model, assert_same, begin, measured, requests
+from tests.serving import TwoPaths, a_model, assert_same, assert_same_factors, begin, factors_of, measured, requests
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -216,3 +216,82 @@ def test_what_is_new_is_stored_at_exit(store: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, store], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("None\n", "")
     assert memsyn.Importance.load(store).num_samples == 1
+
+
+# Factors
+
+
+WINDOWS = [{}, {"last": timedelta(days=7)}, {"half_life": timedelta(days=365_000)}]
+
+
+@pytest.mark.parametrize("given", WINDOWS)
+@pytest.mark.parametrize("estimator", ["inputs", "kronecker"])
+def test_factors_go_on_after_a_restart(given: dict[str, Any], estimator: str, store: Path) -> None:
+    """Also those of matrices that a run does not use, or uses only in a later batch."""
+    model, generator = TwoPaths(), torch.Generator().manual_seed(0)
+    plain, more = (
+        [{"x": torch.randn(1, 4, generator=generator, dtype=torch.float64)} for _ in range(20)] for _ in range(2)
+    )
+    for batch in more:
+        batch["more"] = torch.randn(1, 2, generator=generator, dtype=torch.float64)
+    shown: list[Any] = []
+    for run in ([plain[:10], more[:10]], [plain[10:]], [more[10:], plain[:3]]):
+        with begin(model, store, estimator=estimator, seed=len(shown), max_batch=1, **given) as observer:
+            for batches in run:
+                for batch in batches:
+                    observer.observe(batch)
+                shown += batches
+                assert observer.flush()
+                assert observer.stats().last_error is None
+                expected = factors_of(model, shown, estimator)
+                tolerance = 1e-5 if "half_life" in given else 1e-12
+                assert_same_factors(observer.factors(), expected, tolerance)
+                assert_same_factors(memsyn.KroneckerFactors.load(store), expected, tolerance)
+    assert list(store.parent.iterdir()) == [store]
+    assert memsyn.KroneckerFactors.load(store).fingerprint == fingerprint(weights(model))
+
+
+def test_factors_are_not_mixed_with_other_sums(store: Path) -> None:
+    """Nor are those of the inputs alone with those of both."""
+    model, batches, found = a_model(), requests(4), {}
+    for estimator in ("mas", "inputs", "kronecker"):
+        before = {path: path.read_bytes() for path in store.parent.iterdir()}
+        with begin(model, store, estimator=estimator) as observer:
+            for batch in batches:
+                observer.observe(batch)
+            assert observer.flush()
+        assert all(path.read_bytes() == data for path, data in before.items())
+        (found[estimator],) = set(store.parent.iterdir()) - set(before)
+    assert_same(memsyn.Importance.load(found["mas"]), measured(model, batches))
+    for estimator in ("inputs", "kronecker"):
+        loaded = memsyn.KroneckerFactors.load(found[estimator])
+        assert torch.allclose(loaded.inputs("0.weight"), factors_of(model, batches, estimator).inputs("0.weight"))
+        assert ("outputs/0.weight" in loaded.sums) == (estimator == "kronecker")
+
+
+def test_replicas_of_factors_add_up(store: Path) -> None:
+    model, batches = a_model(), list(torch.randn(90, 4, dtype=torch.float64).split(1))
+    found = []
+    for k in range(3):
+        own = store.with_name(f"replica{k}.safetensors")
+        with begin(model, own, estimator="kronecker", seed=30 * k) as observer:
+            for batch in batches[30 * k : 30 * k + 30]:
+                observer.observe(batch)
+            assert observer.flush()
+        found.append(memsyn.KroneckerFactors.load(own))
+    assert_same_factors(found[0] + found[1] + found[2], factors_of(model, batches, "kronecker"))
+
+
+def test_a_store_that_reads_a_weight_in_another_way_is_refused(store: Path) -> None:
+    model, batch = nn.Linear(4, 4, bias=False).double(), torch.ones(1, 4, dtype=torch.float64)
+    for turned in (False, True):
+        with begin(model, store, estimator="inputs") as observer:
+            observer.observe(batch)
+            assert observer.flush()
+            stats = observer.stats()
+            if turned:
+                assert (stats.measured, stats.dropped) == (0, 1)
+                assert "MismatchError: weight: the sums in the store read this weight" in str(stats.last_error)
+        header, groups = memsyn.storage.reading_and_writing.read(store)
+        header["matrices"]["weight"]["layout"][3] = True
+        memsyn.storage.reading_and_writing.write(store, "factors", header, groups)

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 import memsyn
 from memsyn.live.segment_sums import spearman
-from tests.serving import a_model, assert_same, begin, measured, requests
+from memsyn.measuring.factor_scorer import traces
+from tests.serving import TwoPaths, a_model, assert_same, assert_same_factors, begin, factors_of, measured, requests
 
 
 @pytest.fixture
@@ -280,3 +281,114 @@ def test_a_week_in_fast_forward(store: Path, soak: bool) -> None:
     assert found.num_samples == count
     assert error < 1e-6
     assert grown < 8 * 2**20
+
+
+# Factors
+
+
+def trace(factors: memsyn.KroneckerFactors, name: str) -> float:
+    return float(factors.sums[name].diagonal(dim1=1, dim2=2).sum())
+
+
+def test_segments_of_factors(store: Path) -> None:
+    """S is the weighted mean of the segments' S; in A each position counts w_s / N_s, and so does a text of 5 words."""
+    model, generator = nn.Linear(4, 2).double(), torch.Generator().manual_seed(0)
+    texts = {
+        name: torch.randn(count, length, 4, generator=generator, dtype=torch.float64)
+        for name, count, length in (("a", 30, 2), ("b", 10, 5))
+    }
+    with begin(model, store, estimator="kronecker") as observer:
+        for name, given in texts.items():
+            observer.observe(given, segment=name)
+        assert observer.flush()
+        own, mixed = [observer.factors(name) for name in texts], observer.factors({"a": 3.0, "b": 1.0})
+        assert mixed.num_samples == 40
+        assert torch.allclose(mixed.outputs("weight"), (3 * own[0].outputs("weight") + own[1].outputs("weight")) / 4)
+        expected = 6 * own[0].inputs("weight") + 5 * own[1].inputs("weight")  # weight times positions per sample
+        assert torch.allclose(mixed.inputs("weight"), expected / 11)
+        assert_same_factors(observer.factors(), own[0] + own[1])
+
+
+@pytest.mark.parametrize("cap", [0.2, 0.01])
+def test_an_odd_request_cannot_own_factors(cap: float, store: Path) -> None:
+    """Its share is the mean of its shares of both traces; all its sums are divided by what is too much."""
+    model, usual, odd = nn.Linear(4, 2).double(), torch.ones(1, 4, dtype=torch.float64), 1e4
+    one, large = (factors_of(model, [x], "kronecker") for x in (usual, usual * odd))
+    names = ("inputs/weight", "outputs/weight")
+    with begin(model, store, estimator="kronecker", cap=cap) as observer:
+        for _ in range(300):
+            observer.observe(usual)
+        assert observer.flush()
+        assert observer.stats().capped == 0
+        observer.observe(torch.cat([usual, odd * usual, usual]))
+        assert observer.flush()
+        found, stats = observer.factors(), observer.stats()
+    assert (stats.measured, stats.capped, found.num_samples) == (303, 1, 303)
+    # The first of the three is added before the second is measured alone.
+    share = sum(trace(large, name) / (301 * trace(one, name)) for name in names) / 2
+    excess = share / max(cap, 10 / 301)
+    assert float(found.sums["positions/weight"]) == pytest.approx(302 + 1 / excess)
+    for name in names:
+        assert trace(found, name) == pytest.approx(302 * trace(one, name) + trace(large, name) / excess)
+
+
+def test_the_first_factors_are_limited_by_each_other(store: Path) -> None:
+    model, given = nn.Linear(1, 1, bias=False).double(), torch.ones(32, 1, dtype=torch.float64)
+    given[5] = 1000.0
+    with begin(model, store, estimator="kronecker", cap=0.1) as observer:
+        observer.observe(given)
+        assert observer.flush()
+        found = observer.factors()
+        assert (observer.stats().capped, found.num_samples) == (1, 32)
+    excess = (1e6 / 10 + 1 / 10) / 2  # ten times the median of each trace, which is 1
+    assert float(found.sums["inputs/weight"]) == pytest.approx(31 + 1e6 / excess)
+    assert float(found.sums["outputs/weight"]) == pytest.approx(31 + 1 / excess)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e200])
+@pytest.mark.parametrize("estimator", ["inputs", "kronecker"])
+def test_what_is_not_finite_is_left_out_of_factors(bad: float, estimator: str, store: Path) -> None:
+    """The signs of the others are those of a measurement without it, though some of them were measured twice."""
+    model, batches = a_model(), list(torch.randn(30, 4, dtype=torch.float64).split(1))
+    with begin(model, store, estimator=estimator) as observer:
+        for k, batch in enumerate(batches):
+            if k in (0, 20):
+                observer.observe(torch.full((1, 4), bad, dtype=torch.float64))
+            observer.observe(batch)
+        assert observer.flush()
+        assert observer.stats().invalid == 2
+        assert_same_factors(observer.factors(), factors_of(model, batches, estimator))
+
+
+def test_traces_tell_what_is_not_finite() -> None:
+    whole, sketch = torch.eye(3).unsqueeze(0), torch.ones(1, 3, 2)
+    sums = {
+        "inputs/w": 2 * whole,
+        "outputs_sketch/w": sketch,
+        "outputs_trace/w": torch.tensor([5.0]),
+        "positions/w": torch.tensor(9.0),
+        "b": torch.ones(4),
+    }
+    assert traces(sums) == {"inputs/w": 6.0, "outputs_trace/w": 5.0, "b": 4.0, "outputs_sketch/w": 0.0}
+    sketch[0, 1, 1] = math.inf
+    assert math.isnan(traces(sums)["outputs_sketch/w"])
+    assert traces({}) == {}
+
+
+def test_convergence_of_factors_is_that_of_their_diagonals(store: Path) -> None:
+    """A matrix that only one half has used is zero in the other."""
+    model, generator = TwoPaths(), torch.Generator().manual_seed(0)
+    one, two = ({"x": torch.randn(1, 4, generator=generator, dtype=torch.float64)} for _ in range(2))
+    two["more"] = torch.randn(1, 2, generator=generator, dtype=torch.float64)
+    with begin(model, store, estimator="inputs") as observer:
+        for batch in (one, two):
+            assert math.isnan(observer.converged())
+            observer.observe(batch)
+            assert observer.flush()
+        halves = [factors_of(model, [batch], "inputs").sums for batch in (one, two)]
+        firsts = [own["inputs/first.weight"][0].diagonal() for own in halves]
+        seconds = [torch.zeros(3, dtype=torch.float64), halves[1]["inputs/second.weight"][0].diagonal()]
+        scales = [torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)]
+        other = torch.zeros(9, dtype=torch.float64)  # the second layer's weight and bias by their own names: unused
+        sides = [torch.cat([*parts, other]).numpy() for parts in zip(firsts, seconds, scales, strict=True)]
+        assert observer.converged() == pytest.approx(spearman(*sides))

@@ -1,4 +1,4 @@
-"""Observer: importance from the requests that a deployed model serves.
+"""Observer: importance or factors from the requests that a deployed model serves.
 
 Owns the arguments, and that the caller neither waits nor sees an error. Sampling and the queue are in `request_queue`,
 the background thread in `worker`, the weights in `weights_versions`, the sums in `segment_sums`.
@@ -10,6 +10,7 @@ import atexit
 import inspect
 import math
 import os
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from memsyn.live.worker import ErrorCount, TimeBudget, Worker
 from memsyn.measuring.model_copy import Onlooker, check_measurable, refuse_foreign_hooks
 from memsyn.measuring.objectives import Estimator, Forward, find_estimator
 from memsyn.parameters import trainable_parameters, unwrap
+from memsyn.values.factors import KroneckerFactors
 from memsyn.values.importance import Importance
 
 
@@ -74,7 +76,7 @@ class Stats:
 
 @final
 class Observer:
-    """Measures importance on a sample of the requests that a model serves, in a background thread.
+    """Measures importance or factors on a sample of the requests that a model serves, in a background thread.
 
     The sums are those that `memsyn.measure` gives for the samples that were measured: Omega = 1/N sum_k |d s(F(x_k);
     theta) / d theta|. Inputs are never stored; a copy waits in memory until it is measured. Samples are measured on a
@@ -90,11 +92,14 @@ class Observer:
         rate: the probability with which each sample is chosen, 0 to 1.
         forward: (model, inputs) -> output, as `measure` takes it; inputs is what `observe` was given. The store is of
             the same settings only if the function has the same name.
-        estimator: one of `ESTIMATORS` by name, or an `Estimator`; "mas-local" needs forward passes only.
+        estimator: one of `ESTIMATORS` by name, or an `Estimator`; "mas-local" needs forward passes only. "kronecker"
+            and "inputs" give factors: read them by `factors()`, and load the store by `KroneckerFactors.load`.
         last: a timedelta: older samples do not count; they expire a seventh of it at a time.
         half_life: a timedelta: samples count 2^(-age / half_life). With neither, all samples count 1.
         cap: the share of its segment's total that one sample may have, 0 to 1; larger samples are scaled down to it.
-            Until 10 / cap samples are measured, the limit is ten times their mean.
+            Until 10 / cap samples are measured, the limit is ten times their mean. Of factors, a sample's share is the
+            mean of its shares of the traces of all second moments, so that each of these counts the same, whatever its
+            units; sums of squared gradients count as traces. What is scaled down are all of the sample's sums.
         budget: the percentage of time in which the thread may work, and so of one core.
         room: the number of samples that may wait; further ones are dropped.
         max_batch: samples are measured in a batch when this many wait, or when the first has waited for half a minute.
@@ -104,7 +109,9 @@ class Observer:
         onlookers: whether other forward hooks only look on, as a recorder of requests does. Then they are left out of
             the measurement, so that they do not see samples twice. Otherwise they are an error, since they may be part
             of what the model computes.
-        seed: of the choice of samples.
+        seed: of the choice of samples, and the place at which random signs begin: with 0, they are those of `measure`.
+            By default, both are random. Give each replica and each restart another seed, or none: signs that repeat
+            average out more slowly.
 
     Raises:
         OptionError: an argument is out of its range.
@@ -154,7 +161,11 @@ class Observer:
         if "://" not in str(store) and not Path(store).absolute().parent.is_dir():
             raise MemoryFileError(f"the store {store} cannot be written: its folder does not exist.")
 
+        first_sample = random.Random().getrandbits(31) if seed is None else seed
+
         def begin(fingerprint: str) -> SegmentSums:
+            # If the model returns to earlier weights, their sums go on. So no version begins at the place of another.
+            place = (first_sample + self._sums.counts.measured) % 2**32
             return SegmentSums(
                 model,
                 lambda: Window(last, half_life),
@@ -163,9 +174,10 @@ class Observer:
                 cap=cap,
                 store=store,
                 fingerprint=fingerprint,
+                first_sample=place,
             )
 
-        self._model, self._forward = model, forward
+        self._model, self._forward, self._estimator = model, forward, chosen
         self._queue, self._version = RequestQueue(RateSampler(rate, seed), room), WeightsVersion(model)
         self._budget, self._errors = TimeBudget(budget / 100), ErrorCount()
         self._sums = VersionedSums(model, self._version, begin, self._errors.note, onlookers=onlookers)
@@ -254,19 +266,44 @@ class Observer:
 
         Raises:
             BatchError: nothing was measured yet.
-            OptionError: the weights are negative, not finite, or all zero.
+            OptionError: the weights are negative, not finite, or all zero; or the observer measures factors.
         """
+        if self._estimator.factors is not None:
+            raise OptionError("this observer measures factors, not an importance per weight: call factors().")
+        value = self._value(segments)
+        assert isinstance(value, Importance)
+        return value
+
+    def factors(self, segments: str | Mapping[str, float] | None = None) -> KroneckerFactors:
+        """The factors that were measured at the present weights: of all samples, of one segment, or of several.
+
+        Args:
+            segments: as for `importance`: S is the weighted mean of the segments' S. In A, each position of a segment
+                of N_s samples counts w_s / N_s: A = sum_s w_s/N_s sum x x^T / sum_s w_s/N_s num_positions_s.
+
+        Raises:
+            BatchError: nothing was measured yet.
+            OptionError: the weights are negative, not finite, or all zero; or the observer measures an importance.
+        """
+        if self._estimator.factors is None:
+            raise OptionError("this observer measures an importance per weight, not factors: call importance().")
+        value = self._value(segments)
+        assert isinstance(value, KroneckerFactors)
+        return value
+
+    def _value(self, segments: str | Mapping[str, float] | None) -> Importance | KroneckerFactors:
         sums = self._sums.current
         if sums is None:
             raise BatchError("nothing has been measured yet.")
-        return sums.importance(segments, time.time())
+        return sums.value(segments, time.time())
 
     def converged(self) -> float:
         """How settled the ranking of the weights is: Spearman's rank correlation between two halves of the samples.
 
         It is between -1 and 1; more samples bring it near to 1. A half is every other batch since the observer met the
         present weights, of all segments and of any age. At most some 10^6 weights are ranked, evenly spread. NaN while
-        a half is empty. The halves cost two numbers per weight.
+        a half is empty. The halves cost two numbers per weight. Of factors, the diagonals of the second moments are
+        ranked, and the traces of sketches.
         """
         sums = self._sums.current
         return math.nan if sums is None else sums.converged()

@@ -1,4 +1,4 @@
-"""The files in which an observer keeps its sums: one importance file for each segment and each set of weights.
+"""The files in which an observer keeps its sums: one file of importance or factors per segment and set of weights.
 
 Owns the files' names, and that no file of other sums is overwritten. Must not know how sums are computed.
 """
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from memsyn.errors import MemoryFileError, MissingFileError
 from memsyn.live.window import Window
-from memsyn.storage.reading_and_writing import IMPORTANCE, Groups, read, well_formed, write
+from memsyn.matrices import Matrix
+from memsyn.storage.reading_and_writing import FACTORS, IMPORTANCE, Groups, read, well_formed, write
+from memsyn.values.factors import MOMENTS, KroneckerFactors
 from memsyn.values.importance import Importance, check_same_shapes
 
 
@@ -25,6 +27,7 @@ class SegmentFiles:
     Args:
         store: path or URL of the file for samples without a segment; the other names are made from it.
         settings: all that must be equal for sums to be added: fingerprint, parameters, estimator, window.
+        kind: IMPORTANCE or FACTORS.
 
     For the store `traffic.safetensors` the files are
 
@@ -35,46 +38,66 @@ class SegmentFiles:
     where `1a2b3c4d` begins the SHA-256 of the settings.
     """
 
-    def __init__(self, store: str | os.PathLike[str], settings: list[Any]) -> None:
-        self._store = store
+    def __init__(self, store: str | os.PathLike[str], settings: list[Any], kind: str = IMPORTANCE) -> None:
+        self._store, self._kind = store, kind
         self._digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
         self._paths: dict[str | None, str] = {}
 
-    def open(self, segment: str | None, window: Window, zeros: dict[str, Tensor]) -> None:
+    def open(self, segment: str | None, window: Window, zeros: dict[str, Tensor]) -> dict[str, Matrix]:
         """Find a segment's file, and restore its sums into an empty window, if they are of the same settings.
 
         Args:
-            zeros: for each parameter, a tensor of its shape, in the dtype and on the device of the sums.
+            zeros: for each sum, a tensor of its shape, in its dtype and on its device. A file of factors may have
+                further sums, or lack some.
+
+        Returns:
+            The matrices in a file of factors.
 
         Raises:
             MemoryFileError: the file cannot be read, or there is no name for a file of these settings.
         """
         path, found = self._find(segment)
+        matrices: dict[str, Matrix] = {}
         if found is not None:
             header, groups = found
             with well_formed(path):
+                if self._kind == FACTORS:
+                    held = KroneckerFactors.from_file(path, header, groups)
+                    matrices, moments = held.matrices, groups.pop(MOMENTS)
+                    groups["importance"] = {name.removeprefix("diagonal/"): own for name, own in moments.items()}
                 for sums in groups.values():
-                    check_same_shapes(sums, zeros, path, "the model")
+                    # Factors may have other names. Those that both have are compared.
+                    known = {**sums, **groups["importance"], **zeros}
+                    expected = {name: known[name] for name in sums} if self._kind == FACTORS else zeros
+                    check_same_shapes(sums, expected, path, "the model")
                 window.restore(header["observed"], groups, zeros)
         self._paths[segment] = path
+        return matrices
 
-    def write(self, segment: str | None, importance: Importance, observed: Mapping[str, Any], buckets: Groups) -> None:
+    def write(
+        self,
+        segment: str | None,
+        held: Importance | KroneckerFactors,
+        observed: Mapping[str, Any],
+        buckets: Groups,
+    ) -> None:
         """Replace a segment's file, atomically.
 
         Args:
-            importance: what the file holds.
+            held: what the file holds.
             observed: what its header says of the window.
             buckets: the tensors of the window's parts, if it slides.
         """
-        header = {**importance.header(), "observed": {**observed, "of": self._digest, "segment": segment}}
-        write(self._paths[segment], IMPORTANCE, header, {"importance": importance.sums, **buckets})
+        header = {**held.header(), "observed": {**observed, "of": self._digest, "segment": segment}}
+        group = MOMENTS if self._kind == FACTORS else "importance"
+        write(self._paths[segment], self._kind, header, {group: held.sums, **buckets})
 
     def _find(self, segment: str | None) -> tuple[str, tuple[dict[str, Any], Groups] | None]:
         """The path for a segment, and the content of its file if that is of the same settings."""
         paths = [_path(self._store, segment), _path(self._store, segment, self._digest[:8])]
         for path in paths:
             try:
-                header, groups = read(path, IMPORTANCE)
+                header, groups = read(path, self._kind)
                 with well_formed(path):
                     if header["observed"]["of"] == self._digest:
                         return path, (header, groups)

@@ -18,12 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from memsyn.batches import Batch
-from memsyn.errors import BatchError, MemsynError, ModelError, OptionError
+from memsyn.errors import BatchError, MemsynError, MismatchError, ModelError, OptionError
 from memsyn.live.segment_files import SegmentFiles
 from memsyn.live.window import Window
+from memsyn.matrices import Matrix
+from memsyn.measuring.factor_scorer import FactorScorer, diagonals, traces
 from memsyn.measuring.measurement import Measurement
 from memsyn.measuring.objectives import Estimator, Forward
 from memsyn.parameters import trainable_parameters
+from memsyn.storage.reading_and_writing import FACTORS, IMPORTANCE
+from memsyn.values.factors import KroneckerFactors
 from memsyn.values.importance import Importance
 
 MAX_SEGMENTS: Final = 64
@@ -34,6 +38,9 @@ MAX_RANKED: Final = 2**20
 
 FIRST_MULTIPLE: Final = 10
 """Until there are FIRST_MULTIPLE / cap samples, one sample may have at most FIRST_MULTIPLE times their mean."""
+
+_ALL: Final = "all"
+"""The name of the only total of an importance."""
 
 
 @final
@@ -65,6 +72,8 @@ class SegmentSums:
     The first batch copies the weights, and all batches are measured on that copy: later changes of the model do not
     reach the sums. Memory, in numbers per weight: the copy, the sums of a batch, two halves (see `converged`), and two
     for each segment, or nine if its window slides. The first batch needs another copy in float64, and its gradients.
+    Factors are sums too, under the names of `Measurement`: a matrix that first appears in a later batch has been zero
+    until then. Of them, the halves hold only the diagonals.
 
     Args:
         model: the user's model; it is only read.
@@ -73,6 +82,7 @@ class SegmentSums:
         cap: the share of a segment's total that one sample may have; None: no limit.
         store: path or URL of the file for samples without a segment.
         fingerprint: of the model's weights.
+        first_sample: the place of the first sample, from which random signs begin. No two samples have the same place.
 
     Attributes:
         fingerprint: as given.
@@ -92,6 +102,7 @@ class SegmentSums:
         cap: float | None,
         store: str | os.PathLike[str],
         fingerprint: str,
+        first_sample: int = 0,
     ) -> None:
         trainable = trainable_parameters(model)
         if not trainable:
@@ -100,10 +111,15 @@ class SegmentSums:
         self.fingerprint = fingerprint
         self.counts = SampleCounts()
         self._measurement = Measurement(model, trainable, device, forward, estimator, private=True)
+        # From here it counts the samples that are kept: each has a place of its own in the data, and its own signs.
+        self._measurement.num_samples = first_sample
         self._new_window, self._cap = new_window, cap
         called = getattr(forward, "__qualname__", type(forward).__qualname__)
         settings = [fingerprint, sorted(trainable), called, estimator.name, estimator.magnitude, new_window().rule]
-        self._files = SegmentFiles(store, settings)
+        settings += [] if estimator.factors is None else [estimator.factors]
+        self._files = SegmentFiles(store, settings, FACTORS if self._has_factors else IMPORTANCE)
+        self._matrices: dict[str, Matrix] = {}
+        """Those of the batches and of the files."""
         self._windows: dict[str | None, Window] = {}
         self._unsaved: set[str | None] = set()
         self._halves = AlternateHalves()
@@ -120,6 +136,10 @@ class SegmentSums:
     def is_of_fingerprint(self) -> bool:
         """Whether the copied weights have the fingerprint that was given; true before they are copied."""
         return self._measurement.fingerprint in (None, self.fingerprint)
+
+    @property
+    def _has_factors(self) -> bool:
+        return isinstance(self._measurement.scorer, FactorScorer)
 
     @property
     def has_unsaved(self) -> bool:
@@ -143,12 +163,15 @@ class SegmentSums:
         self._num_batches += 1
         return error
 
-    def _add(self, batch: Batch, segment: str | None, served_at: float, first_limit: float | None) -> Exception | None:
+    def _add(
+        self, batch: Batch, segment: str | None, served_at: float, first_limits: Mapping[str, float] | None
+    ) -> Exception | None:
         """Add samples together if no single one can be at fault; else each half of them on its own.
 
         A sample is at fault if it cannot be measured, if its gradient is not finite, or if its total is above the limit
         for one sample. Totals are sums of magnitudes, so that if the total of a batch is within the limit, the total of
-        each of its samples is. If sample 5 of 8 holds a NaN, these parts are measured, in this order:
+        each of its samples is. Factors have a total for each second moment, see `_totals`; then the mean of total /
+        limit counts. If sample 5 of 8 holds a NaN, these parts are measured, in this order:
 
             0-7 fails
                 0-3 is added
@@ -161,31 +184,33 @@ class SegmentSums:
         A sample above the limit is found in the same way; alone, it is scaled down to the limit and added. The limit is
 
         - infinite, if there is no cap;
-        - `_limit`, a share of what the segment holds, if it holds anything;
-        - unknown, if the segment holds nothing yet. Then `_first_limit` finds it from the totals of these samples, and
-          it is given to their halves as `first_limit`: these samples are all that the odd one can be compared with. A
+        - `_limits`, a share of what the segment holds, if it holds anything;
+        - unknown, if the segment holds nothing yet. Then `_first_limits` finds it from the totals of these samples, and
+          it is given to their halves as `first_limits`: these samples are all that the odd one can be compared with. A
           first batch of one sample is added as it is.
         """
         error, size = self._measure(batch), batch.num_samples
         assert size is not None
         if error is None:
-            window, total = self._window_of(segment), _total(self._batch_sums)
-            limit = self._limit(window, served_at)
-            if self._cap is not None and limit == math.inf and first_limit is None and size > 1:
-                return self._add(batch, segment, served_at, self._first_limit(batch))
-            limit = min(limit, math.inf if first_limit is None else first_limit)
-            if not math.isfinite(total):
-                error = MemsynError("a gradient is NaN or infinite, though the output is finite.")
-            elif total <= limit or size == 1:
-                self._keep(window, size, total, limit, served_at)
+            if isinstance(self._measurement.scorer, FactorScorer):
+                self._learn(self._measurement.scorer.matrices)
+            window, totals = self._window_of(segment), self._totals(self._batch_sums)
+            limits = self._limits(window, served_at)
+            if self._cap is not None and not limits and first_limits is None and size > 1:
+                return self._add(batch, segment, served_at, self._first_limits(batch))
+            excess = max(_share(totals, limits), _share(totals, first_limits or {}))
+            if not all(map(math.isfinite, totals.values())):
+                error = MemsynError("a layer's input or a gradient is NaN or infinite, though the output is finite.")
+            elif excess <= 1 or size == 1:
+                self._keep(window, size, sum(totals.values()), excess, served_at)
                 self._unsaved.add(segment)
                 return None
         if size == 1:
             self.counts += SampleCounts(invalid=1)
             return error
         middle = size // 2
-        first = self._add(batch.take(0, middle), segment, served_at, first_limit)
-        second = self._add(batch.take(middle, size), segment, served_at, first_limit)
+        first = self._add(batch.take(0, middle), segment, served_at, first_limits)
+        second = self._add(batch.take(middle, size), segment, served_at, first_limits)
         return first if second is None else second
 
     @property
@@ -195,55 +220,82 @@ class SegmentSums:
         return self._measurement.sums.recent
 
     def _measure(self, batch: Batch) -> Exception | None:
-        """Measure samples; returns the error if they cannot be measured together."""
+        """Measure samples, which may be measured again; returns the error if they cannot be measured together."""
+        place = self._measurement.num_samples
         try:
             slow = self._measurement.alone(batch, self._num_batches)
         except ModelError:
             raise
         except MemsynError as error:
             return error
+        finally:
+            self._measurement.num_samples = place
         if slow:
             logging.getLogger("memsyn").warning(self._measurement.describe(slow))
         return None
 
-    def _limit(self, window: Window, served_at: float) -> float:
-        """The largest total that one sample may add to a window; infinite if there is nothing to compare with.
+    def _learn(self, matrices: Mapping[str, Matrix]) -> None:
+        """Remember matrices; sums of a weight that is read in two ways cannot be added.
+
+        Raises:
+            MismatchError: names such weights.
+        """
+        clash = [key for key, matrix in matrices.items() if self._matrices.get(key, matrix) != matrix]
+        if clash:
+            raise MismatchError(
+                f"{', '.join(clash)}: the sums in the store read this weight as a matrix in another way than these "
+                "samples do. Move the store to another folder."
+            )
+        self._matrices |= matrices
+
+    def _totals(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """What limits are about: the sum of an importance, under one name; or each trace of factors, by name."""
+        return traces(sums) if self._has_factors else {_ALL: _total(sums)}
+
+    def _limits(self, window: Window, served_at: float) -> dict[str, float]:
+        """The largest totals that one sample may add to a window; a total without a limit has nothing to compare with.
 
         With a cap of 0.01 and samples of total 2: after 100 samples (total 200) it is 200 max(0.01, 10 / 100) = 20, ten
         times the mean; from 1,000 samples on (total 2,000) it is 1% of the total, which is 20 there as well.
         """
+        if self._cap is None:
+            return {}
         with self._lock:
             total, weight = window.total(served_at)
-        if self._cap is None or total == 0:
-            return math.inf
-        return total * max(self._cap, FIRST_MULTIPLE / weight)
+            totals = window.traces(served_at, traces) if self._has_factors else {_ALL: total}
+        # Without samples the weight is zero, and so is every total.
+        return {name: own * max(self._cap, FIRST_MULTIPLE / weight) for name, own in totals.items() if own > 0}
 
-    def _first_limit(self, batch: Batch) -> float:
-        """The largest total for one of the first samples of a segment: ten times the median of their totals."""
-        totals = []
+    def _first_limits(self, batch: Batch) -> dict[str, float]:
+        """The largest totals for one of the first samples of a segment: ten times the medians of their totals."""
+        found: dict[str, list[float]] = {}
         for sample in batch.one_by_one():
             if self._measure(sample) is None:
-                totals.append(_total(self._batch_sums))
-        totals = [total for total in totals if 0 < total < math.inf]
-        return FIRST_MULTIPLE * median(totals) if totals else math.inf
+                for name, total in self._totals(self._batch_sums).items():
+                    found.setdefault(name, []).extend([total] if 0 < total < math.inf else [])
+        return {name: FIRST_MULTIPLE * median(totals) for name, totals in found.items() if totals}
 
-    def _keep(self, window: Window, size: int, total: float, limit: float, served_at: float) -> None:
-        """Add the samples that were measured last to a window, scaled down to the limit if they are above it."""
-        sums, is_capped = self._batch_sums, total > limit
+    def _keep(self, window: Window, size: int, total: float, excess: float, served_at: float) -> None:
+        """Add the samples that were measured last to a window; if they are above the limit, divided by their excess.
+
+        All sums of factors are divided, the number of positions among them.
+        """
+        sums, is_capped = self._batch_sums, excess > 1
         if is_capped:
             for own in sums.values():
-                own *= limit / total
+                own /= excess
         with self._lock:
-            window.add(sums, size, min(total, limit), served_at)
+            window.add(sums, size, total / max(1.0, excess), served_at)
+            self._measurement.num_samples += size
             # All parts of one batch go into the same half: `add` counts a batch once.
-            self._halves.add(sums, self._num_batches % 2)
+            self._halves.add(diagonals(sums) if self._has_factors else sums, self._num_batches % 2)
         self.counts += SampleCounts(measured=size, capped=int(is_capped))
 
     def _window_of(self, segment: str | None) -> Window:
         """The sums of a segment; at first, those of its file."""
         if segment not in self._windows:
             window, zeros = self._new_window(), {name: torch.zeros_like(own) for name, own in self._batch_sums.items()}
-            self._files.open(segment, window, zeros)
+            self._learn(self._files.open(segment, window, zeros))
             with self._lock:
                 self._windows[segment] = window
         return self._windows[segment]
@@ -272,11 +324,16 @@ class SegmentSums:
         if saved is None:
             return
         header, buckets, count = saved
-        whole = self._measurement.held(buckets.pop("importance"), count)
-        self._files.write(segment, whole, header, buckets)
+        self._files.write(segment, self._whole(buckets.pop("importance"), count), header, buckets)
 
-    def importance(self, segments: str | Mapping[str, float] | None, now: float) -> Importance:
-        """The importance of all segments (None), of one, or of some by weights: sum_s w_s Omega_s / sum_s w_s.
+    def _whole(self, sums: dict[str, Tensor], num_samples: int) -> Importance | KroneckerFactors:
+        """The importance or the factors that sums of this measurement and of its files give."""
+        if not self._has_factors:
+            return self._measurement.held(sums, num_samples)
+        return self._measurement.factors(sums, num_samples, matrices=self._matrices)
+
+    def value(self, segments: str | Mapping[str, float] | None, now: float) -> Importance | KroneckerFactors:
+        """The result for all segments (None), for one, or for some by weights: sum_s w_s Omega_s / sum_s w_s.
 
         Raises:
             BatchError: nothing was measured yet of a segment.
@@ -302,7 +359,7 @@ class SegmentSums:
         for name, (own, _) in values.items():
             for key, total in own.items():
                 sums[key] = sums[key] + total * scales[name] if key in sums else total * scales[name]
-        return self._measurement.held(sums, num_samples)
+        return self._whole(sums, num_samples)
 
     def converged(self) -> float:
         """Spearman's rank correlation of the sums of every other batch with the rest; NaN while one is empty."""
@@ -326,9 +383,14 @@ class AlternateHalves:
 
     def ranked(self) -> "tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None":
         """Both halves at the same `MAX_RANKED` weights at most, evenly spread; None while a half is empty."""
-        halves = [[total.reshape(-1) for total in half.values()] for half in self._sums]
-        if not all(halves):
+        if not all(self._sums):
             return None
+        # Sums of factors may be in one half only: they are zero in the other.
+        known = {**self._sums[0], **self._sums[1]}
+        halves = [
+            [half.get(name, torch.zeros_like(total)).reshape(-1) for name, total in known.items()]
+            for half in self._sums
+        ]
         step = -(-sum(map(len, halves[0])) // MAX_RANKED)
         one, two = (torch.cat([total[::step] for total in half]).double().cpu().numpy() for half in halves)
         return one, two
@@ -344,6 +406,11 @@ def spearman(one: np.ndarray[Any, Any], two: np.ndarray[Any, Any]) -> float:
         ranks.append(own - own.mean())
     size = math.sqrt(float(ranks[0] @ ranks[0]) * float(ranks[1] @ ranks[1]))
     return float(ranks[0] @ ranks[1]) / size if size else math.nan
+
+
+def _share(totals: Mapping[str, float], limits: Mapping[str, float]) -> float:
+    """The mean of total / limit over all limits; 0 if there are none."""
+    return sum(totals.get(name, 0.0) / limit for name, limit in limits.items()) / max(1, len(limits))
 
 
 def _total(sums: Mapping[str, Tensor]) -> float:

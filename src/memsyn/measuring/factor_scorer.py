@@ -157,6 +157,26 @@ SIDES: Final = (
 )
 """The first parts of the names of second moments; all other sums are named like their parameters."""
 
+_SKETCHES: Final = ("inputs_sketch/", "outputs_sketch/")
+
+
+def diagonals(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The diagonal of each second moment, the trace of each sketched one, and every other sum; without positions."""
+    return {
+        name: total.diagonal(dim1=1, dim2=2) if name.startswith(("inputs/", "outputs/")) and total.ndim == 3 else total
+        for name, total in sums.items()
+        if not name.startswith(("positions/", *_SKETCHES))
+    }
+
+
+def traces(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """The sum of each of the `diagonals`, by name. It is not finite if a number of that second moment is not."""
+    # |sum x_i x_j| is at most the larger one of sum x_i^2 and sum x_j^2. So a finite diagonal is that of finite sums.
+    found = {name: own.sum(dtype=torch.float64) for name, own in diagonals(sums).items()}
+    # A sketch can be infinite although its trace is not: then 0 times its sum is NaN.
+    found |= {name: 0 * total.sum(dtype=torch.float64) for name, total in sums.items() if name.startswith(_SKETCHES)}
+    return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
+
 
 def _is_close(found: Tensor | None, expected: Tensor, all_expected: Mapping[str, Tensor]) -> bool:
     """Whether a gradient is that of autograd up to rounding, which counts by the largest gradient of the model."""

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from memsyn import Consolidation, KroneckerFactors, Memory
+from memsyn.matrices import Layout, Matrix, probe_matrix
+from memsyn.values.directions import Directions, consolidated
 from tests.sealing import put_together, sealed, taken_apart
 
 
@@ -21,8 +24,8 @@ def nested(depth: int) -> Any:
 VALUES: list[Any] = [
     None, True, False, -1, 0, 1, 7, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**40, 0.5, -0.0, 1e308, float("nan"),
     float("inf"), "", "x", "../../../etc/passwd", "anchor/../w", "/", "\x00", "\x1b[2J", "\ud800", "é" * 9, "F32",
-    "F64", "BF16", "BOOL", "I64", "C64", "memory", "importance", "importance/layer.weight",
-    "sum", "sum/layer.weight", "sha256:" + "0" * 64, [],
+    "F64", "BF16", "BOOL", "I64", "C64", "memory", "importance", "factors", "importance/layer.weight",
+    "sum", "sum/layer.weight", "moments/inputs/t", "input_values/w", "inputs_sketch/w", "sha256:" + "0" * 64, [],
     {}, [[]], [0, 0], [0, 8], [8, 4], [-8, 0], [2**62, 2**62, 0], [1] * 65, ["layer.weight"], {"w": "w"}, nested(300),
 ]  # fmt: skip
 NUMBERS = [float("nan"), float("inf"), -float("inf"), -1.0, -1e-45, -0.0, 1e-45, 3e38, 1e30]
@@ -105,6 +108,49 @@ def _changed_text(rng: random.Random, text: bytes) -> bytes:
     return text[:first] + piece + text[rng.choice([first, last]) :]
 
 
+def factors() -> KroneckerFactors:
+    """A grouped matrix with a bias, a matrix as a sketch, a table, and parameters without a matrix."""
+    grouped, wide, table = Layout(2, 2, 3, False, False), Layout(1, 2, 9, True, False), Layout(1, 2, 5, True, True)
+    rows = torch.Generator().manual_seed(0)
+
+    def moment(groups: int, width: int) -> torch.Tensor:
+        found = torch.randn(groups, width, 7, generator=rows)
+        return found @ found.transpose(1, 2)
+
+    whole = moment(1, 9)
+    sums = {
+        "inputs/g.weight": moment(2, 4),
+        "outputs/g.weight": moment(2, 2),
+        "inputs_sketch/w": whole @ probe_matrix(9, 4, whole),
+        "inputs_trace/w": whole.diagonal(dim1=1, dim2=2).sum(1),
+        "outputs/w": moment(1, 2),
+        "inputs/t": torch.tensor([3.0, 0, 1, 2, 1]),
+        "outputs/t": moment(1, 2),
+        "diagonal/n": torch.tensor([1.0, 0.5]),
+        "diagonal/unused": torch.zeros(2),
+        **{f"positions/{key}": torch.tensor(7.0, dtype=torch.float64) for key in ("g.weight", "w", "t")},
+    }
+    matrices = {"g.weight": Matrix("g.weight", "g.bias", grouped), "w": Matrix("w", None, wide)}
+    matrices["t"] = Matrix("t", None, table)
+    return KroneckerFactors(sums, 7, matrices, {"w": "Kronecker factors", "unused": "unused"}, fingerprint="sha256:00")
+
+
+def directions() -> Memory:
+    """A memory of these factors, with some of their eigenvectors."""
+    found = consolidated(Directions(), factors(), (0.0, 1.0), 1)
+    entry = Consolidation("now", 7, "sum", None, "signed_outputs", "second moments of inputs and output gradients")
+    return Memory({"n": torch.ones(2)}, {"n": torch.ones(2)}, (entry,), {"n": 7}, found)
+
+
+def factor_sources() -> list[tuple[str, dict[str, Any], dict[str, dict[str, torch.Tensor]]]]:
+    """Kinds, headers and groups of the files that hold second moments."""
+    memory = directions()
+    return [
+        ("factors", factors().header(), {"moments": factors().sums}),
+        ("memory", memory.header(), memory.groups()),
+    ]
+
+
 def sources() -> list[tuple[str, dict[str, Any], dict[str, dict[str, torch.Tensor]]]]:
     """Kinds, headers and groups of the files to start from."""
     odd = {
@@ -117,6 +163,7 @@ def sources() -> list[tuple[str, dict[str, Any], dict[str, dict[str, torch.Tenso
     counts = dict.fromkeys(odd, 3)
     quantity = {"objective": "o", "magnitude": "abs", "num_samples": 3, "routes": {}}
     return [
+        *factor_sources(),
         ("importance", quantity, {"importance": odd}),
         ("memory", {"history": [entry, {**entry, "decay": 0.5}], "counts": counts}, {"anchor": odd, "importance": odd}),
     ]

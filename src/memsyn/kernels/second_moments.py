@@ -105,7 +105,7 @@ def zeros(layout: Layout, width: int, like: Tensor, *, with_bias: bool, rank: in
     groups, full = layout.groups, width + with_bias
     if full <= whole_width(rank):
         return {"whole": like.new_zeros(groups, full, full)}
-    columns = sketch_width(rank)
+    columns = min(sketch_width(rank), full)
     return {"sketch": like.new_zeros(groups, full, columns), "trace": like.new_zeros(groups)}
 
 

@@ -18,7 +18,7 @@ from memsyn.errors import MismatchError
 from memsyn.matrices import EXACT_WIDTH, Layout, Matrix
 from memsyn.parameters import layer_of
 from memsyn.storage.reading_and_writing import Groups, checked_count
-from memsyn.values.factors import KroneckerFactors, matrices_from, matrices_header
+from memsyn.values.factors import KroneckerFactors, layer_names, matrices_from, matrices_header
 from memsyn.values.spectra import Spectrum, combined
 
 RANK: Final = 64
@@ -41,8 +41,13 @@ def damping(inputs: Tensor, outputs: Tensor | None, strength: float = STRENGTH) 
     """
     weights = inputs.unsqueeze(1)
     if outputs is not None:
-        weights = weights * ((1 - FLOOR) * outputs.unsqueeze(2) + FLOOR)
+        weights = weights * _weights_of_outputs(outputs).unsqueeze(2)
     return 1 / (1 + strength * weights)
+
+
+def _weights_of_outputs(outputs: Tensor) -> Tensor:
+    """(1 - mu) s_i + mu."""
+    return (1 - FLOOR) * outputs + FLOOR
 
 
 def diagonal_damping(squares: Tensor, mass: float, strength: float = STRENGTH) -> Tensor:
@@ -79,8 +84,12 @@ class LayerDirections:
 
     def room(self, strength: float = STRENGTH) -> float:
         """The share of directions in which more than half of a step remains, from 0 to 1."""
-        outputs = None if self.outputs is None else _expanded(self.outputs)
-        return float((damping(_expanded(self.inputs), outputs, strength) > 0.5).double().mean())
+        inputs = _expanded(self.inputs).double().sort(1).values
+        outputs = inputs.new_ones(len(inputs), 1) if self.outputs is None else _expanded(self.outputs).double()
+        # `damping` is above a half where c a_j ((1 - mu) s_i + mu) is below 1. Counting the a_j below a limit for each
+        # i needs no matrix of m n numbers.
+        below = torch.searchsorted(inputs, 1 / (strength * _weights_of_outputs(outputs)).clamp_min(1e-300))
+        return float(below.double().mean()) / max(1, inputs.shape[1])
 
     def predicted_change(self, change: Tensor) -> float:
         """tr(S D A D^T) in units of squared outputs, for a change D (G, m, n) of the matrix with its bias column."""
@@ -131,6 +140,27 @@ class DiagonalDirections:
     squares: Tensor
     mass: float
     scale: float
+
+
+@dataclass(frozen=True)
+class DirectionsSummary:
+    """The directions of one layer in numbers."""
+
+    layer: str
+    num_weights: int
+    inputs: int
+    """Input directions, with that of a bias."""
+    outputs: int
+    kept_inputs: int
+    """How many eigenvectors of A are kept; of the others, the mean eigenvalue."""
+    kept_outputs: int | None
+    """The same of S; None if only inputs were measured."""
+    room: float
+    """The share of directions in which more than half of a step remains at the default strength, 0 to 1."""
+    mass: float
+    """The number of tasks."""
+    num_positions: int
+    num_samples: int
 
 
 @final
@@ -185,6 +215,25 @@ class Directions:
     def room(self, strength: float = STRENGTH) -> dict[str, float]:
         """Key of a matrix -> the share of its directions in which more than half of a step remains."""
         return {key: own.room(strength) for key, own in self.layers.items()}
+
+    def summary(self) -> list[DirectionsSummary]:
+        """Per matrix, what is kept and how much room is left, in the model's order."""
+        names = layer_names({key: own.matrix for key, own in self.layers.items()})
+        return [
+            DirectionsSummary(
+                layer=names[key],
+                num_weights=own.matrix.layout.groups * own.matrix.layout.outputs * own.matrix.width,
+                inputs=own.matrix.layout.groups * own.matrix.width,
+                outputs=own.matrix.layout.groups * own.matrix.layout.outputs,
+                kept_inputs=own.inputs.values.numel(),
+                kept_outputs=None if own.outputs is None else own.outputs.values.numel(),
+                room=own.room(),
+                mass=own.mass,
+                num_positions=own.counts[0],
+                num_samples=own.counts[1],
+            )
+            for key, own in self.layers.items()
+        ]
 
     def num_numbers(self) -> int:
         """How many numbers are kept."""
@@ -259,18 +308,27 @@ class Directions:
             outputs = _spectrum(groups, "output", key, matrix.layout.outputs, matrix.layout.groups)
             if inputs is None:
                 raise KeyError(f"input_values/{key}")
+            if matrix.layout.is_table != (inputs.vectors is None) or (outputs and outputs.vectors is None):
+                raise ValueError(f"input_vectors/{key} or output_vectors/{key} does not fit the matrix")
             scales = (_positive(inputs_scale), _positive(outputs_scale))
             counts = (checked_count(positions), checked_count(samples))
+            if not all(counts):
+                raise ValueError(f"{key} was measured on no positions or samples")
             layers[key] = LayerDirections(matrix, inputs, outputs, mass, scales, counts)
         diagonal = {}
         for name, squares in groups.get("diagonal", {}).items():
             mass, scale = header["diagonal"][name]
             if not squares.is_floating_point() or bool((squares < 0).any()):
                 raise ValueError(f"diagonal/{name} holds negative values")
-            diagonal[name] = DiagonalDirections(squares, _positive(mass), float(scale))
-        rank = header["rank"]
-        free = frozenset(str(name) for name in header["free"])
-        return cls(layers, diagonal, None if rank is None else checked_count(rank), free)
+            diagonal[name] = DiagonalDirections(squares, _positive(mass), _positive(scale))
+        rank = None if header["rank"] is None else checked_count(header["rank"])
+        if rank == 0:
+            raise ValueError("the rank is 0")
+        found = cls(layers, diagonal, rank, frozenset(str(name) for name in header["free"]))
+        for group, members in found.groups().items():
+            if members.keys() != groups.get(group, {}).keys():
+                raise ValueError(f"the tensors of {group} are not those of the matrices")
+        return found
 
 
 def _fits(parameter: Tensor, layout: Layout) -> bool:
@@ -368,8 +426,8 @@ def consolidated(
             own = DiagonalDirections(total / mean, 1.0, mean / factors.num_samples)
             before = diagonal.get(parameter)
             diagonal[parameter] = own if before is None else _combined_diagonal(before, own, weights)
-    found = Directions(layers, diagonal, rank)
-    return replace(found, free=frozenset((old.free | factors.routes.keys()) - found.names()))
+    whole = Directions(layers, diagonal, rank)
+    return replace(whole, free=frozenset((old.free | factors.routes.keys()) - whole.names()))
 
 
 def _combined(

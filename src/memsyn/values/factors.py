@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 
-import torch
 from torch import Tensor
 
 from memsyn.errors import MismatchError, OptionError
@@ -40,6 +39,10 @@ class FactorSummary:
     input_dimension: float
     """tr(A)^2 / tr(A^2): how many directions the inputs fill, from 1 to `inputs`."""
     output_dimension: float | None
+    """The same of S; None if only inputs were measured."""
+    input_lost: float = 0.0
+    """The share of tr(A) that a sketch lost, 0 to 1; 0 if the whole of A was summed."""
+    output_lost: float | None = None
     """The same of S; None if only inputs were measured."""
 
 
@@ -147,8 +150,15 @@ class KroneckerFactors:
         if None not in (self.fingerprint, other.fingerprint) and self.fingerprint != other.fingerprint:
             raise MismatchError("cannot add factors that were measured at different weights.")
         clash = [k for k, matrix in self.matrices.items() if other.matrices.get(k, matrix) != matrix]
+        shared = self.matrices.keys() & other.matrices.keys()
         if clash:
             raise MismatchError(f"{', '.join(clash)}: the two read this weight as a matrix in different ways.")
+        kept = [{name for name in own.sums if _key_of(name) in shared} for own in (self, other)]
+        if kept[0] != kept[1]:
+            raise MismatchError(
+                f"{', '.join(sorted(kept[0] ^ kept[1]))}: only one of the two holds it. Measure both with one "
+                "estimator and one rank."
+            )
         both = self.sums.keys() & other.sums.keys()
         check_same_shapes(_only(self.sums, both), _only(other.sums, both), "the first factors", "the second factors")
         sums = {**other.sums, **self.sums}
@@ -162,19 +172,22 @@ class KroneckerFactors:
 
     def summary(self) -> list[FactorSummary]:
         """Per matrix, how many directions its inputs and output gradients fill."""
-        found = []
+        found, layers = [], layer_names(self.matrices)
         for key, matrix in self.matrices.items():
             sides = {side: self.spectrum(side, key) for side in ("inputs", "outputs")}
             dimensions = {side: None if own is None else own[0].dimension() for side, own in sides.items()}
+            lost = {side: None if own is None else own[0].lost() for side, own in sides.items()}
             groups, outputs = matrix.layout.groups, matrix.layout.outputs
             found.append(
                 FactorSummary(
-                    layer=layer_of(matrix.weight),
+                    layer=layers[key],
                     num_weights=groups * outputs * matrix.width,
                     inputs=groups * matrix.width,
                     outputs=groups * outputs,
                     input_dimension=dimensions["inputs"] or 0.0,
                     output_dimension=dimensions["outputs"],
+                    input_lost=lost["inputs"] or 0.0,
+                    output_lost=lost["outputs"],
                 )
             )
         return found
@@ -226,12 +239,26 @@ class KroneckerFactors:
             sums = groups[MOMENTS]
             _check_sums(sums, matrices)
             routes = {str(name): str(route) for name, route in header["routes"].items()}
-            count = checked_count(header["num_samples"])
-            return cls(sums, count, matrices, routes, str(header["objective"]), str(header["magnitude"]), of)
+            count, magnitude = checked_count(header["num_samples"]), header["magnitude"]
+            if magnitude not in (BOTH, INPUTS):
+                raise ValueError(f"magnitude is {magnitude!r:.40}")
+            return cls(sums, count, matrices, routes, str(header["objective"]), magnitude, of)
 
 
 def _only(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     return {name: tensors[name] for name in names}
+
+
+def _key_of(name: str) -> str | None:
+    """The key of the matrix that a sum is of; None for a sum of another parameter."""
+    side, _, key = name.partition("/")
+    return None if side == "diagonal" else key
+
+
+def layer_names(matrices: Mapping[str, Matrix]) -> dict[str, str]:
+    """Key -> the layer of its matrix, for tables; the key itself, if a layer has several matrices."""
+    layers = [layer_of(matrix.weight) for matrix in matrices.values()]
+    return {key: layer if layers.count(layer) == 1 else key for key, layer in zip(matrices, layers, strict=True)}
 
 
 def matrices_header(matrices: Mapping[str, Matrix]) -> dict[str, Any]:
@@ -252,12 +279,17 @@ def matrices_from(plain: Mapping[str, Any]) -> dict[str, Matrix]:
         flags = (inputs_first, is_table)
         if not all(isinstance(flag, bool) for flag in flags) or not isinstance(own["bias"], str | None):
             raise TypeError(f"the layout of {key} is {own!r:.80}")
+        if groups < 1 or (is_table and (groups > 1 or own["bias"] is not None)):
+            raise ValueError(f"no matrix has the layout of {key}: {own!r:.80}")
         found[key] = Matrix(str(own["weight"]), own["bias"], Layout(sizes[0], sizes[1], sizes[2], *flags))
     return found
 
 
 SYMMETRY: Final = 1e-3
 """How far a second moment in a file may be from its transpose, relative to its largest number."""
+
+CAUCHY: Final = 1e-2
+"""By how much M_ij^2 may exceed M_ii M_jj in a file, relative to it: rounding."""
 
 
 def _check_sums(sums: Mapping[str, Tensor], matrices: Mapping[str, Matrix]) -> None:
@@ -270,34 +302,49 @@ def _check_sums(sums: Mapping[str, Tensor], matrices: Mapping[str, Matrix]) -> N
         side, _, key = name.partition("/")
         if not total.is_floating_point():
             raise ValueError(f"{name} is {total.dtype}; expected a floating point type")
-        if side == "diagonal":
-            wrong = bool((total < 0).any())
-        else:
-            matrix = matrices[key]
-            width = matrix.width if side.startswith("inputs") else matrix.layout.outputs
-            shapes = {
-                "inputs": (width,) if matrix.layout.is_table else (matrix.layout.groups, width, width),
-                "outputs": (matrix.layout.groups, width, width),
-                "positions": (),
-            }
-            expected = shapes.get(side, tuple(total.shape) if side in _SKETCHED else None)
-            wrong = tuple(total.shape) != expected or not _can_be_moment(total, side)
-        if wrong:
+        fits = side == "diagonal" or tuple(total.shape) in _shapes(side, matrices[key], total)
+        if not fits or not _can_be_moment(total, side):
             raise ValueError(f"{name} is no sum of second moments")
-    missing = [key for key in matrices if f"positions/{key}" not in sums]
-    if missing:
-        raise ValueError(f"positions/{missing[0]} is missing")
+    for key in matrices:
+        # A side is whole, or a sketch with its trace. Only the outputs may be missing.
+        sides = [{f"{side}/{key}", f"{side}_sketch/{key}", f"{side}_trace/{key}"} & sums.keys() for side in _SIDES]
+        whole = [{f"{side}/{key}"} for side in _SIDES]
+        sketch = [{f"{side}_sketch/{key}", f"{side}_trace/{key}"} for side in _SIDES]
+        complete = sides[0] in (whole[0], sketch[0]) and sides[1] in (whole[1], sketch[1], set())
+        if not complete or f"positions/{key}" not in sums:
+            raise ValueError(f"the sums of {key} are incomplete, or there are too many")
 
 
-_SKETCHED: Final = ("inputs_sketch", "inputs_trace", "outputs_sketch", "outputs_trace")
+_SIDES: Final = ("inputs", "outputs")
+
+
+def _shapes(side: str, matrix: Matrix, total: Tensor) -> list[tuple[int, ...]]:
+    """The shapes that a sum may have."""
+    groups, is_table = matrix.layout.groups, matrix.layout.is_table
+    width = matrix.width if side.startswith("inputs") else matrix.layout.outputs
+    columns = total.shape[-1] if total.ndim else 0
+    whole = (width,) if is_table and side == "inputs" else (groups, width, width)
+    # A sketch of l columns needs a matrix (l, l): a small file must not ask for a large one.
+    sketch: list[tuple[int, ...]] = [(groups, width, columns)] if 0 < columns <= width else []
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "inputs": [whole],
+        "outputs": [whole],
+        "positions": [()],
+        "inputs_sketch": [] if is_table else sketch,
+        "outputs_sketch": sketch,
+        "inputs_trace": [(groups,)],
+        "outputs_trace": [(groups,)],
+    }
+    return shapes.get(side, [])
 
 
 def _can_be_moment(total: Tensor, side: str) -> bool:
-    """Whether a sum is symmetric and has no negative diagonal."""
-    if side.endswith("_sketch"):
-        return total.ndim == 3
-    if total.ndim < 3:
+    """Whether a sum is symmetric and has no negative diagonal, and M_ij^2 <= M_ii M_jj."""
+    if side.endswith("_sketch") or not total.numel():
+        return True
+    if side not in _SIDES or total.ndim < 3:
         return not bool((total < 0).any())
-    largest = total.abs().amax() if total.numel() else torch.zeros(())
-    close = (total - total.transpose(1, 2)).abs().amax() <= SYMMETRY * largest if total.numel() else True
-    return bool(close) and not bool((total.diagonal(dim1=1, dim2=2) < 0).any())
+    diagonal = total.diagonal(dim1=1, dim2=2).double()
+    close = (total - total.transpose(1, 2)).abs().amax() <= SYMMETRY * total.abs().amax()
+    bound = (1 + CAUCHY) * diagonal.unsqueeze(1) * diagonal.unsqueeze(2)
+    return bool(close) and not bool((diagonal < 0).any()) and bool((total.double().square() <= bound).all())

@@ -88,6 +88,11 @@ class Memory:
         """Objective and magnitude of the importance; None before it was first consolidated."""
         return self._quantity(of_factors=False)
 
+    @property
+    def directions_quantity(self) -> tuple[str, str] | None:
+        """Objective of the directions, and which second moments; None without directions."""
+        return self._quantity(of_factors=True)
+
     def _quantity(self, *, of_factors: bool) -> tuple[str, str] | None:
         """Objective and magnitude of the last consolidation of an importance, or of factors."""
         entries = [entry for entry in self.history if (entry.magnitude in (BOTH, INPUTS)) == of_factors]
@@ -197,9 +202,7 @@ class Memory:
             raise OptionError("rule='max' is for importances: of matrices there is no maximum. Use sum, mean or ema.")
         if rank is not None and (not isinstance(rank, int) or rank < 1):
             raise OptionError(f"rank must be a whole number, at least 1, or None; got {rank!r}.")
-        _check_same_quantity(
-            self._quantity(of_factors=True) or factors.quantity, factors.quantity, "the factors", "folded"
-        )
+        _check_same_quantity(self.directions_quantity or factors.quantity, factors.quantity, "the factors", "folded")
         parameters = named_parameters(model)
         old = _present(self.directions or Directions(), parameters)
         new = consolidated(Directions(), factors, (0.0, 1.0), rank)
@@ -266,12 +269,12 @@ class Memory:
             if not memory.history or any(entry.rule != MERGED for entry in memory.history[1:]):
                 raise MismatchError(
                     f"only memories of one consolidation each can be merged, and one has {len(memory.history)}: a past "
-                    "that they share would count twice. Merge the importances, and consolidate the result once."
+                    "that they share would count twice. Merge importances or factors, and consolidate the result once."
                 )
-        if (self.quantity is None) != (other.quantity is None):
-            raise MismatchError("one memory holds an importance, the other directions: they cannot be merged.")
         if self.directions is not None and other.directions is not None:
             return self._merge_directions(other, other.directions)
+        if self.directions is not None or other.directions is not None or None in (self.quantity, other.quantity):
+            raise MismatchError("one memory holds an importance, the other directions: they cannot be merged.")
         assert self.quantity is not None
         assert other.quantity is not None
         _check_same_quantity(self.quantity, other.quantity, "the other memory", "merged")
@@ -293,7 +296,7 @@ class Memory:
 
     def _merge_directions(self, other: Memory, directions: Directions) -> Memory:
         """`merge` for memories of directions alone."""
-        own, their = self._quantity(of_factors=True), other._quantity(of_factors=True)
+        own, their = self.directions_quantity, other.directions_quantity
         if self.importance or other.importance or own != their or self.directions is None:
             raise MismatchError(
                 "memories with directions can be merged if both hold nothing else, and the same second moments. Merge "
@@ -395,6 +398,8 @@ class Memory:
             if "directions" in header:
                 directions = Directions.from_file(header["directions"], groups)
             memory = cls(groups["anchor"], groups["importance"], history, counts, directions)
+            if directions is not None and memory.directions_quantity is None:
+                raise ValueError("it holds directions, and no consolidation of factors in its history")
             check_same_shapes(memory.anchor, memory.importance, "the anchor", "the importance")
             return memory
 
@@ -521,9 +526,18 @@ def kind_of(held: Held) -> str:
     return next(kind for kind, own in KINDS.items() if isinstance(held, own))
 
 
-def omega_of(held: Memory | Importance) -> dict[str, Tensor]:
-    """Omega per parameter: of an importance the mean over its samples."""
+def omega_of(held: Held) -> dict[str, Tensor]:
+    """Omega per parameter: of an importance the mean over its samples; of factors none."""
+    if isinstance(held, KroneckerFactors):
+        return {}
     return held.importance if isinstance(held, Memory) else held.mean()
+
+
+def directions_of(held: Held) -> Directions | None:
+    """The directions of a memory; of factors those of a memory that consolidated them alone, with all eigenvectors."""
+    if isinstance(held, KroneckerFactors):
+        return consolidated(Directions(), held, (0.0, 1.0), None)
+    return held.directions if isinstance(held, Memory) else None
 
 
 def load(path: str | os.PathLike[str]) -> Held:

@@ -124,7 +124,9 @@ def spectrum_of_sketch(sketch: Tensor, trace: Tensor, rank: int | None) -> tuple
     inverse_root = torch.where(values > least, values.clamp_min(0).rsqrt(), torch.zeros_like(values))
     left, singular, _ = torch.linalg.svd((y @ vectors) * inverse_root.unsqueeze(1), full_matrices=False)
     kept = min(rank or columns // 2, columns)
-    values, vectors = singular.square()[:, :kept], left[:, :, :kept].contiguous()
+    # No eigenvalue of M is above its trace; a file may hold a sketch that says otherwise.
+    values = singular.square()[:, :kept].minimum(trace.double().unsqueeze(1) / mean)
+    vectors = left[:, :, :kept].contiguous()
     rest = (trace.double() / mean - values.sum(1)).clamp_min(0) / max(1, width - kept)
     # An eigenvalue below the mean of the rest would be damped less than the directions that are not kept.
     return Spectrum(values.maximum(rest.unsqueeze(1)), vectors, rest).to(sketch.device, sketch.dtype), mean

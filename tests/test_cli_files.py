@@ -93,6 +93,7 @@ def test_inspect_as_json(folder) -> None:
         "magnitude": "abs",
         "layers": [asdict(layer) for layer in memory.summary()],
         "history": [asdict(entry) for entry in memory.history],
+        "directions": None,
     }
     assert set(as_json("inspect", "n")["history"][0]) == {
         "when", "num_samples", "rule", "decay", "objective", "magnitude", "label", "memsyn", "torch", "fingerprint"
@@ -130,7 +131,8 @@ def test_inspect_names_what_is_wrong(folder) -> None:
     assert "was not written by memsyn" in call("inspect", "text", "--json", code=1).stderr
     memsyn.storage.reading_and_writing.write("other", "checkpoint", {}, {})
     assert (
-        "other is of kind 'checkpoint'; expected one of memory, importance." in call("inspect", "other", code=1).stderr
+        "other is of kind 'checkpoint'; expected one of memory, importance, factors."
+        in call("inspect", "other", code=1).stderr
     )
 
 
@@ -193,7 +195,7 @@ def test_diff_as_json(folder) -> None:
         "moved_relative": pytest.approx(0.5 / 2**0.5),
     }
     assert [layer["layer"] for layer in found.pop("layers")] == ["0", "1"]
-    assert found == {"same": False, "only_in_a": [], "only_in_b": [], "reshaped": []}
+    assert found == {"same": False, "only_in_a": [], "only_in_b": [], "reshaped": [], "directions": []}
     assert as_json("diff", "i", "i")["same"] is True
 
 

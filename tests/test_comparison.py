@@ -1,10 +1,14 @@
 """What has changed between two memories, against numbers worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import memsyn
-from memsyn.values.comparison import LayerChange, diff
+from memsyn.values.comparison import LayerChange, diff, overlap
+from memsyn.values.spectra import spectrum_of
+from tests import kronecker
 
 
 def memory(anchor: dict[str, list[float]], omega: dict[str, list[float]]) -> memsyn.Memory:
@@ -79,3 +83,33 @@ def test_nothing_at_all() -> None:
     assert found.layers == ()
     zero = memory({"a.w": [1.0]}, {"a.w": [0.0]})
     assert diff(zero, zero).layers == (LayerChange("a", 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),)
+
+
+def second_moment(seed: int, groups: int = 2, width: int = 8) -> torch.Tensor:
+    rows = torch.randn(groups, width, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return rows @ rows.transpose(1, 2)
+
+
+@pytest.mark.parametrize("rank", [None, 1, 2, 3])
+def test_the_overlap_of_spectra_is_that_of_their_matrices(rank: int | None) -> None:
+    a, b = (spectrum_of(second_moment(seed), rank)[0] for seed in (0, 1))
+    m, n = a.dense(), b.dense()
+    assert overlap(a, b) == pytest.approx(float((m * n).sum() / (m.norm() * n.norm())))
+    assert overlap(a, a) == pytest.approx(1.0)
+    assert overlap(a, spectrum_of(5 * second_moment(0), rank)[0]) == pytest.approx(1.0)
+
+
+def test_the_overlap_of_tables_and_of_nothing() -> None:
+    a, b = (spectrum_of(torch.tensor(counts), None)[0] for counts in ([3.0, 0.0, 4.0], [0.0, 2.0, 2.0]))
+    assert overlap(a, b) == pytest.approx(4 / (5 * 2**0.5))
+    assert overlap(a, spectrum_of(torch.zeros(3), None)[0]) == 0.0
+
+
+def test_directions_differ_by_their_numbers() -> None:
+    one = kronecker.memory(0)
+    assert diff(one, one).same
+    for other in (kronecker.memory(1), kronecker.memory(0, outputs=False), kronecker.memory(0, 0)):
+        assert not diff(one, other).same
+    twice = replace(kronecker.factors(), sums={n: 2 * t for n, t in kronecker.factors().sums.items()})
+    assert not diff(kronecker.factors(), twice).same
+    assert not diff(kronecker.factors(), one).same

@@ -13,8 +13,10 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from memsyn import Importance, Memory, MemoryFileError
+from memsyn import Importance, KroneckerFactors, Memory, MemoryFileError
 from memsyn.storage.reading_and_writing import write
+from memsyn.values.comparison import diff
+from memsyn.values.memory import directions_of
 from tests import golden, hostile
 from tests.sealing import put_together, sealed, taken_apart
 
@@ -54,7 +56,7 @@ def whole_files(path: Path) -> list[bytes]:
 def loaded(path: Path, again: Path) -> list[str]:
     """What a file is taken for; that must be sound, and be written and read again."""
     kinds = []
-    for kind in (Importance, Memory):
+    for kind in (Importance, Memory, KroneckerFactors):
         value = None
         with suppress(MemoryFileError):
             value = kind.load(path)
@@ -67,8 +69,10 @@ def loaded(path: Path, again: Path) -> list[str]:
     return kinds
 
 
-def assert_sound(value: Importance | Memory) -> None:
-    if isinstance(value, Importance):
+def assert_sound(value: Importance | Memory | KroneckerFactors) -> None:
+    if isinstance(value, KroneckerFactors) or (isinstance(value, Memory) and value.directions is not None):
+        assert_sound_directions(value)
+    if isinstance(value, (Importance, KroneckerFactors)):
         omega, counts = value.sums, [value.num_samples]
         assert value.num_samples >= 1
         assert all(isinstance(text, str) for text in (*value.quantity, *value.routes, *value.routes.values()))
@@ -83,7 +87,23 @@ def assert_sound(value: Importance | Memory) -> None:
     for name, tensor in omega.items():
         name.encode()
         assert tensor.is_floating_point()
-        assert bool((tensor.isfinite() & (tensor >= 0)).all())
+        assert bool(tensor.isfinite().all())
+        assert isinstance(value, KroneckerFactors) or bool((tensor >= 0).all())
+
+
+def assert_sound_directions(value: Memory | KroneckerFactors) -> None:
+    """What `inspect`, `diff` and `merge` compute of them is computed."""
+    directions = directions_of(value)
+    assert directions is not None
+    for layer in directions.summary():
+        assert 0 <= layer.room <= 1
+        assert layer.mass > 0
+    if isinstance(value, KroneckerFactors):
+        assert all(layer.input_dimension >= 0 for layer in value.summary())
+        assert (value + value).num_samples == 2 * value.num_samples
+    found = diff(value, value)
+    assert found.same
+    assert all(layer.input_overlap is None or 0 <= layer.input_overlap <= 1 for layer in found.directions)
 
 
 def test_damaged_and_forged_files(path: Path, soak: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,23 +14,24 @@ from typing import Annotated, Any
 
 import typer
 
-from memsyn import Importance, Memory, MemoryFileError, MismatchError, OptionError
+from memsyn import Importance, KroneckerFactors, Memory, MemoryFileError, MismatchError, OptionError
 from memsyn.cli.screen import (
     by_route,
     describe,
     plain_errors,
     print_difference,
-    print_importance,
-    print_memory,
+    print_held,
     say,
     say_json,
 )
 from memsyn.storage.reading_and_writing import read
 from memsyn.values import comparison
 from memsyn.values.conversion import PLAIN, STRUCTURES, is_plain, read_plain, read_weights, write_plain
-from memsyn.values.memory import KINDS, kind_of, load
+from memsyn.values.memory import KINDS, Held, kind_of, load
 
-File = Annotated[str, typer.Argument(metavar="FILE", help="A memory or importance file of memsyn, or its URL.")]
+File = Annotated[
+    str, typer.Argument(metavar="FILE", help="A memory, importance or factors file of memsyn, or its URL.")
+]
 Files = Annotated[list[str], typer.Argument(metavar="FILE", help="Files of memsyn, or their URLs.")]
 Out = Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="The file to write.")]
 Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page that opens in any browser.")]
@@ -47,7 +48,7 @@ def inspect_file(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print what a memory or an importance file protects, layer by layer; with --html also write a page with charts.
+    """Print what a memory, importance or factors file protects, layer by layer; with --html also write a page.
 
     Example: memsyn inspect runs/demo/mas-seed0.memsyn.safetensors
     """
@@ -55,6 +56,8 @@ def inspect_file(
         held = load(path)
         if weights is not None and not (isinstance(held, Memory) and (html or png)):
             raise OptionError("--weights needs a memory file and --html or --png: add one of them, or leave it out.")
+        if weights is not None and isinstance(held, Memory) and held.directions is not None and not held.anchor:
+            raise OptionError("--weights needs an anchor, and this memory holds directions alone: leave it out.")
         if html or png:
             from memsyn.report.memory_page import memory_page
             from memsyn.report.page import write_report
@@ -63,13 +66,11 @@ def inspect_file(
             write_report(page, html, png)
     if as_json:
         say_json(_facts(held))
-    elif isinstance(held, Memory):
-        print_memory(held)
     else:
-        print_importance(held)
+        print_held(held)
 
 
-def _facts(held: Memory | Importance) -> dict[str, Any]:
+def _facts(held: Held) -> dict[str, Any]:
     objective, magnitude = held.quantity or (None, None)
     facts = {
         "kind": kind_of(held),
@@ -79,12 +80,27 @@ def _facts(held: Memory | Importance) -> dict[str, Any]:
         "layers": [asdict(layer) for layer in held.summary()],
     }
     if isinstance(held, Memory):
-        return {**facts, "history": [asdict(entry) for entry in held.history]}
+        history = [asdict(entry) for entry in held.history]
+        return {**facts, "history": history, "directions": _directions_facts(held)}
     return {**facts, "routes": by_route(held)}
 
 
+def _directions_facts(memory: Memory) -> dict[str, Any] | None:
+    if memory.directions is None:
+        return None
+    objective, magnitude = memory.directions_quantity or (None, None)
+    return {
+        "objective": objective,
+        "magnitude": magnitude,
+        "rank": memory.directions.rank,
+        "layers": [asdict(layer) for layer in memory.directions.summary()],
+        "diagonal": list(memory.directions.diagonal),
+        "free": sorted(memory.directions.free),
+    }
+
+
 def verify_files(paths: Files, as_json: Json = False) -> None:
-    """Check files: checksum, format, shapes, finite values, no negative importance. One line a file.
+    """Check files: checksum, format, shapes, finite values, nothing negative that cannot be. One line a file.
 
     Exits with 0 if all are whole, with 1 if one is damaged, missing or not of memsyn.
 
@@ -119,7 +135,7 @@ def diff_files(
     png: Png = None,
     as_json: Json = False,
 ) -> None:
-    """Compare two files: which layers gained or lost importance, and where the anchors moved.
+    """Compare two files: which layers gained or lost importance or room, and where the anchors moved.
 
     Exits with 0 if they hold the same, bit for bit, with 1 if they differ or cannot be compared.
 
@@ -127,12 +143,12 @@ def diff_files(
     """
     with plain_errors():
         one, other = load(a), load(b)
+        found = comparison.diff(one, other)
         if html or png:
             from memsyn.report.memory_page import difference_page
             from memsyn.report.page import write_report
 
             write_report(difference_page(one, other, (os.path.basename(a), os.path.basename(b))), html, png)
-    found = comparison.diff(one, other)
     if as_json:
         say_json(asdict(found))
     else:
@@ -144,8 +160,9 @@ def diff_files(
 def merge_files(paths: Files, out: Out, as_json: Json = False) -> None:
     """Add up what replicas of one model measured: the result is that of one which saw all samples.
 
-    Importance files are added up. Memory files are merged if each holds one consolidation and all have the same anchor;
-    to go on from a memory of several consolidations, merge importances and consolidate the result.
+    Importance files are added up, and so are factors files. Memory files are merged if each holds one consolidation and
+    all are of the same weights; to go on from a memory of several consolidations, merge importances or factors, and
+    consolidate the result.
 
     Example: memsyn merge replica1.safetensors replica2.safetensors -o all.safetensors
     """
@@ -164,12 +181,18 @@ def merge_files(paths: Files, out: Out, as_json: Json = False) -> None:
         say(f"{out}: {describe(merged)}, of {len(paths)} files.")
 
 
-def _added(one: Memory | Importance, other: Memory | Importance) -> Memory | Importance:
+def _added(one: Held, other: Held) -> Held:
     if isinstance(one, Memory) and isinstance(other, Memory):
         return one.merge(other)
     if isinstance(one, Importance) and isinstance(other, Importance):
         return one + other
-    raise MismatchError("a memory and an importance cannot be merged: give files of one kind.")
+    if isinstance(one, KroneckerFactors) and isinstance(other, KroneckerFactors):
+        return one + other
+    raise MismatchError(f"{_a(one)} and {_a(other)} cannot be merged: give files of one kind.")
+
+
+def _a(held: Held) -> str:
+    return {"memory": "a memory", "importance": "an importance"}.get(kind_of(held), kind_of(held))
 
 
 def convert_file(
@@ -191,6 +214,7 @@ def convert_file(
     Example: memsyn convert reg_params.pt -o old.memsyn.safetensors --samples 5000
     """
     with plain_errors():
+        held: Held
         if is_plain(path):
             held, whose = read_plain(Path(path), num_samples=num_samples, exact=exact)
             held.save(out)
@@ -206,5 +230,5 @@ def convert_file(
         say(f"{out}: {describe(held)}, {how} {STRUCTURES[whose]}.")
 
 
-def _written(out: str, held: Memory | Importance) -> dict[str, Any]:
+def _written(out: str, held: Held) -> dict[str, Any]:
     return {"out": out, "kind": kind_of(held), "num_samples": held.num_samples}

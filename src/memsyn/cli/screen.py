@@ -16,10 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from memsyn import Consolidation, Importance, LayerSummary, Memory, MemsynError
+from memsyn import Consolidation, Importance, KroneckerFactors, LayerSummary, Memory, MemsynError
+from memsyn.cli.directions_tables import directions_changes_table, directions_table, factors_table
 from memsyn.report.names import printable, short_fingerprint
 from memsyn.values.comparison import Difference, LayerChange
-from memsyn.values.memory import kind_of
+from memsyn.values.directions import Directions
+from memsyn.values.memory import Held, kind_of, omega_of
 
 
 @contextmanager
@@ -48,38 +50,81 @@ def count_of_samples(count: int) -> str:
     return f"{count:,} sample{'' if count == 1 else 's'}"
 
 
-def describe(held: Memory | Importance) -> str:
+def describe(held: Held) -> str:
     """A file in a few words: "memory of 1,200 samples"."""
     return f"{kind_of(held)} of {count_of_samples(held.num_samples)}"
 
 
+def print_held(held: Held) -> None:
+    """Print what a file holds."""
+    if isinstance(held, Memory):
+        print_memory(held)
+    elif isinstance(held, Importance):
+        print_importance(held)
+    else:
+        print_factors(held)
+
+
 def print_memory(memory: Memory) -> None:
-    """Print a memory's layers and history."""
-    console = Console(highlight=False)
-    console.print(_layers(f"Memory of {count_of_samples(memory.num_samples)}", memory.summary()))
+    """Print a memory's layers, directions and history."""
+    console, title = Console(highlight=False), f"Memory of {count_of_samples(memory.num_samples)}"
+    if memory.importance or memory.directions is None:
+        console.print(_layers(title, memory.summary()))
+        if memory.history:
+            say(f"Measured: {_quantity(memory.quantity)}.")
+    if memory.directions is not None:
+        console.print(directions_table("Directions" if memory.importance else title, memory.directions))
+        say(f"Measured: {_quantity(memory.directions_quantity)}.")
+        _print_others(memory.directions)
     if memory.history:
-        say(f"Measured: {_quantity(memory)}.")
         console.print(_history(memory.history))
+
+
+def _print_others(directions: Directions) -> None:
+    """Print the parameters that have no row in the table of matrices."""
+    for names, what in (
+        (directions.diagonal, "No matrices, and kept as squared gradients"),
+        (sorted(directions.free), "Measured, but no output relied on them"),
+    ):
+        if names:
+            say(f"{what}: {', '.join(names)}")
+
+
+def print_factors(factors: KroneckerFactors) -> None:
+    """Print how many directions of each layer are filled, and how they were measured."""
+    title = f"Factors over {count_of_samples(factors.num_samples)}"
+    Console(highlight=False).print(factors_table(title, factors.summary()))
+    say(f"Measured: {_quantity(factors.quantity)}{_at(factors.fingerprint)}.")
+    diagonal = [name.removeprefix("diagonal/") for name in factors.sums if name.startswith("diagonal/")]
+    if diagonal:
+        say(f"No matrices, and measured as squared gradients: {', '.join(diagonal)}")
+    _print_routes(by_route(factors), len(factors.routes))
 
 
 def print_importance(importance: Importance) -> None:
     """Print an importance's layers, and how it was measured."""
     console = Console(highlight=False)
     console.print(_layers(f"Importance over {count_of_samples(importance.num_samples)}", importance.summary()))
-    known = f", at the weights {importance.fingerprint[:15]}" if importance.fingerprint else ""
-    say(f"Measured: {_quantity(importance)}, a mean over samples{known}.")
-    routes = sorted(by_route(importance).items(), key=lambda item: -len(item[1]))
-    for rank, (route, names) in enumerate(routes):
+    say(f"Measured: {_quantity(importance.quantity)}, a mean over samples{_at(importance.fingerprint)}.")
+    _print_routes(by_route(importance), len(importance.sums))
+
+
+def _at(fingerprint: str | None) -> str:
+    return f", at the weights {fingerprint[:15]}" if fingerprint else ""
+
+
+def _print_routes(routes: dict[str, list[str]], num_parameters: int) -> None:
+    for rank, (route, names) in enumerate(sorted(routes.items(), key=lambda item: -len(item[1]))):
         listed = f": {', '.join(names)}" if rank else ""  # the most frequent route needs no list
-        say(f"Computed by {route!r}: {len(names)} of {len(importance.sums)} parameters{listed}")
+        say(f"Computed by {route!r}: {len(names)} of {num_parameters} parameters{listed}")
 
 
-def by_route(importance: Importance) -> dict[str, list[str]]:
+def by_route(held: Importance | KroneckerFactors) -> dict[str, list[str]]:
     """Route -> the parameters that were measured by it."""
     routes: dict[str, list[str]] = {}
-    for name in importance.sums:
-        if name in importance.routes:
-            routes.setdefault(importance.routes[name], []).append(name)
+    for name in held.sums if isinstance(held, Importance) else held.routes:
+        if name in held.routes:
+            routes.setdefault(held.routes[name], []).append(name)
     return routes
 
 
@@ -132,12 +177,20 @@ def _history(history: Sequence[Consolidation]) -> Table:
     return table
 
 
-def print_difference(a: Memory | Importance, b: Memory | Importance, found: Difference) -> None:
+def print_difference(a: Held, b: Held, found: Difference) -> None:
     """Print a comparison, layer by layer."""
     say(f"A: {describe(a)}. B: {describe(b)}.")
-    if a.quantity != b.quantity:
-        say(f"They are of different quantities: {_quantity(a)}, and {_quantity(b)}. Compare shares, not totals.")
-    Console(highlight=False).print(_changes(found.layers))
+    if a.quantity != b.quantity and omega_of(a) and omega_of(b):
+        both = f"{_quantity(a.quantity)}, and {_quantity(b.quantity)}"
+        say(f"They are of different quantities: {both}. Compare shares, not totals.")
+    one, other = (own.quantity if isinstance(own, KroneckerFactors) else _of_directions(own) for own in (a, b))
+    if one and other and one != other:
+        say(f"Their directions are of different quantities: {_quantity(one)}, and {_quantity(other)}.")
+    console = Console(highlight=False)
+    if found.layers or not found.directions:
+        console.print(_changes(found.layers))
+    if found.directions:
+        console.print(directions_changes_table(found.directions))
     for names, where in (
         (found.only_in_a, "only in A"),
         (found.only_in_b, "only in B"),
@@ -148,8 +201,12 @@ def print_difference(a: Memory | Importance, b: Memory | Importance, found: Diff
     say("The same, bit for bit." if found.same else "They differ.")
 
 
-def _quantity(held: Memory | Importance) -> str:
-    return "nothing" if held.quantity is None else f"{held.quantity[1]} of {held.quantity[0]}"
+def _of_directions(held: Memory | Importance) -> tuple[str, str] | None:
+    return held.directions_quantity if isinstance(held, Memory) else None
+
+
+def _quantity(quantity: tuple[str, str] | None) -> str:
+    return "nothing" if quantity is None else f"{quantity[1]} of {quantity[0]}"
 
 
 def _changes(layers: Sequence[LayerChange]) -> Table:

@@ -1,6 +1,7 @@
-"""The page of a memory or an importance, and the page of two of them side by side.
+"""The page of a memory, an importance or factors, and the page of two of them side by side.
 
-Owns the choice of charts and their texts; the numbers come from `summary`, `comparison` and `distribution`.
+Owns the choice of charts and their texts; the numbers come from `summary`, `comparison` and `distribution`. What
+is said of directions is in `directions_sections`.
 """
 
 from __future__ import annotations
@@ -13,23 +14,27 @@ from torch import Tensor
 
 from memsyn.errors import MismatchError
 from memsyn.report.charts import Series, axis, bars, heat, lines, logarithmic
+from memsyn.report.directions_sections import (
+    MOST_ROWS,
+    factor_parts,
+    room_change_headline,
+    room_changes,
+    room_headline,
+    room_parts,
+)
 from memsyn.report.distribution import Lorenz, histograms, lorenz, top_units
 from memsyn.report.names import short_fingerprint
 from memsyn.report.parts import Cell, Chart, Page, Part, Section, Table, number_cell
-from memsyn.report.styles import BLUE, GREY, VERMILLION, Style
+from memsyn.report.styles import FIRST_STYLE, GREY, SECOND_STYLE, Style
 from memsyn.values.comparison import Difference, LayerChange, diff
 from memsyn.values.consolidation import Consolidation
-from memsyn.values.importance import Importance, LayerSummary
-from memsyn.values.memory import Memory, kind_of, omega_of
+from memsyn.values.directions import Directions
+from memsyn.values.factors import KroneckerFactors
+from memsyn.values.importance import LayerSummary, summarize
+from memsyn.values.memory import Held, Memory, directions_of, kind_of, omega_of
 
-MOST_ROWS = 40
-"""The most layers in a chart; tables have all layers."""
 NUM_UNITS = 20
-FIRST_STYLE, SECOND_STYLE, EVEN_STYLE = (
-    Style(BLUE, "circle", "solid"),
-    Style(VERMILLION, "square", "dash"),
-    Style(GREY, "x", "dot"),
-)
+EVEN_STYLE = Style(GREY, "x", "dot")
 SHARE = "share of all importance (%)"
 UNITS_NOTE = (
     "A unit is one row of a layer's parameters: a neuron or a filter with its bias, or a token of an embedding. If "
@@ -37,8 +42,11 @@ UNITS_NOTE = (
 )
 
 
-def memory_page(held: Memory | Importance, name: str, weights: Mapping[str, Tensor] | None = None) -> Page:
+def memory_page(held: Held, name: str, weights: Mapping[str, Tensor] | None = None) -> Page:
     """The page of one file; with a model's `weights`, also how far they are from the anchor."""
+    directions = directions_of(held)
+    if isinstance(held, KroneckerFactors) or (directions is not None and not omega_of(held)):
+        return _directions_page(held, name, directions or Directions())
     layers, curve = held.summary(), lorenz(omega_of(held))
     sections = [
         Section("Layers", _layers(layers)),
@@ -46,46 +54,87 @@ def memory_page(held: Memory | Importance, name: str, weights: Mapping[str, Tens
         Section("The most important units", [UNITS_NOTE, _units(held)] if curve else ["No unit is important yet."]),
     ]
     if isinstance(held, Memory):
+        if directions is not None:
+            sections.append(Section("Room that is left", room_parts(directions)))
         if weights is not None:
             sections.append(Section("What moved since the anchor", _moved_since(held, weights)))
         sections.append(Section("Consolidations", _history(held.history)))
     num_weights = sum(layer.num_weights for layer in layers)
     size = f"{num_weights:,} weights in {len(layers)} layers"
-    lead = f"{kind_of(held).capitalize()} of {size}, measured on {held.num_samples:,} samples{_quantity(held)}."
+    measured = _quantity(_measured(held))
+    lead = f"{kind_of(held).capitalize()} of {size}, measured on {held.num_samples:,} samples{measured}."
     return Page(name, _headline(curve, layers), lead, sections)
 
 
-def difference_page(a: Memory | Importance, b: Memory | Importance, names: tuple[str, str]) -> Page:
-    """The page of two files, A and B."""
+def _directions_page(held: Held, name: str, directions: Directions) -> Page:
+    """The page of factors, or of a memory without an importance."""
+    layers = directions.summary()
+    sections = [Section("Room that is left", room_parts(directions))]
+    if isinstance(held, KroneckerFactors):
+        own = "This is the room that a memory of these factors alone leaves."
+        sections = [
+            Section("Layers", factor_parts(held.summary())),
+            Section("Room that is left", [own, *sections[0].parts]),
+        ]
+    elif isinstance(held, Memory):
+        sections.append(Section("Consolidations", _history(held.history)))
+    size = f"{sum(layer.num_weights for layer in layers):,} weights in {len(layers)} matrices"
+    lead = (
+        f"{kind_of(held).capitalize()} of {size}, measured on {held.num_samples:,} samples{_quantity(_measured(held))}."
+    )
+    return Page(name, room_headline(layers), lead, sections)
+
+
+def difference_page(a: Held, b: Held, names: tuple[str, str]) -> Page:
+    """The page of two files, A and B.
+
+    Raises:
+        MismatchError: one holds an importance, the other directions or factors.
+    """
     found = diff(a, b)
-    most = max(found.layers, key=lambda layer: abs(layer.share_b - layer.share_a), default=None)
-    headline = "A and B hold the same, bit for bit." if found.same else "A and B differ."
-    if most and not found.same:
-        change = 100 * (most.share_b - most.share_a)
-        headline = f"From A to B the importance shifts most in {most.layer}: {change:+.1f} points of its share."
     both = [("A", a), ("B", b)]
-    important = [(which, held) for which, held in both if any(layer.max for layer in held.summary())]
-    sections = [
-        Section("Layers", _changes(found)),
-        Section(
-            "How the importance is spread", [_both_lorenz(a, b), *(_of(w, _histogram(held)) for w, held in important)]
-        ),
-        Section("The most important units", [UNITS_NOTE, *(_of(w, _units(held)) for w, held in important)]),
-    ]
+    sections = _importance_sections(found, both) if found.layers or not found.directions else []
+    if found.directions:
+        sections.append(Section("Room that is left", room_changes(found.directions)))
     if any(layer.moved is not None for layer in found.layers):
         sections.append(Section("Where the anchors moved", _moved(found.layers, "the anchor of B", "A's anchor")))
     for which, held in both:
         if isinstance(held, Memory):
             sections.append(Section(f"Consolidations of {which}", _history(held.history)))
     lead = " ".join(
-        f"{which}: {name}, {kind_of(held)} on {held.num_samples:,} samples{_quantity(held)}."
+        f"{which}: {name}, {kind_of(held)} on {held.num_samples:,} samples{_quantity(_measured(held))}."
         for which, name, held in (("A", names[0], a), ("B", names[1], b))
     )
-    return Page(" and ".join(names), headline, lead, sections)
+    return Page(" and ".join(names), _difference_headline(found), lead, sections)
 
 
-def _quantity(held: Memory | Importance) -> str:
-    return f": {held.quantity[1]} of {held.quantity[0]}" if held.quantity else ""
+def _difference_headline(found: Difference) -> str:
+    if found.same:
+        return "A and B hold the same, bit for bit."
+    most = max(found.layers, key=lambda layer: abs(layer.share_b - layer.share_a), default=None)
+    if most is None:
+        return room_change_headline(found.directions) or "A and B differ."
+    change = 100 * (most.share_b - most.share_a)
+    return f"From A to B the importance shifts most in {most.layer}: {change:+.1f} points of its share."
+
+
+def _importance_sections(found: Difference, both: Sequence[tuple[str, Held]]) -> list[Section]:
+    important = [(which, held) for which, held in both if any(bool(own.any()) for own in omega_of(held).values())]
+    curves = _both_lorenz(both[0][1], both[1][1])
+    return [
+        Section("Layers", _changes(found)),
+        Section("How the importance is spread", [curves, *(_of(w, _histogram(held)) for w, held in important)]),
+        Section("The most important units", [UNITS_NOTE, *(_of(w, _units(held)) for w, held in important)]),
+    ]
+
+
+def _measured(held: Held) -> tuple[str, str] | None:
+    """What a file holds: of a memory with directions alone, theirs."""
+    return held.quantity or (held.directions_quantity if isinstance(held, Memory) else None)
+
+
+def _quantity(quantity: tuple[str, str] | None) -> str:
+    return f": {quantity[1]} of {quantity[0]}" if quantity else ""
 
 
 def _headline(curve: Lorenz | None, layers: Sequence[LayerSummary]) -> str:
@@ -153,7 +202,7 @@ def _largest(layers: Sequence[LayerSummary], numbers: Sequence[float]) -> list[L
     return [layers[place] for place in kept]
 
 
-def _spread(held: Memory | Importance, curve: Lorenz | None) -> list[Part]:
+def _spread(held: Held, curve: Lorenz | None) -> list[Part]:
     if curve is None:
         return ["No weight is important yet."]
     return [
@@ -165,7 +214,7 @@ def _spread(held: Memory | Importance, curve: Lorenz | None) -> list[Part]:
     ]
 
 
-def _both_lorenz(a: Memory | Importance, b: Memory | Importance) -> Chart:
+def _both_lorenz(a: Held, b: Held) -> Chart:
     one, other = (lorenz(omega_of(held)) for held in (a, b))
     ginis = [curve.gini if curve else 0.0 for curve in (one, other)]
     title = f"Gini coefficient {ginis[0]:.2f} in A and {ginis[1]:.2f} in B"
@@ -201,9 +250,9 @@ def _lorenz_chart(curves: Sequence[tuple[str, Style, Lorenz | None]], title: str
     return replace(chart, table=Table(["Weights", "Gini coefficient", "weights that hold half (%)", *top], rows))
 
 
-def _histogram(held: Memory | Importance) -> Chart:
+def _histogram(held: Held) -> Chart:
     found = histograms(omega_of(held))
-    layers = held.summary()
+    layers = summarize(omega_of(held))
     names = [layer.layer for layer in _largest(layers, [layer.share for layer in layers])]
     ends = ("less", *(f"{10**exponent:.3g}" for exponent in found.exponents))
     last = len(ends) - 1
@@ -234,7 +283,7 @@ def _span(shares: Sequence[float]) -> float:
     return (places[-1] - places[0]) / 2 if places else 0.0
 
 
-def _units(held: Memory | Importance) -> Chart:
+def _units(held: Held) -> Chart:
     units = [unit for unit in top_units(omega_of(held), NUM_UNITS) if unit.total]
     labels = [f"{unit.name} [{unit.row}]" for unit in units]
     together = 100 * sum(unit.share for unit in units)
@@ -272,7 +321,8 @@ def _history(history: Sequence[Consolidation]) -> list[Part]:
 def _moved_since(memory: Memory, weights: Mapping[str, Tensor]) -> list[Part]:
     """How far the model's weights are from the anchor: compared as the anchor of a second memory."""
     present = {n: weights[n] for n in memory.anchor if n in weights and weights[n].shape == memory.anchor[n].shape}
-    found = diff(memory, replace(memory, anchor=present, importance={n: memory.importance[n] for n in present}))
+    bare = replace(memory, directions=None)
+    found = diff(bare, replace(bare, anchor=present, importance={n: memory.importance[n] for n in present}))
     reshaped = [name for name in memory.anchor if name in weights and name not in present]
     missing = [name for name in memory.anchor if name not in weights]
     said = [

@@ -53,6 +53,9 @@ class Style(NamedTuple):
         return DASHES[self.dash]
 
 
+FIRST_STYLE, SECOND_STYLE = Style(BLUE, "circle", "solid"), Style(VERMILLION, "square", "dash")
+"""Of a page's only series, or of file A; and of file B."""
+
 METHOD_STYLES: Final = {
     "mas": Style(BLUE, "circle", "solid"),
     "mas-local": Style(SKY, "circle", "dash"),

@@ -1,4 +1,4 @@
-"""Compares two memories or importances: each layer's share in both, and how far its anchor moved.
+"""Compares two files: each layer's share of the importance, how far its anchor moved, and its directions.
 
 Owns the numbers of the comparison. Must not know files or print.
 """
@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memsyn.errors import MismatchError
 from memsyn.parameters import layer_of
-from memsyn.values.importance import Importance
-from memsyn.values.memory import Memory, omega_of
+from memsyn.values.directions import Directions, LayerDirections
+from memsyn.values.factors import KroneckerFactors, layer_names
+from memsyn.values.memory import Held, Memory, directions_of, kind_of, omega_of
+from memsyn.values.spectra import Spectrum
 
 
 @dataclass(frozen=True)
@@ -35,26 +38,57 @@ class LayerChange:
 
 
 @dataclass(frozen=True)
+class DirectionsChange:
+    """The directions of one layer in A and B; None where a file does not have them.
+
+    The overlap of two second moments M and N is tr(M N) / (||M||_F ||N||_F): 1 if they have the same directions in the
+    same proportions, 0 if no direction of one has weight in the other. Both are scaled, so their units do not count.
+    """
+
+    layer: str
+    room_a: float | None
+    """The share of directions in which more than half of a step remains, 0 to 1."""
+    room_b: float | None
+    input_overlap: float | None
+    """Of the second moments of the inputs; None if only one file has the layer, or in another shape."""
+    output_overlap: float | None
+    """Of the second moments of the output gradients."""
+
+
+@dataclass(frozen=True)
 class Difference:
     """How B differs from A."""
 
     same: bool
-    """Whether both have the same parameters, importance and anchors bit for bit, dtypes, quantity and sample counts."""
+    """Whether both have the same parameters, importance and anchors bit for bit, dtypes, quantity and sample counts.
+
+    Of memories the directions must be the same too, of factors the sums.
+    """
     layers: tuple[LayerChange, ...]
     only_in_a: tuple[str, ...]
     """Names of parameters."""
     only_in_b: tuple[str, ...]
     reshaped: tuple[str, ...]
     """Names of parameters that both have, in different shapes: their anchors are not compared."""
+    directions: tuple[DirectionsChange, ...] = ()
 
 
-def diff(a: Memory | Importance, b: Memory | Importance) -> Difference:
-    """Which layers gained or lost importance from A to B, and where the anchors moved.
+def diff(a: Held, b: Held) -> Difference:
+    """Which layers gained or lost importance or room from A to B, and where the anchors moved.
 
-    Importances are compared as Omega, the mean over samples, as memories hold them. Layers are in A's order, followed
-    by those that only B has.
+    Importances are compared as Omega, the mean over samples, as memories hold them; factors as the directions of a
+    memory of them alone. Layers are in A's order, followed by those that only B has.
+
+    Raises:
+        MismatchError: one file holds an importance, the other directions or factors.
     """
+    own, their = directions_of(a), directions_of(b)
     omega_a, omega_b = omega_of(a), omega_of(b)
+    if (omega_a and their and not (omega_b or own)) or (omega_b and own and not (omega_a or their)):
+        raise MismatchError(
+            f"{kind_of(a)} and {kind_of(b)} have nothing to compare: one holds an importance, the other second moments "
+            "of weight matrices. Give two files that hold the same."
+        )
     total_a, total_b = _sums_by_layer(omega_a), _sums_by_layer(omega_b)
     all_a, all_b = sum(total_a.values()), sum(total_b.values())
     both = [name for name in omega_a if name in omega_b]
@@ -78,6 +112,7 @@ def diff(a: Memory | Importance, b: Memory | Importance) -> Difference:
         )
     return Difference(
         same=_same_facts(a, b) and _equal(omega_a, omega_b) and _equal(*anchors),
+        directions=_directions_changes(own or Directions(), their or Directions()),
         layers=tuple(layers),
         only_in_a=tuple(name for name in omega_a if name not in omega_b),
         only_in_b=tuple(name for name in omega_b if name not in omega_a),
@@ -85,10 +120,61 @@ def diff(a: Memory | Importance, b: Memory | Importance) -> Difference:
     )
 
 
-def _same_facts(a: Memory | Importance, b: Memory | Importance) -> bool:
-    """Whether kind, quantity and numbers of samples are the same."""
-    if isinstance(a, Memory) and isinstance(b, Memory) and a.counts != b.counts:
-        return False
+def _directions_changes(a: Directions, b: Directions) -> tuple[DirectionsChange, ...]:
+    names = layer_names({key: own.matrix for key, own in {**b.layers, **a.layers}.items()})
+    found = []
+    for key in {**a.layers, **b.layers}:
+        one, other = a.layers.get(key), b.layers.get(key)
+        found.append(
+            DirectionsChange(
+                layer=names[key],
+                room_a=None if one is None else one.room(),
+                room_b=None if other is None else other.room(),
+                input_overlap=_overlap_of(one, other, "inputs"),
+                output_overlap=_overlap_of(one, other, "outputs"),
+            )
+        )
+    return tuple(found)
+
+
+def _overlap_of(one: LayerDirections | None, other: LayerDirections | None, side: str) -> float | None:
+    if one is None or other is None or one.matrix != other.matrix:
+        return None
+    sides = [own.inputs if side == "inputs" else own.outputs for own in (one, other)]
+    return None if sides[0] is None or sides[1] is None else overlap(sides[0], sides[1])
+
+
+def overlap(a: Spectrum, b: Spectrum) -> float:
+    """tr(A B) / (||A||_F ||B||_F), of two spectra with the same width and groups, without forming a matrix.
+
+    With A = sum_i d_i v_i v_i^T + r I and B = sum_j e_j w_j w_j^T + s I:
+    tr(A B) = sum_ij d_i e_j (v_i^T w_j)^2 + s sum_i d_i + r sum_j e_j + n r s.
+    """
+    length = math.sqrt(_inner(a, a) * _inner(b, b))
+    return min(1.0, _inner(a, b) / length) if length else 0.0
+
+
+def _inner(a: Spectrum, b: Spectrum) -> float:
+    """tr(A B), summed over groups."""
+    (d, r), (e, s) = ((own.values.double() - own.rest.double().unsqueeze(1), own.rest.double()) for own in (a, b))
+    if a.vectors is None or b.vectors is None:
+        products = d * e  # both are diagonal
+    else:
+        products = (d.unsqueeze(1) @ (a.vectors.double().transpose(1, 2) @ b.vectors.double()).square()).squeeze(1) * e
+    return float((products.sum(1) + s * d.sum(1) + r * e.sum(1) + a.width * r * s).sum())
+
+
+def _same_facts(a: Held, b: Held) -> bool:
+    """Whether kind, quantity and numbers of samples are the same, and what is kept of second moments."""
+    if isinstance(a, Memory) and isinstance(b, Memory):
+        one, other = (own.directions or Directions() for own in (a, b))
+        groups = zip(one.groups().values(), other.groups().values(), strict=True)
+        whole = one.header() == other.header() and all(_equal(*pair) for pair in groups)
+        if a.counts != b.counts or a.directions_quantity != b.directions_quantity or not whole:
+            return False
+    if isinstance(a, KroneckerFactors) and isinstance(b, KroneckerFactors):
+        whole = a.matrices == b.matrices and _equal(a.sums, b.sums)
+        return whole and a.quantity == b.quantity and a.num_samples == b.num_samples
     return type(a) is type(b) and a.quantity == b.quantity and a.num_samples == b.num_samples
 
 

@@ -21,8 +21,10 @@ from memsyn.errors import MemoryFileError, OptionError
 from memsyn.parameters import canonical_name, wide_dtype
 from memsyn.storage.atomic_files import replace_file
 from memsyn.values.consolidation import Consolidation
+from memsyn.values.directions import GROUPS
+from memsyn.values.factors import MOMENTS, KroneckerFactors
 from memsyn.values.importance import MAGNITUDE, OBJECTIVE, Importance, check_same_shapes
-from memsyn.values.memory import Memory
+from memsyn.values.memory import Held, Memory
 
 PLAIN: Final = "memsyn"
 AVALANCHE: Final = "avalanche"
@@ -62,12 +64,13 @@ def is_plain(path: str | os.PathLike[str]) -> bool:
         return False  # a URL or a missing file: `storage` raises the error
 
 
-def write_plain(path: str | os.PathLike[str], held: Memory | Importance) -> None:
+def write_plain(path: str | os.PathLike[str], held: Held) -> None:
     """Write a plain dict with `torch.save`.
 
     The dict of a memory has the keys importance, anchor, counts, history; the dict of an importance has importance,
     num_samples, objective, magnitude. `importance` is Omega, the mean over samples, in both. Tensors are by parameter
-    name; all other values are plain containers, numbers and text.
+    name; all other values are plain containers, numbers and text. A memory with directions has the key directions and
+    the groups of `directions.GROUPS` too. The dict of factors has their header's entries, and the sums as moments.
 
     Raises:
         MemoryFileError: the file cannot be written.
@@ -76,6 +79,10 @@ def write_plain(path: str | os.PathLike[str], held: Memory | Importance) -> None
     if isinstance(held, Memory):
         plain = {"importance": held.importance, "anchor": held.anchor, "counts": held.counts}
         plain["history"] = [asdict(entry) for entry in held.history]
+        if held.directions is not None:
+            plain |= {"directions": held.directions.header(), **held.directions.groups()}
+    elif isinstance(held, KroneckerFactors):
+        plain = {**held.header(), MOMENTS: held.sums}
     else:
         plain = {"importance": held.mean(), "num_samples": held.num_samples}
         plain |= {"objective": held.objective, "magnitude": held.magnitude}
@@ -108,8 +115,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     }
 
 
-def read_plain(path: Path, *, num_samples: int | None = None, exact: bool = False) -> tuple[Memory | Importance, str]:
-    """Read a dict that `torch.save` wrote; returns its memory or importance, and its structure, a key of `STRUCTURES`.
+def read_plain(path: Path, *, num_samples: int | None = None, exact: bool = False) -> tuple[Held, str]:
+    """Read a dict that `torch.save` wrote; returns what it holds, and its structure, a key of `STRUCTURES`.
 
     Three structures are known, w standing for a parameter's name:
 
@@ -135,8 +142,10 @@ def read_plain(path: Path, *, num_samples: int | None = None, exact: bool = Fals
     if (num_samples is not None or exact) and ("history" in plain or "num_samples" in plain):
         raise OptionError(f"{path} itself says how it was measured: leave num_samples and exact out.")
     if "history" in plain:
-        held = {group: _tensors(path, plain.get(group), group) for group in ("anchor", "importance")}
-        return Memory.from_file(path, plain, held), PLAIN
+        names = ("anchor", "importance", *(GROUPS if "directions" in plain else ()))
+        return Memory.from_file(path, plain, {name: _tensors(path, plain.get(name), name) for name in names}), PLAIN
+    if MOMENTS in plain:
+        return KroneckerFactors.from_file(path, plain, {MOMENTS: _tensors(path, plain[MOMENTS])}), PLAIN
     whose, omega, anchor = _groups(path, plain)
     count = plain.get("num_samples", num_samples)
     if count is None:

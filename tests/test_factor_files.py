@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from memsyn import KroneckerFactors, Memory, MemoryFileError, MismatchError
+from memsyn.kernels.second_moments import zeros
 from memsyn.matrices import Layout, Matrix
 from memsyn.storage.reading_and_writing import write
 from memsyn.values.conversion import read_plain
@@ -202,6 +203,11 @@ def test_no_eigenvalue_of_a_sketch_is_above_its_trace():
     found, mean = spectrum_of_sketch(1e6 * sketch, torch.ones(1), None)
     assert mean == pytest.approx(1 / 9)
     assert float(found.values.max()) == pytest.approx(9.0)
+
+
+def test_a_sketch_has_no_more_columns_than_rows():
+    found = zeros(Layout(1, 1, 2100, False, False), 2100, torch.ones(()), with_bias=False, rank=2000)
+    assert found["sketch"].shape == (1, 2100, 2100)
 
 
 def test_a_layer_with_several_matrices_is_named_by_them():

@@ -165,7 +165,7 @@ def learn(
                 logits = model(problem.augment(part.images[chosen], generator), part.head)
                 F.cross_entropy(logits, part.labels[chosen]).backward()
                 optimizer.step()
-        course.reports.append(handle and handle.report())
+        course.reports.append(handle.report() if handle else None)
         course.strengths.append(handle.strength if handle else 0.0)
         with torch.inference_mode():
             course.accuracy.append(

@@ -15,7 +15,9 @@ PACKAGE = Path(memsyn.__file__).parent
 
 
 def names_bound_by(statement: ast.stmt) -> Iterator[str]:
-    """Of classes, functions, aliases and constants; imports bind none."""
+    """Of classes, functions, aliases and constants; imports bind none, and overloads announce a later function."""
+    if isinstance(statement, ast.FunctionDef) and any(ast.unparse(d) == "overload" for d in statement.decorator_list):
+        return
     if isinstance(statement, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         yield statement.name
     elif isinstance(statement, (ast.Assign, ast.AnnAssign)):

@@ -48,7 +48,7 @@ from memsyn.parameters import (
 )
 from memsyn.storage.reading_and_writing import Groups, checked_count
 from memsyn.torch_private import foreach_zero_, version_of, without_function_modes
-from memsyn.values.factors import BOTH, INPUTS, KroneckerFactors
+from memsyn.values.factors import BOTH, INPUTS_ALONE, KroneckerFactors
 from memsyn.values.importance import Importance, check_same_shapes
 
 
@@ -333,7 +333,7 @@ class Measurement:
         """Kronecker factors from sums of this measurement; or from other sums, of some of the given matrices."""
         assert isinstance(self.scorer, FactorScorer)
         check_finite(sums)
-        magnitude = BOTH if self.scorer.needs_outputs else INPUTS
+        magnitude = BOTH if self.scorer.needs_outputs else INPUTS_ALONE
         known = self.scorer.matrices if matrices is None else matrices
         found = {key: matrix for key, matrix in known.items() if f"positions/{key}" in sums}
         # Other sums may hold a parameter by its own name too, from before it was found to be a matrix: it is zero.

@@ -12,7 +12,7 @@ from typing import Final, final
 import torch
 
 from memsyn.errors import MismatchError, OptionError, StrengthWarning
-from memsyn.values.factors import BOTH, INPUTS
+from memsyn.values.factors import BOTH, INPUTS_ALONE
 from memsyn.values.memory import RULES, Memory
 
 DEFAULT: Final = 0.01
@@ -74,7 +74,7 @@ class Relative:
 def _num_tasks(memory: Memory) -> float:
     """T: the memory's consolidations, applied to an importance of 1 each. Rule `sum`, three times: 1 + 1 + 1 = 3."""
     found, one, num_samples = torch.ones(()), torch.ones(()), 0
-    for entry in (entry for entry in memory.history if entry.magnitude not in (BOTH, INPUTS)):
+    for entry in (entry for entry in memory.history if entry.magnitude not in (BOTH, INPUTS_ALONE)):
         if num_samples and entry.rule in RULES:
             found = RULES[entry.rule](found, one, num_samples, entry.num_samples, entry.decay or 0.0)
         num_samples += entry.num_samples

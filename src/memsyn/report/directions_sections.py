@@ -17,7 +17,7 @@ from memsyn.values.factors import FactorSummary
 
 MOST_ROWS = 40
 """The most layers in a chart; tables have all layers."""
-ROOM = "room: share of directions (%)"
+ROOM_AXIS = "room: share of directions (%)"
 ROOM_NOTE = (
     "Room is the share of a layer's directions in which more than half of a training step remains, at the default "
     f"strength of a projection, {STRENGTH:g}; in the other directions, what was learned before limits the step."
@@ -74,7 +74,7 @@ def room_parts(directions: Directions) -> list[Part]:
         f"{least.layer} has the least room left: {100 * least.room:.0f}% of its directions",
         [layer.layer for layer in shown],
         [Series("room", FIRST_STYLE, [100 * layer.room for layer in shown], [])],
-        axis(ROOM, range=[0, 100]),
+        axis(ROOM_AXIS, range=[0, 100]),
         name="room",
     )
     return [ROOM_NOTE, *_left_out(len(layers) - len(shown)), chart, table, *others]
@@ -124,7 +124,7 @@ def room_changes(layers: Sequence[DirectionsChange]) -> list[Part]:
             Series("A", FIRST_STYLE, [r[0] for _, r in shown], []),
             Series("B", SECOND_STYLE, [r[1] for _, r in shown], []),
         ],
-        axis(ROOM, range=[0, 100]),
+        axis(ROOM_AXIS, range=[0, 100]),
         name="rooms",
     )
     return [ROOM_NOTE, *_left_out(len(layers) - len(shown)), chart, Table(columns, rows, caption)]

@@ -21,7 +21,7 @@ from memsyn.values.importance import check_same_shapes
 from memsyn.values.spectra import Spectrum, spectrum_of, spectrum_of_sketch
 
 BOTH: Final = "second moments of inputs and output gradients"
-INPUTS: Final = "second moments of inputs"
+INPUTS_ALONE: Final = "second moments of inputs"
 
 MOMENTS: Final = "moments"
 """The group of a file that holds the sums."""
@@ -65,7 +65,7 @@ class KroneckerFactors:
         matrices: key -> which parameter is read as a matrix, and how. A key is the weight's name.
         routes: parameter name -> how it was computed.
         objective: the function of the output whose gradient is d.
-        quantity_of: `BOTH` or `INPUTS`: whether there are second moments of output gradients.
+        magnitude: `BOTH` or `INPUTS_ALONE`: whether there are second moments of output gradients.
         fingerprint: of the weights at which it was measured; known if an `Observer` measured, else None.
     """
 
@@ -240,7 +240,7 @@ class KroneckerFactors:
             _check_sums(sums, matrices)
             routes = {str(name): str(route) for name, route in header["routes"].items()}
             count, magnitude = checked_count(header["num_samples"]), header["magnitude"]
-            if magnitude not in (BOTH, INPUTS):
+            if magnitude not in (BOTH, INPUTS_ALONE):
                 raise ValueError(f"magnitude is {magnitude!r:.40}")
             return cls(sums, count, matrices, routes, str(header["objective"]), magnitude, of)
 

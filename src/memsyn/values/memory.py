@@ -36,7 +36,7 @@ from memsyn.storage.reading_and_writing import (
 )
 from memsyn.values.consolidation import MERGED, Consolidation
 from memsyn.values.directions import RANK, Directions, consolidated, merged
-from memsyn.values.factors import BOTH, INPUTS, KroneckerFactors
+from memsyn.values.factors import BOTH, INPUTS_ALONE, KroneckerFactors
 from memsyn.values.importance import Importance, LayerSummary, check_same_shapes, summarize
 
 Fold = Callable[[Tensor, Tensor, int, int, float], Tensor]
@@ -95,7 +95,7 @@ class Memory:
 
     def _quantity(self, *, of_factors: bool) -> tuple[str, str] | None:
         """Objective and magnitude of the last consolidation of an importance, or of factors."""
-        entries = [entry for entry in self.history if (entry.magnitude in (BOTH, INPUTS)) == of_factors]
+        entries = [entry for entry in self.history if (entry.magnitude in (BOTH, INPUTS_ALONE)) == of_factors]
         return (entries[-1].objective, entries[-1].magnitude) if entries else None
 
     @property
@@ -212,7 +212,7 @@ class Memory:
                 f"the factors are of another architecture: the model lacks {', '.join(missing)}. Use the model "
                 "they were measured on."
             )
-        earlier = sum(entry.num_samples for entry in self.history if entry.magnitude in (BOTH, INPUTS))
+        earlier = sum(entry.num_samples for entry in self.history if entry.magnitude in (BOTH, INPUTS_ALONE))
         share = factors.num_samples / (earlier + factors.num_samples)
         weights = {"sum": (1.0, 1.0), "mean": (1 - share, share), "ema": (decay or 0.0, 1 - (decay or 0.0))}[rule]
         directions = consolidated(old, factors, weights, rank)

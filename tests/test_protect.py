@@ -185,7 +185,7 @@ def test_a_removed_handle_leaves_the_next_protection_alone() -> None:
 def test_a_collected_optimizer_is_forgotten() -> None:
     import gc
 
-    from memsyn.protecting.protect import _protected
+    from memsyn.protecting.protection import _protected
 
     model, memory, _, _ = start()
     gc.collect()

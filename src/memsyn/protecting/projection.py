@@ -2,9 +2,12 @@
 
 Owns the projected form: its arithmetic, which parameters it acts on, and when. Reads nothing of the optimizer. Must not
 keep state on the model or its parameters.
+
+Gradients are damped before the step too. An optimizer such as Adam divides them by their size: a gradient that is large
+in protected directions would make its steps in the free directions small.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
@@ -107,19 +110,41 @@ class _Protected:
         """The part of a parameter that the memory knows."""
         return parameter.detach()[: self.num_rows] if parameter.ndim else parameter.detach()
 
-    def project(self, befores: Mapping[int, Tensor]) -> tuple[float, float]:
+    def project_gradients(self) -> None:
+        """Damp the gradients of a matrix in place, those that are there. Other parameters keep theirs."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        if isinstance(self.damping, Tensor) or any(g is not None and g.is_sparse for g in gradients):
+            return
+        if all(gradient is None for gradient in gradients):
+            return
+        assert self.matrix is not None
+        rows = [
+            torch.zeros_like(self.rows(p), dtype=wide_dtype(p)) if g is None else self.rows(g).to(wide_dtype(p))
+            for p, g in zip(self.parameters, gradients, strict=True)
+        ]
+        damped = _split(self.damping(_joined(self.matrix, rows)), self.matrix, rows)
+        for gradient, own in zip(gradients, damped, strict=True):
+            if gradient is not None:
+                self.rows(gradient).copy_(own)
+
+    def has_moved(self, befores: Mapping[int, Tensor]) -> bool:
+        """Whether a parameter may have changed. The version does not tell: fused optimizers do not count it up."""
+        # On an accelerator, a comparison would wait for all that was asked of it so far.
+        return any(p.device.type != "cpu" or not torch.equal(p, befores[id(p)]) for p in self.parameters)
+
+    def project(self, befores: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
         """Damp the change since `befores`, in place. Returns ||change||^2 before and after."""
         changes = []
         for parameter in self.parameters:
             rows, dtype = self.rows(parameter), wide_dtype(parameter)
             changes.append(rows.to(dtype) - self.rows(befores[id(parameter)]).to(dtype))
-        before = sum(float(change.square().sum()) for change in changes)
+        before = torch.stack([change.square().sum() for change in changes]).sum()
         if isinstance(self.damping, Tensor):
             damped = [changes[0] * self.damping]
         else:
             assert self.matrix is not None
             damped = _split(self.damping(_joined(self.matrix, changes)), self.matrix, changes)
-        after = sum(float(change.square().sum()) for change in damped)
+        after = torch.stack([change.square().sum() for change in damped]).sum()
         for parameter, change in zip(self.parameters, damped, strict=True):
             old = self.rows(befores[id(parameter)])
             self.rows(parameter).copy_(old.to(change.dtype) + change)
@@ -155,10 +180,10 @@ class Projecting(Protection):
         self._befores: dict[int, Tensor] = {}
         """id of a parameter -> its values after the last projection."""
         self._versions: dict[int, int] = {}
-        """id of a parameter -> its version when `_befores` was taken: equal if nobody has written to it since."""
+        """id of a parameter -> its version when `_befores` was taken: another one if somebody has written to it."""
         self._num_waiting = 0
         """Steps that are not projected yet."""
-        self._removed: dict[str, tuple[float, float]] = {}
+        self._removed: dict[str, tuple[Tensor, Tensor]] = {}
         """Layer -> ||change||^2 before and after its last projection."""
         super().__init__(optimizer)
         self._guards = [
@@ -181,11 +206,11 @@ class Projecting(Protection):
     def report(self) -> Report:
         """How much of the last projected change was taken away, layer by layer, and how much room is left."""
         layers: dict[str, list[tuple[float, float]]] = {}
-        for name, parts in self._removed.items():
-            layers.setdefault(layer_of(name), []).append(parts)
+        for name, (before, after) in self._removed.items():
+            layers.setdefault(layer_of(name), []).append((float(before), float(after)))
         removed = {layer: _share_removed(parts) for layer, parts in layers.items()}
         room = {layer_of(key): share for key, share in self._directions.room(self.strength).items()}
-        return Report(0.0, 0.0, removed, _share_removed(list(self._removed.values())), room)
+        return Report(0.0, 0.0, removed, _share_removed([own for parts in layers.values() for own in parts]), room)
 
     def state_dict(self) -> dict[str, Any]:
         """Strength, form and directions, as tensors and plain values. Steps that wait are projected first."""
@@ -218,10 +243,12 @@ class Projecting(Protection):
         if self._num_waiting == 0:
             return
         self._num_waiting = 0
-        for layer in self._layers:
-            if any(version_of(p) != self._versions[id(p)] for p in layer.parameters):
-                self._removed[layer.name] = layer.project(self._befores)
-                self._remember(layer.parameters)
+        moved = [layer for layer in self._layers if layer.has_moved(self._befores)]
+        for layer in moved:
+            self._removed[layer.name] = layer.project(self._befores)
+        # Not before, since a tied weight is in two layers: both damp the same change, one after the other.
+        for layer in moved:
+            self._remember(layer.parameters)
 
     def remove(self) -> None:
         """Project what waits, and stop protecting; a second call does nothing."""
@@ -230,15 +257,37 @@ class Projecting(Protection):
             guard.remove()
         self._befores, self._versions = {}, {}
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.strength:
-            return
+            return None
         self._find_layers(optimizer)
         # What was changed since the last projection, and not by a step, is not to be projected: it is taken over.
         if self._num_waiting == 0:
             for layer in self._layers:
                 if any(self._versions.get(id(p)) != version_of(p) for p in layer.parameters):
                     self._remember(layer.parameters)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._project_gradients()
+            return None
+        # The closure computes the gradients after this hook, so they are projected at its end.
+        projected = self._with_projection(closure)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": projected}
+        return (args[0], projected, *args[2:]), kwargs
+
+    def _with_projection(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            loss = closure()
+            self._project_gradients()
+            return loss
+
+        return run
+
+    @torch.no_grad()
+    def _project_gradients(self) -> None:
+        for layer in self._layers:
+            layer.project_gradients()
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.strength:

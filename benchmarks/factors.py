@@ -1,0 +1,131 @@
+"""What Kronecker factors cost: measuring them over an ordinary pass, and a projected training step over the bare one.
+
+In one run and in turn: the ordinary forward and backward pass of the same batches, `measure` with the estimators
+`inputs` and `kronecker`, and `mas` beside them; then a training step without protection, and with the projected form for
+each rank and number of steps between two projections. Prints two Markdown tables: the median of the ratios over the
+rounds, the smallest and the largest, and how many numbers a memory keeps for each weight.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam
+from tqdm import tqdm
+
+import memsyn
+from models import SUBJECTS
+
+ESTIMATORS = ("inputs", "kronecker", "mas")
+STEPS = {"mlp": 64, "vit-tiny": 32}
+"""Subject -> the batch size of a training step."""
+
+
+def seconds(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def ratios(found: dict[str, list[float]], base: str) -> dict[str, str]:
+    """Median, smallest and largest ratio to the base of the same round."""
+    words = {}
+    for name, own in found.items():
+        each = [one / other for one, other in zip(own, found[base], strict=True)]
+        words[name] = f"{statistics.median(each):.2f} ({min(each):.2f}-{max(each):.2f})"
+    return words
+
+
+def ordinary_pass(model: nn.Module, batches: list[Tensor]) -> None:
+    for batch in batches:
+        model.zero_grad()
+        model(batch).square().sum().backward()
+
+
+def measuring(names: list[str], rounds: int, num_batches: int) -> None:
+    print("| model | inputs | both | importance |\n|---|---|---|---|")
+    for name in names:
+        subject = SUBJECTS[name]
+        model = subject.build().eval()
+        batches = [subject.batch() for _ in range(num_batches)]
+        actions: dict[str, Callable[[], object]] = {"ordinary": lambda m=model, b=batches: ordinary_pass(m, b)}
+        for estimator in ESTIMATORS:
+            actions[estimator] = lambda m=model, b=batches, e=estimator: memsyn.measure(
+                m, b, estimator=e, progress=False
+            )
+        found = rounds_of(actions, rounds, f"measuring {name}")
+        words = ratios(found, "ordinary")
+        print(f"| {subject.title} | {' | '.join(words[e] for e in ESTIMATORS)} |")
+
+
+def rounds_of(actions: dict[str, Callable[[], object]], rounds: int, title: str) -> dict[str, list[float]]:
+    for action in actions.values():
+        action()
+    found: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in tqdm(range(rounds), title, leave=False):
+        for name, action in actions.items():
+            found[name].append(seconds(action))
+    return found
+
+
+def stepping(names: list[str], rounds: int, ranks: list[int | None], everies: list[int]) -> None:
+    print("\n| model, batch | rank | " + " | ".join(f"every {k}" for k in everies) + " | numbers a weight |")
+    print("|---|---|" + "---|" * len(everies) + "---|")
+    for name in names:
+        subject = SUBJECTS[name]
+        size = STEPS.get(name, 32)
+        model = subject.build()
+        batch = subject.batch()
+        batch = torch.cat([batch] * -(-size // len(batch)))[:size]
+        factors = memsyn.measure(model, [subject.batch() for _ in range(4)], estimator="kronecker", progress=False)
+        for rank in ranks:
+            memory = memsyn.Memory.empty().consolidate(model, factors, rank=rank)
+            assert memory.directions is not None
+            actions = {"bare": training(deepcopy(model), batch, None, 1)}
+            for every in everies:
+                actions[str(every)] = training(deepcopy(model), batch, memory, every)
+            words = ratios(rounds_of(actions, rounds, f"steps of {name}"), "bare")
+            kept = memory.directions.num_numbers() / sum(p.numel() for p in model.parameters())
+            cells = " | ".join(words[str(every)] for every in everies)
+            print(f"| {subject.title}, {size} | {rank or 'all'} | {cells} | {kept:.2f} |")
+
+
+def training(model: nn.Module, batch: Tensor, memory: memsyn.Memory | None, every: int) -> Callable[[], None]:
+    """Twenty steps of Adam."""
+    optimizer = Adam(model.parameters(), lr=1e-4)
+    if memory is not None:
+        memsyn.protect(optimizer, model, memory, every=every)
+
+    def steps() -> None:
+        for _ in range(20):
+            optimizer.zero_grad()
+            model(batch).square().mean().backward()
+            optimizer.step()
+
+    return steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=["mlp", "vit-tiny", "resnet18", "efficientnet", "lstm"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--every", type=int, nargs="*", default=[1, 10, 100])
+    parser.add_argument("--ranks", type=int, nargs="*", default=[64, 0], help="0: all")
+    parser.add_argument("--only", choices=("measuring", "stepping"))
+    given = parser.parse_args()
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    if given.only != "stepping":
+        measuring(given.names, given.rounds, given.batches)
+    if given.only != "measuring":
+        names = [name for name in given.names if name in STEPS]
+        stepping(names, given.rounds, [rank or None for rank in given.ranks], given.every)
+
+
+if __name__ == "__main__":
+    main()

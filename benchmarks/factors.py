@@ -51,7 +51,7 @@ def measuring(names: list[str], rounds: int, num_batches: int) -> None:
     print("| model | inputs | both | importance |\n|---|---|---|---|")
     for name in names:
         subject = SUBJECTS[name]
-        model = subject.build().eval()
+        model = subject.model().eval()
         batches = [subject.batch() for _ in range(num_batches)]
         actions: dict[str, Callable[[], object]] = {"ordinary": lambda m=model, b=batches: ordinary_pass(m, b)}
         for estimator in ESTIMATORS:
@@ -79,7 +79,7 @@ def stepping(names: list[str], rounds: int, ranks: list[int | None], everies: li
     for name in names:
         subject = SUBJECTS[name]
         size = STEPS.get(name, 32)
-        model = subject.build()
+        model = subject.model()
         batch = subject.batch()
         batch = torch.cat([batch] * -(-size // len(batch)))[:size]
         factors = memsyn.measure(model, [subject.batch() for _ in range(4)], estimator="kronecker", progress=False)

@@ -1,7 +1,9 @@
 """The projected form against its formula, and in the loops, optimizers and models it meets."""
 
 import copy
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -512,6 +514,25 @@ def test_compiled_training() -> None:
     train(twin, other, batches(4))
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, twin.get_parameter(name), rtol=1e-9, atol=1e-12)
+
+
+def test_a_projected_step_runs_through_three_of_our_files() -> None:
+    model = a_network()
+    optimizer = Adam(model.parameters())
+    memsyn.protect(optimizer, model, a_memory(model), every=1)
+    train(model, optimizer, batches(1))
+    package, files = Path(memsyn.__file__).parent, set()
+
+    def trace(frame: Any, event: str, argument: Any) -> None:
+        if Path(frame.f_code.co_filename).is_relative_to(package):
+            files.add(Path(frame.f_code.co_filename).relative_to(package).as_posix())
+
+    sys.setprofile(trace)
+    try:
+        optimizer.step()
+    finally:
+        sys.setprofile(None)
+    assert files == {"protecting/projection.py", "matrices.py", "parameters.py"}
 
 
 def test_what_does_not_fit_together() -> None:

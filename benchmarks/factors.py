@@ -1,8 +1,8 @@
 """What Kronecker factors cost: measuring them over an ordinary pass, and a projected training step over the bare one.
 
 In one run and in turn: the ordinary forward and backward pass of the same batches, `measure` with the estimators
-`inputs` and `kronecker`, and `mas` beside them; then a training step without protection, and with the projected form for
-each rank and number of steps between two projections. Prints two Markdown tables: the median of the ratios over the
+`inputs` and `kronecker`, and `mas` beside them; then a training step without protection, and with the projected form
+for each rank and number of steps between two projections. Prints two Markdown tables: the median of the ratios over the
 rounds, the smallest and the largest, and how many numbers a memory keeps for each weight.
 """
 

@@ -1,6 +1,7 @@
 """The projected form against its formula, and in the loops, optimizers and models it meets."""
 
 import copy
+import pickle
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -420,6 +421,19 @@ def test_whoever_looks_sees_projected_weights() -> None:
     torch.testing.assert_close(model[0].weight, twin[0].weight, rtol=1e-9, atol=1e-12)
     handle.remove()
     memsyn.protect(optimizer, model, memory)  # it is free again
+
+
+def test_a_model_is_copied_and_pickled_while_it_is_protected() -> None:
+    model = a_network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    memsyn.protect(optimizer, model, a_memory(model), every=100)
+    train(model, optimizer, batches(1))
+    waiting = model[0].weight.detach().clone()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin.state_dict()["0.weight"], waiting)
+        twin.load_state_dict(twin.state_dict())
+    assert torch.equal(model[0].weight, waiting)  # nobody has looked at the model itself
+    assert not torch.equal(model.state_dict()["0.weight"], waiting)
 
 
 def test_weights_that_are_replaced_are_taken_over() -> None:

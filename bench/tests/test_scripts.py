@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from memsyn.errors import MemsynError
 from memsyn_bench.data.scripts import SCRIPTS8_PACK, load_scripts8
+from memsyn_bench.sequences.sequences import default_settings, find_sequence
 
 NUM_CLASSES = {
     "Latin": 26,
@@ -99,3 +101,10 @@ def test_a_damaged_or_missing_sheet_is_refused(tmp_path):
     (pack / "thai.webp").unlink()
     with pytest.raises(MemsynError, match=r"scripts8: .*thai\.webp is missing; reinstall memsyn-bench"):
         load_scripts8(28, pack)
+
+
+def test_scripts5_is_the_beginning_of_scripts8(tasks):
+    found = find_sequence("scripts5").tasks(28)
+    assert [task.name for task in found] == [task.name for task in tasks[:5]]
+    assert torch.equal(found[4].train_images, tasks[4].train_images)
+    assert default_settings("scripts5") == replace(default_settings("scripts8"), sequence="scripts5")

@@ -99,6 +99,7 @@ NETWORKS = [
     ("emoji8-pretrained", (3, 64, 64), 1280),
     ("mixed8-pretrained", (3, 64, 64), 1280),
     ("scripts8", (1, 28, 28), 256),
+    ("scripts5", (1, 28, 28), 256),
     ("split-fashion", (784,), 256),
     ("permuted-fashion", (784,), 256),
 ]

@@ -296,6 +296,11 @@ BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
     "paper8": paper8("alexnet"),
     "6ds": sixds("alexnet"),
 }
+BUILT_IN_SEQUENCES["scripts5"] = replace(
+    BUILT_IN_SEQUENCES["scripts8"],
+    summary="the first five alphabets of scripts8",
+    load=lambda size: load_scripts8(size)[:5],
+)
 BUILT_IN_SEQUENCES["adaptation"] = replace(
     BUILT_IN_SEQUENCES["scripts8"],
     summary="scripts8, with one letter of each alphabet in use",

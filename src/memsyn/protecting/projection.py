@@ -1,7 +1,7 @@
 """Protection by a projection: each change of a weight matrix is damped in the directions that the old tasks use.
 
 Owns the projected form: its arithmetic, which parameters it acts on, and when. Reads nothing of the optimizer. Must not
-keep state on the model or its parameters.
+keep state on the model or its parameters, but for hooks on `state_dict` and `load_state_dict`.
 
 Gradients are damped before the step too. An optimizer such as Adam divides them by their size: a gradient that is large
 in protected directions would make its steps in the free directions small.
@@ -10,6 +10,7 @@ in protected directions would make its steps in the free directions small.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, final
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 
 from memsyn.errors import OptionError, ProtectionError
 from memsyn.matrices import Matrix
-from memsyn.parameters import layer_of, named_parameters, wide_dtype
+from memsyn.parameters import layer_of, named_parameters, unwrap, wide_dtype
 from memsyn.protecting.optimizers import PROJECTED
 from memsyn.protecting.protection import Protection, Report
 from memsyn.protecting.strength import checked_strength
@@ -167,6 +168,22 @@ def _split(change: Tensor, matrix: Matrix, like: list[Tensor]) -> list[Tensor]:
 
 
 @final
+class _Guard:
+    """A hook that calls a method of a handle, as long as the handle lives. A copy of the hook does nothing."""
+
+    def __init__(self, method: Callable[[], None] | None = None) -> None:
+        self._method = None if method is None else WeakMethod(method)
+
+    def __call__(self, *_: Any) -> None:
+        method = None if self._method is None else self._method()
+        if method is not None:
+            method()
+
+    def __reduce__(self) -> Any:
+        return _Guard, ()
+
+
+@final
 class Projecting(Protection):
     """The projected form: the directions of a memory are protected by damping the optimizer's changes."""
 
@@ -186,10 +203,11 @@ class Projecting(Protection):
         self._removed: dict[str, tuple[Tensor, Tensor]] = {}
         """Layer -> ||change||^2 before and after its last projection."""
         super().__init__(optimizer)
+        own = unwrap(model)
         self._guards = [
-            model.register_state_dict_pre_hook(lambda *_: self.flush()),
-            optimizer.register_state_dict_pre_hook(lambda _: self.flush()),
-            model.register_load_state_dict_post_hook(lambda *_: self._restart()),
+            own.register_state_dict_pre_hook(_Guard(self.flush)),
+            optimizer.register_state_dict_pre_hook(_Guard(self.flush)),
+            own.register_load_state_dict_post_hook(_Guard(self._restart)),
         ]
         self._find_layers(optimizer)
         if not self._layers:

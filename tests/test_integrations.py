@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
@@ -139,6 +140,71 @@ def test_a_trainer_measures_in_the_end(tmp_path: Path) -> None:
     assert again.protection is None
 
 
+def directions_of(model: nn.Module, batches: Any, estimator: str = "kronecker") -> memsyn.Memory:
+    found = memsyn.measure(model, batches, estimator=estimator, progress=False)
+    return memsyn.Memory.empty().consolidate(model, found)
+
+
+def change(memory: memsyn.Memory, model: nn.Module, start: nn.Module) -> float:
+    return sum(memory.predicted_change(model, start).values())
+
+
+class Watched(Trainer):
+    """Keeps the weights that it evaluates."""
+
+    def prediction_step(self, *given: Any, **options: Any) -> Any:
+        weights = [p.detach().clone() for p in self.model.parameters()]  # state_dict() would project them
+        self.__dict__.setdefault("seen", []).append(weights)
+        return super().prediction_step(*given, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "every", "count"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 2}, 2, 3),
+        ({"eval_strategy": "epoch"}, 6, 1),
+        ({"save_strategy": "steps", "save_steps": 3}, 3, 0),
+    ],
+)
+def test_a_trainer_evaluates_and_saves_projected_weights(
+    options: dict[str, Any], every: int, count: int, tmp_path: Path
+) -> None:
+    start = bert()
+    memory = directions_of(start, DataLoader(sentences(0), 8, collate_fn=padded))
+    models = {name: copy.deepcopy(start) for name in ("mine", "twin", "free")}
+    callback = TrainerCallback(memory)
+    trainers = {
+        name: Watched(
+            model,
+            arguments(tmp_path / name, per_device_eval_batch_size=24, **options),
+            train_dataset=sentences(1),
+            eval_dataset=sentences(2),
+            data_collator=padded,
+            callbacks=[callback] if name == "mine" else [],
+        )
+        for name, model in models.items()
+    }
+    handle = memsyn.protect(trainers["twin"].create_optimizer(), models["twin"], memory, every=every)
+    for trainer in trainers.values():
+        trainer.train()
+    handle.remove()
+    evaluated = [trainers[name].__dict__.get("seen", []) for name in ("mine", "twin")]
+    assert len(evaluated[0]) == len(evaluated[1]) == count
+    for mine, twin in zip(*evaluated, strict=True):
+        torch.testing.assert_close(mine, twin, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(models["mine"].state_dict(), models["twin"].state_dict(), rtol=1e-5, atol=1e-6)
+    if "save_steps" in options:
+        saved = [load_file(tmp_path / name / "checkpoint-3" / "model.safetensors") for name in ("mine", "twin")]
+        torch.testing.assert_close(*saved, rtol=1e-5, atol=1e-6)
+    assert change(memory, models["mine"], start) < 0.5 * change(memory, models["free"], start)
+    assert all("penalty" not in entry for entry in trainers["mine"].state.log_history)
+    assert callback.protection is None
+    assert callback.memory.importance == {}
+    assert [(entry.num_samples, entry.magnitude) for entry in callback.memory.history] == [
+        (24, "second moments of inputs and output gradients")
+    ] * 2
+
+
 # Lightning
 
 
@@ -162,7 +228,9 @@ class Module(pl.LightningModule):
         return self.kind(self.parameters())
 
 
-def fit(module: pl.LightningModule, folder: Path, callbacks: list[Any], **options: Any) -> pl.Trainer:
+def fit(
+    module: pl.LightningModule, folder: Path, callbacks: list[Any], *, validate: bool = False, **options: Any
+) -> pl.Trainer:
     torch.manual_seed(2)
     data = TensorDataset(torch.randn(24, 4).double(), torch.randint(3, (24,)))
     checkpoint = options.pop("ckpt_path", None)
@@ -171,7 +239,8 @@ def fit(module: pl.LightningModule, folder: Path, callbacks: list[Any], **option
         enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
         **{"enable_checkpointing": False, **options},
     )  # fmt: skip
-    trainer.fit(module, DataLoader(data, 4), ckpt_path=checkpoint)
+    validation = DataLoader(data, 24) if validate else None
+    trainer.fit(module, DataLoader(data, 4), validation, ckpt_path=checkpoint)
     return trainer
 
 
@@ -222,6 +291,99 @@ def test_lightning_goes_on_from_a_checkpoint_and_measures_in_the_end(tmp_path: P
         assert torch.allclose(whole.memory.importance[name], omega, rtol=1e-4, atol=1e-6)
 
 
+class Validated(Module):
+    """Keeps the weights that it validates. A twin protects its optimizer itself."""
+
+    def __init__(
+        self, kind: Callable[[Any], Any], every: int | None = None, memory: memsyn.Memory | None = None
+    ) -> None:
+        super().__init__(kind)
+        self.seen: list[Any] = []
+        self.every, self.remembered = every, memory
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        if self.remembered is not None:
+            assert self.every is not None
+            memsyn.protect(optimizer, self, self.remembered, every=self.every)
+        return optimizer
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        weights = [p.detach().clone() for p in self.parameters()]  # its state_dict() would project them
+        if not self.trainer.sanity_checking:
+            self.seen.append(weights)
+
+
+@pytest.mark.parametrize(("options", "every", "count"), [({"val_check_interval": 3}, 3, 4), ({}, 6, 2)])
+def test_lightning_validates_and_saves_projected_weights(
+    options: dict[str, Any], every: int, count: int, tmp_path: Path
+) -> None:
+    start = Validated(KINDS["adam"])
+    memory = directions_of(start, [torch.randn(10, 4).double()])
+    mine, free, callback = Validated(KINDS["adam"]), Validated(KINDS["adam"]), LightningCallback(memory)
+    twin = Validated(KINDS["adam"], every, memory)
+    for name, module in (("mine", mine), ("twin", twin), ("free", free)):
+        saver = pl.callbacks.ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        own = [callback] if name == "mine" else []
+        trainer = fit(module, tmp_path, [*own, saver], validate=True, enable_checkpointing=True, **options)
+        assert "penalty" not in trainer.callback_metrics
+    assert len(mine.seen) == len(twin.seen) == count
+    torch.testing.assert_close(mine.seen, twin.seen, rtol=1e-9, atol=1e-12)
+    saved = [torch.load(tmp_path / name / "step=9.ckpt", weights_only=True)["state_dict"] for name in ("mine", "twin")]
+    torch.testing.assert_close(*saved, rtol=1e-9, atol=1e-12)
+    assert change(memory, mine, start) < 0.5 * change(memory, free, start)
+    assert callback.protections == []
+    assert [entry.num_samples for entry in callback.memory.history] == [10, 24]
+
+
+@pytest.mark.parametrize("estimator", ["inputs", "kronecker"])
+def test_lightning_measures_what_the_memory_holds(estimator: str, tmp_path: Path) -> None:
+    module = Module(KINDS["sgd"])
+    memory = directions_of(module, [torch.randn(10, 4).double()], estimator)
+    importance = memsyn.measure(module, [torch.randn(10, 4).double()], progress=False)
+    callback = LightningCallback(memory.consolidate(module, importance))
+    fit(module, tmp_path, [callback])
+    old, new = callback.memory.history[:2], callback.memory.history[2:]
+    assert {(entry.objective, entry.magnitude) for entry in old} == {(e.objective, e.magnitude) for e in new}
+    assert [entry.num_samples for entry in new] == [24, 24]
+    chosen = LightningCallback(memsyn.Memory.empty(), estimator=estimator)
+    fit(module, tmp_path, [chosen])
+    assert chosen.memory.importance == {}
+    assert chosen.memory.directions_quantity == memory.directions_quantity
+
+
+class TwoOptimizers(Module):
+    """One optimizer for the network, one for a layer that no output relied on."""
+
+    def __init__(self) -> None:
+        super().__init__(KINDS["sgd"])
+        self.spare, self.automatic_optimization = nn.Linear(4, 3).double(), False
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.05) for part in (self.net, self.spare)]
+
+    def training_step(self, batch: Any, index: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        F.cross_entropy(self(batch[0]) + self.spare(batch[0]), batch[1]).backward()
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+
+def test_lightning_leaves_an_optimizer_of_free_parameters_alone(tmp_path: Path) -> None:
+    class Counter(pl.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            counts.add(len(callback.protections))
+
+    module, counts = TwoOptimizers(), set[int]()
+    memory = directions_of(module, [torch.randn(10, 4).double()])
+    assert memory.directions is not None
+    assert memory.directions.free == {"spare.weight", "spare.bias"}
+    callback = LightningCallback(memory, max_samples=0)
+    fit(module, tmp_path, [callback, Counter()])
+    assert counts == {1}
+
+
 class BrokenError(Exception):
     """What stops a training."""
 
@@ -249,15 +411,19 @@ def test_a_trainer_that_was_broken_off_can_train_again(
     assert callback.protection is None
 
 
-def test_lightning_that_was_broken_off_can_train_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["proximal", "projected"])
+def test_lightning_that_was_broken_off_can_train_again(form: str, tmp_path: Path) -> None:
     class Breaker(pl.Callback):
         def on_train_batch_end(self, *args: Any) -> None:
             raise BrokenError
 
     module = Module(KINDS["sgd"])
-    callback = LightningCallback(lightning_memory(module), strength=0.5, max_samples=0)
+    memory = lightning_memory(module) if form == "proximal" else directions_of(module, [torch.randn(10, 4).double()])
+    callback = LightningCallback(memory, strength=0.5, max_samples=0)
     with pytest.raises(BrokenError):
         fit(module, tmp_path, [callback, Breaker()])
     assert len(callback.protections) == 1
+    assert callback.protections[0].form == form
+    assert form == "proximal" or callback.protections[0].report().held > 0  # the step that waited is projected
     fit(module, tmp_path, [callback])
     assert callback.protections == []

@@ -57,6 +57,82 @@ def check_failure(rank: int) -> None:
         memsyn.measure(ddp, [], progress=False)
 
 
+class Branches(nn.Module):
+    """A head for samples whose first number is positive, and one for the others; a norm, which is no matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 6), nn.LayerNorm(6))
+        self.heads = nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 3)])
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads[int(x[0, 0, 0, 0] > 0)](torch.tanh(self.body(x)))
+
+
+def check_factors(rank: int, estimator: str) -> None:
+    """Uneven and empty shares, and heads that only one process uses: all have the factors of all samples."""
+    model = Branches()
+    data = torch.randn(13, 1, 6, 6, dtype=torch.float64)
+    data[:, 0, 0, 0] = data[:, 0, 0, 0].abs() * torch.tensor([1.0] * 9 + [-1.0] * 4)
+    batches = [*data[:9].split(4), *data[9:].split(4)]
+
+    def alone(share: list[Tensor]) -> memsyn.KroneckerFactors:
+        found = memsyn.measure(model, share, estimator=estimator, progress=False)
+        assert isinstance(found, memsyn.KroneckerFactors)
+        return found
+
+    whole = alone(batches)
+    assert {"inputs/heads.0.weight", "inputs/heads.1.weight", "diagonal/body.4.weight"} <= whole.sums.keys()
+    assert ("outputs/heads.0.weight" in whole.sums) == (estimator == "kronecker")
+    ddp = DistributedDataParallel(model)
+    for shares in ((batches[:3], batches[3:]), (batches, [data[:0]]), ([], batches)):
+        mine = memsyn.measure(ddp, shares[rank], estimator=estimator, progress=False)
+        assert isinstance(mine, memsyn.KroneckerFactors)
+        assert (mine.num_samples, mine.matrices, mine.routes) == (13, whole.matrices, whole.routes)
+        assert mine.sums.keys() == whole.sums.keys()
+        # The signs belong to a sample's place in its process. So outputs are those of both shares, each from place 0.
+        parts = [alone(share).sums for share in shares if sum(map(len, share))]
+        for name, total in whole.sums.items():
+            of_signs = estimator == "kronecker" and not name.startswith(("inputs/", "positions/"))
+            expected = torch.stack([own[name] for own in parts if name in own]).sum(0) if of_signs else total
+            assert torch.allclose(mine.sums[name], expected, rtol=1e-9, atol=1e-12), name
+            dist.all_gather(everyone := [torch.empty_like(total) for _ in range(2)], mine.sums[name])
+            assert torch.equal(*everyone)
+
+
+class Reader(nn.Module):
+    """Reads one weight in a way that depends on its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(4, 2, 1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] == 1:
+            return (x.unsqueeze(1) * self.weight).flatten(1)
+        return F.conv1d(x, self.weight, groups=x.shape[1] // 2)
+
+
+def check_failure_of_factors(rank: int) -> None:
+    """What fails in one process fails in all; and no use of a weight is lost."""
+    ddp = DistributedDataParallel(Branches())
+    data = torch.rand(4, 1, 6, 6, dtype=torch.float64)
+    error, says = (memsyn.BatchError, "batch 1") if rank else (memsyn.ProcessError, "failed in 1 other of 2 processes")
+    with pytest.raises(error, match=says):
+        memsyn.measure(ddp, [data, data[:, :, :3] if rank else data], estimator="kronecker", progress=False)
+    with pytest.raises(memsyn.BatchError, match="no samples"):
+        memsyn.measure(ddp, [], estimator="kronecker", progress=False)
+    reader = DistributedDataParallel(Reader())
+    two, four, one = (torch.randn(3, channels, 5, dtype=torch.float64) for channels in (2, 4, 1))
+    with pytest.raises(memsyn.ProcessError, match="weight was used as a matrix in different ways in two processes"):
+        memsyn.measure(reader, [four if rank else two], estimator="kronecker", progress=False)
+    with pytest.raises(memsyn.ProcessError, match="weight: one process used it as a matrix, and another in another"):
+        memsyn.measure(reader, [one if rank else two], estimator="kronecker", progress=False)
+
+
 def check_checkpoints(rank: int) -> None:
     """Cut off in one process, all keep what they have, each in a file of its own, and go on together."""
     ddp = DistributedDataParallel(a_model())
@@ -93,21 +169,28 @@ def check_protection(rank: int, form: str, kind: type[torch.optim.Optimizer]) ->
     twin = copy.deepcopy(model)
     data, targets = torch.randn(8, 1, 6, 6, dtype=torch.float64), torch.randint(3, (8,))
     ddp = DistributedDataParallel(model)
-    memory = memsyn.Memory.empty().consolidate(ddp, memsyn.measure(ddp, [data[4 * rank :][:4]], progress=False))
+    estimator = "kronecker" if form == "projected" else "mas"
+    found = memsyn.measure(ddp, [data[4 * rank :][:4]], estimator=estimator, progress=False)
+    memory = memsyn.Memory.empty().consolidate(ddp, found)
     optimizer, other = kind(ddp.parameters(), lr=0.05), kind(twin.parameters(), lr=0.05)
-    memsyn.protect(optimizer, ddp, memory, strength=0.5, form=form)
-    memsyn.protect(other, twin, memory, strength=0.5, form=form)
+    handles = [
+        memsyn.protect(optimizer, ddp, memory, strength=0.5, form=form),
+        memsyn.protect(other, twin, memory, strength=0.5, form=form),
+    ]
 
     def step(m: nn.Module, o: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
         o.zero_grad()
         F.cross_entropy(m(x), y).backward()
         o.step()
 
-    for _ in range(5):
+    for _ in range(25 if form == "projected" else 5):  # the projected form projects after every tenth step
         step(ddp, optimizer, data[4 * rank :][:4], targets[4 * rank :][:4])
         step(twin, other, data, targets)
+    for handle in handles:
+        handle.flush()
+        assert form != "projected" or handle.report().held > 0
     for mine, expected in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.allclose(mine, expected, rtol=1e-9, atol=1e-12)
+        assert torch.allclose(mine, expected, rtol=1e-6 if form == "projected" else 1e-9, atol=1e-12)
         dist.all_gather(everyone := [torch.empty_like(mine) for _ in range(2)], mine.detach())
         assert torch.equal(*everyone)
 
@@ -119,7 +202,10 @@ def main() -> None:
     check_union(rank)
     check_failure(rank)
     check_checkpoints(rank)
-    for form in ("gradient", "proximal"):
+    for estimator in ("kronecker", "inputs"):
+        check_factors(rank, estimator)
+    check_failure_of_factors(rank)
+    for form in ("gradient", "proximal", "projected"):
         for kind in (torch.optim.SGD, torch.optim.Adam):
             check_protection(rank, form, kind)
     dist.barrier()  # else one may be gone while the other still reads from it

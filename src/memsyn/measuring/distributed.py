@@ -99,12 +99,13 @@ def share_sums(
         The matrices of all processes. A parameter that is a matrix in one process has no other sum in any process.
 
     Raises:
-        ProcessError: a weight was used as a matrix in different ways.
+        ProcessError: a weight was used as a matrix in different ways, or as a matrix in some processes only.
     """
     mine = {
         "sums": {name: [list(total.shape), str(total.dtype).removeprefix("torch.")] for name, total in sums.items()},
         "matrices": matrices_header(matrices),
         "names": sorted(own_names),
+        "used": [name for name, total in sums.items() if bool(total.any())],
     }
     everyone = [json.loads(text) for text in _gather_text(json.dumps(mine), device, group)]
     shared: dict[str, Matrix] = {}
@@ -113,6 +114,12 @@ def share_sums(
             if shared.setdefault(key, matrix) != matrix:
                 raise ProcessError(f"{key} was used as a matrix in different ways in two processes.")
     taken = {name for other in everyone for name in other["names"]}
+    mixed = sorted(taken & {name for other in everyone for name in other["used"]})
+    if mixed:
+        raise ProcessError(
+            f"{', '.join(mixed)}: one process used it as a matrix, and another in another way. Give each process data "
+            "that take all branches of the forward pass, or freeze the parameter."
+        )
     for other in everyone:
         for name, (shape, dtype) in other["sums"].items():
             sums.setdefault(name, torch.zeros(shape, dtype=getattr(torch, dtype), device=device))

@@ -303,16 +303,18 @@ class Measurement:
         Raises:
             BatchError: there were no samples.
         """
-        routes, sums = self.table.routes, {} if self.sums is None else self.sums.totals()
+        sums = {} if self.sums is None else self.sums.totals()
+        # Without samples, the table still has the slowest routes, which would be those of all processes.
+        routes = dict.fromkeys(self.table.routes, UNUSED) if self.sums is None else self.table.routes
         if group is not None and isinstance(self.scorer, FactorScorer):
             self.scorer.matrices = share_sums(sums, self.scorer.matrices, self.scorer.names(), self.device, group)
             routes = {**dict.fromkeys(sums, BY_FACTORS), **routes}
-            self.num_samples, routes = sum_over_processes(sums, self.num_samples, routes, group)
+            if sums:  # in all processes, or in none: then none has samples
+                self.num_samples, routes = sum_over_processes(sums, self.num_samples, routes, group)
         elif group is not None:
             # This process had no samples, but the others wait until it adds tensors of the same shapes.
             if not sums:
                 sums = _zeros(trainable_parameters(self.model))
-                routes = dict.fromkeys(sums, UNUSED)
             self.num_samples, routes = sum_over_processes(sums, self.num_samples, routes, group)
         if self.num_samples == 0:
             raise BatchError(

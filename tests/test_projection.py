@@ -560,6 +560,8 @@ def test_what_does_not_fit_together() -> None:
         memsyn.protect(optimizer, model, importance, form="projected")
     with pytest.raises(memsyn.OptionError, match="form='gradient' needs an importance"):
         memsyn.protect(optimizer, model, memory, form="gradient")
+    with pytest.raises(memsyn.OptionError, match="directions alone, which have no penalty"):
+        memsyn.penalty(model, memory)
     with pytest.raises(memsyn.OptionError, match="takes a number as strength"):
         memsyn.protect(optimizer, model, memory, strength=memsyn.Relative(1.0))
     for every in (0, 1.5, True):

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from memsyn.errors import OptionError
 from memsyn.parameters import named_parameters, wide_dtype
 from memsyn.protecting import compiled
 from memsyn.torch_private import (
@@ -59,6 +60,7 @@ def penalty(model: nn.Module, memory: Memory) -> Tensor:
 
     Raises:
         MismatchError: the memory is of another architecture.
+        OptionError: the memory holds directions alone, which have no penalty.
 
     Example:
         >>> import torch, memsyn
@@ -68,6 +70,10 @@ def penalty(model: nn.Module, memory: Memory) -> Tensor:
         >>> memsyn.penalty(model, memory)  # 3 * 2^2
         tensor(12., grad_fn=<SumBackward0>)
     """
+    if memory.directions is not None and not memory.importance:
+        raise OptionError(
+            "the memory holds directions alone, which have no penalty: use protect, or measure 'mas' too."
+        )
     parameters = named_parameters(model)
     check_fit(memory.importance, parameters, "the memory", may_change=True)
     terms = []

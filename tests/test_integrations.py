@@ -138,6 +138,10 @@ def test_a_trainer_measures_in_the_end(tmp_path: Path) -> None:
     train(Trainer, model, arguments(tmp_path), [again])
     assert again.memory.num_samples == 32
     assert again.protection is None
+    chosen = TrainerCallback(memsyn.Memory.empty(), estimator="inputs", max_samples=8)
+    train(Trainer, model, arguments(tmp_path), [chosen])
+    assert chosen.memory.importance == {}
+    assert chosen.memory.directions_quantity == ("signed_outputs", "second moments of inputs")
 
 
 def directions_of(model: nn.Module, batches: Any, estimator: str = "kronecker") -> memsyn.Memory:

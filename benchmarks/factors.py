@@ -10,8 +10,9 @@ import argparse
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -53,17 +54,15 @@ def measuring(names: list[str], rounds: int, num_batches: int) -> None:
         subject = SUBJECTS[name]
         model = subject.model().eval()
         batches = [subject.batch() for _ in range(num_batches)]
-        actions: dict[str, Callable[[], object]] = {"ordinary": lambda m=model, b=batches: ordinary_pass(m, b)}
+        actions: dict[str, Callable[[], object]] = {"ordinary": partial(ordinary_pass, model, batches)}
         for estimator in ESTIMATORS:
-            actions[estimator] = lambda m=model, b=batches, e=estimator: memsyn.measure(
-                m, b, estimator=e, progress=False
-            )
+            actions[estimator] = partial(memsyn.measure, model, batches, estimator=estimator, progress=False)
         found = rounds_of(actions, rounds, f"measuring {name}")
         words = ratios(found, "ordinary")
         print(f"| {subject.title} | {' | '.join(words[e] for e in ESTIMATORS)} |")
 
 
-def rounds_of(actions: dict[str, Callable[[], object]], rounds: int, title: str) -> dict[str, list[float]]:
+def rounds_of(actions: Mapping[str, Callable[[], object]], rounds: int, title: str) -> dict[str, list[float]]:
     for action in actions.values():
         action()
     found: dict[str, list[float]] = {name: [] for name in actions}

@@ -67,17 +67,40 @@ class Spectrum:
         return Spectrum(self.values.to(device, dtype), vectors, self.rest.to(device, dtype))
 
     def wider(self, width: int) -> Spectrum:
-        """The same with further directions of eigenvalue 0, which come last."""
-        if width == self.width:
-            return self
-        if self.vectors is None:
-            return Spectrum(torch.nn.functional.pad(self.values, (0, width - self.width)), None, self.rest)
+        """The same with further directions of eigenvalue 0, which come last. They are kept vectors."""
         added = width - self.width
-        return spectrum_of(torch.nn.functional.pad(self.dense(), (0, added, 0, added)), None, scaled=False)[0]
+        if not added:
+            return self
+        values = torch.nn.functional.pad(self.values, (0, added))
+        if self.vectors is None:
+            return Spectrum(values, None, self.rest)
+        vectors = torch.nn.functional.pad(self.vectors, (0, added, 0, added))
+        vectors[:, self.width :, self.rank :] = torch.eye(added).to(vectors)
+        return Spectrum(values, vectors, self.rest)
+
+    def last(self) -> Tensor:
+        """(G,), the last number on the diagonal of the matrix."""
+        if self.vectors is None:
+            return self.values[:, -1]
+        return (self.vectors[:, -1].square() * (self.values - self.rest.unsqueeze(1))).sum(1) + self.rest
 
     def without_last(self) -> Spectrum:
         """The spectrum of the matrix without its last row and column."""
-        return spectrum_of(self.dense()[:, :-1, :-1], None, scaled=False)[0]
+        if self.vectors is None:
+            return Spectrum(self.values[:, :-1], None, self.rest)
+        values, vectors = _eigen(self.vectors[:, :-1], self.values - self.rest.unsqueeze(1))
+        found = Spectrum(values + self.rest.double().unsqueeze(1), vectors, self.rest)
+        return found.to(self.values.device, self.values.dtype)
+
+
+def _eigen(columns: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, from the largest to the smallest, and vectors of C diag(w) C^T, for C (G, n, k) and w (G, k).
+
+    There are min(n, k) of them. No matrix (n, n) is formed.
+    """
+    basis, upper = torch.linalg.qr(columns.double())
+    values, vectors = torch.linalg.eigh((upper * weights.double().unsqueeze(1)) @ upper.transpose(1, 2))
+    return values.flip(1), basis @ vectors.flip(2)
 
 
 def spectrum_of(moment: Tensor, rank: int | None, *, scaled: bool = True) -> tuple[Spectrum, float]:
@@ -123,11 +146,12 @@ def spectrum_of_sketch(sketch: Tensor, trace: Tensor, rank: int | None) -> tuple
     least = values.amax(1, keepdim=True) * width * torch.finfo(sketch.dtype).eps
     inverse_root = torch.where(values > least, values.clamp_min(0).rsqrt(), torch.zeros_like(values))
     left, singular, _ = torch.linalg.svd((y @ vectors) * inverse_root.unsqueeze(1), full_matrices=False)
-    kept = min(rank or columns // 2, columns)
+    kept = min(rank or max(1, columns // 2), columns)
     # No eigenvalue of M is above its trace; a file may hold a sketch that says otherwise.
     values = singular.square()[:, :kept].minimum(trace.double().unsqueeze(1) / mean)
     vectors = left[:, :, :kept].contiguous()
-    rest = (trace.double() / mean - values.sum(1)).clamp_min(0) / max(1, width - kept)
+    lost = (trace.double() / mean - values.sum(1)).clamp_min(0)
+    rest = lost / (width - kept) if kept < width else lost * 0
     # An eigenvalue below the mean of the rest would be damped less than the directions that are not kept.
     return Spectrum(values.maximum(rest.unsqueeze(1)), vectors, rest).to(sketch.device, sketch.dtype), mean
 
@@ -137,18 +161,17 @@ def combined(old: Spectrum, new: Spectrum, weights: tuple[float, float], rank: i
 
     Up to the width `whole` from the whole matrices, else from the kept vectors alone, without forming a matrix.
     """
+    old = old.to(new.values.device, torch.promote_types(old.values.dtype, new.values.dtype))
     if old.vectors is None or new.vectors is None:
         return Spectrum(weights[0] * old.values + weights[1] * new.values, None, old.rest)
     if old.width <= whole:
         return spectrum_of(weights[0] * old.dense() + weights[1] * new.dense(), rank, scaled=False)[0]
-    parts = [
-        own.vectors.double() * (weight * (own.values - own.rest.unsqueeze(1)).clamp_min(0)).double().sqrt().unsqueeze(1)
-        for own, weight in zip((old, new), weights, strict=True)
-        if own.vectors is not None
-    ]
-    left, singular, _ = torch.linalg.svd(torch.cat(parts, 2), full_matrices=False)
-    kept = min(rank or max(old.rank, new.rank), left.shape[2])
     rest = (weights[0] * old.rest + weights[1] * new.rest).double()
-    dropped = singular[:, kept:].square().sum(1) / max(1, old.width - kept)
-    values = singular[:, :kept].square() + rest.unsqueeze(1)
-    return Spectrum(values, left[:, :, :kept].contiguous(), rest + dropped).to(old.values.device, old.values.dtype)
+    # Without its rest, a spectrum is sum_i (value_i - rest) v_i v_i^T: negative for the directions `wider` has added.
+    parts = [weight * (own.values - own.rest.unsqueeze(1)) for own, weight in zip((old, new), weights, strict=True)]
+    values, vectors = _eigen(torch.cat([old.vectors, new.vectors.to(old.vectors)], 2), torch.cat(parts, 1))
+    kept = min(rank or max(old.rank, new.rank), values.shape[1])
+    dropped = values[:, kept:].sum(1) / max(1, old.width - kept)
+    values = (values[:, :kept] + rest.unsqueeze(1)).clamp_min(0)
+    found = Spectrum(values, vectors[:, :, :kept].contiguous(), (rest + dropped).clamp_min(0))
+    return found.to(old.values.device, old.values.dtype)

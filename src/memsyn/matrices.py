@@ -31,6 +31,11 @@ class Layout(NamedTuple):
     is_table: bool
     """Whether an input is the number of a row: a vector with a single 1."""
 
+    @property
+    def rows(self) -> int:
+        """The length of the weight's first dimension."""
+        return self.groups * (self.inputs if self.inputs_first else self.outputs)
+
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight, or a tensor of its shape, as (G, m, n); a view if it is contiguous."""
         split = weight.reshape(self.groups, weight.shape[0] // self.groups, -1)

@@ -359,19 +359,17 @@ class Projecting(Protection):
             bias_alone = None if matrix.bias is None else parameters.get(matrix.bias)
             return None if bias_alone is None else self._bias(key, own, bias_alone)
         bias = None if matrix.bias is None else parameters.get(matrix.bias)
-        if matrix.bias is not None and bias is None:
-            # The bias does not move: then only the part of A without it counts.
-            own = replace(own, matrix=replace(matrix, bias=None), inputs=own.inputs.without_last())
+        # If the bias does not move, only the part of A without it counts.
+        own = own.without_bias(parameters)
         damped = Damping(own, self.strength, weight.device, wide_dtype(weight))
-        rows = matrix.layout.groups * (matrix.layout.inputs if matrix.layout.inputs_first else matrix.layout.outputs)
-        return _Protected(key, (weight,) if bias is None else (weight, bias), own.matrix, damped, rows)
+        return _Protected(key, (weight,) if bias is None else (weight, bias), own.matrix, damped, matrix.layout.rows)
 
     def _bias(self, key: str, own: LayerDirections, bias: nn.Parameter) -> _Protected:
         """A bias that moves without its weight: its input is 1, whose second moment is the last number of A."""
         matrix = own.matrix
         layout = matrix.layout._replace(inputs=1, inputs_first=False)
-        alone = own.inputs.dense()[:, -1:, -1:]
-        spectrum = Spectrum(alone[:, :, 0], torch.ones_like(alone), alone.new_zeros(len(alone)))
+        alone = own.inputs.last().unsqueeze(1)
+        spectrum = Spectrum(alone, torch.ones_like(alone).unsqueeze(2), alone.new_zeros(len(alone)))
         single = Matrix(matrix.bias or "", None, layout)
         narrowed = replace(own, matrix=single, inputs=spectrum)
         damped = Damping(narrowed, self.strength, bias.device, wide_dtype(bias))

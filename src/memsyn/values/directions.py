@@ -18,7 +18,7 @@ from memsyn.errors import MismatchError
 from memsyn.matrices import EXACT_WIDTH, Layout, Matrix
 from memsyn.parameters import layer_of
 from memsyn.storage.reading_and_writing import Groups, checked_count
-from memsyn.values.factors import KroneckerFactors, layer_names, matrices_from, matrices_header
+from memsyn.values.factors import BOTH, KroneckerFactors, layer_names, matrices_from, matrices_header
 from memsyn.values.spectra import Spectrum, combined
 
 RANK: Final = 64
@@ -82,6 +82,12 @@ class LayerDirections:
     scales: tuple[float, float]
     counts: tuple[int, int]
 
+    def without_bias(self, names: Container[str]) -> LayerDirections:
+        """The same without the column of the bias, if the bias is not among the names."""
+        if self.matrix.bias is None or self.matrix.bias in names:
+            return self
+        return replace(self, matrix=replace(self.matrix, bias=None), inputs=self.inputs.without_last())
+
     def room(self, strength: float = STRENGTH) -> float:
         """The share of directions in which more than half of a step remains, from 0 to 1."""
         inputs = _expanded(self.inputs).double().sort(1).values
@@ -104,9 +110,9 @@ class LayerDirections:
             own = wide[group]
             spectrum = self.outputs
             rest = float(spectrum.rest[group])
-            vectors = None if spectrum.vectors is None else spectrum.vectors[group].to(dtype)
+            vectors = None if spectrum.vectors is None else spectrum.vectors[group].to(own)
             rotated = own if vectors is None else vectors.T @ own
-            values = spectrum.values[group].to(dtype) - (rest if vectors is not None else 0.0)
+            values = spectrum.values[group].to(own) - (rest if vectors is not None else 0.0)
             own_inputs = Spectrum(
                 self.inputs.values[group : group + 1],
                 None if self.inputs.vectors is None else self.inputs.vectors[group : group + 1],
@@ -187,7 +193,7 @@ class Directions:
 
     def only(self, names: Container[str]) -> Directions:
         """Those of some parameters."""
-        layers = {key: own for key, own in self.layers.items() if own.matrix.weight in names}
+        layers = {key: own.without_bias(names) for key, own in self.layers.items() if own.matrix.weight in names}
         diagonal = {name: own for name, own in self.diagonal.items() if name in names}
         return replace(self, layers=layers, diagonal=diagonal, free=frozenset(n for n in self.free if n in names))
 
@@ -252,17 +258,18 @@ class Directions:
             layer = layer_of(matrix.weight)
             found[layer] = found.get(layer, 0.0) + own.predicted_change(change)
         for name, diagonal in self.diagonal.items():
-            change = _difference(name, before, after, diagonal.squares.shape)
+            change = _difference(name, before, after, len(diagonal.squares) if diagonal.squares.ndim else None)
             own_change = float((diagonal.squares.to(change) * change.square()).sum()) * diagonal.scale / diagonal.mass
             found[layer_of(name)] = found.get(layer_of(name), 0.0) + own_change
         return found
 
     @staticmethod
     def _change(matrix: Matrix, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Tensor:
-        change = matrix.layout.matrix(_difference(matrix.weight, before, after, None))
+        layout = matrix.layout
+        change = layout.matrix(_difference(matrix.weight, before, after, layout.rows))
         if matrix.bias is None:
             return change
-        bias = _difference(matrix.bias, before, after, None).reshape(matrix.layout.groups, -1, 1)
+        bias = _difference(matrix.bias, before, after, layout.groups * layout.outputs).reshape(layout.groups, -1, 1)
         return torch.cat([change, bias.to(change)], 2)
 
     def groups(self) -> Groups:
@@ -382,17 +389,14 @@ def _spectrum(groups: Groups, side: str, key: str, width: int, num_groups: int) 
     return Spectrum(values, vectors, rest)
 
 
-def _difference(
-    name: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor], shape: torch.Size | None
-) -> Tensor:
+def _difference(name: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor], rows: int | None) -> Tensor:
+    """The change of the first rows of a parameter, those that are known; of the whole if `rows` is None."""
     for which, weights in (("before", before), ("after", after)):
         if name not in weights:
             raise MismatchError(f"{name} is not among the weights {which} the change.")
-    old, new = before[name].detach(), after[name].detach()
+    old, new = (weights[name].detach()[slice(rows) if rows is not None else ...] for weights in (before, after))
     wide = torch.promote_types(old.dtype, torch.float32)
-    if shape is not None and old.shape != shape:
-        old = old[: shape[0]]
-    return new[: len(old)].to(old.device, wide) - old.to(wide) if new.ndim else new.to(old.device, wide) - old.to(wide)
+    return new.to(old.device, wide) - old.to(wide)
 
 
 def consolidated(
@@ -401,14 +405,16 @@ def consolidated(
     """The directions of all tasks: A is added up with the weights (old, new), S averaged in the same proportion.
 
     With weights (1, 1), rule `sum`, the masses of tasks count their number. A matrix or parameter that only one side
-    has is taken over. A matrix whose inputs are zero (it was not used) is left out.
+    has is taken over. A matrix that these samples leave free is left out: its inputs are zero (it was not used), or its
+    output gradients (no output relied on it).
     """
     layers = dict(old.layers)
     for key, matrix in factors.matrices.items():
         inputs, outputs = factors.spectrum("inputs", key, rank), factors.spectrum("outputs", key, rank)
-        if inputs is None:
+        if inputs is None or (outputs is None and factors.magnitude == BOTH):
             continue
-        counts = (round(float(factors.sums[f"positions/{key}"])), factors.num_samples)
+        # Of weighted factors, the positions are no whole number.
+        counts = (max(1, round(float(factors.sums[f"positions/{key}"]))), factors.num_samples)
         found = LayerDirections(
             matrix,
             inputs[0],
@@ -457,29 +463,52 @@ def _combined_diagonal(
     return DiagonalDirections(weights[0] * squares + weights[1] * new.squares, mass, scale)
 
 
-def merged(one: Directions, other: Directions) -> Directions:
+def merged(one: Directions, other: Directions, num_samples: tuple[int, int]) -> Directions:
     """The directions of the samples of both, for replicas that each consolidated once, at the same weights.
 
-    Exact for spectra that are kept whole. Of truncated ones, the mean of the rest is taken for what each has cut.
+    Exact for spectra that are kept whole. Of truncated ones, the mean of the rest is taken for what each has cut. The
+    output gradients of a replica that left a matrix free are zero.
     """
-    layers, diagonal = {**other.layers, **one.layers}, {**other.diagonal, **one.diagonal}
-    for key in one.layers.keys() & other.layers.keys():
-        mine, theirs = one.layers[key], other.layers[key]
-        if mine.matrix != theirs.matrix:
-            raise MismatchError(f"{key} is read as another matrix in the other memory: they cannot be merged.")
-        spectra, scales = [mine.inputs, mine.outputs], [1.0, 1.0]
-        for side, (own, their) in enumerate(((mine.inputs, theirs.inputs), (mine.outputs, theirs.outputs))):
-            if own is not None and their is not None:
-                whole = mine.counts[side] + theirs.counts[side]
-                parts = tuple(layer.counts[side] * layer.scales[side] / whole for layer in (mine, theirs))
-                scales[side] = sum(parts)
-                shares = parts[0] / scales[side], parts[1] / scales[side]
-                spectra[side] = combined(own, their, shares, one.rank, EXACT_WIDTH)
-        counts = (mine.counts[0] + theirs.counts[0], mine.counts[1] + theirs.counts[1])
-        assert spectra[0] is not None
-        layers[key] = LayerDirections(mine.matrix, spectra[0], spectra[1], 1.0, (scales[0], scales[1]), counts)
+    shares = num_samples[0] / sum(num_samples), num_samples[1] / sum(num_samples)
+    layers: dict[str, LayerDirections] = {}
+    for key in other.layers | one.layers:
+        parts = [(own.layers[key], share) for own, share in zip((one, other), shares, strict=True) if key in own.layers]
+        layers[key] = _merged_layers(parts, sum(num_samples), one.rank)
+    diagonal: dict[str, DiagonalDirections] = {}
+    for name in other.diagonal | one.diagonal:
+        known = [(own.diagonal.get(name), share) for own, share in zip((one, other), shares, strict=True)]
+        # The mean squared gradients, g = squares * scale, of each replica by its share of the samples.
+        singles = [(single.squares * single.scale * share, single) for single, share in known if single is not None]
+        squares = singles[0][0] if len(singles) == 1 else singles[0][0] + singles[1][0].to(singles[0][0])
+        scale = sum(single.scale * share for single, share in known if single is not None)
+        diagonal[name] = DiagonalDirections(squares / scale, 1.0, scale)
     found = Directions(layers, diagonal, one.rank)
     return replace(found, free=(one.free | other.free) - found.names())
+
+
+def _merged_layers(parts: list[tuple[LayerDirections, float]], num_samples: int, rank: int | None) -> LayerDirections:
+    """The directions of a matrix from one or two replicas, each with its share of all samples."""
+    (mine, share), (theirs, other_share) = parts[0], parts[-1]
+    if len(parts) == 1:
+        scales = (mine.scales[0], mine.scales[1] * (1.0 if mine.outputs is None else share))
+        return replace(mine, scales=scales, counts=(mine.counts[0], num_samples))
+    if mine.matrix != theirs.matrix:
+        raise MismatchError(
+            f"{mine.matrix.weight} is read as another matrix in the other memory: they cannot be merged."
+        )
+    positions = mine.counts[0] + theirs.counts[0]
+    weights = [
+        (mine.counts[0] * mine.scales[0] / positions, theirs.counts[0] * theirs.scales[0] / positions),
+        (mine.scales[1] * share, theirs.scales[1] * other_share),
+    ]
+    spectra: list[Spectrum | None] = []
+    pairs = ((mine.inputs, theirs.inputs), (mine.outputs, theirs.outputs))
+    for (own, their), (first, second) in zip(pairs, weights, strict=True):
+        scaled = first / (first + second), second / (first + second)
+        spectra.append(None if own is None or their is None else combined(own, their, scaled, rank, EXACT_WIDTH))
+    assert spectra[0] is not None
+    scales = sum(weights[0]), sum(weights[1])
+    return LayerDirections(mine.matrix, spectra[0], spectra[1], 1.0, scales, (positions, num_samples))
 
 
 def _grown(own: LayerDirections, matrix: Matrix) -> LayerDirections:

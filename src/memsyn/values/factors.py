@@ -163,8 +163,15 @@ class KroneckerFactors:
         check_same_shapes(_only(self.sums, both), _only(other.sums, both), "the first factors", "the second factors")
         sums = {**other.sums, **self.sums}
         sums |= {name: self.sums[name] + other.sums[name].to(self.sums[name].device) for name in both}
-        taken = {matrix.weight for matrix in (self.matrices | other.matrices).values()}
-        sums = {name: total for name, total in sums.items() if name.removeprefix("diagonal/") not in taken}
+        every = (self.matrices | other.matrices).values()
+        taken = {f"diagonal/{name}" for matrix in every for name in (matrix.weight, matrix.bias)} & sums.keys()
+        mixed = sorted(name.removeprefix("diagonal/") for name in taken if bool(sums[name].any()))
+        if mixed:
+            raise MismatchError(
+                f"{', '.join(mixed)}: only one of the two has measured this parameter as a matrix. Measure both with a "
+                "first batch that takes all branches of the forward pass."
+            )
+        sums = {name: total for name, total in sums.items() if name not in taken}
         of = self.fingerprint if self.fingerprint == other.fingerprint else None
         count, routes = self.num_samples + other.num_samples, {**other.routes, **self.routes}
         matrices = {**self.matrices, **other.matrices}

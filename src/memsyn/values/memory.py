@@ -217,7 +217,7 @@ class Memory:
         weights = {"sum": (1.0, 1.0), "mean": (1 - share, share), "ema": (decay or 0.0, 1 - (decay or 0.0))}[rule]
         directions = consolidated(old, factors, weights, rank)
         entry = Consolidation.now(
-            {name: parameters[name].detach() for name in sorted(directions.names())},
+            {name: parameters[name].detach() for name in sorted(directions.names() | directions.free)},
             num_samples=factors.num_samples,
             rule=rule,
             decay=decay,
@@ -305,7 +305,8 @@ class Memory:
         if self.history[0].fingerprint != other.history[0].fingerprint:
             raise MismatchError("the memories are of different weights. Only replicas of one model can be merged.")
         history = self.history + tuple(replace(entry, rule=MERGED) for entry in other.history)
-        return replace(self, history=history, directions=merged(self.directions, directions))
+        counts = self.num_samples, other.num_samples
+        return replace(self, history=history, directions=merged(self.directions, directions, counts))
 
     def summary(self) -> list[LayerSummary]:
         """Per layer its share of the total importance, mean, maximum and concentration, in the model's order."""
@@ -366,7 +367,7 @@ class Memory:
         parameters = named_parameters(like)
         moved = [n for n, anchor in memory.anchor.items() if n in parameters and not _stands_at(parameters[n], anchor)]
         if not memory.anchor and memory.directions is not None:
-            names = sorted(memory.directions.names() & parameters.keys())
+            names = sorted(memory.names & parameters.keys())
             is_same = memory.history[-1].fingerprint == fingerprint({n: parameters[n].detach() for n in names})
             moved = [] if is_same else names
         if moved:
@@ -446,13 +447,12 @@ def _checked_rule(rule: str, decay: float | None) -> float | None:
 def _present(directions: Directions, parameters: Mapping[str, Any]) -> Directions:
     """The directions of parameters that the model still has; the others are dropped, with a warning."""
     lost = sorted(directions.names() - parameters.keys())
-    if not lost:
-        return directions
-    warnings.warn(
-        f"{len(lost)} parameters of the memory are no longer in the model and are left out: {', '.join(lost)}",
-        LostParametersWarning,
-        stacklevel=4,
-    )
+    if lost:
+        warnings.warn(
+            f"{len(lost)} parameters of the memory are no longer in the model and are left out: {', '.join(lost)}",
+            LostParametersWarning,
+            stacklevel=4,
+        )
     return directions.only(parameters)
 
 

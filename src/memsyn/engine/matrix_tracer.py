@@ -276,12 +276,12 @@ class MatrixTracer(Tracer):
         if found is None or key not in self._matrices:
             return self._run_other(function, args, kwargs, values)
         adds = key not in self._excluded
-        if adds:
-            with without_function_modes():
-                self._add_inputs(key, found, given)
         cut = {place: value.tensor.detach() for place, value in values.items()}
         new_args, new_kwargs = with_tensors(function, args, kwargs, cut)
         output = function(*new_args, **new_kwargs)
+        if adds:  # after the operation: if its inputs do not fit, the model's own error says so
+            with without_function_modes():
+                self._add_inputs(key, found, given)
         if self._root is None:
             return output
         saves_output = operation_of(function).saves_output

@@ -131,8 +131,10 @@ def add_second_moments(sums: Mapping[str, Tensor], rows: Tensor, *, with_bias: b
         for start in range(0, width, BLOCK):
             stop = min(start + BLOCK, width)
             left = rows[:, :, start:stop].transpose(1, 2)
-            for group, own in enumerate(total):
-                own[start:stop, start:width].addmm_(left[group], rows[group, :, start:])
+            if len(total) == 1:
+                total[0, start:stop, start:width].addmm_(left[0], rows[0, :, start:])
+            else:  # a depthwise convolution has as many groups as channels
+                total[:, start:stop, start:width].baddbmm_(left, rows[:, :, start:])
         if with_bias:
             total[:, :width, width] += rows.sum(1)
             total[:, width, width] += rows.shape[1]
@@ -144,8 +146,7 @@ def add_second_moments(sums: Mapping[str, Tensor], rows: Tensor, *, with_bias: b
         products += omega[width]
         sketch[:, width] += products.sum(1)
         trace += rows.shape[1]
-    for group, own in enumerate(sketch):
-        own[:width].addmm_(rows[group].T, products[group])
+    sketch[:, :width].baddbmm_(rows.transpose(1, 2), products)
     trace += rows.square().sum((1, 2))
 
 

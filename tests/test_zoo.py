@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import time
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import memsyn
+from memsyn.batches import take
 from memsyn.engine.routes import BY_SAMPLE
 from tests import reference
 from tests.zoo import ZOO, Specimen
@@ -70,3 +72,61 @@ def test_measure_equals_the_batch_of_one_reference(name: str, attention: str | N
     assert {name: error for name, error in found.items() if not error <= specimen.error} == {}
     slow = {name for name, route in importance.routes.items() if route == BY_SAMPLE}
     assert slow == matching(slow, specimen.slow)
+
+
+PLACES = frozenset({"*position_embedding*.weight", "*wpe.weight", "*embed_positions.weight", "*position_embeddings"})
+"""Tables of positions: the batch does not choose the rows, so that they are no inputs of samples."""
+
+NO_MATRICES = {
+    "BERT": PLACES,
+    "ALBERT": PLACES,
+    "MiniLM": PLACES,
+    "CLIP": PLACES,
+    "GPT-2": PLACES,
+    "BART": frozenset({"*.decoder.embed_positions.weight"}),
+    "Whisper": PLACES,
+    "ViT": PLACES | {"*cls_token"},
+    "T5": frozenset({"*relative_attention_bias.weight"}),
+    "Swin": frozenset({"*relative_position_bias_table"}),
+    "wav2vec2": frozenset({"*parametrizations.weight.original?"}),
+    # One parameter holds the matrices of all experts.
+    "Mixtral": frozenset({"*.experts.*_proj"}),
+    "Qwen2-MoE": frozenset({"*.experts.*_proj"}),
+    # The weight is the left operand of a batched product.
+    "Mamba": frozenset({"*.dt_proj.weight", "*.A_log"}),
+}
+"""Patterns of the parameters of two dimensions or more that are no matrices, by model."""
+
+
+@pytest.mark.filterwarnings("ignore::memsyn.SlowParametersWarning")
+@pytest.mark.parametrize("name", ZOO)
+def test_factors_do_not_depend_on_the_batch_size(name: str) -> None:
+    specimen = ZOO[name]
+    model, batch = build(specimen, specimen.attentions[0])
+
+    def measured(*batches: Any, estimator: str = "kronecker") -> Any:
+        return memsyn.measure(model, batches, forward=specimen.forward, estimator=estimator, progress=False)
+
+    started = time.perf_counter()
+    whole = measured(batch)
+    middle = time.perf_counter()
+    measured(batch, estimator="mas")
+    print(f"{name}: {(middle - started) / (time.perf_counter() - middle):.1f} times as long as mas")
+    single = measured(*(take(batch, k, k + 1) for k in range(num_samples(batch))))
+    taken = {matrix.weight for matrix in whole.matrices.values()}
+    weights = {n for n, p in model.named_parameters() if p.requires_grad and p.ndim > 1}
+    patterns = NO_MATRICES.get(name.partition(",")[0], frozenset())
+    assert weights - taken == matching(weights, patterns)
+    assert all(matching(weights, frozenset({pattern})) for pattern in patterns - PLACES)
+    assert single.num_samples == whole.num_samples == num_samples(batch)
+    assert single.sums.keys() == whole.sums.keys()
+    # Rounding counts by the largest sum of its kind, as where a gradient is zero in exact arithmetic.
+    largest: dict[str, float] = {}
+    for key, total in whole.sums.items():
+        side = key.partition("/")[0]
+        largest[side] = max(largest.get(side, 0.0), float(total.abs().max()))
+    error = {
+        key: float((single.sums[key] - total).abs().max()) / largest[key.partition("/")[0]]
+        for key, total in whole.sums.items()
+    }
+    assert {key: own for key, own in error.items() if not own <= 1e-5} == {}

@@ -71,7 +71,8 @@ class FactorScorer(Scorer):
         if self.needs_outputs:
             names = sorted({matrix.weight for matrix in found.values()})
             expected = gradients(values.sum(), {name: parameters[name] for name in names})
-            hidden = {name for name in names if not _is_close(finder.gradients.get(name), expected[name], expected)}
+            largest = max((float(own.abs().max()) for own in expected.values() if own.numel()), default=0.0)
+            hidden = {name for name in names if not _is_close(finder.gradients.get(name), expected[name], largest)}
             found = {key: matrix for key, matrix in found.items() if matrix.weight not in hidden}
         self.matrices.update(found)
         for name in self.names() & parameters.keys():
@@ -178,10 +179,9 @@ def traces(sums: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
 
 
-def _is_close(found: Tensor | None, expected: Tensor, all_expected: Mapping[str, Tensor]) -> bool:
+def _is_close(found: Tensor | None, expected: Tensor, largest: float) -> bool:
     """Whether a gradient is that of autograd up to rounding, which counts by the largest gradient of the model."""
     if found is None:
         return not bool(expected.any())
-    largest = max(float(own.abs().max()) for own in all_expected.values() if own.numel())
     tolerance = math.sqrt(torch.finfo(expected.dtype).eps)
     return bool(torch.allclose(found, expected, rtol=tolerance, atol=tolerance * largest))

@@ -95,8 +95,7 @@ def measure(
     outputs: A = E[x x^T] and S = E[d d^T], with d = J^T v for random signs v at the outputs, so that on average
     S = sum_o J_o^T J_o. They are sums over samples, tokens, positions and uses, so that batch size, order and split do
     not matter. The signs belong to the place of a sample in the data. Linear layers, convolutions and their transposes,
-    tables, attention and recurrent layers are matrices, with their biases. Norms, depthwise convolutions and all other
-    parameters get 1/N sum_k (d sum_o v_o y_o / d theta)^2. estimator="inputs" takes A alone, and needs only forward
+    tables, attention and recurrent layers are matrices, with their biases. Norms and all other parameters get 1/N sum_k (d sum_o v_o y_o / d theta)^2. estimator="inputs" takes A alone, and needs only forward
     passes. Their result is for `protect(form="projected")` and `Memory.predicted_change`. Padding tokens are not
     counted as inputs, as for "mas-local".
 

@@ -92,12 +92,13 @@ def measure(
     decoder it is not left out.
 
     estimator="kronecker" takes, for each weight matrix, the second moments of what it meets and of the gradients of its
-    outputs: A = E[x x^T] and S = E[d d^T], with d = J^T v for random signs v at the outputs, so that on average
-    S = sum_o J_o^T J_o. They are sums over samples, tokens, positions and uses, so that batch size, order and split do
-    not matter. The signs belong to the place of a sample in the data. Linear layers, convolutions and their transposes,
-    tables, attention and recurrent layers are matrices, with their biases. Norms and all other parameters get 1/N sum_k (d sum_o v_o y_o / d theta)^2. estimator="inputs" takes A alone, and needs only forward
-    passes. Their result is for `protect(form="projected")` and `Memory.predicted_change`. Padding tokens are not
-    counted as inputs, as for "mas-local".
+    outputs: A = E[x x^T] and S = E[d d^T], with d = J^T v for random signs v at the outputs, so that on average S =
+    sum_o J_o^T J_o. They are sums over samples, tokens, positions and uses, so that batch size, order and split do not
+    matter. The signs belong to the place of a sample in the data. Linear layers, convolutions and their transposes,
+    tables, attention and recurrent layers are matrices, with their biases. Norms and all other parameters get 1/N sum_k
+    (d sum_o v_o y_o / d theta)^2. estimator="inputs" takes A alone, and needs only forward passes. Their result is for
+    `protect(form="projected")` and `Memory.predicted_change`. Padding tokens are not counted as inputs, as for
+    "mas-local".
 
     Padding tokens in outputs (samples, tokens, ...) are left out, if the batch has an `attention_mask` (for a decoder,
     a `decoder_attention_mask`). If you pass `forward`, mask padding yourself.

@@ -23,6 +23,7 @@ import memsyn
 from models import SUBJECTS
 
 ESTIMATORS = ("inputs", "kronecker", "mas")
+NUM_STEPS = 20
 STEPS = {"mlp": 64, "vit-tiny": 32}
 """Subject -> the batch size of a training step."""
 
@@ -95,13 +96,13 @@ def stepping(names: list[str], rounds: int, ranks: list[int | None], everies: li
 
 
 def training(model: nn.Module, batch: Tensor, memory: memsyn.Memory | None, every: int) -> Callable[[], None]:
-    """Twenty steps of Adam."""
+    """Some steps of Adam, twice as many as wait for a projection by default."""
     optimizer = Adam(model.parameters(), lr=1e-4)
     if memory is not None:
         memsyn.protect(optimizer, model, memory, every=every)
 
     def steps() -> None:
-        for _ in range(20):
+        for _ in range(NUM_STEPS):
             optimizer.zero_grad()
             model(batch).square().mean().backward()
             optimizer.step()

@@ -62,9 +62,12 @@ class Spectrum:
         return scaled @ self.vectors.transpose(1, 2) + self.rest.view(-1, 1, 1) * identity
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Spectrum:
-        """The same on another device and in another dtype."""
-        vectors = None if self.vectors is None else self.vectors.to(device, dtype)
-        return Spectrum(self.values.to(device, dtype), vectors, self.rest.to(device, dtype))
+        """The same on another device and in another dtype, its numbers in the order in which a file holds them.
+
+        So a product with them rounds alike before they were saved and after they were loaded.
+        """
+        values, rest = (own.to(device, dtype).contiguous() for own in (self.values, self.rest))
+        return Spectrum(values, None if self.vectors is None else self.vectors.to(device, dtype).contiguous(), rest)
 
     def wider(self, width: int) -> Spectrum:
         """The same with further directions of eigenvalue 0, which come last. They are kept vectors."""

@@ -72,13 +72,21 @@ def damped(change, found, by_outputs):
 
 @pytest.mark.parametrize("name", PROJECTED)
 def test_what_a_task_changes_is_damped_when_it_ends(name):
-    """A task has 6 steps, and a projection comes after 10: all of them wait for `end`."""
+    """Gradients are damped in each step. A task has 6 steps, and weights are after 10: all of them wait for `end`."""
     first, second = course(name, 1).models[0], course(name, 2).models[1]
     assert_close(first, plain_course(1)[0])
     plain = copy.deepcopy(first)
-    plain_steps(plain, 1)
     estimator = "inputs" if name == "projected-inputs" else "kronecker"
-    change = damped(joined(plain) - joined(first), factors_of(first, 0, estimator), estimator == "kronecker")
+    found = factors_of(first, 0, estimator)
+
+    def damp_gradients(_):
+        layer = plain.body[1]
+        own = torch.cat([layer.weight.grad, layer.bias.grad.unsqueeze(1)], 1)
+        own = damped(own, found, estimator == "kronecker")
+        layer.weight.grad, layer.bias.grad = own[:, :-1].clone(), own[:, -1].clone()
+
+    plain_steps(plain, 1, observe=damp_gradients)
+    change = damped(joined(plain) - joined(first), found, estimator == "kronecker")
     expected = copy.deepcopy(plain)
     set_joined(expected, joined(first) + change)
     assert_close(second, expected)  # the heads too: the new one is not protected

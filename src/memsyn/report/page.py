@@ -10,7 +10,6 @@ import base64
 import hashlib
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from memsyn.errors import MemsynError
 from memsyn.report.names import json_in_html, needed, printable
@@ -51,7 +50,7 @@ def write_page(page: Page, path: Path) -> None:
 
 
 def html_of(page: Page) -> str:
-    """The page as text, less than 6 MB, of which Plotly takes 4.8 MB.
+    """The page as text, less than 6.5 MB, of which Plotly takes 4.8 MB.
 
     Raises:
         MemsynError: plotly or jinja2 is missing.
@@ -69,7 +68,7 @@ def html_of(page: Page) -> str:
     style = (TEMPLATES / "page.css").read_text(encoding="utf-8")
     text: str = environment.get_template("page.html.jinja").render(
         page=page,
-        figures=[json_in_html(_rounded(chart.figure)) for chart in page.charts()],
+        figures=[json_in_html(chart.figure) for chart in page.charts()],
         version=version("memsyn"),
         policy=_policy(scripts),
         scripts=scripts,
@@ -77,15 +76,6 @@ def html_of(page: Page) -> str:
         uses=bool(page.charts()),
     )
     return text
-
-
-def _rounded(value: Any) -> Any:
-    """A chart's figure with six digits for each number: no screen shows more, and the page stays small."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: _rounded(own) for key, own in value.items()}
-    return [_rounded(own) for own in value] if isinstance(value, list | tuple) else value
 
 
 def _policy(scripts: list[str]) -> str:

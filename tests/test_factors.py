@@ -385,3 +385,27 @@ def test_options_that_do_not_fit() -> None:
     for estimator in ("mas", "mas-local", "fisher"):
         with pytest.raises(memsyn.OptionError, match="rank is for estimator='kronecker' and 'inputs': leave it out"):
             memsyn.measure(model, data, estimator=estimator, rank=3)
+
+
+@pytest.mark.parametrize("estimator", ["kronecker", "inputs"])
+def test_a_weight_that_was_no_matrix_at_first_keeps_its_sums(estimator: str) -> None:
+    """The first batch takes the sum of its columns, the second one the product: both go into its squared gradient."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        plain = x * m.a.weight.sum(0)
+        return m.b(m.a(x) if bool((x > 0).all()) else plain)
+
+    torch.manual_seed(0)
+    model = Lambda(forward, a=nn.Linear(4, 4, bias=False), b=nn.Linear(4, 2)).double()
+    first, second = -torch.rand(3, 4).double(), torch.rand(3, 4).double()
+    found = factors(Case(lambda: model, lambda n, dtype: first), model, [first, second], estimator)
+    assert "a.weight" not in found.matrices
+    assert "b.weight" in found.matrices
+    if estimator == "inputs":  # each sample counts 1
+        assert torch.equal(found.sums["diagonal/a.weight"], torch.full((4, 4), 6.0).double())
+        return
+    expected = torch.zeros(4, 4).double()
+    for k, x in enumerate(torch.cat([first, second])):
+        score = (model(x.unsqueeze(0)).flatten() * reference.signs(k, 2)).sum()
+        expected += torch.autograd.grad(score, model.a.weight)[0].square()
+    torch.testing.assert_close(found.sums["diagonal/a.weight"], expected, rtol=1e-9, atol=1e-12)

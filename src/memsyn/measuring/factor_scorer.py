@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Container, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Final, final
 
 import torch
@@ -55,16 +56,26 @@ class FactorScorer(Scorer):
         return weights | {matrix.bias for matrix in self.matrices.values() if matrix.bias is not None}
 
     def find_matrices(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, position: Position
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        batch: Batch,
+        position: Position,
+        measured: Container[str],
     ) -> dict[str, Tensor]:
         """Find the matrices among the parameters, those that are known apart; returns their sums, which are zero.
 
-        They take no gradient from now on. Of output gradients, a matrix is only taken if sum d x^T over its uses is the
+        They take no gradient from now on. A parameter of `measured` has sums of another kind already, which would be
+        lost: it is measured as before. Of output gradients, a matrix is only taken if sum d x^T over its uses is the
         gradient of autograd: then no use of it is hidden.
         """
         several = batch if batch.num_samples != 1 else batch.map(lambda t: torch.cat([t, t]) if len(t.shape) else t)
         finder, values = self._watched(model, parameters, several, position)
-        found = finder.matrices()
+        found = {
+            key: replace(matrix, bias=None) if matrix.bias in measured else matrix
+            for key, matrix in finder.matrices().items()
+            if matrix.weight not in measured
+        }
         if several.num_samples is not None:
             constant = self._constant(finder, model, several, position)
             found = {key: matrix for key, matrix in found.items() if matrix.weight not in constant}

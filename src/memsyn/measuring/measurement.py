@@ -204,7 +204,9 @@ class Measurement:
         assert isinstance(self.scorer, FactorScorer)
         assert self.copy is not None
         assert self.sums is not None
-        zeros = self.scorer.find_matrices(self.copy, self.parameters, batch, position)
+        parts = self.sums.parts()
+        measured = {name for name in self.parameters if any(name in p and bool(p[name].any()) for p in parts)}
+        zeros = self.scorer.find_matrices(self.copy, self.parameters, batch, position, measured)
         names = self.scorer.names()
         self.parameters = {name: p for name, p in self.parameters.items() if name not in names}
         self.sums.replace(names, zeros)

@@ -247,7 +247,8 @@ def a_layer(groups: int, outputs: int, inputs: int, rank: int | None, seed: int)
     return LayerDirections(matrix, a, s, 2.0, (3.0, 5.0), (1, 1))
 
 
-@given(**LAYERS, strength=st.sampled_from([0.1, 1.0, 10.0]))
+# At 10 and an eigenvalue of S of 0, exactly half of a step remains, and rounding decides.
+@given(**LAYERS, strength=st.sampled_from([0.13, 1.3, 11.0]))
 @settings(max_examples=60, deadline=None)
 def test_room_by_counting(groups: int, outputs: int, inputs: int, rank: int | None, seed: int, strength: float) -> None:
     own = a_layer(groups, outputs, inputs, rank, seed)

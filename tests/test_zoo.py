@@ -79,7 +79,6 @@ PLACES = frozenset({"*position_embedding*.weight", "*wpe.weight", "*embed_positi
 NO_MATRICES = {
     "BERT": PLACES,
     "ALBERT": PLACES,
-    "MiniLM": PLACES,
     "CLIP": PLACES,
     "GPT-2": PLACES,
     "BART": frozenset({"*.decoder.embed_positions.weight"}),

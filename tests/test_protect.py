@@ -2,9 +2,7 @@
 
 import copy
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 import memsyn
 from memsyn.protecting import compiled
+from tests.training import files_of
 
 
 def start() -> tuple[nn.Module, memsyn.Memory, Tensor, Tensor]:
@@ -280,19 +279,8 @@ def test_a_protected_step_runs_through_three_of_our_files(
     memsyn.protect(optimizer, model, memory, strength=0.1, form=form)
     model(data.to(dtype)).sum().backward()
     optimizer.step()
-    package, files = Path(memsyn.__file__).parent, set()
-
-    def trace(frame: Any, event: str, argument: Any) -> None:
-        if Path(frame.f_code.co_filename).is_relative_to(package):
-            files.add(Path(frame.f_code.co_filename).relative_to(package).as_posix())
-
-    sys.setprofile(trace)
-    try:
-        optimizer.step()
-    finally:
-        sys.setprofile(None)
     few = {"protecting/penalising.py", "protecting/penalty.py", "protecting/optimizers.py"}
-    assert files == (few if smallest else few | {"protecting/compiled.py"})
+    assert files_of(optimizer.step) == (few if smallest else few | {"protecting/compiled.py"})
 
 
 def test_a_parameter_of_the_model_itself_is_a_layer_of_the_report() -> None:

@@ -1,5 +1,10 @@
 """A small task, and the plain loop that trains on it."""
 
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,3 +32,19 @@ def train(model: nn.Module, optimizer: Optimizer, data: Tensor, targets: Tensor,
 def assert_close(left: nn.Module, right: nn.Module, rtol: float = 1e-9) -> None:
     for found, expected in zip(left.parameters(), right.parameters(), strict=True):
         assert torch.allclose(found, expected, rtol=rtol, atol=1e-12)
+
+
+def files_of(action: Callable[[], object]) -> set[str]:
+    """The files of the package that an action runs through."""
+    package, files = Path(memsyn.__file__).parent, set()
+
+    def trace(frame: FrameType, event: str, argument: object) -> None:
+        if Path(frame.f_code.co_filename).is_relative_to(package):
+            files.add(Path(frame.f_code.co_filename).relative_to(package).as_posix())
+
+    sys.setprofile(trace)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return files

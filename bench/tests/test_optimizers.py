@@ -35,7 +35,7 @@ def test_a_task_is_learned_with_the_optimizer_of_the_settings(name, kind, option
 
 
 def test_lion_moves_each_weight_by_the_sign_of_its_gradient():
-    pytest.importorskip("lion_pytorch")
+    pytest.importorskip("lion_pytorch", reason="install lion-pytorch, as memsyn-bench[all] does")
     start, model = build(), course("finetune", 1, optimizer="lion", lr=0.01, epochs=1, batch_size=12).models[0]
     moved = (model.body[1].weight - start.body[1].weight).detach().abs()
     assert torch.allclose(moved, torch.full_like(moved, 0.01))

@@ -153,14 +153,10 @@ class Observer:
             {"rate": (rate, 1), "cap": (share, 1), "budget": (budget, 100), "interval": (interval, math.inf)}
         )
         _check_counts({"room": room, "max_batch": max_batch})
-        chosen = find_estimator(estimator)
-        if chosen.needs_labels:
-            raise OptionError(f"the estimator of {chosen.name} needs labels, which requests do not have.")
+        chosen = _without_labels(find_estimator(estimator))
         device = _check_model(model, onlookers)
         Window(last, half_life)  # raises if they are wrong
-        if "://" not in str(store) and not Path(store).absolute().parent.is_dir():
-            raise MemoryFileError(f"the store {store} cannot be written: its folder does not exist.")
-
+        _check_folder(store)
         first_sample = random.Random().getrandbits(31) if seed is None else seed
 
         def begin(fingerprint: str) -> SegmentSums:
@@ -181,16 +177,8 @@ class Observer:
         self._queue, self._version = RequestQueue(RateSampler(rate, seed), room), WeightsVersion(model)
         self._budget, self._errors = TimeBudget(budget / 100), ErrorCount()
         self._sums = VersionedSums(model, self._version, begin, self._errors.note, onlookers=onlookers)
-        self._worker = Worker(
-            self._queue,
-            self._sums,
-            self._budget,
-            self._errors,
-            device=device,
-            max_batch=max_batch,
-            interval=interval,
-            busy=busy,
-        )
+        at = (self._queue, self._sums, self._budget, self._errors)
+        self._worker = Worker(*at, device=device, max_batch=max_batch, interval=interval, busy=busy)
         self._hook: RemovableHandle | None = None
         atexit.register(self.close)
 
@@ -376,6 +364,17 @@ def _check_counts(counts: dict[str, int]) -> None:
     for name, value in counts.items():
         if not isinstance(value, int) or value < 1:
             raise OptionError(f"{name} must be a whole number, at least 1; got {value!r}.")
+
+
+def _without_labels(estimator: Estimator) -> Estimator:
+    if estimator.needs_labels:
+        raise OptionError(f"the estimator of {estimator.name} needs labels, which requests do not have.")
+    return estimator
+
+
+def _check_folder(store: str | os.PathLike[str]) -> None:
+    if "://" not in str(store) and not Path(store).absolute().parent.is_dir():
+        raise MemoryFileError(f"the store {store} cannot be written: its folder does not exist.")
 
 
 def _check_model(model: nn.Module, onlookers: bool) -> torch.device:

@@ -202,6 +202,11 @@ class Projecting(Protection):
         """Steps that are not projected yet."""
         self._removed: dict[str, tuple[Tensor, Tensor]] = {}
         """Layer -> ||change||^2 before and after its last projection."""
+        if not set(directions.names()) & _names_held(optimizer, model):
+            raise ProtectionError(
+                f"the optimizer holds none of the memory's {len(directions.names())} parameters. Was it made from "
+                "another model, or before the model was copied or moved?"
+            )
         super().__init__(optimizer)
         own = unwrap(model)
         self._guards = [
@@ -210,12 +215,6 @@ class Projecting(Protection):
             own.register_load_state_dict_post_hook(_Guard(self._restart)),
         ]
         self._find_layers(optimizer)
-        if not self._layers:
-            self.remove()
-            raise ProtectionError(
-                f"the optimizer holds none of the memory's {len(directions.names())} parameters. Was it made from "
-                "another model, or before the model was copied or moved?"
-            )
 
     def value(self) -> float:
         """0: a projection adds no penalty to the loss."""
@@ -331,8 +330,8 @@ class Projecting(Protection):
 
     def _find_layers(self, optimizer: Optimizer) -> None:
         """Look for the protected parameters again if the optimizer's parameters have changed."""
-        groups = optimizer.param_groups
-        seen = [key for group in groups for p in group["params"] for key in (id(p), p.data_ptr(), p.shape, p.device)]
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        seen = [key for p in held for key in (id(p), p.data_ptr(), p.shape, p.device, p.requires_grad)]
         if seen == self._seen:
             return
         if self._num_waiting and all(id(p) in self._befores for layer in self._layers for p in layer.parameters):
@@ -342,8 +341,8 @@ class Projecting(Protection):
             self._layers = same
             self.flush()
         self._num_waiting = 0
-        held = {id(p) for group in groups for p in group["params"] if p.requires_grad}
-        parameters = {name: p for name, p in named_parameters(self._model).items() if id(p) in held}
+        learning = {id(p) for p in held if p.requires_grad}
+        parameters = {name: p for name, p in named_parameters(self._model).items() if id(p) in learning}
         self._directions.check(named_parameters(self._model))
         made = [self._layer(key, own, parameters) for key, own in self._directions.layers.items()]
         made += [self._single(name, own, parameters) for name, own in self._directions.diagonal.items()]
@@ -382,6 +381,12 @@ class Projecting(Protection):
         squares = own.squares.to(parameter.device, wide_dtype(parameter))
         factor = diagonal_damping(squares, own.mass, self.strength)
         return _Protected(name, (parameter,), None, factor, len(squares) if squares.ndim else 1)
+
+
+def _names_held(optimizer: Optimizer, model: nn.Module) -> set[str]:
+    """Names of the parameters that are in an optimizer, frozen ones included."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {name for name, p in named_parameters(model).items() if id(p) in held}
 
 
 def _is_as_remembered(parameter: nn.Parameter, befores: Mapping[int, Tensor]) -> bool:

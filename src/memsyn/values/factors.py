@@ -5,7 +5,6 @@ Owns addition, files and summaries of factors. How a memory keeps them is in `di
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,11 +12,11 @@ from typing import Any, Final, final
 
 from torch import Tensor
 
-from memsyn.errors import MismatchError, OptionError
+from memsyn.errors import MismatchError
 from memsyn.matrices import Layout, Matrix
 from memsyn.parameters import layer_of
 from memsyn.storage.reading_and_writing import FACTORS, Groups, checked_count, read, well_formed, write
-from memsyn.values.importance import check_same_shapes
+from memsyn.values.importance import check_same_shapes, checked_num_samples
 from memsyn.values.spectra import Spectrum, spectrum_of, spectrum_of_sketch
 
 BOTH: Final = "second moments of inputs and output gradients"
@@ -78,12 +77,7 @@ class KroneckerFactors:
     fingerprint: str | None = None
 
     def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "num_samples", checked_count(operator.index(self.num_samples)))
-        except (TypeError, ValueError):
-            raise OptionError(f"num_samples must be a whole number below 2^63, got {self.num_samples!r:.40}.") from None
-        if self.num_samples < 1:
-            raise OptionError(f"factors need at least one sample, got num_samples={self.num_samples}.")
+        object.__setattr__(self, "num_samples", checked_num_samples(self.num_samples, "factors need"))
 
     @property
     def quantity(self) -> tuple[str, str]:

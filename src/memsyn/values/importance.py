@@ -61,12 +61,7 @@ class Importance:
     fingerprint: str | None = None
 
     def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "num_samples", checked_count(operator.index(self.num_samples)))
-        except (TypeError, ValueError):
-            raise OptionError(f"num_samples must be a whole number below 2^63, got {self.num_samples!r:.40}.") from None
-        if self.num_samples < 1:
-            raise OptionError(f"an importance needs at least one sample, got num_samples={self.num_samples}.")
+        object.__setattr__(self, "num_samples", checked_num_samples(self.num_samples, "an importance needs"))
 
     @property
     def quantity(self) -> tuple[str, str]:
@@ -151,6 +146,21 @@ class Importance:
             if not isinstance(of, str | None):
                 raise TypeError(f"fingerprint is {of!r:.40}")
             return cls(groups["importance"], checked_count(header["num_samples"]), routes, *quantity, of)
+
+
+def checked_num_samples(given: object, needs: str) -> int:
+    """A number of samples, at least 1; `needs` begins the sentence of the error, such as "an importance needs".
+
+    Raises:
+        OptionError: it is no whole number, below 1, or above 2^63 - 1.
+    """
+    try:
+        count = checked_count(operator.index(given))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise OptionError(f"num_samples must be a whole number below 2^63, got {given!r:.40}.") from None
+    if count < 1:
+        raise OptionError(f"{needs} at least one sample, got num_samples={count}.")
+    return count
 
 
 def summarize(omega: Mapping[str, Tensor]) -> list[LayerSummary]:

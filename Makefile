@@ -19,8 +19,9 @@ $(STAMP): pyproject.toml bench/pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/memsyn-bench run emoji8 --methods finetune,mas --seeds 1 --size 32 --out runs/demo
 
+# One process for each core, of one thread each: threads of more of them than there are cores wait for one another.
 test: $(STAMP)
-	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 # Full counts of kills, fuzzed files and gigabytes, of which `make test` does a twentieth.
 soak: $(STAMP)

@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml bench/pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/memsyn-bench run emoji8 --methods finetune,mas --seeds 1 --size 32 --out runs/demo
+	$(BIN)/memsyn-bench run scripts5 --methods finetune,frozen,mas,projected --seeds 1 --out runs/demo
 
 # One process for each core, of one thread each: threads of more of them than there are cores wait for one another.
 test: $(STAMP)

@@ -3,6 +3,7 @@
 import gzip
 import importlib
 from dataclasses import asdict, replace
+from string import ascii_lowercase
 
 import numpy as np
 import pytest
@@ -12,13 +13,14 @@ import memsyn
 from memsyn.errors import MemsynError, OptionError
 from memsyn_bench.data import fashion
 from memsyn_bench.data.fashion import CLASSES, load_permuted_fashion, load_split_fashion
+from memsyn_bench.data.words import LANGUAGES, load_words5
 from memsyn_bench.running.scoring import SCORINGS
 from memsyn_bench.sequences.networks import SharedHead, SmallConvNet, draw_weights, perceptron
 from memsyn_bench.sequences.sequences import SEQUENCES, default_settings, find_sequence, pair
 from memsyn_bench.settings import Settings
 from memsyn_bench.task import Task, for_validation, validation_split
 
-OFFLINE = [name for name in SEQUENCES if name not in ("split-fashion", "permuted-fashion", "paper8", "6ds")]
+OFFLINE = [name for name in SEQUENCES if name not in ("split-fashion", "permuted-fashion", "words5", "paper8", "6ds")]
 """Those whose data lie in the package."""
 
 
@@ -84,6 +86,53 @@ def test_permuted_fashion_uses_the_first_images(folder, monkeypatch):
 def test_missing_fashion_says_what_to_install(tmp_path, load):
     with pytest.raises(MemsynError, match=r"train-images-idx3-ubyte\.gz is missing.*apt install dataset-fashion-mnist"):
         load(28, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def dictionaries(tmp_path_factory):
+    """A word list for each language, of words that begin with the letters of its place; a few are in all lists."""
+    folder = tmp_path_factory.mktemp("dict")
+    names = [name for languages in LANGUAGES for _, name in languages]
+    for place, name in enumerate(names):
+        mark = "ab"[place % 2] + "cde"[place % 3]
+        own = [f"{mark}{a}{b}\u00e9{c}" for a in ascii_lowercase for b in ascii_lowercase for c in "xyzwvu"]
+        (folder / name).write_text("\n".join([*own, "shared", "abc", "it's", "z" * 17]), encoding="utf-8")
+    return folder
+
+
+def test_words_are_drawn_from_the_list_of_their_language(dictionaries):
+    tasks, again = load_words5(16, dictionaries), load_words5(16, dictionaries)
+    assert [task.class_names for task in tasks] == [tuple(name for name, _ in own) for own in LANGUAGES]
+    for index, task in enumerate(tasks):
+        assert (task.train_images.shape, task.test_images.shape) == ((6000, 16), (1500, 16))
+        assert torch.equal(task.train_images, again[index].train_images)
+        words = {tuple(row) for row in torch.cat([task.train_images, task.test_images]).tolist()}
+        assert len(words) == 7500  # no word twice: none is in training and in the test, none of two languages
+        for images, labels in ((task.train_images, task.train_labels), (task.test_images, task.test_labels)):
+            places = 3 * index + labels
+            assert torch.equal(images[:, 0], 1 + places % 2)
+            assert torch.equal(images[:, 1], 3 + places % 3)
+            assert (images[:, 4] == 5).all()  # the letter under the accent
+            assert (images[:, 6:] == 0).all()
+
+
+def test_missing_or_short_word_lists_say_so(dictionaries, tmp_path):
+    with pytest.raises(MemsynError, match=r"american-english is missing.*apt install wamerican"):
+        load_words5(16, tmp_path)
+    for languages in LANGUAGES:
+        for _, name in languages:
+            (tmp_path / name).write_text("four\n")
+    with pytest.raises(MemsynError, match="too few"):
+        load_words5(16, tmp_path)
+
+
+def test_the_network_of_words_is_drawn_by_its_seed():
+    task = Task("words", ("a", "b"), torch.randint(27, (2, 16)), torch.arange(2), *2 * (torch.arange(2),))
+    first, again, other = (SEQUENCES["words5"].build([task], seeded(seed)) for seed in (1, 1, 2))
+    with torch.no_grad():
+        assert first(task.train_images, 0).shape == (2, 2)
+        assert torch.equal(first(task.train_images, 0), again(task.train_images, 0))
+        assert not torch.equal(first(task.train_images, 0), other(task.train_images, 0))
 
 
 def noise(shape, num_classes=3):

@@ -1,7 +1,7 @@
-"""The benchmark's own networks: two small backbones, and a backbone with one head for each task or with one for all.
+"""The benchmark's own networks: three small backbones, and a backbone with one head for each task or with one for all.
 
-Only plain layers (Conv2d, GroupNorm, ReLU, Linear), so that importance is measured exactly and fast. Owns no
-data and no training.
+Only plain layers (Conv2d, GroupNorm, ReLU, Linear, torch's Transformer), so that importance is measured exactly and
+fast. Owns no data and no training.
 """
 
 from __future__ import annotations
@@ -54,6 +54,30 @@ class SmallConvNet(nn.Module):
 def perceptron() -> nn.Sequential:
     """The backbone of the official MAS demo: 784 inputs and two layers of 256 with ReLU, (N, 784) -> (N, 256)."""
     return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
+
+
+class WordTransformer(nn.Module):
+    """Two layers of a Transformer over letters, and the mean of their outputs: int64 (N, L) -> (N, 64).
+
+    Args:
+        num_letters: how many different numbers there are.
+        length: L, the letters of each word.
+    """
+
+    num_features = 64
+
+    def __init__(self, num_letters: int = 27, length: int = 16) -> None:
+        super().__init__()
+        width = self.num_features
+        self.letters, self.places = nn.Embedding(num_letters, width), nn.Embedding(length, width)
+        layers = (nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, batch_first=True) for _ in range(2))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Return the features, (N, 64), of words (N, L)."""
+        letters: Tensor = self.letters(words) + self.places.weight
+        features: Tensor = self.layers(letters)
+        return features.mean(1)
 
 
 @torch.no_grad()

@@ -22,10 +22,19 @@ from memsyn_bench.data.paper8 import load_paper8, shift
 from memsyn_bench.data.scenes import load_scenes
 from memsyn_bench.data.scripts import load_scripts8
 from memsyn_bench.data.sixds import load_6ds
+from memsyn_bench.data.words import load_words5
 from memsyn_bench.extensions import NamedEntries
 from memsyn_bench.losses import Loss, cross_entropy, similarity_loss
 from memsyn_bench.optimizers import OPTIMIZERS
-from memsyn_bench.sequences.networks import MultiHead, Network, SharedHead, SmallConvNet, draw_weights, perceptron
+from memsyn_bench.sequences.networks import (
+    MultiHead,
+    Network,
+    SharedHead,
+    SmallConvNet,
+    WordTransformer,
+    draw_weights,
+    perceptron,
+)
 from memsyn_bench.sequences.pretrained import PretrainedBackbone, efficientnet_lite0, torchvision_backbone
 from memsyn_bench.settings import Settings
 from memsyn_bench.task import Task, check_labels
@@ -137,6 +146,14 @@ def shared_perceptron(tasks: Sequence[Task], generator: torch.Generator) -> Shar
     model = SharedHead(perceptron(), 256, num_classes=len(tasks[0].class_names))
     draw_weights(model, generator)
     return model
+
+
+def word_network(tasks: Sequence[Task], generator: torch.Generator) -> MultiHead:
+    """A small Transformer over letters, and a head for each task, drawn from `generator`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        backbone = WordTransformer()
+    return _with_heads(backbone, backbone.num_features, tasks, generator)
 
 
 def embedding_network(tasks: Sequence[Task], generator: torch.Generator) -> SharedHead:
@@ -283,6 +300,14 @@ BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
         scorings=("domain-incremental",),
         shares_head=True,
         training={"lr": 1e-3, "epochs": 2, "batch_size": 64},
+    ),
+    "words5": TaskSequence(
+        summary="which of three languages a word is from, 5 times, a Transformer over letters",
+        sizes=(16,),
+        load=load_words5,
+        build=word_network,
+        augment=_unchanged,
+        training={"lr": 1e-3, "epochs": 10, "batch_size": 64},
     ),
     "facts": retrieval_sequence(
         "196 facts (a woman juggling) in 4 tasks, drawings of people and texts in one space", load_facts

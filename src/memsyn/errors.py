@@ -67,3 +67,11 @@ class MovedWeightsWarning(UserWarning):
 
 class StrengthWarning(UserWarning):
     """A strength is too large: training will diverge, or the new task cannot be learned."""
+
+
+class NotMeasuredWarning(UserWarning):
+    """A trainer's callback has not measured a training. The trained model and the memory are as they were."""
+
+
+class RepeatedDataWarning(UserWarning):
+    """A trainer's callback trains again on the data that it has measured. The new measurement replaces the last one."""

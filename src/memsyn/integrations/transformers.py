@@ -1,11 +1,25 @@
 """A callback for Hugging Face's Trainer that protects a memory and measures at the end. Needs `transformers`."""
 
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, final
 
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from memsyn import Estimator, Memory, Protection, Relative, protect
-from memsyn.integrations.training_end import extended
+from memsyn import Estimator, Forward, Memory, Protection, Relative
+from memsyn.integrations.training_end import (
+    RANK,
+    FirstBatches,
+    Settings,
+    Training,
+    begun,
+    ended,
+    failures_as_warnings,
+    try_batch,
+    untried,
+    use_kept_weights,
+    warn_without_steps,
+)
 
 
 @final
@@ -14,17 +28,40 @@ class MemsynCallback(TrainerCallback):
 
     The penalty of the penalty forms is logged as `penalty`. The projected form projects before each evaluation and each
     checkpoint of the Trainer, and when training ends. If a callback of yours asks for an evaluation, put it before this
-    one; if it evaluates by itself, call `protection.flush()` first. When training ends, importance or factors are
-    measured on the training set, through the Trainer's own loader and collator, and consolidated into `memory`. To
-    resume from a checkpoint, give the same memory again.
+    one; if it evaluates by itself, call `protection.flush()` first. To resume from a checkpoint, give the same memory
+    again.
+
+    Before the first step, two samples of the training set are measured on trial, and the result is thrown away. Model
+    and random generators stay as they are; a stream that cannot be read twice loses them. When training ends, importance or factors are measured on the training set,
+    through the Trainer's own loader and collator, and consolidated into `memory`. At most as many batches are measured
+    as the training read, so an endless stream ends. If measuring fails then, a warning says so, and the memory stays as
+    it was.
+
+    The anchor is the weights that the model has at the end: the best ones with `load_best_model_at_end`. The averaged
+    weights of a schedule-free optimizer are put into the model first, and stay there. A callback that swaps the weights
+    when training ends (EMA) must come before this one in the list. A training without a step is not measured. If the
+    same callback trains again on the same data set object, the new measurement replaces the last one.
 
     Args:
         memory: the memory to protect; `Memory.empty()` for a first task.
         strength, form: as `protect` takes them.
+        protect_options: the other options of `protect`, by name: {"every": 4}.
         estimator: what to measure at the end, as `measure` takes it. By default, what the memory holds: importance
             ("mas"), factors ("kronecker" or "inputs"), or both in two passes; for an empty memory "mas".
+        forward: (model, batch) -> output, as `measure` takes it; by default the model is called on the batch without
+            its labels. Models with several outputs (question answering) and batches of pairs need one.
+        data: batches to measure in place of the training set; they must be readable more than once.
         max_samples: how many samples to measure on, in each process; None for all, 0 for no measuring. With several
             processes the Trainer's sampler repeats a few samples to make the shares equal, and these count twice.
+        rule, decay, label, rank: as `Memory.consolidate` takes them.
+
+    Raises:
+        OptionError: an option is unknown, or `data` can be read only once.
+        MemsynError: when training begins: the trial has failed. The error says why.
+
+    Warns:
+        NotMeasuredWarning: nothing was measured, or nothing could be tried.
+        RepeatedDataWarning: the callback has measured the same data before.
 
     Example:
         >>> callback = MemsynCallback(memory)                          # doctest: +SKIP
@@ -38,24 +75,53 @@ class MemsynCallback(TrainerCallback):
         *,
         strength: float | Relative | None = None,
         form: str = "auto",
+        protect_options: Mapping[str, Any] | None = None,
         estimator: str | Estimator | None = None,
+        forward: Forward | None = None,
+        data: Iterable[Any] | None = None,
         max_samples: int | None = None,
+        rule: str = "sum",
+        decay: float | None = None,
+        label: str | None = None,
+        rank: int | None = RANK,
     ) -> None:
         self.memory = memory
         self.protection: Protection | None = None
-        self._strength, self._form, self._estimator, self._max_samples = strength, form, estimator, max_samples
+        self._settings = Settings(
+            strength=strength,
+            form=form,
+            protect_options=protect_options,
+            estimator=estimator,
+            forward=forward,
+            data=data,
+            max_samples=max_samples,
+            consolidation={"rule": rule, "decay": decay, "label": label, "rank": rank},
+        )
+        self._training: Training | None = None
+        self._first_step = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Protect the memory."""
+        """Try to measure, and protect the memory."""
         self._stop()  # a training before this one may have been interrupted
-        if self.memory.names:
+        self._first_step = state.global_step
+        model, loader, data = given["model"], given["train_dataloader"], self._settings.data
+        kept = self.memory
+        if self._settings.measures:
+            self._training = begun(self.memory, (_data_set(loader) if data is None else data,), self._training)
+            kept = self._training.before
+            batches = _first_samples(loader) if data is None else data
+            if batches is None:
+                untried("the training set can be read only once, so that its first batch must not be taken")
+            else:
+                try_batch(self._training, self._settings, model, batches)
+        if kept.names:
             optimizer = given["optimizer"]
             own = getattr(
                 optimizer, "optimizer", optimizer
             )  # accelerate wraps it, and calls the inner step with its hooks
-            self.protection = protect(own, given["model"], self.memory, strength=self._strength, form=self._form)
+            self.protection = self._settings.protect(own, model, kept)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Project the steps that wait before an evaluation or a checkpoint: `on_evaluate` and `on_save` come after."""
@@ -66,6 +132,9 @@ class MemsynCallback(TrainerCallback):
         """Project the steps that wait: an evaluation or a checkpoint may follow, or the best weights be loaded."""
         if self.protection is not None:
             self.protection.flush()
+        if control.should_training_stop and self._settings.measures:
+            # Now, since the best weights may be loaded before `on_train_end`, and are averaged ones already.
+            use_kept_weights(given["optimizer"])
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Add the penalty to the logs, beside the loss, and to the history."""
@@ -76,17 +145,51 @@ class MemsynCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Measure, and consolidate."""
         self._stop()
-        if self._max_samples != 0:
-            self.memory = extended(
-                self.memory,
-                given["model"],
-                given["train_dataloader"],
-                estimator=self._estimator,
-                max_samples=self._max_samples,
-                progress=not args.disable_tqdm,
+        if not self._settings.measures:
+            return
+        if state.global_step == self._first_step:
+            warn_without_steps()
+            return
+        assert self._training is not None
+        with failures_as_warnings():
+            loader = given["train_dataloader"]
+            batches = FirstBatches(
+                lambda: loader, state.global_step * args.gradient_accumulation_steps, _num_batches(loader)
             )
+            self._training = ended(
+                self._training, self._settings, given["model"], batches, progress=not args.disable_tqdm
+            )
+            assert self._training.after is not None
+            self.memory = self._training.after
 
     def _stop(self) -> None:
         if self.protection is not None:
             self.protection.remove()
             self.protection = None
+
+
+def _data_set(loader: Any) -> object:
+    return getattr(loader, "dataset", loader)
+
+
+def _num_batches(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # a loader of an IterableDataset
+        return None
+
+
+def _first_samples(loader: Any) -> Iterable[Any] | None:
+    """A loader of the first two samples. The Trainer's loader stays closed, since opening it changes its generators.
+
+    None if the samples could not be read again.
+    """
+    data_set = _data_set(loader)
+    if isinstance(data_set, Iterator):
+        return None
+    if isinstance(data_set, IterableDataset) and iter(data_set) is iter(data_set):
+        return None  # it hands out the same iterator each time
+    if data_set is loader:
+        return loader  # type: ignore[no-any-return]
+    size = None if loader.batch_sampler is None else 2
+    return DataLoader(data_set, size, collate_fn=loader.collate_fn)

@@ -217,7 +217,7 @@ class MemsynCallback(pl.Callback):
         for best in _best_checkpoints(trainer)[:1]:
             if self._load_best:
                 trainer.strategy.load_model_state_dict(trainer.strategy.load_checkpoint(best.best_model_path))
-            elif self._load_best is None and best.best_model_score != best.current_score:
+            elif self._load_best is None and best.best_model_score != trainer.callback_metrics.get(best.monitor):
                 warnings.warn(
                     f"the memory is made at the last weights. The best checkpoint by {best.monitor!r}, "
                     f"{best.best_model_path}, has others. If you keep those, give MemsynCallback(..., load_best=True); "

@@ -133,17 +133,17 @@ class FirstBatches:
     Args:
         read: opens the loader. Opening a DataLoader draws random numbers, and `measure` restores the generators.
         limit: how many batches.
-        total: how many batches the loader has; None or infinity if it cannot say.
+        total: how many batches an epoch has; infinity if the loader cannot say.
     """
 
-    def __init__(self, read: Callable[[], Iterable[Any]], limit: int, total: float | None) -> None:
-        self._read, self._limit, self._total = read, limit, total
+    def __init__(self, read: Callable[[], Iterable[Any]], limit: int, total: float) -> None:
+        self._read, self._count = read, int(min(limit, total))
 
     def __iter__(self) -> Iterator[Any]:
-        return islice(self._read(), self._limit)
+        return islice(self._read(), self._count)
 
     def __len__(self) -> int:
-        return self._limit if self._total is None else int(min(self._limit, self._total))
+        return self._count
 
 
 def try_batch(training: Training, settings: Settings, model: nn.Module, batches: Iterable[Any]) -> None:

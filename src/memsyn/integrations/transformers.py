@@ -1,10 +1,13 @@
 """A callback for Hugging Face's Trainer that protects a memory and measures at the end. Needs `transformers`."""
 
+import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, final
 
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from memsyn import Estimator, Forward, Memory, Protection, Relative
 from memsyn.integrations.training_end import (
@@ -32,15 +35,15 @@ class MemsynCallback(TrainerCallback):
     again.
 
     Before the first step, two samples of the training set are measured on trial, and the result is thrown away. Model
-    and random generators stay as they are; a stream that cannot be read twice loses them. When training ends, importance or factors are measured on the training set,
-    through the Trainer's own loader and collator, and consolidated into `memory`. At most as many batches are measured
-    as the training read, so an endless stream ends. If measuring fails then, a warning says so, and the memory stays as
-    it was.
+    and random generators stay as they are; a stream that cannot be read twice loses two samples. When training ends,
+    importance or factors are measured on the training set, through the Trainer's own loader and collator, and
+    consolidated into `memory`. At most as many batches are measured as the training read, so an endless stream ends. If
+    measuring fails then, a warning says so, and the memory stays as it was.
 
-    The anchor is the weights that the model has at the end: the best ones with `load_best_model_at_end`. The averaged
-    weights of a schedule-free optimizer are put into the model first, and stay there. A callback that swaps the weights
-    when training ends (EMA) must come before this one in the list. A training without a step is not measured. If the
-    same callback trains again on the same data set object, the new measurement replaces the last one.
+    The anchor is the weights that the model has when all callbacks are done, wherever this one stands in the list: the
+    averaged ones of an EMA callback, the best ones with `load_best_model_at_end`. The averaged weights of a
+    schedule-free optimizer are put into the model first, and stay there. A training without a step is not measured. If
+    the same callback trains again on the same data set object, the new measurement replaces the last one.
 
     Args:
         memory: the memory to protect; `Memory.empty()` for a first task.
@@ -143,9 +146,9 @@ class MemsynCallback(TrainerCallback):
             logs["penalty"] = state.log_history[-1]["penalty"] = self.protection.value()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Measure, and consolidate."""
+        """Measure, and consolidate, as the last of the callbacks: those after this one may replace the weights."""
         self._stop()
-        if not self._settings.measures:
+        if not self._settings.measures or self._is_called_again():
             return
         if state.global_step == self._first_step:
             warn_without_steps()
@@ -162,21 +165,42 @@ class MemsynCallback(TrainerCallback):
             assert self._training.after is not None
             self.memory = self._training.after
 
+    def _is_called_again(self) -> bool:
+        """Whether this event calls the callback once more, after all others: then it stands at the end of the list."""
+        callbacks = _callbacks()
+        if callbacks and callbacks[-1] is not self:
+            callbacks.append(self)  # the handler is iterating over this list, and comes to it
+            return True
+        if sum(callback is self for callback in callbacks) > 1:
+            callbacks.pop()
+        return False
+
     def _stop(self) -> None:
         if self.protection is not None:
             self.protection.remove()
             self.protection = None
 
 
-def _data_set(loader: Any) -> object:
+def _callbacks() -> list[Any]:
+    """The list of the callback handler that is calling. No event passes it, so that only the stack has it."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, CallbackHandler):
+            return owner.callbacks
+        frame = frame.f_back
+    return []
+
+
+def _data_set(loader: Any) -> Any:
     return getattr(loader, "dataset", loader)
 
 
-def _num_batches(loader: Any) -> int | None:
+def _num_batches(loader: Any) -> float:
     try:
         return len(loader)
     except TypeError:  # a loader of an IterableDataset
-        return None
+        return math.inf
 
 
 def _first_samples(loader: Any) -> Iterable[Any] | None:
@@ -190,6 +214,6 @@ def _first_samples(loader: Any) -> Iterable[Any] | None:
     if isinstance(data_set, IterableDataset) and iter(data_set) is iter(data_set):
         return None  # it hands out the same iterator each time
     if data_set is loader:
-        return loader  # type: ignore[no-any-return]
-    size = None if loader.batch_sampler is None else 2
-    return DataLoader(data_set, size, collate_fn=loader.collate_fn)
+        return data_set  # type: ignore[no-any-return]
+    size = None if getattr(loader, "batch_sampler", None) is None else 2
+    return DataLoader(data_set, size, collate_fn=getattr(loader, "collate_fn", None))

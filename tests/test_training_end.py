@@ -341,6 +341,18 @@ def test_a_second_training_on_the_same_data_replaces_the_first(tmp_path: Path) -
     assert [entry.num_samples for entry in callback.memory.history] == [24, 24]
 
 
+def test_a_data_set_is_known_by_its_fingerprint(tmp_path: Path) -> None:
+    class Rows(list[Any]):
+        """Stands for a `datasets.Dataset`: the Trainer makes a new one for each training, with the same fingerprint."""
+
+        _fingerprint = "79c9c98d1d64e0b9"
+
+    model, callback = bert(), TrainerCallback(EMPTY)
+    trainer_of(model, tmp_path, [callback], Rows(sentences(1)), max_steps=1).train()
+    trainer_of(model, tmp_path, [callback], Rows(sentences(1))).train()
+    assert_measured(callback.memory, model, DataLoader(sentences(1), 24, collate_fn=padded))
+
+
 def test_a_trainer_consolidates_as_it_is_told(tmp_path: Path) -> None:
     model = bert()
     old = EMPTY.consolidate(model, memsyn.measure(model, [padded(sentences(0))], progress=False))

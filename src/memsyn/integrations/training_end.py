@@ -95,7 +95,7 @@ class Training:
     """One training of a callback.
 
     Attributes:
-        data: the objects that hold the data to measure.
+        data: the objects that hold the data to measure, or text that stands for one.
         before: the memory that the training protects, and that is extended when it ends.
         after: the memory when it had ended; None before that.
     """
@@ -111,10 +111,7 @@ def begun(memory: Memory, data: tuple[object, ...], last: Training | None) -> Tr
     Else a second training on the same data would count every sample twice, and hold the weights where the first one
     left them.
     """
-    same = last is not None and len(last.data) == len(data)
-    if last is None or last.after is not memory or not same:
-        return Training(data, memory)
-    if not all(one is other for one, other in zip(last.data, data, strict=True)):
+    if last is None or last.after is not memory or not _are_same(last.data, data):
         return Training(data, memory)
     warnings.warn(
         "this callback has measured the same data when its last training ended. So that no sample counts twice, this "
@@ -124,6 +121,12 @@ def begun(memory: Memory, data: tuple[object, ...], last: Training | None) -> Tr
         stacklevel=2,
     )
     return Training(data, last.before, last.after)
+
+
+def _are_same(mine: tuple[object, ...], other: tuple[object, ...]) -> bool:
+    if len(mine) != len(other):
+        return False
+    return all(a == b if isinstance(a, str) else a is b for a, b in zip(mine, other, strict=True))
 
 
 @final

@@ -43,7 +43,7 @@ class MemsynCallback(TrainerCallback):
     The anchor is the weights that the model has when all callbacks are done, wherever this one stands in the list: the
     averaged ones of an EMA callback, the best ones with `load_best_model_at_end`. The averaged weights of a
     schedule-free optimizer are put into the model first, and stay there. A training without a step is not measured. If
-    the same callback trains again on the same data set object, the new measurement replaces the last one.
+    the same callback trains again on the same data set, the new measurement replaces the last one.
 
     Args:
         memory: the memory to protect; `Memory.empty()` for a first task.
@@ -112,7 +112,7 @@ class MemsynCallback(TrainerCallback):
         model, loader, data = given["model"], given["train_dataloader"], self._settings.data
         kept = self.memory
         if self._settings.measures:
-            self._training = begun(self.memory, (_data_set(loader) if data is None else data,), self._training)
+            self._training = begun(self.memory, (_identity(loader) if data is None else data,), self._training)
             kept = self._training.before
             batches = _first_samples(loader) if data is None else data
             if batches is None:
@@ -194,6 +194,15 @@ def _callbacks() -> list[Any]:
 
 def _data_set(loader: Any) -> Any:
     return getattr(loader, "dataset", loader)
+
+
+def _identity(loader: Any) -> object:
+    """What is the same for the same training set.
+
+    For each training, the Trainer makes a new `datasets.Dataset` without the unused columns. Its fingerprint stays.
+    """
+    data_set = _data_set(loader)
+    return getattr(data_set, "_fingerprint", data_set)
 
 
 def _num_batches(loader: Any) -> float:

@@ -407,6 +407,16 @@ def test_a_callback_refuses_wrong_options(kind: Any, options: dict[str, Any], te
         kind(EMPTY, **options)
 
 
+def test_any_other_error_on_trial_says_the_same(tmp_path: Path) -> None:
+    def objective(output: Tensor, info: Any) -> Tensor:
+        raise KeyError("weights of the classes")
+
+    callback = TrainerCallback(EMPTY, estimator=memsyn.Estimator(objective))
+    trainer = trainer_of(bert(), tmp_path, [callback], max_steps=1)
+    with pytest.raises(memsyn.ModelError, match=r"before training.*KeyError: 'weights of the classes'.*forward="):
+        trainer.train()
+
+
 def test_running_out_of_memory_on_trial_stays_what_it_is(tmp_path: Path) -> None:
     """A Trainer that looks for a batch size that fits must see it."""
 

@@ -49,7 +49,7 @@ class MemsynCallback(pl.Callback):
     The anchor is the weights that the module has when `fit` ends: those that averaging callbacks (SWA, EMA) have put
     there, wherever these callbacks stand in the list. The averaged weights of a schedule-free optimizer are put into
     the module too, and stay there. A `fit` without a step is not measured. If the same callback trains again on the
-    same data set objects, the new measurement replaces the last one.
+    same data set objects, that training protects the memory from before, and the new measurement replaces the last one.
 
     Args:
         memory: the memory to protect; `Memory.empty()` for a first task.

@@ -41,10 +41,10 @@ class MemsynCallback(TrainerCallback):
     measuring fails then, a warning says so, and the memory stays as it was.
 
     The anchor is the weights that the model has when all callbacks are done, wherever this one stands in the list: the
-    averaged ones of an EMA callback, the best ones with `load_best_model_at_end`. The averaged weights of a schedule-
-    free optimizer are put into the model first, and stay there. A training without a step is not measured. If the same
-    callback trains again on the same data set, that training protects the memory from before, and the new measurement
-    replaces the last one.
+    averaged ones of an EMA callback, the best ones with `load_best_model_at_end`. The averaged weights of a
+    schedule-free optimizer are put into the model first, and stay there. A training without a step is not measured. If
+    the same callback trains again on the same data set, that training protects the memory from before, and the new
+    measurement replaces the last one.
 
     Args:
         memory: the memory to protect; `Memory.empty()` for a first task.

@@ -7,6 +7,7 @@ from memsyn.errors import (
     MemsynError,
     MismatchError,
     ModelError,
+    MovedStatisticsWarning,
     MovedWeightsWarning,
     NewParametersWarning,
     NotMeasuredWarning,
@@ -26,6 +27,7 @@ from memsyn.parameters import fingerprint
 from memsyn.protecting.penalty import penalty
 from memsyn.protecting.protect import protect
 from memsyn.protecting.protection import Protection, Report
+from memsyn.protecting.statistics import FrozenStatistics, freeze_statistics
 from memsyn.protecting.strength import Relative
 from memsyn.protecting.tune import Trial, Tuned, tune
 from memsyn.values.consolidation import Consolidation
@@ -39,6 +41,7 @@ __all__ = [
     "Estimator",
     "FactorSummary",
     "Forward",
+    "FrozenStatistics",
     "Importance",
     "KroneckerFactors",
     "LayerSummary",
@@ -48,6 +51,7 @@ __all__ = [
     "MemsynError",
     "MismatchError",
     "ModelError",
+    "MovedStatisticsWarning",
     "MovedWeightsWarning",
     "NewParametersWarning",
     "NotMeasuredWarning",
@@ -67,6 +71,7 @@ __all__ = [
     "Trial",
     "Tuned",
     "fingerprint",
+    "freeze_statistics",
     "measure",
     "penalty",
     "protect",

@@ -65,6 +65,10 @@ class MovedWeightsWarning(UserWarning):
     """The model's weights differ from the weights at which the memory was consolidated or the importance measured."""
 
 
+class MovedStatisticsWarning(MovedWeightsWarning):
+    """Running statistics, or other buffers, are no longer those that the memory remembers."""
+
+
 class StrengthWarning(UserWarning):
     """A strength is too large: training will diverge, or the new task cannot be learned."""
 

@@ -1,7 +1,7 @@
 """The names of a model's parameters, the same in memory, in errors and on disk.
 
-Owns unwrapping (DataParallel, DistributedDataParallel, torch.compile), the canonical name of every parameter, its
-layer, and the fingerprint of weights. Must not change the model.
+Owns unwrapping (DataParallel, DistributedDataParallel, torch.compile), the canonical name of every parameter and
+statistic, its layer, and the fingerprint of weights. Must not change the model.
 """
 
 import hashlib
@@ -10,8 +10,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer
 
-from memsyn.torch_private import compiled_original, uncompiled_name
+from memsyn.torch_private import compiled_original, persistent_buffers, uncompiled_name
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -58,9 +59,38 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {**named_parameters(model), **{name: b for name, b in buffers.items() if b.is_floating_point()}}
 
 
+def statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Canonical name -> floating point buffer that a state_dict holds: above all running statistics.
+
+    Outputs depend on them as they do on parameters, but no optimizer moves them. A shared buffer has its first name.
+    Buffers without values (lazy, or on the meta device) and sparse ones are left out.
+    """
+    found: dict[int, tuple[str, Tensor]] = {}
+    for prefix, module in unwrap(model).named_modules():
+        for name, buffer in persistent_buffers(module):
+            has_values = not isinstance(buffer, UninitializedBuffer) and not buffer.is_meta
+            if has_values and buffer.is_floating_point() and buffer.layout == torch.strided:
+                found.setdefault(id(buffer), (canonical_name(f"{prefix}.{name}".lstrip(".")), buffer))
+    return dict(found.values())
+
+
+def moved_statistics(remembered: Mapping[str, Tensor], model: nn.Module) -> list[str]:
+    """Names of the remembered statistics that the model has with other values, in another shape, or not at all."""
+    present = statistics(model)
+    return [n for n, values in remembered.items() if n not in present or not same_values(present[n], values)]
+
+
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same shape, and the same values in the dtype of the first; NaN is equal to NaN."""
+    if one.shape != other.shape:
+        return False
+    one, other = (tensor.detach().to(one).to(wide_dtype(one)) for tensor in (one, other))
+    return bool(((one == other) | ((one != one) & (other != other))).all())
+
+
 def wide_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype for sums and penalties of a tensor: float32 at least, since half precision overflows."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return torch.float32 if tensor.dtype.itemsize == 1 else torch.promote_types(tensor.dtype, torch.float32)
 
 
 def fingerprint(of: nn.Module | Mapping[str, Tensor]) -> str:

@@ -97,6 +97,13 @@ def named_slots(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
             yield owner, name, value
 
 
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, buffer) for each buffer of the module itself that its `state_dict` holds."""
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield name, buffer
+
+
 def has_own_parameter(module: nn.Module, name: str) -> bool:
     """Whether the module itself holds a parameter with this name. A parametrized weight is held elsewhere."""
     return name in module._parameters

@@ -81,7 +81,8 @@ def _facts(held: Held) -> dict[str, Any]:
     }
     if isinstance(held, Memory):
         history = [asdict(entry) for entry in held.history]
-        return {**facts, "history": history, "directions": _directions_facts(held)}
+        kept = list(held.statistics)
+        return {**facts, "history": history, "directions": _directions_facts(held), "statistics": kept}
     return {**facts, "routes": by_route(held)}
 
 

@@ -76,8 +76,15 @@ def print_memory(memory: Memory) -> None:
         console.print(directions_table("Directions" if memory.importance else title, memory.directions))
         say(f"Measured: {_quantity(memory.directions_quantity)}.")
         _print_others(memory.directions)
+    if memory.statistics:
+        say(f"Statistics beside the weights: {_some(list(memory.statistics))}")
     if memory.history:
         console.print(_history(memory.history))
+
+
+def _some(names: Sequence[str]) -> str:
+    """A number of names, of which the first is shown: "98, the first is bn1.running_mean"."""
+    return f"{len(names):,}, the first is {names[0]}"
 
 
 def _print_others(directions: Directions) -> None:
@@ -198,6 +205,8 @@ def print_difference(a: Held, b: Held, found: Difference) -> None:
     ):
         if names:
             say(f"{where[0].upper()}{where[1:]}: {', '.join(names)}")
+    if found.statistics:
+        say(f"Statistics that differ: {_some(found.statistics)}")
     say("The same, bit for bit." if found.same else "They differ.")
 
 

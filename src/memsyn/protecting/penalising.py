@@ -26,6 +26,7 @@ from memsyn.protecting.penalty import (
     pull_,
 )
 from memsyn.protecting.protection import Protection, Report
+from memsyn.protecting.statistics import WatchedStatistics
 from memsyn.protecting.strength import checked_strength
 from memsyn.values.memory import Memory, check_fit
 
@@ -56,12 +57,13 @@ class Penalising(Protection):
         form: str,
         device: torch.device | None,
         importance_dtype: torch.dtype | None,
+        watched: WatchedStatistics,
     ) -> None:
         self.strength, self.form = strength, form
         self._model = model
         self._device, self._importance_dtype = device, importance_dtype
         self._take(memory)
-        super().__init__(optimizer)
+        super().__init__(optimizer, watched)
         self._find_slots(optimizer)
 
     def value(self) -> float:
@@ -82,15 +84,18 @@ class Penalising(Protection):
         if optimizer is not None:
             stiff = sum(num_held(*pulls) for pulls in self._pulls(optimizer, slots, self.strength))
         count = sum(slot.protected.omega.numel() for slot in slots)
-        return Report(self.strength * penalty, sum(layers.values()), layers, stiff / max(1, count))
+        bound, held = sum(layers.values()), stiff / max(1, count)
+        num_moved = self._watched.num_moved()
+        return Report(self.strength * penalty, bound, layers, held, moved_statistics=num_moved)
 
     def state_dict(self) -> dict[str, Any]:
-        """Strength, form, anchor and importance, as tensors and plain values, for `load_state_dict`."""
+        """Strength, form and the memory's values, as tensors and plain values, for `load_state_dict`."""
         return {
             "strength": self.strength,
             "form": self.form,
             "anchor": dict(self._memory.anchor),
             "importance": dict(self._memory.importance),
+            "statistics": dict(self._watched.remembered),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -110,6 +115,7 @@ class Penalising(Protection):
             raise OptionError("the state is of form='projected': protect with that form, then load it.")
         self.strength, self.form = checked_strength(state["strength"]), form
         self._take(memory)
+        self._watched.take(state.get("statistics", self._watched.remembered))
 
     def _take(self, memory: Memory) -> None:
         dtype = self._importance_dtype

@@ -21,6 +21,7 @@ from memsyn.matrices import Matrix
 from memsyn.parameters import layer_of, named_parameters, unwrap, wide_dtype
 from memsyn.protecting.optimizers import PROJECTED
 from memsyn.protecting.protection import Protection, Report
+from memsyn.protecting.statistics import WatchedStatistics
 from memsyn.protecting.strength import checked_strength
 from memsyn.torch_private import version_of
 from memsyn.values.directions import (
@@ -188,7 +189,13 @@ class Projecting(Protection):
     """The projected form: the directions of a memory are protected by damping the optimizer's changes."""
 
     def __init__(
-        self, optimizer: Optimizer, model: nn.Module, directions: Directions, strength: float, every: int
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        directions: Directions,
+        strength: float,
+        every: int,
+        watched: WatchedStatistics,
     ) -> None:
         self.strength, self.form, self.every = strength, PROJECTED, every
         self._model, self._directions = model, directions
@@ -207,7 +214,7 @@ class Projecting(Protection):
                 f"the optimizer holds none of the memory's {len(directions.names())} parameters. Was it made from "
                 "another model, or before the model was copied or moved?"
             )
-        super().__init__(optimizer)
+        super().__init__(optimizer, watched)
         own = unwrap(model)
         self._guards = [
             own.register_state_dict_pre_hook(_Guard(self.flush)),
@@ -227,10 +234,11 @@ class Projecting(Protection):
             layers.setdefault(layer_of(name), []).append((float(before), float(after)))
         removed = {layer: _share_removed(parts) for layer, parts in layers.items()}
         room = {layer_of(key): share for key, share in self._directions.room(self.strength).items()}
-        return Report(0.0, 0.0, removed, _share_removed([own for parts in layers.values() for own in parts]), room)
+        held = _share_removed([own for parts in layers.values() for own in parts])
+        return Report(0.0, 0.0, removed, held, room, self._watched.num_moved())
 
     def state_dict(self) -> dict[str, Any]:
-        """Strength, form and directions, as tensors and plain values. Steps that wait are projected first."""
+        """Strength, form and the memory's values, as tensors and plain values. Steps that wait are projected first."""
         self.flush()
         return {
             "strength": self.strength,
@@ -238,6 +246,7 @@ class Projecting(Protection):
             "every": self.every,
             "directions": self._directions.header(),
             "groups": self._directions.groups(),
+            "statistics": dict(self._watched.remembered),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -252,6 +261,7 @@ class Projecting(Protection):
         self.flush()
         self.strength, self.every = checked_strength(state["strength"]), checked_every(state["every"])
         self._directions, self._seen = directions, []
+        self._watched.take(state.get("statistics", self._watched.remembered))
         self._restart()
 
     @torch.no_grad()

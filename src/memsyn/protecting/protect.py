@@ -15,6 +15,7 @@ from memsyn.protecting.optimizers import AUTO, PROJECTED, best_form, checked_for
 from memsyn.protecting.penalising import Penalising
 from memsyn.protecting.projection import EVERY, Projecting, checked_every
 from memsyn.protecting.protection import Protection, is_protected
+from memsyn.protecting.statistics import WatchedStatistics
 from memsyn.protecting.strength import Relative, checked_strength
 from memsyn.values.directions import STRENGTH
 from memsyn.values.memory import Memory
@@ -33,6 +34,7 @@ def protect(
     device: torch.device | str | None = None,
     importance_dtype: torch.dtype | None = None,
     every: int = EVERY,
+    freeze_statistics: bool = False,
 ) -> Protection:
     """Protect what the memory holds while `optimizer` trains `model`. The training loop stays as it is.
 
@@ -76,6 +78,9 @@ def protect(
         every: the projected form projects the changes of so many steps together. It also projects before `state_dict`
             of the model, the optimizer or the handle, in `flush()` and in `remove()`: call one of them when training
             ends, or before you evaluate.
+        freeze_statistics: whether modules with running statistics (BatchNorm) are kept as in evaluation while
+            protected, although the loop calls `model.train()`; see `freeze_statistics`. Else their statistics move, and
+            outputs on old data with them, however well the weights are held.
 
     Returns:
         A handle, with `value()`, `report()`, `flush()`, `state_dict()`, `load_state_dict()` and `remove()`.
@@ -84,6 +89,10 @@ def protect(
         OptionError: strength is negative or not finite, or the form is unknown or does not suit optimizer or memory.
         MismatchError: the memory is of another architecture than the model.
         ProtectionError: the optimizer is protected already, or holds no parameter of the memory.
+
+    Warns:
+        MovedStatisticsWarning: the model's statistics are not those that the memory remembers; and later, once, in the
+            step in which they are seen to move.
 
     Example:
         >>> import torch, memsyn
@@ -114,7 +123,8 @@ def protect(
             )
         assert memory.directions is not None
         number = STRENGTH if raw is None else raw
-        return Projecting(optimizer, model, memory.directions, number, checked_every(every))
+        every, watched = checked_every(every), WatchedStatistics(model, memory.statistics, freeze=freeze_statistics)
+        return Projecting(optimizer, model, memory.directions, number, every, watched)
     raw = Relative() if raw is None else raw
     raw = checked_strength(raw.of(memory)) if isinstance(raw, Relative) else raw
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -124,7 +134,8 @@ def protect(
             "model, or before the model was copied or moved?"
         )
     where = None if device is None else torch.device(device)
-    return Penalising(optimizer, model, memory, raw, form, where, importance_dtype)
+    watched = WatchedStatistics(model, memory.statistics, freeze=freeze_statistics)
+    return Penalising(optimizer, model, memory, raw, form, where, importance_dtype, watched)
 
 
 def _form_for(optimizer: Optimizer, memory: Memory) -> str:

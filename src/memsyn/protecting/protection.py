@@ -11,6 +11,8 @@ from weakref import WeakSet, ref
 
 from torch.optim import Optimizer
 
+from memsyn.protecting.statistics import WatchedStatistics
+
 _protected: "WeakSet[Optimizer]" = WeakSet()
 """The optimizers with a handle that was not removed."""
 
@@ -38,6 +40,9 @@ class Report:
     away."""
     room: dict[str, float] = field(default_factory=dict)
     """In the projected form, layer -> the share of its directions in which more than half of a step remains."""
+    moved_statistics: int = 0
+    """How many statistics (buffers such as a running mean) are not as the memory remembers them. Unless it is 0,
+    outputs on old data have changed, however well the weights are held. See `freeze_statistics`."""
 
 
 class Protection(ABC):
@@ -51,13 +56,15 @@ class Protection(ABC):
     strength: float
     form: str
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, watched: WatchedStatistics) -> None:
         self._optimizer = ref(optimizer)  # the optimizer's hooks refer to this object: no reference cycle
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
         _protected.add(optimizer)
+        self._watched = watched
+        watched.begin(optimizer)
 
     @abstractmethod
     def value(self) -> float:
@@ -85,6 +92,7 @@ class Protection(ABC):
 
     def remove(self) -> None:
         """Stop protecting; a second call does nothing."""
+        self._watched.end()
         optimizer = self._optimizer()
         if self._hooks and optimizer is not None:
             self.flush()

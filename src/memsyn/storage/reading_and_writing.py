@@ -7,6 +7,7 @@ version of memsyn, the checksum, and the caller's own entries:
     importance file    sum/0.weight            the sum over samples of |gradient|, not divided
     memory file        importance/0.weight     Omega, the mean over samples
                        anchor/0.weight         theta*, the weights at the last consolidation
+                       statistics/1.running_mean   buffers at the last consolidation; no group if there are none
                        input_values/0.weight   and the other groups of `values.directions.GROUPS`
     factors file       moments/inputs/0.weight and the other sums of `KroneckerFactors`
 
@@ -46,6 +47,7 @@ FACTORS: Final = "factors"
 
 _SUM: Final = "sum"
 _ANCHOR: Final = "anchor"
+STATISTICS: Final = "statistics"
 
 _PREFIX: Final = "sha256:"
 _BLANK: Final = _PREFIX + "0" * 64
@@ -317,7 +319,7 @@ def _bytes_of(piece: Tensor) -> memoryview:
 
 
 def _check_dtype(path: object, key: str, dtype: torch.dtype) -> None:
-    if not dtype.is_floating_point and key.startswith((f"{_SUM}/", f"{IMPORTANCE}/", f"{_ANCHOR}/")):
+    if not dtype.is_floating_point and key.startswith((f"{_SUM}/", f"{IMPORTANCE}/", f"{_ANCHOR}/", f"{STATISTICS}/")):
         raise MemoryFileError(f"{path}: {key} is {dtype}; expected a floating point type.")
 
 

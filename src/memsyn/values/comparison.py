@@ -62,7 +62,7 @@ class Difference:
     same: bool
     """Whether both have the same parameters, importance and anchors bit for bit, dtypes, quantity and sample counts.
 
-    Of memories the directions must be the same too, of factors the sums.
+    Of memories the directions and statistics must be the same too, of factors the sums.
     """
     layers: tuple[LayerChange, ...]
     only_in_a: tuple[str, ...]
@@ -71,6 +71,8 @@ class Difference:
     reshaped: tuple[str, ...]
     """Names of parameters that both have, in different shapes: their anchors are not compared."""
     directions: tuple[DirectionsChange, ...] = ()
+    statistics: tuple[str, ...] = ()
+    """Names of statistics of memories that differ, or that only one of them has."""
 
 
 def diff(a: Held, b: Held) -> Difference:
@@ -95,6 +97,7 @@ def diff(a: Held, b: Held) -> Difference:
     reshaped = tuple(name for name in both if omega_a[name].shape != omega_b[name].shape)
     anchors = (a.anchor, b.anchor) if isinstance(a, Memory) and isinstance(b, Memory) else ({}, {})
     moves = _moves(*anchors, [name for name in both if name in anchors[0] and name not in reshaped])
+    statistics = _unlike_statistics(a, b)
     layers = []
     for layer in {**total_a, **total_b}:
         one, other = total_a.get(layer, 0.0), total_b.get(layer, 0.0)
@@ -111,13 +114,22 @@ def diff(a: Held, b: Held) -> Difference:
             )
         )
     return Difference(
-        same=_same_facts(a, b) and _equal(omega_a, omega_b) and _equal(*anchors),
+        same=_same_facts(a, b) and _equal(omega_a, omega_b) and _equal(*anchors) and not statistics,
         directions=_directions_changes(own or Directions(), their or Directions()),
         layers=tuple(layers),
         only_in_a=tuple(name for name in omega_a if name not in omega_b),
         only_in_b=tuple(name for name in omega_b if name not in omega_a),
         reshaped=reshaped,
+        statistics=statistics,
     )
+
+
+def _unlike_statistics(a: Held, b: Held) -> tuple[str, ...]:
+    if not (isinstance(a, Memory) and isinstance(b, Memory)):
+        return ()
+    one, other = a.statistics, b.statistics
+    both = {name for name in one if name in other and _equal({name: one[name]}, {name: other[name]})}
+    return tuple(name for name in {**one, **other} if name not in both)
 
 
 def _directions_changes(a: Directions, b: Directions) -> tuple[DirectionsChange, ...]:

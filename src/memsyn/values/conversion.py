@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from memsyn.errors import MemoryFileError, OptionError
 from memsyn.parameters import canonical_name, wide_dtype
 from memsyn.storage.atomic_files import replace_file
+from memsyn.storage.reading_and_writing import STATISTICS
 from memsyn.values.consolidation import Consolidation
 from memsyn.values.directions import GROUPS
 from memsyn.values.factors import MOMENTS, KroneckerFactors
@@ -70,7 +71,8 @@ def write_plain(path: str | os.PathLike[str], held: Held) -> None:
     The dict of a memory has the keys importance, anchor, counts, history; the dict of an importance has importance,
     num_samples, objective, magnitude. `importance` is Omega, the mean over samples, in both. Tensors are by parameter
     name; all other values are plain containers, numbers and text. A memory with directions has the key directions and
-    the groups of `directions.GROUPS` too. The dict of factors has their header's entries, and the sums as moments.
+    the groups of `directions.GROUPS` too; one with statistics has the key statistics. The dict of factors has their
+    header's entries, and the sums as moments.
 
     Raises:
         MemoryFileError: the file cannot be written.
@@ -81,6 +83,7 @@ def write_plain(path: str | os.PathLike[str], held: Held) -> None:
         plain["history"] = [asdict(entry) for entry in held.history]
         if held.directions is not None:
             plain |= {"directions": held.directions.header(), **held.directions.groups()}
+        plain |= {STATISTICS: held.statistics} if held.statistics else {}
     elif isinstance(held, KroneckerFactors):
         plain = {**held.header(), MOMENTS: held.sums}
     else:
@@ -142,7 +145,8 @@ def read_plain(path: Path, *, num_samples: int | None = None, exact: bool = Fals
     if (num_samples is not None or exact) and ("history" in plain or "num_samples" in plain):
         raise OptionError(f"{path} itself says how it was measured: leave num_samples and exact out.")
     if "history" in plain:
-        names = ("anchor", "importance", *(GROUPS if "directions" in plain else ()))
+        names = ["anchor", "importance", *(GROUPS if "directions" in plain else ())]
+        names += [STATISTICS] if STATISTICS in plain else []
         return Memory.from_file(path, plain, {name: _tensors(path, plain.get(name), name) for name in names}), PLAIN
     if MOMENTS in plain:
         return KroneckerFactors.from_file(path, plain, {MOMENTS: _tensors(path, plain[MOMENTS])}), PLAIN

@@ -18,15 +18,25 @@ from memsyn.errors import (
     LostParametersWarning,
     MemoryFileError,
     MismatchError,
+    MovedStatisticsWarning,
     MovedWeightsWarning,
     NewParametersWarning,
     OptionError,
 )
-from memsyn.parameters import fingerprint, named_parameters, trainable_parameters
+from memsyn.parameters import (
+    fingerprint,
+    moved_statistics,
+    named_parameters,
+    same_values,
+    statistics,
+    trainable_parameters,
+    wide_dtype,
+)
 from memsyn.storage.reading_and_writing import (
     FACTORS,
     IMPORTANCE,
     MEMORY,
+    STATISTICS,
     Groups,
     checked_count,
     read,
@@ -65,6 +75,8 @@ class Memory:
         history: the consolidations, oldest first.
         counts: parameter name -> on how many samples its importance was measured: the weights of rule `mean`.
         directions: what is kept of Kronecker factors; None without.
+        statistics: the model's floating point buffers at the last consolidation, by name: running statistics above all.
+            Outputs depend on them. Only buffers of the `state_dict` with finite values are kept.
     """
 
     anchor: dict[str, Tensor] = field(default_factory=dict)
@@ -72,6 +84,7 @@ class Memory:
     history: tuple[Consolidation, ...] = ()
     counts: dict[str, int] = field(default_factory=dict)
     directions: Directions | None = None
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def empty(cls) -> Memory:
@@ -114,7 +127,7 @@ class Memory:
         label: str | None = None,
         rank: int | None = RANK,
     ) -> Memory:
-        """A new memory that includes `importance`, with the anchor at the model's present weights.
+        """A new memory that includes `importance`, with the anchor at the model's present weights and statistics.
 
         With Omega the old importance, over N samples, and Omega' the mean of the new one, over N' samples:
         `sum`: Omega + Omega' (the paper's code); `mean`: (N Omega + N' Omega') / (N + N'); `ema`: decay Omega +
@@ -186,7 +199,7 @@ class Memory:
             magnitude=importance.magnitude,
             label=label,
         )
-        return Memory(anchor, omega, (*self.history, entry), counts, self.directions)
+        return Memory(anchor, omega, (*self.history, entry), counts, self.directions, _kept_statistics(model))
 
     def _with_factors(
         self,
@@ -225,7 +238,8 @@ class Memory:
             magnitude=factors.magnitude,
             label=label,
         )
-        return replace(self, history=(*self.history, entry), directions=directions)
+        history = (*self.history, entry)
+        return replace(self, history=history, directions=directions, statistics=_kept_statistics(model))
 
     def predicted_change(
         self, model: nn.Module | Mapping[str, Tensor], reference: nn.Module | Mapping[str, Tensor] | None = None
@@ -262,8 +276,8 @@ class Memory:
         which would count twice: add up their importances instead, and consolidate once.
 
         Raises:
-            MismatchError: the anchors differ, a memory has consolidated never or more than once, or the quantities
-                differ.
+            MismatchError: the anchors or statistics differ, a memory has consolidated never or more than once, or the
+                quantities differ.
         """
         for memory in (self, other):
             if not memory.history or any(entry.rule != MERGED for entry in memory.history[1:]):
@@ -271,8 +285,15 @@ class Memory:
                     f"only memories of one consolidation each can be merged, and one has {len(memory.history)}: a past "
                     "that they share would count twice. Merge importances or factors, and consolidate the result once."
                 )
+        known = {**other.statistics, **self.statistics}
+        other_values = [n for n, t in known.items() if not same_values(t, other.statistics.get(n, t))]
+        if other_values:
+            raise MismatchError(
+                f"{len(other_values)} of {len(known)} statistics (the first is {other_values[0]}) differ. Only "
+                "memories of one model, with the same weights and running statistics, can be merged."
+            )
         if self.directions is not None and other.directions is not None:
-            return self._merge_directions(other, other.directions)
+            return replace(self._merge_directions(other, other.directions), statistics=known)
         if self.directions is not None or other.directions is not None or None in (self.quantity, other.quantity):
             raise MismatchError("one memory holds an importance, the other directions: they cannot be merged.")
         assert self.quantity is not None
@@ -292,7 +313,7 @@ class Memory:
         }
         counts = {name: n[name] + m[name] for name in omega}
         merged = tuple(replace(entry, rule=MERGED) for entry in other.history)
-        return Memory(self.anchor, omega, self.history + merged, counts)
+        return Memory(self.anchor, omega, self.history + merged, counts, statistics=known)
 
     def _merge_directions(self, other: Memory, directions: Directions) -> Memory:
         """`merge` for memories of directions alone."""
@@ -342,6 +363,7 @@ class Memory:
     def groups(self) -> Groups:
         """The tensors of a file, by group and name."""
         known = {} if self.directions is None else self.directions.groups()
+        known |= {STATISTICS: self.statistics} if self.statistics else {}
         return {"anchor": self.anchor, "importance": self.importance, **known}
 
     @classmethod
@@ -359,6 +381,7 @@ class Memory:
 
         Warns:
             MovedWeightsWarning: the weights of `like` differ from the anchor.
+            MovedStatisticsWarning: its running statistics, or other buffers, differ from the memory's.
         """
         memory = cls.from_file(path, *read(path, MEMORY))
         if like is None:
@@ -379,11 +402,14 @@ class Memory:
                 stacklevel=2,
             )
 
-        def placed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {n: tensor.to(parameters[n].device) if n in parameters else tensor for n, tensor in tensors.items()}
+        warn_of_moved_statistics(memory.statistics, like, stacklevel=3)
+        places = {**statistics(like), **parameters}
 
-        anchor, importance = placed(memory.anchor), placed(memory.importance)
-        return replace(memory, anchor=anchor, importance=importance)
+        def placed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {n: tensor.to(places[n].device) if n in places else tensor for n, tensor in tensors.items()}
+
+        groups = [placed(tensors) for tensors in (memory.anchor, memory.importance, memory.statistics)]
+        return replace(memory, anchor=groups[0], importance=groups[1], statistics=groups[2])
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], header: Mapping[str, Any], groups: Groups) -> Memory:
@@ -398,7 +424,10 @@ class Memory:
             directions = None
             if "directions" in header:
                 directions = Directions.from_file(header["directions"], groups)
-            memory = cls(groups["anchor"], groups["importance"], history, counts, directions)
+            kept = groups.get(STATISTICS, {})
+            memory = cls(groups["anchor"], groups["importance"], history, counts, directions, kept)
+            if kept.keys() & memory.names:
+                raise ValueError(f"{min(kept.keys() & memory.names)} is a parameter, and a statistic too")
             if directions is not None and memory.directions_quantity is None:
                 raise ValueError("it holds directions, and no consolidation of factors in its history")
             check_same_shapes(memory.anchor, memory.importance, "the anchor", "the importance")
@@ -424,6 +453,29 @@ class Memory:
                 NewParametersWarning,
                 stacklevel=3,
             )
+
+
+def _kept_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the model's statistics. A mask may hold infinity, and so may an observer: no file may hold that."""
+    present = statistics(model).items()
+    return {n: b.detach().clone() for n, b in present if bool(b.to(wide_dtype(b)).isfinite().all())}
+
+
+def warn_of_moved_statistics(remembered: Mapping[str, Tensor], model: nn.Module, *, stacklevel: int) -> None:
+    """Warn if the model's statistics are not those that a memory remembers.
+
+    Warns:
+        MovedStatisticsWarning: says how many differ, and what to do.
+    """
+    moved = moved_statistics(remembered, model)
+    if moved:
+        warnings.warn(
+            f"{len(moved)} of {len(remembered)} statistics (the first is {moved[0]}) are not as at the last "
+            "consolidation: outputs on old data have changed with them. Load the old ones with "
+            "model.load_state_dict(memory.statistics, strict=False), or measure and consolidate the model as it is.",
+            MovedStatisticsWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def _checked_rule(rule: str, decay: float | None) -> float | None:

@@ -139,7 +139,8 @@ def directions() -> Memory:
     """A memory of these factors, with some of their eigenvectors."""
     found = consolidated(Directions(), factors(), (0.0, 1.0), 1)
     entry = Consolidation("now", 7, "sum", None, "signed_outputs", "second moments of inputs and output gradients")
-    return Memory({"n": torch.ones(2)}, {"n": torch.ones(2)}, (entry,), {"n": 7}, found)
+    kept = {"norm.running_mean": torch.tensor([0.5, -2.0])}
+    return Memory({"n": torch.ones(2)}, {"n": torch.ones(2)}, (entry,), {"n": 7}, found, kept)
 
 
 def factor_sources() -> list[tuple[str, dict[str, Any], dict[str, dict[str, torch.Tensor]]]]:

@@ -56,6 +56,16 @@ def test_the_same() -> None:
         tensor.copy_(getattr(A, changed)["a.b"])
 
 
+def test_statistics_that_differ_are_named() -> None:
+    one = replace(A, statistics={"n.mean": torch.zeros(2), "n.var": torch.ones(2), "gone": torch.ones(1)})
+    other = replace(A, statistics={"n.mean": torch.zeros(2), "n.var": torch.ones(2) * 2, "new": torch.ones(1)})
+    found = diff(one, other)
+    assert found.statistics == ("n.var", "gone", "new")
+    assert not found.same
+    assert diff(one, replace(one)).same
+    assert diff(one, replace(one)).statistics == ()
+
+
 def test_what_is_reshaped_is_named_and_its_anchor_left_out() -> None:
     grown = memory({"h.w": [1.0, 2.0, 3.0], "h.b": [2.0]}, {"h.w": [1.0, 1.0, 1.0], "h.b": [1.0]})
     before = memory({"h.w": [0.0, 0.0], "h.b": [1.0]}, {"h.w": [1.0, 1.0], "h.b": [0.0]})

@@ -79,7 +79,8 @@ def assert_sound(value: Importance | Memory | KroneckerFactors) -> None:
     else:
         omega, counts = value.importance, [*value.counts.values(), *(entry.num_samples for entry in value.history)]
         assert {n: t.shape for n, t in value.anchor.items()} == {n: t.shape for n, t in omega.items()}
-        assert all(tensor.is_floating_point() and bool(tensor.isfinite().all()) for tensor in value.anchor.values())
+        kept = [*value.anchor.values(), *value.statistics.values()]
+        assert all(tensor.is_floating_point() and bool(tensor.isfinite().all()) for tensor in kept)
         for entry in value.history:
             assert all(isinstance(text, str) for text in (entry.when, entry.rule, entry.objective, entry.magnitude))
             assert entry.decay is None or abs(entry.decay) < float("inf")

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -94,6 +94,7 @@ def test_inspect_as_json(folder) -> None:
         "layers": [asdict(layer) for layer in memory.summary()],
         "history": [asdict(entry) for entry in memory.history],
         "directions": None,
+        "statistics": [],
     }
     assert set(as_json("inspect", "n")["history"][0]) == {
         "when", "num_samples", "rule", "decay", "objective", "magnitude", "label", "memsyn", "torch", "fingerprint"
@@ -195,8 +196,28 @@ def test_diff_as_json(folder) -> None:
         "moved_relative": pytest.approx(0.5 / 2**0.5),
     }
     assert [layer["layer"] for layer in found.pop("layers")] == ["0", "1"]
-    assert found == {"same": False, "only_in_a": [], "only_in_b": [], "reshaped": [], "directions": []}
+    nothing = {"only_in_a": [], "only_in_b": [], "reshaped": [], "directions": [], "statistics": []}
+    assert found == {"same": False, **nothing}
     assert as_json("diff", "i", "i")["same"] is True
+
+
+def test_statistics_are_shown_compared_and_converted(folder) -> None:
+    memory = Memory.load("m")
+    for name, value in (("one", 1.0), ("two", 2.0)):
+        kept = {"1.running_mean": torch.zeros(1), "1.running_var": torch.full((1,), value)}
+        replace(memory, statistics=kept).save(name)
+    assert "Statistics beside the weights: 2, the first is 1.running_mean\n" in call("inspect", "one").output
+    assert as_json("inspect", "one")["statistics"] == ["1.running_mean", "1.running_var"]
+    output = call("diff", "one", "two", code=1).output
+    assert output.endswith("Statistics that differ: 1, the first is 1.running_var\nThey differ.\n")
+    assert as_json("diff", "one", "two", code=1)["statistics"] == ["1.running_var"]
+    assert as_json("diff", "one", "m", code=1)["statistics"] == ["1.running_mean", "1.running_var"]
+    assert call("verify", "one").output == "OK      one: memory\n"
+    message = call("merge", "one", "two", "-o", "both", code=1).stderr
+    assert "1 of 2 statistics (the first is 1.running_var) differ" in message
+    call("convert", "one", "-o", "plain.pt")
+    call("convert", "plain.pt", "-o", "again")
+    assert call("diff", "one", "again").output.endswith("The same, bit for bit.\n")
 
 
 def test_merge_is_one_observer_of_all_samples(folder, model) -> None:

@@ -153,6 +153,25 @@ def test_slots_are_what_a_module_itself_holds() -> None:
     assert module.weight is None
 
 
+def test_persistent_buffers_are_those_of_the_module_itself_in_its_state_dict() -> None:
+    module = nn.BatchNorm1d(2)
+    module.inner = nn.BatchNorm1d(2)
+    module.register_buffer("passing", torch.ones(1), persistent=False)
+    module.register_buffer("missing", None)
+    found = dict(torch_private.persistent_buffers(module))
+    assert list(found) == ["running_mean", "running_var", "num_batches_tracked"]
+    assert found["running_mean"] is module.running_mean
+
+
+def test_batch_norm_counts_its_batches_and_not_its_writes() -> None:
+    """So the check whether statistics move reads the versions of all buffers, and values now and then."""
+    module = nn.BatchNorm1d(2)
+    before = {name: torch_private.version_of(buffer) for name, buffer in module.named_buffers()}
+    module(torch.ones(3, 2))
+    assert torch_private.version_of(module.num_batches_tracked) > before["num_batches_tracked"]
+    assert torch_private.version_of(module.running_mean) == before["running_mean"]
+
+
 def test_own_parameters_are_told_from_parametrized_ones() -> None:
     assert torch_private.has_own_parameter(nn.Embedding(2, 2), "weight")
     assert not torch_private.has_own_parameter(parametrizations.weight_norm(nn.Linear(2, 2)), "weight")

@@ -610,3 +610,22 @@ def test_efficientnet_lite0() -> None:
         assert report.moved_statistics == (0 if freeze else 98)
     assert changes[True] < 1e-4
     assert changes[False] > 0.1
+
+
+def test_buffers_that_were_made_in_inference_mode_or_removed() -> None:
+    """Torch does not count writes to them, so that only their values tell."""
+    with torch.inference_mode():
+        mean = torch.full((6,), 0.5, dtype=DOUBLE)
+    model, old = learned()
+    memory = remembered(model, old)
+    model.body[1].running_mean = mean
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with pytest.warns(memsyn.MovedStatisticsWarning, match="1 of 2 statistics"):
+        handle = memsyn.protect(optimizer, model, memory)
+    optimizer.step()
+    with torch.inference_mode():
+        mean.fill_(0.25)
+    with pytest.warns(memsyn.MovedStatisticsWarning, match="the first is body.1"):
+        optimizer.step()
+    model.body[1].running_var = None
+    assert handle.report().moved_statistics == 2

@@ -53,7 +53,8 @@ class Preconditioner(NamedTuple):
 def penalty(model: nn.Module, memory: Memory) -> Tensor:
     """The term to add to a loss, times your strength lambda: sum Omega (theta - theta*)^2.
 
-    Aljundi et al. 2018, Eq. 3; no factor 1/2. Parameters and rows that the memory does not know are free to change.
+    Aljundi et al. 2018, Eq. 3; no factor 1/2. Parameters and rows that the memory does not know are free to change. So
+    are running statistics, as BatchNorm's: keep them by `freeze_statistics`.
 
     Returns:
         A scalar on the device of the parameters, differentiable; 0 for an empty memory.

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from memsyn.errors import MovedStatisticsWarning, OptionError
 from memsyn.parameters import canonical_name, moved_statistics, statistics, unwrap
-from memsyn.torch_private import persistent_buffers, version_of
+from memsyn.torch_private import named_slots, persistent_buffers, version_of
 from memsyn.values.memory import warn_of_moved_statistics
 
 
@@ -191,7 +191,8 @@ class WatchedStatistics:
             for name, buffer in present.items()
         }
         self.remembered = {**self._before, **held}
-        self._places = [(m, name) for m in unwrap(self._model).modules() for name, _ in persistent_buffers(m)]
+        own = [(module, dict(persistent_buffers(module))) for module in unwrap(self._model).modules()]
+        self._places = [(place, name) for module, kept in own for place, name, _ in named_slots(module) if name in kept]
         self._seen, self._num_steps, self._num_changes = self._versions(), 0, 0
 
     def num_moved(self) -> int:
@@ -213,10 +214,14 @@ class WatchedStatistics:
         if self._frozen is not None:
             self._frozen.remove()
 
-    def _versions(self) -> list[tuple[int, int]]:
-        buffers = [getattr(module, name, None) for module, name in self._places]
-        # Asking a tensor that was made in inference mode for its version is an error: torch does not count its writes.
-        return [(id(b), 0 if b is None or b.is_inference() else version_of(b)) for b in buffers]
+    def _versions(self) -> list[int]:
+        """Numbers that change when a buffer is written to or replaced; read in each step, so this must be fast."""
+        buffers: list[Any] = [place.get(name) for place, name in self._places]
+        try:
+            versions = list(map(version_of, buffers))
+        except (RuntimeError, AttributeError):  # made in inference mode, where torch does not count; or removed
+            versions = []
+        return [*map(id, buffers), *versions]
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         versions = self._versions()

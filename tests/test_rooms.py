@@ -107,6 +107,7 @@ def test_public_names_are_sorted_and_there() -> None:
         "ModelError",
         "MovedWeightsWarning",
         "NewParametersWarning",
+        "NotProtectedWarning",
         "Observer",
         "OptionError",
         "OutputError",

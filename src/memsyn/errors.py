@@ -67,3 +67,7 @@ class MovedWeightsWarning(UserWarning):
 
 class StrengthWarning(UserWarning):
     """A strength is too large: training will diverge, or the new task cannot be learned."""
+
+
+class NotProtectedWarning(UserWarning):
+    """Protected weights were moved by something else than a step of the optimizer that is protected."""

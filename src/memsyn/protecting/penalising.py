@@ -1,7 +1,7 @@
 """Protection by a penalty: the gradient form and the proximal form.
 
 Owns which parameters of an optimizer are pulled, when, and by how much. The arithmetic is in `penalty`, all knowledge
-of single optimizers in `optimizers`. Must not keep state on the model or its parameters.
+of single optimizers in `optimizers`. Must not keep state on the model or its parameters, but for hooks on `state_dict`.
 """
 
 import math
@@ -15,7 +15,17 @@ from torch.optim import Optimizer
 
 from memsyn.errors import OptionError, ProtectionError, StrengthWarning
 from memsyn.parameters import layer_of, named_parameters, wide_dtype
-from memsyn.protecting.optimizers import GRADIENT, PROJECTED, PROXIMAL, checked_form, largest_stable_pull, step_size
+from memsyn.protecting.optimizers import (
+    GRADIENT,
+    PROJECTED,
+    PROXIMAL,
+    Stepping,
+    checked_form,
+    known_kind,
+    largest_stable_pull,
+    step_size,
+)
+from memsyn.protecting.overshoot import Overshoot
 from memsyn.protecting.penalty import (
     Preconditioner,
     ProtectedWeights,
@@ -49,7 +59,7 @@ class Penalising(Protection):
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        found: Stepping,
         model: nn.Module,
         memory: Memory,
         strength: float,
@@ -58,11 +68,12 @@ class Penalising(Protection):
         importance_dtype: torch.dtype | None,
     ) -> None:
         self.strength, self.form = strength, form
-        self._model = model
         self._device, self._importance_dtype = device, importance_dtype
         self._take(memory)
-        super().__init__(optimizer)
-        self._find_slots(optimizer)
+        self._stepped: list[_Slot] = []
+        """What the step in progress moves: the parameters that had a gradient before it."""
+        super().__init__(found, model, memory.importance.keys())
+        self._find_slots(found.optimizer)
 
     def value(self) -> float:
         """The penalty now: lambda sum Omega (theta - theta*)^2 over the protected parameters."""
@@ -73,13 +84,13 @@ class Penalising(Protection):
     def report(self) -> Report:
         """How far the weights have moved, layer by layer, and the share that is held in place."""
         slots, optimizer = self._now(), self._optimizer()
-        penalty, stiff = 0.0, 0
+        penalty, stiff = 0.0, math.nan
         layers: dict[str, float] = {}
         for index, moved, omega in distances([slot.protected for slot in slots]):
             layer = layer_of(slots[index].name)
             layers[layer] = layers.get(layer, 0.0) + float((omega * moved.abs()).sum())
             penalty += float((omega * moved.square_()).sum())
-        if optimizer is not None:
+        if optimizer is not None and known_kind(optimizer) is not None:
             stiff = sum(num_held(*pulls) for pulls in self._pulls(optimizer, slots, self.strength))
         count = sum(slot.protected.omega.numel() for slot in slots)
         return Report(self.strength * penalty, sum(layers.values()), layers, stiff / max(1, count))
@@ -144,6 +155,7 @@ class Penalising(Protection):
         self._seen = seen
         self._most: dict[int, float] = {}
         self._warned: set[int] = set()
+        self._overshoot: dict[int, Overshoot] = {}
 
     def _hold(self, name: str, parameter: nn.Parameter) -> ProtectedWeights:
         """Anchor and importance in float32 at least, on the parameter's device or on `device`."""
@@ -156,11 +168,12 @@ class Penalising(Protection):
         return ProtectedWeights(known_rows(parameter.detach(), omega), anchor, omega)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.form != GRADIENT or not self.strength:
+        self._acted, self._stepped = True, []
+        if not self.strength:
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._add_gradients(optimizer)
+            self._begin(optimizer)
             return None
         # optimizer.step(closure) runs this hook, then closure(), then the update:
         #   hook        adds 2 lambda Omega (theta - theta*) to .grad
@@ -172,19 +185,24 @@ class Penalising(Protection):
         return (args[0], penalised, *args[2:]), kwargs
 
     def _penalised(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """A closure of the penalised loss: it adds the gradient, and returns the value, which a line search needs."""
+        """The gradient form: a closure of the penalised loss, which adds the gradient and returns the value, which a
+        line search needs. The proximal form: the closure, and a look at the gradients.
+        """
 
         def run() -> Any:
             loss = closure()
-            self._add_gradients(optimizer)
-            return None if loss is None else loss + self.value()
+            self._begin(optimizer)
+            return loss if loss is None or self.form != GRADIENT else loss + self.value()
 
         return run
 
-    def _add_gradients(self, optimizer: Optimizer) -> None:
-        slots = self._with_gradients(optimizer)
-        if not slots:
-            return
+    def _begin(self, optimizer: Optimizer) -> None:
+        """Gradients are there, and the update comes next. A step may end in `zero_grad()`: later is too late."""
+        self._stepped = self._with_gradients(optimizer)
+        if self.form == GRADIENT and self._stepped:
+            self._add_gradients(optimizer, self._stepped)
+
+    def _add_gradients(self, optimizer: Optimizer, slots: list[_Slot]) -> None:
         self._check_stable(optimizer)
         gradients = [known_rows(slot.parameter.grad, slot.protected.omega) for slot in slots]  # type: ignore[arg-type]
         # With maximize=True a weight moves along its gradient, so the pull towards the anchor needs the other sign.
@@ -193,16 +211,13 @@ class Penalising(Protection):
         add_gradients_(gradients, [slot.protected for slot in slots], factors, scale)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.form != PROXIMAL or not self.strength:
-            return
-        slots = self._with_gradients(optimizer)
-        if not slots:
+        if self.form != PROXIMAL or not self._stepped:
             return
         # GradScaler sets it to 1 if a fused optimizer must skip this step: then the pull is skipped too. A product does
         # not wait for the GPU, as a comparison would.
         found_inf = getattr(optimizer, "found_inf", None)
         strength = self.strength if found_inf is None else self.strength * (1 - found_inf)
-        for pulls in self._pulls(optimizer, slots, strength):
+        for pulls in self._pulls(optimizer, self._stepped, strength):
             pull_(*pulls)
 
     @staticmethod
@@ -231,16 +246,21 @@ class Penalising(Protection):
         return slots
 
     def _check_stable(self, optimizer: Optimizer) -> None:
-        """Warn before the gradient form diverges: once per group, and again if a group was stable in between."""
+        """Warn before the gradient form diverges: once per group, and again if a group was stable in between.
+
+        Of an optimizer whose step is not known, nobody can say before: an error if it diverges.
+        """
         for index, group in enumerate(optimizer.param_groups):
             limit = largest_stable_pull(optimizer, group)
             if index not in self._most and math.isfinite(limit):
-                self._most[index] = max(
-                    (float(s.protected.omega.max()) for s in self._slots if s.group is group), default=0.0
-                )
+                omegas = [s.protected.omega for s in self._slots if s.group is group and s.protected.omega.numel()]
+                self._most[index] = max((float(omega.max()) for omega in omegas), default=0.0)
             most = self._most.get(index, 0.0)
             if 2 * self.strength * most <= limit:
                 self._warned.discard(index)
+                self._overshoot.pop(index, None)
+            elif known_kind(optimizer) is None:
+                self._check_overshoot(optimizer, index, limit / (2 * most))
             elif index not in self._warned:
                 self._warned.add(index)
                 warnings.warn(
@@ -248,5 +268,18 @@ class Penalising(Protection):
                     f"{limit / (2 * most):.3g} the pull overshoots, and training diverges. Use form='proximal', which "
                     "no strength can make diverge, or a smaller strength or learning rate.",
                     StrengthWarning,
-                    stacklevel=6,
+                    stacklevel=7,
                 )
+
+    def _check_overshoot(self, optimizer: Optimizer, index: int, safe: float) -> None:
+        if index not in self._overshoot:
+            group = optimizer.param_groups[index]
+            chosen = [s.protected for s in self._slots if s.group is group and s.protected.omega.numel()]
+            self._overshoot[index] = Overshoot(chosen)
+        elif self._overshoot[index].diverges():
+            raise ProtectionError(
+                f"strength {self.strength:g} makes {type(optimizer).__name__} diverge: its steps grow with the "
+                f"gradient, and throw weights beyond their anchor, further each time. Up to {safe:.3g} is safe at this "
+                "learning rate. Load the weights from before, and use a smaller strength or learning rate, or SGD, "
+                "Adam or AdamW, which hold any strength with form='proximal'."
+            )

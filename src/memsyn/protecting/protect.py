@@ -11,7 +11,14 @@ from torch.optim import Optimizer
 
 from memsyn.errors import OptionError, ProtectionError
 from memsyn.parameters import named_parameters
-from memsyn.protecting.optimizers import AUTO, PROJECTED, best_form, checked_form
+from memsyn.protecting.optimizers import (
+    AUTO,
+    PROJECTED,
+    best_form,
+    checked_form,
+    is_schedule_free,
+    stepping_optimizer,
+)
 from memsyn.protecting.penalising import Penalising
 from memsyn.protecting.projection import EVERY, Projecting, checked_every
 from memsyn.protecting.protection import Protection, is_protected
@@ -95,9 +102,11 @@ def protect(
         >>> handle.form
         'projected'
     """
-    if not (isinstance(optimizer, Optimizer) and isinstance(model, nn.Module) and isinstance(memory, Memory)):
+    if not (isinstance(model, nn.Module) and isinstance(memory, Memory)):
         given = ", ".join(type(value).__name__ for value in (optimizer, model, memory))
         raise OptionError(f"expected protect(optimizer, model, memory), got ({given}).")
+    found = stepping_optimizer(optimizer)
+    optimizer = found.optimizer
     form = checked_form(_form_for(optimizer, memory) if form == AUTO else form, optimizer)
     raw = strength if strength is None or isinstance(strength, Relative) else checked_strength(strength)
     if importance_dtype not in IMPORTANCE_DTYPES:
@@ -114,7 +123,9 @@ def protect(
             )
         assert memory.directions is not None
         number = STRENGTH if raw is None else raw
-        return Projecting(optimizer, model, memory.directions, number, checked_every(every))
+        # A wrapper averages weights between steps, and schedule-free swaps them: no change may wait until then.
+        in_each_step = found.moved_by_wrapper or is_schedule_free(optimizer)
+        return Projecting(found, model, memory.directions, number, checked_every(every), in_each_step)
     raw = Relative() if raw is None else raw
     raw = checked_strength(raw.of(memory)) if isinstance(raw, Relative) else raw
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -124,7 +135,7 @@ def protect(
             "model, or before the model was copied or moved?"
         )
     where = None if device is None else torch.device(device)
-    return Penalising(optimizer, model, memory, raw, form, where, importance_dtype)
+    return Penalising(found, model, memory, raw, form, where, importance_dtype)
 
 
 def _form_for(optimizer: Optimizer, memory: Memory) -> str:

@@ -60,7 +60,7 @@ def own_step(kind: type[torch.optim.Optimizer]) -> Callable[..., Any]:
 
 
 def num_steps_in_progress(optimizer: torch.optim.Optimizer) -> int:
-    """How many calls of `step` of an optimizer are on this thread's stack: 2 in a `step` that calls `super().step()`."""
+    """How many calls of an optimizer's `step` are on this thread's stack: 2 if `step` has called `super().step()`."""
     frame, found = sys._getframe(), 0
     while frame is not None:
         if frame.f_code is _HOOKED and frame.f_locals.get("self") is optimizer:

@@ -3,6 +3,7 @@
 Owns the names of the forms, and all knowledge of single optimizers and of what wraps them.
 """
 
+from functools import cache
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -77,8 +78,12 @@ def _inner(wrapper: object) -> Optimizer | None:
 
 def known_kind(optimizer: Optimizer) -> type[Optimizer] | None:
     """The class of `KNOWN` whose `step` the optimizer runs; None if it runs another."""
-    step = own_step(type(optimizer))
-    return next((kind for kind in KNOWN if isinstance(optimizer, kind) and own_step(kind) is step), None)
+    return _kind_of(type(optimizer))  # type: ignore[arg-type]
+
+
+@cache
+def _kind_of(own: type[Optimizer]) -> type[Optimizer] | None:
+    return next((kind for kind in KNOWN if issubclass(own, kind) and own_step(kind) is own_step(own)), None)
 
 
 def best_form(optimizer: Optimizer) -> str:
@@ -164,5 +169,5 @@ def largest_stable_pull(optimizer: Optimizer, group: dict[str, Any]) -> float:
 
 
 def is_schedule_free(optimizer: Optimizer) -> bool:
-    """Whether an optimizer keeps a second set of weights as `z`, and swaps averages in and out by `eval` and `train`."""
+    """Whether an optimizer keeps weights as `z` too, and swaps averages in and out by `eval` and `train`."""
     return any("train_mode" in group for group in optimizer.param_groups)

@@ -19,7 +19,10 @@ GROWTH: Final = 1.1
 """A weight that is thrown to the other side of its anchor must be so many times as far from it as before."""
 
 IN_A_ROW: Final = 3
-"""After so many throws in a row it diverges. An optimizer that normalises its steps goes to and fro, but no further."""
+"""After so many throws in a row it diverges."""
+
+NORMALISED_STEPS: Final = 10.0
+"""An optimizer that normalises its steps goes to and fro by some learning rates: nearer than this is no divergence."""
 
 
 @final
@@ -42,10 +45,11 @@ class Overshoot:
         ]
         return torch.cat([part.to(moved[0]) for part in moved])
 
-    def diverges(self) -> bool:
-        """Look at the weights once more, before a step."""
+    def diverges(self, rate: float) -> bool:
+        """Look at the weights once more, before a step with this learning rate."""
         now = self._distances()
         thrown = (now * self._before < 0) & (now.abs() > GROWTH * self._before.abs())
         self._counts = torch.where(thrown, self._counts + 1, 0)
         self._before = now
-        return bool((self._counts >= IN_A_ROW).any()) or not bool(now.isfinite().all())
+        far = now.abs() > NORMALISED_STEPS * rate
+        return bool(((self._counts >= IN_A_ROW) & far).any()) or not bool(now.isfinite().all())

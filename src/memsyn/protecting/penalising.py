@@ -272,14 +272,14 @@ class Penalising(Protection):
                 )
 
     def _check_overshoot(self, optimizer: Optimizer, index: int, safe: float) -> None:
+        group = optimizer.param_groups[index]
         if index not in self._overshoot:
-            group = optimizer.param_groups[index]
             chosen = [s.protected for s in self._slots if s.group is group and s.protected.omega.numel()]
             self._overshoot[index] = Overshoot(chosen)
-        elif self._overshoot[index].diverges():
+        elif self._overshoot[index].diverges(float(group.get("lr") or 0.0)):
             raise ProtectionError(
                 f"strength {self.strength:g} makes {type(optimizer).__name__} diverge: its steps grow with the "
-                f"gradient, and throw weights beyond their anchor, further each time. Up to {safe:.3g} is safe at this "
-                "learning rate. Load the weights from before, and use a smaller strength or learning rate, or SGD, "
-                "Adam or AdamW, which hold any strength with form='proximal'."
+                "gradient, and throw weights beyond their anchor, further each time. At this learning rate, gradient "
+                f"descent is stable up to {safe:.3g}. Load the weights from before, and use a smaller strength or "
+                "learning rate, or SGD, Adam or AdamW, which hold any strength with form='proximal'."
             )

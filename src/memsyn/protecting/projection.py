@@ -312,7 +312,7 @@ class Projecting(Protection):
                 old.copy_(parameter.detach())
             self._versions[id(parameter)] = version_of(parameter)
 
-    def _zs(self, optimizer: Optimizer) -> list[tuple[nn.Parameter, Tensor]]:
+    def _zs(self, optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
         """Each parameter that schedule-free has stepped, with its `z`."""
         if not self._in_each_step:
             return []
@@ -403,7 +403,7 @@ def _names_held(optimizer: Optimizer, model: nn.Module) -> set[str]:
     return {name for name, p in named_parameters(model).items() if id(p) in held}
 
 
-def _is_as_remembered(parameter: nn.Parameter, befores: Mapping[int, Tensor]) -> bool:
+def _is_as_remembered(parameter: Tensor, befores: Mapping[int, Tensor]) -> bool:
     old = befores[id(parameter)]
     return old.shape == parameter.shape and old.device == parameter.device
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from memsyn.errors import NotProtectedWarning
 from memsyn.parameters import named_parameters, unwrap, wide_dtype
-from memsyn.protecting.optimizers import known_kind
+from memsyn.protecting.optimizers import Stepping, known_kind
 from memsyn.torch_private import num_steps_in_progress
 
 _protected: "WeakSet[Optimizer]" = WeakSet()
@@ -56,6 +56,7 @@ class Guard:
         self._method = None if method is None else WeakMethod(method)
 
     def __call__(self, *_: Any) -> None:
+        """Call the method."""
         method = None if self._method is None else self._method()
         if method is not None:
             method()
@@ -76,9 +77,11 @@ class Protection(ABC):
 
     strength: float
     form: str
-    wrappers: tuple[str, ...] = ()
+    wrappers: tuple[str, ...]
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module, names: Collection[str]) -> None:
+    def __init__(self, found: Stepping, model: nn.Module, names: Collection[str]) -> None:
+        optimizer = found.optimizer
+        self.wrappers = tuple(type(wrapper).__name__ for wrapper in found.wrappers)
         self._optimizer = ref(optimizer)  # the optimizer's hooks refer to this object: no reference cycle
         self._depth = 0
         """How many calls of `step` are in progress: 2 in a `step` that calls `super().step()`."""
@@ -162,18 +165,14 @@ class Protection(ABC):
         """Warn once if protected weights have moved, and the optimizer has not stepped."""
         if self._acted:
             return
-        old = self._norms
-        moved = [
-            name
-            for name, own in self._norms_now().items()
-            if name in old and not torch.equal(own.to(old[name]), old[name])
-        ]
+        now, old = self._norms_now(), self._norms
+        moved = [name for name in now.keys() & old.keys() if not torch.equal(now[name].to(old[name]), old[name])]
         if not moved:
             return
         self._acted = True
         optimizer = self._optimizer()
         warnings.warn(
-            f"{moved[0]} and {len(moved) - 1} other protected parameters have moved since protect was called, and the "
+            f"{len(moved)} protected parameters, {min(moved)} among them, have moved since protect was called, and the "
             f"protected {type(optimizer).__name__} has made no step: nothing was protected. Pass protect the optimizer "
             "that steps (with a trainer, the one that the trainer holds), after it was made, copied or loaded.",
             NotProtectedWarning,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from memsyn.errors import OptionError, ProtectionError, StrengthWarning
+from memsyn.errors import NotProtectedWarning, OptionError, ProtectionError, StrengthWarning
 from memsyn.parameters import layer_of, named_parameters, wide_dtype
 from memsyn.protecting.optimizers import (
     GRADIENT,
@@ -30,6 +30,7 @@ from memsyn.protecting.penalty import (
     Preconditioner,
     ProtectedWeights,
     add_gradients_,
+    check_tensors,
     distances,
     known_rows,
     num_held,
@@ -37,6 +38,7 @@ from memsyn.protecting.penalty import (
 )
 from memsyn.protecting.protection import Protection, Report
 from memsyn.protecting.strength import checked_strength
+from memsyn.torch_private import version_of
 from memsyn.values.memory import Memory, check_fit
 
 
@@ -72,6 +74,8 @@ class Penalising(Protection):
         self._take(memory)
         self._stepped: list[_Slot] = []
         """What the step in progress moves: the parameters that had a gradient before it."""
+        self._versions: list[int] | None = []
+        """Of the parameters before a step, until a gradient was found on one."""
         super().__init__(found, model, memory.importance.keys())
         self._find_slots(found.optimizer)
 
@@ -83,6 +87,7 @@ class Penalising(Protection):
 
     def report(self) -> Report:
         """How far the weights have moved, layer by layer, and the share that is held in place."""
+        self._check_acted()
         slots, optimizer = self._now(), self._optimizer()
         penalty, stiff = 0.0, math.nan
         layers: dict[str, float] = {}
@@ -154,11 +159,12 @@ class Penalising(Protection):
                     self._slots.append(_Slot(name, parameter, group, self._hold(name, parameter)))
         self._seen = seen
         self._most: dict[int, float] = {}
-        self._warned: set[int] = set()
-        self._overshoot: dict[int, Overshoot] = {}
+        self._unstable: dict[int, Overshoot | None] = {}
+        """Index of a group -> the weights that are watched; None if a warning was given in their place."""
 
     def _hold(self, name: str, parameter: nn.Parameter) -> ProtectedWeights:
         """Anchor and importance in float32 at least, on the parameter's device or on `device`."""
+        check_tensors({name: parameter})
         check_fit({name: self._memory.importance[name]}, {name: parameter}, "the memory", may_change=True)
         device, dtype = self._device or parameter.device, wide_dtype(parameter)
         omega = self._memory.importance[name].to(device, self._importance_dtype or dtype)
@@ -171,6 +177,9 @@ class Penalising(Protection):
         self._acted, self._stepped = True, []
         if not self.strength:
             return None
+        if self._versions is not None:
+            self._find_slots(optimizer)
+            self._versions = [version_of(slot.parameter) for slot in self._slots]
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._begin(optimizer)
@@ -199,6 +208,7 @@ class Penalising(Protection):
     def _begin(self, optimizer: Optimizer) -> None:
         """Gradients are there, and the update comes next. A step may end in `zero_grad()`: later is too late."""
         self._stepped = self._with_gradients(optimizer)
+        self._versions = None if self._stepped else self._versions
         if self.form == GRADIENT and self._stepped:
             self._add_gradients(optimizer, self._stepped)
 
@@ -211,6 +221,8 @@ class Penalising(Protection):
         add_gradients_(gradients, [slot.protected for slot in slots], factors, scale)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._versions is not None and self.strength:
+            self._check_gradients(optimizer)
         if self.form != PROXIMAL or not self._stepped:
             return
         # GradScaler sets it to 1 if a fused optimizer must skip this step: then the pull is skipped too. A product does
@@ -219,6 +231,20 @@ class Penalising(Protection):
         strength = self.strength if found_inf is None else self.strength * (1 - found_inf)
         for pulls in self._pulls(optimizer, self._stepped, strength):
             pull_(*pulls)
+
+    def _check_gradients(self, optimizer: Optimizer) -> None:
+        """Warn once if the first steps move weights without a gradient, so that nothing holds them."""
+        pairs = zip(self._slots, self._versions or (), strict=False)
+        moved = [slot.name for slot, old in pairs if version_of(slot.parameter) != old]
+        if moved:
+            self._versions = None
+            warnings.warn(
+                f"a step of {type(optimizer).__name__} has moved {moved[0]}, and no protected parameter had a gradient "
+                "before it: nothing was protected. Its gradients must be in .grad when step is called, or be computed "
+                "by the closure that is passed to it.",
+                NotProtectedWarning,
+                stacklevel=5,
+            )
 
     @staticmethod
     def _pulls(optimizer: Optimizer, slots: Sequence[_Slot], strength: float | Tensor) -> Iterator[_Pulls]:
@@ -257,12 +283,11 @@ class Penalising(Protection):
                 self._most[index] = max((float(omega.max()) for omega in omegas), default=0.0)
             most = self._most.get(index, 0.0)
             if 2 * self.strength * most <= limit:
-                self._warned.discard(index)
-                self._overshoot.pop(index, None)
+                self._unstable.pop(index, None)
             elif known_kind(optimizer) is None:
                 self._check_overshoot(optimizer, index, limit / (2 * most))
-            elif index not in self._warned:
-                self._warned.add(index)
+            elif index not in self._unstable:
+                self._unstable[index] = None
                 warnings.warn(
                     f"strength {self.strength:g} is too large for the gradient form at this learning rate: beyond "
                     f"{limit / (2 * most):.3g} the pull overshoots, and training diverges. Use form='proximal', which "
@@ -273,10 +298,11 @@ class Penalising(Protection):
 
     def _check_overshoot(self, optimizer: Optimizer, index: int, safe: float) -> None:
         group = optimizer.param_groups[index]
-        if index not in self._overshoot:
+        watched = self._unstable.get(index)
+        if watched is None:
             chosen = [s.protected for s in self._slots if s.group is group and s.protected.omega.numel()]
-            self._overshoot[index] = Overshoot(chosen)
-        elif self._overshoot[index].diverges(float(group.get("lr") or 0.0)):
+            self._unstable[index] = Overshoot(chosen)
+        elif watched.diverges(float(group.get("lr") or 0.0)):
             raise ProtectionError(
                 f"strength {self.strength:g} makes {type(optimizer).__name__} diverge: its steps grow with the "
                 "gradient, and throw weights beyond their anchor, further each time. At this learning rate, gradient "

@@ -209,6 +209,7 @@ class Projecting(Protection):
 
     def report(self) -> Report:
         """How much of the last projected change was taken away, layer by layer, and how much room is left."""
+        self._check_acted()
         layers: dict[str, list[tuple[float, float]]] = {}
         for name, (before, after) in self._removed.items():
             layers.setdefault(layer_of(name), []).append((float(before), float(after)))

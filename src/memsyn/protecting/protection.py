@@ -42,8 +42,8 @@ class Report:
     form, layer -> the share of its last change that was taken away, 1 - ||projected change||^2 / ||change||^2."""
     held: float
     """The share of the protected weights that a step pulls back by more than half of their distance to the anchor: 0 if
-    all weights are free, 1 if none can move. In the projected form, the share of the last change that was taken
-    away."""
+    all weights are free, 1 if none can move, NaN with an optimizer whose steps are not known. In the projected form,
+    the share of the last change that was taken away."""
     room: dict[str, float] = field(default_factory=dict)
     """In the projected form, layer -> the share of its directions in which more than half of a step remains."""
 

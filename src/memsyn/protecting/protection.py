@@ -170,11 +170,10 @@ class Protection(ABC):
         if not moved:
             return
         self._acted = True
-        optimizer = self._optimizer()
         warnings.warn(
             f"{len(moved)} protected parameters, {min(moved)} among them, have moved since protect was called, and the "
-            f"protected {type(optimizer).__name__} has made no step: nothing was protected. Pass protect the optimizer "
-            "that steps (with a trainer, the one that the trainer holds), after it was made, copied or loaded.",
+            "optimizer that is protected has made no step: nothing was protected. Pass protect the optimizer that "
+            "steps, after it was made, copied or loaded; with a trainer, the one that the trainer holds.",
             NotProtectedWarning,
             stacklevel=4,
         )

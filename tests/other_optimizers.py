@@ -78,7 +78,7 @@ class PlainSubclass(SGD):
 UNKNOWN: dict[str, Make] = {
     "schedulefree.SGDScheduleFree": lambda p: schedulefree.SGDScheduleFree(p, lr=0.05),
     "schedulefree.AdamWScheduleFree": lambda p: schedulefree.AdamWScheduleFree(p, lr=0.01),
-    "schedulefree.RAdamScheduleFree": lambda p: schedulefree.RAdamScheduleFree(p, lr=0.01),
+    "schedulefree.RAdamScheduleFree": lambda p: schedulefree.RAdamScheduleFree(p, lr=0.02),
     "pytorch_optimizer.Lion": lambda p: pytorch_optimizer.Lion(p, lr=0.001),
     "lion_pytorch.Lion": lambda p: Lion(p, lr=0.001, decoupled_weight_decay=False),
     "pytorch_optimizer.AdaFactor": lambda p: pytorch_optimizer.AdaFactor(p, lr=0.003, scale_parameter=False),
@@ -99,7 +99,7 @@ UNKNOWN: dict[str, Make] = {
 WRAPPERS: dict[str, Make] = {
     "Lookahead of SGD": lambda p: pytorch_optimizer.Lookahead(SGD(p, lr=0.05, momentum=0.5), k=5),
     "Lookahead of AdamW": lambda p: pytorch_optimizer.Lookahead(AdamW(p, lr=0.01, weight_decay=0.0), k=5),
-    "Lookahead of Lion": lambda p: pytorch_optimizer.Lookahead(pytorch_optimizer.Lion(p, lr=0.001), k=5),
+    "Lookahead of Lion": lambda p: pytorch_optimizer.Lookahead(pytorch_optimizer.Lion(p, lr=0.002), k=5),
     "SAM of SGD": lambda p: pytorch_optimizer.SAM(p, SGD, rho=0.001, lr=0.05),
     "SAM of AdamW": lambda p: pytorch_optimizer.SAM(p, AdamW, rho=0.001, lr=0.01, weight_decay=0.0),
     "schedulefree.ScheduleFreeWrapper": lambda p: schedulefree.ScheduleFreeWrapper(SGD(p, lr=0.05), momentum=0.9),

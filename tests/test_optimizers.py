@@ -34,12 +34,13 @@ def of_one_weight() -> tuple[nn.Module, memsyn.Memory]:
     return model, memsyn.Memory({"weight": ones.clone()}, {"weight": 4 * ones})
 
 
-def rest_of(make: Make, scale: float = 1.0, form: str = "auto") -> tuple[float, memsyn.Protection]:
+def rest_of(make: Make, scale: float = 1.0) -> tuple[float, memsyn.Protection]:
     """Where the weight comes to rest, and the handle."""
     model, memory = of_one_weight()
+    nn.init.constant_(model.weight, 1.3)
     optimizer = make(model.parameters())
-    handle = memsyn.protect(optimizer, model, memory, strength=0.5 * scale, form=form)
-    descend(model, optimizer, lambda: (scale * (model.weight - 3) ** 2 / 2).sum(), 700)
+    handle = memsyn.protect(optimizer, model, memory, strength=0.5 * scale)
+    descend(model, optimizer, lambda: (scale * (model.weight - 3) ** 2 / 2).sum(), 500)
     return float(model.weight.detach()), handle
 
 

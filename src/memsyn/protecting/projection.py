@@ -170,6 +170,8 @@ def _split(change: Tensor, matrix: Matrix, like: list[Tensor]) -> list[Tensor]:
 class Projecting(Protection):
     """The projected form: the directions of a memory are protected by damping the optimizer's changes."""
 
+    form = PROJECTED
+
     def __init__(
         self,
         found: Stepping,
@@ -179,7 +181,7 @@ class Projecting(Protection):
         every: int,
         in_each_step: bool,
     ) -> None:
-        self.strength, self.form = strength, PROJECTED
+        self.strength = strength
         self._in_each_step = in_each_step
         self.every = 1 if in_each_step else every
         self._directions = directions

@@ -253,6 +253,8 @@ def test_weights_that_are_loaded_or_stepped_are_not_warned_of() -> None:
     handle = memsyn.protect(optimizer, model, memory, strength=0.5)
     model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
     handle.report()
+    model.float().state_dict()  # rounds them
+    model.double()
     train(model, optimizer, data, targets, 1)
     model.state_dict()
     handle.remove()

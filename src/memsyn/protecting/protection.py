@@ -155,18 +155,23 @@ class Protection(ABC):
         """The weights were replaced: remember how large each parameter is, to see later whether it has moved."""
         self._norms = self._norms_now()
 
-    def _norms_now(self) -> dict[str, Tensor]:
-        """By values and not by versions: fused optimizers do not count them up."""
+    def _norms_now(self) -> dict[tuple[str, torch.dtype, torch.device], Tensor]:
+        """By values and not by versions: fused optimizers do not count them up.
+
+        Moved to another device or dtype, a parameter has another key: its norm is another by rounding.
+        """
         parameters = named_parameters(self._model)
         local = {name: _local(parameters[name].detach()) for name in self._held if name in parameters}
-        return {name: torch.linalg.vector_norm(p, dtype=wide_dtype(p)) for name, p in local.items()}
+        return {
+            (name, p.dtype, p.device): torch.linalg.vector_norm(p, dtype=wide_dtype(p)) for name, p in local.items()
+        }
 
     def _check_acted(self) -> None:
         """Warn once if protected weights have moved, and the optimizer has not stepped."""
         if self._acted:
             return
         now, old = self._norms_now(), self._norms
-        moved = [name for name in now.keys() & old.keys() if not torch.equal(now[name].to(old[name]), old[name])]
+        moved = [key[0] for key in now.keys() & old.keys() if not torch.equal(now[key], old[key])]
         if not moved:
             return
         self._acted = True

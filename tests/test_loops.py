@@ -307,7 +307,9 @@ def test_the_bound_holds_for_small_moves() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
     data = torch.randn(20, 4, dtype=torch.float64)
     memory = memsyn.Memory.empty().consolidate(model, memsyn.measure(model, [data], progress=False))
-    handle = memsyn.protect(SGD(model.parameters(), lr=0.1), model, memory)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    handle = memsyn.protect(optimizer, model, memory)
+    optimizer.step()
     before = model(data).detach().square().sum(1)
     for seed in range(20):
         torch.manual_seed(seed)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+import pytorch_optimizer
+import schedulefree
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -18,6 +20,7 @@ from memsyn.matrices import Layout, Matrix
 from memsyn.protecting.projection import Damping
 from memsyn.values.directions import LayerDirections
 from memsyn.values.spectra import Spectrum, spectrum_of
+from tests.other_optimizers import UNKNOWN, WRAPPERS, ZeroingSGD, descend
 from tests.training import files_of
 
 C, MU = 10.0, 0.1
@@ -195,6 +198,113 @@ def test_any_optimizer_moves_the_old_outputs_less(name: str) -> None:
 
     assert moved(C) < 0.6 * moved(0.0)
     assert moved(1e4) < 0.05 * moved(0.0)
+
+
+def step_by_hand(memory: memsyn.Memory, model: nn.Module, optimizer: Any, inputs: Tensor, labels: Tensor) -> None:
+    """A step of schedule-free SGD, with gradients damped, and after it the changes of the weights y and of z."""
+    optimizer.zero_grad()
+    F.cross_entropy(model(inputs), labels).backward()
+    named = dict(model.named_parameters())
+    hand = damp_by_hand(model, memory, {name: p.grad for name, p in named.items() if p.grad is not None})
+    for name, parameter in named.items():
+        if not name.startswith("1."):  # not the norm, which is no matrix
+            parameter.grad = hand[name]
+    before = {name: p.detach().clone() for name, p in named.items()}
+    before_z = {name: optimizer.state[p].get("z", p).detach().clone() for name, p in named.items()}
+    optimizer.step()
+    zs = {name: optimizer.state[p]["z"] for name, p in named.items()}
+    for now, old in ((named, before), (zs, before_z)):
+        changes = {name: now[name].detach() - old[name] for name in named}
+        for name, change in damp_by_hand(model, memory, changes).items():
+            now[name].data.copy_(old[name] + change)
+
+
+def test_schedule_free_steps_are_their_closed_form() -> None:
+    """The weights y and the base sequence z are both damped, so that their average x is."""
+    model = a_network()
+    memory, twin = a_memory(model), copy.deepcopy(model)
+    optimizer, other = (schedulefree.SGDScheduleFree(m.parameters(), lr=0.5) for m in (model, twin))
+    handle = memsyn.protect(optimizer, model, memory)
+    assert handle.form == "projected"
+    for part in (batches(4, 1), batches(3, 2)):  # an evaluation in between
+        optimizer.train()
+        other.train()
+        for inputs, labels in part:
+            train(model, optimizer, [(inputs, labels)])
+            step_by_hand(memory, twin, other, inputs, labels)
+            for name, parameter in model.named_parameters():
+                torch.testing.assert_close(parameter, twin.get_parameter(name), rtol=1e-9, atol=1e-11)
+        optimizer.eval()
+        other.eval()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter, twin.get_parameter(name), rtol=1e-9, atol=1e-11)
+    handle.load_state_dict({**handle.state_dict(), "every": 10})
+    assert handle.every == 1  # type: ignore[attr-defined]
+
+
+OTHERS = {
+    **{name: UNKNOWN[name] for name in UNKNOWN if "schedulefree" in name or "Lion" in name or "AdaF" in name},
+    **WRAPPERS,
+    "pytorch_optimizer.ScheduleFreeAdamW": lambda p: pytorch_optimizer.ScheduleFreeAdamW(p, lr=0.01),
+    "copied Adam": UNKNOWN["copied Adam"],
+    "SGD with zero_grad in step": UNKNOWN["SGD with zero_grad in step"],
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_optimizers_and_wrappers_move_the_old_outputs_less(name: str) -> None:
+    """After `optimizer.eval()`, where there is one."""
+    start = a_network()
+    memory = a_memory(start)
+    old = torch.randn(20, 4, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    inputs, labels = batches(1)[0]
+
+    def moved(strength: float) -> float:
+        own = copy.deepcopy(start)
+        optimizer = OTHERS[name](own.parameters())
+        handle = memsyn.protect(optimizer, own, memory, strength=strength)
+        descend(own, optimizer, lambda: F.cross_entropy(own(inputs), labels), 40)
+        handle.remove()
+        return float((own(old) - start(old)).detach().norm())
+
+    assert moved(C) < 0.7 * moved(0.0)
+    assert moved(1e6) < 1e-3 * moved(0.0)
+
+
+def test_a_step_that_calls_the_step_of_its_parent_is_projected_once() -> None:
+    model = a_network()
+    memory, twin = a_memory(model), copy.deepcopy(model)
+    optimizer, other = ZeroingSGD(model.parameters(), lr=0.1), SGD(twin.parameters(), lr=0.1)
+    memsyn.protect(optimizer, model, memory, every=2)
+    memsyn.protect(other, twin, memory, every=2)
+    train(model, optimizer, batches(4))
+    train(twin, other, batches(4))
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, twin.get_parameter(name), rtol=1e-9, atol=1e-11)
+
+
+def test_a_table_with_sparse_gradients_is_projected() -> None:
+    """Its gradient is left as it is; the change of its weights is damped."""
+    data = torch.randint(6, (20, 3), generator=torch.Generator().manual_seed(0))
+
+    def network(sparse: bool) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(6, 4, sparse=sparse), nn.Flatten(), nn.Linear(12, 2)).double()
+
+    model, start = network(True), network(True)
+    factors = memsyn.measure(model, [data], estimator="kronecker", progress=False)
+    memory = memsyn.Memory.empty().consolidate(model, factors)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    handle = memsyn.protect(optimizer, model, memory, every=1)
+    F.cross_entropy(model(data), torch.zeros(20, dtype=torch.long)).backward()
+    gradient = model[0].weight.grad.to_dense()
+    optimizer.step()
+    assert memory.directions is not None
+    own = memory.directions.layers["0.weight"]
+    assert own.outputs is not None
+    change = damped(-0.1 * gradient.mT, torch.diag(own.inputs.values[0].double()), own.outputs.dense()[0].double()).mT
+    torch.testing.assert_close(model[0].weight.detach(), start[0].weight.detach() + change, rtol=1e-6, atol=1e-9)
+    handle.remove()
 
 
 def test_a_strength_of_zero_changes_no_bit() -> None:

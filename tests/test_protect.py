@@ -237,16 +237,6 @@ def test_a_fused_optimizer_that_unscales_gets_a_scaled_push() -> None:
     assert torch.allclose(model.weight, before - 0.1 * 2.0, rtol=1e-5)
 
 
-def test_sparse_gradients_are_refused() -> None:
-    model = nn.Embedding(4, 2, sparse=True)
-    memory = memsyn.Memory({"weight": model.weight.detach() - 1}, {"weight": torch.ones(4, 2)})
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    memsyn.protect(optimizer, model, memory)
-    model(torch.tensor([1])).sum().backward()
-    with pytest.raises(memsyn.ProtectionError, match=r"sparse gradient: make its embedding with sparse=False"):
-        optimizer.step()
-
-
 def test_what_does_not_fit_together() -> None:
     model, memory, _, _ = start()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -110,6 +110,7 @@ def test_public_names_are_sorted_and_there() -> None:
         "MovedWeightsWarning",
         "NewParametersWarning",
         "NotMeasuredWarning",
+        "NotProtectedWarning",
         "Observer",
         "OptionError",
         "OutputError",

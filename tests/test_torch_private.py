@@ -231,3 +231,36 @@ def private_names(path: Path) -> list[str]:
 def test_only_torch_private_uses_private_names(path: Path) -> None:
     if path.name != "torch_private.py":
         assert private_names(path) == []
+
+
+def test_a_step_is_that_of_its_class_whatever_torch_put_around_it() -> None:
+    class Inherits(torch.optim.SGD):
+        pass
+
+    class Overrides(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    own = vars(Overrides)["step"]
+    for kind in (Inherits, Overrides, torch.optim.SGD, Inherits):  # torch wraps the step of a class with its first one
+        kind([nn.Parameter(torch.ones(1))], lr=0.1)
+        assert torch_private.own_step(Inherits) is torch_private.own_step(torch.optim.SGD)
+        assert torch_private.own_step(Overrides) is own
+    assert torch_private.own_step(torch.optim.Adam) is not torch_private.own_step(torch.optim.SGD)
+
+
+def test_the_steps_of_an_optimizer_that_are_in_progress_are_counted() -> None:
+    class Outer(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    def closure() -> None:
+        seen.append((torch_private.num_steps_in_progress(outer), torch_private.num_steps_in_progress(other)))
+
+    seen: list[tuple[int, int]] = []
+    other = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    outer = Outer([nn.Parameter(torch.ones(1))], lr=0.1)
+    outer.step(closure)
+    other.step(closure)
+    closure()
+    assert seen == [(2, 0), (0, 1), (0, 0)]

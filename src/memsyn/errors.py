@@ -79,3 +79,7 @@ class NotMeasuredWarning(UserWarning):
 
 class RepeatedDataWarning(UserWarning):
     """A trainer's callback trains again on the data that it has measured. The new measurement replaces the last one."""
+
+
+class NotProtectedWarning(UserWarning):
+    """Protected weights were moved by something else than a step of the optimizer that is protected."""

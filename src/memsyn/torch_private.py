@@ -4,6 +4,7 @@ Torch may change these names without notice. Each has a test in tests/test_torch
 new version of torch has changed. Must not import any other module of the package.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from operator import attrgetter, methodcaller
@@ -44,6 +45,28 @@ foreach_sqrt: Final = torch._foreach_sqrt
 foreach_sub: Final = torch._foreach_sub
 foreach_zero_: Final = torch._foreach_zero_
 """One operation on a list of tensors, with one call for all of them where torch can."""
+
+
+_HOOKED: Final = torch.optim.Optimizer.profile_hook_step(lambda self: None).__code__
+"""The code of the function that torch puts around the `step` of a class, so that it calls hooks."""
+
+
+def own_step(kind: type[torch.optim.Optimizer]) -> Callable[..., Any]:
+    """The `step` that a class of optimizers defines or inherits, without what torch puts around it."""
+    step: Any = kind.step
+    while getattr(step, "__code__", None) is _HOOKED:
+        step = step.__wrapped__
+    return step  # type: ignore[no-any-return]
+
+
+def num_steps_in_progress(optimizer: torch.optim.Optimizer) -> int:
+    """How many calls of an optimizer's `step` are on this thread's stack: 2 if `step` has called `super().step()`."""
+    frame, found = sys._getframe(), 0
+    while frame is not None:
+        if frame.f_code is _HOOKED and frame.f_locals.get("self") is optimizer:
+            found += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
 
 
 def is_out_of_memory(error: BaseException) -> bool:

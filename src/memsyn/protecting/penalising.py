@@ -1,7 +1,7 @@
 """Protection by a penalty: the gradient form and the proximal form.
 
 Owns which parameters of an optimizer are pulled, when, and by how much. The arithmetic is in `penalty`, all knowledge
-of single optimizers in `optimizers`. Must not keep state on the model or its parameters.
+of single optimizers in `optimizers`. Must not keep state on the model or its parameters, but for hooks on `state_dict`.
 """
 
 import math
@@ -13,13 +13,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from memsyn.errors import OptionError, ProtectionError, StrengthWarning
+from memsyn.errors import NotProtectedWarning, OptionError, ProtectionError, StrengthWarning
 from memsyn.parameters import layer_of, named_parameters, wide_dtype
-from memsyn.protecting.optimizers import GRADIENT, PROJECTED, PROXIMAL, checked_form, largest_stable_pull, step_size
+from memsyn.protecting.optimizers import (
+    GRADIENT,
+    PROJECTED,
+    PROXIMAL,
+    Stepping,
+    checked_form,
+    known_kind,
+    largest_stable_pull,
+    step_size,
+)
+from memsyn.protecting.overshoot import Overshoot
 from memsyn.protecting.penalty import (
     Preconditioner,
     ProtectedWeights,
     add_gradients_,
+    check_tensors,
     distances,
     known_rows,
     num_held,
@@ -28,6 +39,7 @@ from memsyn.protecting.penalty import (
 from memsyn.protecting.protection import Protection, Report
 from memsyn.protecting.statistics import WatchedStatistics
 from memsyn.protecting.strength import checked_strength
+from memsyn.torch_private import version_of
 from memsyn.values.memory import Memory, check_fit
 
 
@@ -50,7 +62,7 @@ class Penalising(Protection):
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        found: Stepping,
         model: nn.Module,
         memory: Memory,
         strength: float,
@@ -60,11 +72,14 @@ class Penalising(Protection):
         watched: WatchedStatistics,
     ) -> None:
         self.strength, self.form = strength, form
-        self._model = model
         self._device, self._importance_dtype = device, importance_dtype
         self._take(memory)
-        super().__init__(optimizer, watched)
-        self._find_slots(optimizer)
+        self._stepped: list[_Slot] = []
+        """What the step in progress moves: the parameters that had a gradient before it."""
+        self._versions: list[int] | None = []
+        """Of the parameters before a step, until a gradient was found on one."""
+        super().__init__(found, model, memory.importance.keys(), watched)
+        self._find_slots(found.optimizer)
 
     def value(self) -> float:
         """The penalty now: lambda sum Omega (theta - theta*)^2 over the protected parameters."""
@@ -74,14 +89,15 @@ class Penalising(Protection):
 
     def report(self) -> Report:
         """How far the weights have moved, layer by layer, and the share that is held in place."""
+        self._check_acted()
         slots, optimizer = self._now(), self._optimizer()
-        penalty, stiff = 0.0, 0
+        penalty, stiff = 0.0, math.nan
         layers: dict[str, float] = {}
         for index, moved, omega in distances([slot.protected for slot in slots]):
             layer = layer_of(slots[index].name)
             layers[layer] = layers.get(layer, 0.0) + float((omega * moved.abs()).sum())
             penalty += float((omega * moved.square_()).sum())
-        if optimizer is not None:
+        if optimizer is not None and known_kind(optimizer) is not None:
             stiff = sum(num_held(*pulls) for pulls in self._pulls(optimizer, slots, self.strength))
         count = sum(slot.protected.omega.numel() for slot in slots)
         bound, held = sum(layers.values()), stiff / max(1, count)
@@ -149,10 +165,12 @@ class Penalising(Protection):
                     self._slots.append(_Slot(name, parameter, group, self._hold(name, parameter)))
         self._seen = seen
         self._most: dict[int, float] = {}
-        self._warned: set[int] = set()
+        self._unstable: dict[int, Overshoot | None] = {}
+        """Index of a group -> the weights that are watched; None if a warning was given in their place."""
 
     def _hold(self, name: str, parameter: nn.Parameter) -> ProtectedWeights:
         """Anchor and importance in float32 at least, on the parameter's device or on `device`."""
+        check_tensors({name: parameter})
         check_fit({name: self._memory.importance[name]}, {name: parameter}, "the memory", may_change=True)
         device, dtype = self._device or parameter.device, wide_dtype(parameter)
         omega = self._memory.importance[name].to(device, self._importance_dtype or dtype)
@@ -162,11 +180,15 @@ class Penalising(Protection):
         return ProtectedWeights(known_rows(parameter.detach(), omega), anchor, omega)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.form != GRADIENT or not self.strength:
+        self._acted, self._stepped = True, []
+        if not self.strength:
             return None
+        if self._versions is not None:
+            self._find_slots(optimizer)
+            self._versions = [version_of(slot.parameter) for slot in self._slots]
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._add_gradients(optimizer)
+            self._begin(optimizer)
             return None
         # optimizer.step(closure) runs this hook, then closure(), then the update:
         #   hook        adds 2 lambda Omega (theta - theta*) to .grad
@@ -178,19 +200,25 @@ class Penalising(Protection):
         return (args[0], penalised, *args[2:]), kwargs
 
     def _penalised(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """A closure of the penalised loss: it adds the gradient, and returns the value, which a line search needs."""
+        """The gradient form: a closure of the penalised loss, which adds the gradient and returns the value, which a
+        line search needs. The proximal form: the closure, and a look at the gradients.
+        """
 
         def run() -> Any:
             loss = closure()
-            self._add_gradients(optimizer)
-            return None if loss is None else loss + self.value()
+            self._begin(optimizer)
+            return loss if loss is None or self.form != GRADIENT else loss + self.value()
 
         return run
 
-    def _add_gradients(self, optimizer: Optimizer) -> None:
-        slots = self._with_gradients(optimizer)
-        if not slots:
-            return
+    def _begin(self, optimizer: Optimizer) -> None:
+        """Gradients are there, and the update comes next. A step may end in `zero_grad()`: later is too late."""
+        self._stepped = self._with_gradients(optimizer)
+        self._versions = None if self._stepped else self._versions
+        if self.form == GRADIENT and self._stepped:
+            self._add_gradients(optimizer, self._stepped)
+
+    def _add_gradients(self, optimizer: Optimizer, slots: list[_Slot]) -> None:
         self._check_stable(optimizer)
         gradients = [known_rows(slot.parameter.grad, slot.protected.omega) for slot in slots]  # type: ignore[arg-type]
         # With maximize=True a weight moves along its gradient, so the pull towards the anchor needs the other sign.
@@ -199,17 +227,30 @@ class Penalising(Protection):
         add_gradients_(gradients, [slot.protected for slot in slots], factors, scale)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.form != PROXIMAL or not self.strength:
-            return
-        slots = self._with_gradients(optimizer)
-        if not slots:
+        if self._versions is not None and self.strength:
+            self._check_gradients(optimizer)
+        if self.form != PROXIMAL or not self._stepped:
             return
         # GradScaler sets it to 1 if a fused optimizer must skip this step: then the pull is skipped too. A product does
         # not wait for the GPU, as a comparison would.
         found_inf = getattr(optimizer, "found_inf", None)
         strength = self.strength if found_inf is None else self.strength * (1 - found_inf)
-        for pulls in self._pulls(optimizer, slots, strength):
+        for pulls in self._pulls(optimizer, self._stepped, strength):
             pull_(*pulls)
+
+    def _check_gradients(self, optimizer: Optimizer) -> None:
+        """Warn once if the first steps move weights without a gradient, so that nothing holds them."""
+        pairs = zip(self._slots, self._versions or (), strict=False)
+        moved = [slot.name for slot, old in pairs if version_of(slot.parameter) != old]
+        if moved:
+            self._versions = None
+            warnings.warn(
+                f"a step of {type(optimizer).__name__} has moved {moved[0]}, and no protected parameter had a gradient "
+                "before it: nothing was protected. Its gradients must be in .grad when step is called, or be computed "
+                "by the closure that is passed to it.",
+                NotProtectedWarning,
+                stacklevel=5,
+            )
 
     @staticmethod
     def _pulls(optimizer: Optimizer, slots: Sequence[_Slot], strength: float | Tensor) -> Iterator[_Pulls]:
@@ -237,22 +278,40 @@ class Penalising(Protection):
         return slots
 
     def _check_stable(self, optimizer: Optimizer) -> None:
-        """Warn before the gradient form diverges: once per group, and again if a group was stable in between."""
+        """Warn before the gradient form diverges: once per group, and again if a group was stable in between.
+
+        Of an optimizer whose step is not known, nobody can say before: an error if it diverges.
+        """
         for index, group in enumerate(optimizer.param_groups):
             limit = largest_stable_pull(optimizer, group)
             if index not in self._most and math.isfinite(limit):
-                self._most[index] = max(
-                    (float(s.protected.omega.max()) for s in self._slots if s.group is group), default=0.0
-                )
+                omegas = [s.protected.omega for s in self._slots if s.group is group and s.protected.omega.numel()]
+                self._most[index] = max((float(omega.max()) for omega in omegas), default=0.0)
             most = self._most.get(index, 0.0)
             if 2 * self.strength * most <= limit:
-                self._warned.discard(index)
-            elif index not in self._warned:
-                self._warned.add(index)
+                self._unstable.pop(index, None)
+            elif known_kind(optimizer) is None:
+                self._check_overshoot(optimizer, index, limit / (2 * most))
+            elif index not in self._unstable:
+                self._unstable[index] = None
                 warnings.warn(
                     f"strength {self.strength:g} is too large for the gradient form at this learning rate: beyond "
                     f"{limit / (2 * most):.3g} the pull overshoots, and training diverges. Use form='proximal', which "
                     "no strength can make diverge, or a smaller strength or learning rate.",
                     StrengthWarning,
-                    stacklevel=6,
+                    stacklevel=7,
                 )
+
+    def _check_overshoot(self, optimizer: Optimizer, index: int, safe: float) -> None:
+        group = optimizer.param_groups[index]
+        watched = self._unstable.get(index)
+        if watched is None:
+            chosen = [s.protected for s in self._slots if s.group is group and s.protected.omega.numel()]
+            self._unstable[index] = Overshoot(chosen)
+        elif watched.diverges(float(group.get("lr") or 0.0)):
+            raise ProtectionError(
+                f"strength {self.strength:g} makes {type(optimizer).__name__} diverge: its steps grow with the "
+                "gradient, and throw weights beyond their anchor, further each time. At this learning rate, gradient "
+                f"descent is stable up to {safe:.3g}. Load the weights from before, and use a smaller strength or "
+                "learning rate, or SGD, Adam or AdamW, which hold any strength with form='proximal'."
+            )

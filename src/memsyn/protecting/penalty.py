@@ -4,13 +4,13 @@ Owns the formulas, as plain functions on tensors. Must not know optimizers. Work
 that the temporary tensors stay small, whatever the size of the model.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from memsyn.errors import OptionError
+from memsyn.errors import OptionError, ProtectionError
 from memsyn.parameters import named_parameters, wide_dtype
 from memsyn.protecting import compiled
 from memsyn.torch_private import (
@@ -62,6 +62,7 @@ def penalty(model: nn.Module, memory: Memory) -> Tensor:
     Raises:
         MismatchError: the memory is of another architecture.
         OptionError: the memory holds directions alone, which have no penalty.
+        ProtectionError: a parameter of the memory has no values here (device "meta"), or is nested or sparse.
 
     Example:
         >>> import torch, memsyn
@@ -76,6 +77,7 @@ def penalty(model: nn.Module, memory: Memory) -> Tensor:
             "the memory holds directions alone, which have no penalty: use protect, or measure 'mas' too."
         )
     parameters = named_parameters(model)
+    check_tensors({name: p for name, p in parameters.items() if name in memory.importance})
     check_fit(memory.importance, parameters, "the memory", may_change=True)
     terms = []
     for name, omega in memory.importance.items():
@@ -87,6 +89,26 @@ def penalty(model: nn.Module, memory: Memory) -> Tensor:
     if not terms:
         return torch.zeros((), device=next(iter(parameters.values())).device if parameters else None)
     return torch.stack([term.to(terms[0]) for term in terms]).sum()
+
+
+def check_tensors(parameters: Mapping[str, Tensor]) -> None:
+    """Refuse parameters that cannot be compared with an anchor.
+
+    Raises:
+        ProtectionError: a parameter has no values (device "meta"), or is nested or sparse.
+    """
+    for name, parameter in parameters.items():
+        if parameter.is_nested or parameter.layout != torch.strided:
+            kind = "nested tensor" if parameter.is_nested else f"tensor of layout {parameter.layout}"
+            raise ProtectionError(
+                f"{name} is a {kind}, and only dense parameters are protected: make it dense, or leave it out of the "
+                "memory."
+            )
+        if parameter.is_meta:
+            raise ProtectionError(
+                f'{name} has no values: it is on the device "meta". Protect after the weights are loaded, without '
+                "offloading."
+            )
 
 
 def known_rows(parameter: Tensor, held: Tensor) -> Tensor:

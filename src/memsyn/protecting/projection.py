@@ -10,7 +10,6 @@ in protected directions would make its steps in the free directions small.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, final
-from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,8 @@ from torch.optim import Optimizer
 
 from memsyn.errors import OptionError, ProtectionError
 from memsyn.matrices import Matrix
-from memsyn.parameters import layer_of, named_parameters, unwrap, wide_dtype
-from memsyn.protecting.optimizers import PROJECTED
+from memsyn.parameters import layer_of, named_parameters, wide_dtype
+from memsyn.protecting.optimizers import PROJECTED, Stepping
 from memsyn.protecting.protection import Protection, Report
 from memsyn.protecting.statistics import WatchedStatistics
 from memsyn.protecting.strength import checked_strength
@@ -99,7 +98,7 @@ class _Protected:
     """A layer in its optimizer: the parameters that are changed together, and how."""
 
     name: str
-    parameters: tuple[nn.Parameter, ...]
+    parameters: tuple[Tensor, ...]
     """The weight, and its bias if both are protected together."""
     matrix: Matrix | None
     """None for a parameter that is no matrix."""
@@ -169,36 +168,25 @@ def _split(change: Tensor, matrix: Matrix, like: list[Tensor]) -> list[Tensor]:
 
 
 @final
-class _Guard:
-    """A hook that calls a method of a handle, as long as the handle lives. A copy of the hook does nothing."""
-
-    def __init__(self, method: Callable[[], None] | None = None) -> None:
-        self._method = None if method is None else WeakMethod(method)
-
-    def __call__(self, *_: Any) -> None:
-        method = None if self._method is None else self._method()
-        if method is not None:
-            method()
-
-    def __reduce__(self) -> Any:
-        return _Guard, ()
-
-
-@final
 class Projecting(Protection):
     """The projected form: the directions of a memory are protected by damping the optimizer's changes."""
 
+    form = PROJECTED
+
     def __init__(
         self,
-        optimizer: Optimizer,
+        found: Stepping,
         model: nn.Module,
         directions: Directions,
         strength: float,
         every: int,
+        in_each_step: bool,
         watched: WatchedStatistics,
     ) -> None:
-        self.strength, self.form, self.every = strength, PROJECTED, every
-        self._model, self._directions = model, directions
+        self.strength = strength
+        self._in_each_step = in_each_step
+        self.every = 1 if in_each_step else every
+        self._directions = directions
         self._layers: list[_Protected] = []
         self._seen: list[Any] = []
         self._befores: dict[int, Tensor] = {}
@@ -209,19 +197,15 @@ class Projecting(Protection):
         """Steps that are not projected yet."""
         self._removed: dict[str, tuple[Tensor, Tensor]] = {}
         """Layer -> ||change||^2 before and after its last projection."""
-        if not set(directions.names()) & _names_held(optimizer, model):
+        if not set(directions.names()) & _names_held(found.optimizer, model):
             raise ProtectionError(
                 f"the optimizer holds none of the memory's {len(directions.names())} parameters. Was it made from "
                 "another model, or before the model was copied or moved?"
             )
-        super().__init__(optimizer, watched)
-        own = unwrap(model)
-        self._guards = [
-            own.register_state_dict_pre_hook(_Guard(self.flush)),
-            optimizer.register_state_dict_pre_hook(_Guard(self.flush)),
-            own.register_load_state_dict_post_hook(_Guard(self._restart)),
-        ]
-        self._find_layers(optimizer)
+        self._averaged: dict[int, Tensor] = {}
+        """id of a parameter -> schedule-free's `z` before the step."""
+        super().__init__(found, model, directions.names(), watched)
+        self._find_layers(found.optimizer)
 
     def value(self) -> float:
         """0: a projection adds no penalty to the loss."""
@@ -229,6 +213,7 @@ class Projecting(Protection):
 
     def report(self) -> Report:
         """How much of the last projected change was taken away, layer by layer, and how much room is left."""
+        self._check_acted()
         layers: dict[str, list[tuple[float, float]]] = {}
         for name, (before, after) in self._removed.items():
             layers.setdefault(layer_of(name), []).append((float(before), float(after)))
@@ -259,7 +244,8 @@ class Projecting(Protection):
             raise OptionError(f"the state holds no directions: {error}.") from error
         directions.check(named_parameters(self._model))
         self.flush()
-        self.strength, self.every = checked_strength(state["strength"]), checked_every(state["every"])
+        every = checked_every(state["every"])
+        self.strength, self.every = checked_strength(state["strength"]), 1 if self._in_each_step else every
         self._directions, self._seen = directions, []
         self._watched.take(state.get("statistics", self._watched.remembered))
         self._restart()
@@ -270,6 +256,7 @@ class Projecting(Protection):
         if self._num_waiting == 0:
             return
         self._num_waiting = 0
+        self._project_z()
         moved = [layer for layer in self._layers if layer.has_moved(self._befores)]
         for layer in moved:
             self._removed[layer.name] = layer.project(self._befores)
@@ -280,14 +267,14 @@ class Projecting(Protection):
     def remove(self) -> None:
         """Project what waits, and stop protecting; a second call does nothing."""
         super().remove()
-        for guard in self._guards:
-            guard.remove()
-        self._befores, self._versions = {}, {}
+        self._befores, self._versions, self._averaged = {}, {}, {}
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._acted = True
         if not self.strength:
             return None
         self._find_layers(optimizer)
+        self._averaged = {id(p): z.clone() for p, z in self._zs(optimizer)}
         # What was changed since the last projection, and not by a step, is not to be projected: it is taken over.
         if self._num_waiting == 0:
             for layer in self._layers:
@@ -324,7 +311,7 @@ class Projecting(Protection):
             self.flush()
 
     @torch.no_grad()
-    def _remember(self, parameters: tuple[nn.Parameter, ...]) -> None:
+    def _remember(self, parameters: tuple[Tensor, ...]) -> None:
         for parameter in parameters:
             old = self._befores.get(id(parameter))
             if old is None or old.shape != parameter.shape or old.device != parameter.device:
@@ -332,6 +319,31 @@ class Projecting(Protection):
             else:
                 old.copy_(parameter.detach())
             self._versions[id(parameter)] = version_of(parameter)
+
+    def _zs(self, optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
+        """Each parameter that schedule-free has stepped, with its `z`."""
+        if not self._in_each_step:
+            return []
+        parameters = [p for layer in self._layers for p in layer.parameters]
+        return [(p, optimizer.state[p]["z"]) for p in parameters if "z" in optimizer.state.get(p, {})]
+
+    def _project_z(self) -> None:
+        """Damp the changes of schedule-free's `z` like those of the weights y.
+
+        The weights that are kept, x = (y - (1 - beta) z) / beta, then change by the damped change too: the map is
+        linear. With y alone, z would go its own way, and x would follow it.
+        """
+        optimizer = self._optimizer()
+        zs = {} if optimizer is None else {id(p): z for p, z in self._zs(optimizer)}
+        for layer in self._layers:
+            if all(id(p) in zs for p in layer.parameters):
+                # In its first step, z begins at the weights.
+                befores = {id(zs[id(p)]): self._averaged.get(id(p), self._befores[id(p)]) for p in layer.parameters}
+                replace(layer, parameters=tuple(zs[id(p)] for p in layer.parameters)).project(befores)
+
+    def _weights_loaded(self) -> None:
+        super()._weights_loaded()
+        self._restart()
 
     def _restart(self) -> None:
         """Forget the steps that wait: the weights were replaced."""
@@ -399,7 +411,7 @@ def _names_held(optimizer: Optimizer, model: nn.Module) -> set[str]:
     return {name for name, p in named_parameters(model).items() if id(p) in held}
 
 
-def _is_as_remembered(parameter: nn.Parameter, befores: Mapping[int, Tensor]) -> bool:
+def _is_as_remembered(parameter: Tensor, befores: Mapping[int, Tensor]) -> bool:
     old = befores[id(parameter)]
     return old.shape == parameter.shape and old.device == parameter.device
 

@@ -3,6 +3,7 @@
 Owns the options of `protect`. The penalty forms are in `penalising`, the projected form in `projection`.
 """
 
+from collections.abc import Set
 from typing import Final
 
 import torch
@@ -11,8 +12,16 @@ from torch.optim import Optimizer
 
 from memsyn.errors import OptionError, ProtectionError
 from memsyn.parameters import named_parameters
-from memsyn.protecting.optimizers import AUTO, PROJECTED, best_form, checked_form
+from memsyn.protecting.optimizers import (
+    AUTO,
+    PROJECTED,
+    best_form,
+    checked_form,
+    is_schedule_free,
+    stepping_optimizer,
+)
 from memsyn.protecting.penalising import Penalising
+from memsyn.protecting.penalty import check_tensors
 from memsyn.protecting.projection import EVERY, Projecting, checked_every
 from memsyn.protecting.protection import Protection, is_protected
 from memsyn.protecting.statistics import WatchedStatistics
@@ -56,21 +65,25 @@ def protect(
     is not touched in that step. The penalty has two forms; the same strength has the same effect in both. The gradient
     form adds 2 lambda Omega (theta - theta*) to `.grad` before the step. The proximal form sets theta to
     (theta + k theta*) / (1 + k) after the step, with k = 2 s lambda Omega, where s is how far a unit of gradient moves
-    the weight in a step: lr / (1 - momentum) for SGD, lr / (sqrt(v) + eps) for Adam, lr for others. No strength makes
-    the proximal form or the projected form diverge.
+    the weight in a step: lr / (1 - momentum) for SGD, lr / (sqrt(v) + eps) for Adam. No strength makes the proximal
+    form or the projected form diverge. The gradient form may: there is a warning before it does with SGD, and an error
+    as soon as it does with an optimizer whose steps are not known.
 
     Args:
-        optimizer: any torch optimizer that holds parameters of the model. Parameters and groups may be added and
-            removed later.
+        optimizer: any torch optimizer that holds parameters of the model, or a wrapper such as Lookahead, SAM or
+            Accelerate's. Of a wrapper, the optimizer inside is protected: `handle.optimizer` is that, and
+            `handle.wrappers` names what is around it. Give the wrapper if there is one: the projected form then
+            projects in each step, since the wrapper may average weights. Parameters and groups may be added and removed
+            later.
         model: the model of the memory. Parameters that the memory does not know are free to change, with a warning, and
             so are new rows of a parameter. Parameters that the model has lost are left out, with a warning.
         memory: what is protected, as it is now; protect again after consolidating.
         strength: for the projected form c, a number without a unit, 10 by default; from 1 to 100 it changes little. For
             the penalty forms lambda as in the paper, which uses 1, untuned, or `Relative`, in units of the mean
             importance of a task; `Relative()` by default. 0 turns protection off.
-        form: "projected", "gradient", "proximal", or "auto": projected if the memory holds directions. Else gradient
-            for LBFGS and for optimizers that normalise their steps in another way than Adam (RMSprop, Adagrad, ...),
-            proximal for SGD, Adam, AdamW and all others.
+        form: "projected", "gradient", "proximal", or "auto": projected if the memory holds directions. Else proximal
+            where the size of a step is known, that is for SGD, Adam, AdamW and subclasses that do not override `step`,
+            and gradient for all others.
         device: where anchor and importance are held; by default beside the weights. "cpu" saves memory of an
             accelerator, and costs a transfer in every step. Not for the projected form.
         importance_dtype: the dtype in which the importance is held; torch.bfloat16 halves its memory, with an error of
@@ -88,9 +101,12 @@ def protect(
     Raises:
         OptionError: strength is negative or not finite, or the form is unknown or does not suit optimizer or memory.
         MismatchError: the memory is of another architecture than the model.
-        ProtectionError: the optimizer is protected already, or holds no parameter of the memory.
+        ProtectionError: the optimizer is protected already, holds no parameter of the memory, or calls no hooks; or a
+            parameter has a sparse gradient, has no values (device "meta"), or is nested.
 
     Warns:
+        NotProtectedWarning: protected weights have moved, and the optimizer has made no step. This is looked at when
+            the model's `state_dict` is called, and in `report()` and `remove()`.
         MovedStatisticsWarning: the model's statistics are not those that the memory remembers; and later, once, in the
             step in which they are seen to move.
 
@@ -104,9 +120,11 @@ def protect(
         >>> handle.form
         'projected'
     """
-    if not (isinstance(optimizer, Optimizer) and isinstance(model, nn.Module) and isinstance(memory, Memory)):
+    if not (isinstance(model, nn.Module) and isinstance(memory, Memory)):
         given = ", ".join(type(value).__name__ for value in (optimizer, model, memory))
         raise OptionError(f"expected protect(optimizer, model, memory), got ({given}).")
+    found = stepping_optimizer(optimizer)
+    optimizer = found.optimizer
     form = checked_form(_form_for(optimizer, memory) if form == AUTO else form, optimizer)
     raw = strength if strength is None or isinstance(strength, Relative) else checked_strength(strength)
     if importance_dtype not in IMPORTANCE_DTYPES:
@@ -115,6 +133,7 @@ def protect(
     if is_protected(optimizer):
         raise ProtectionError("this optimizer is protected already: call remove() on its first handle.")
     _check_holds(memory, form)
+    check_tensors({name: p for name, p in named_parameters(model).items() if name in memory.names})
     memory.check(model)
     if form == PROJECTED:
         if isinstance(raw, Relative) or device is not None or importance_dtype is not None:
@@ -123,8 +142,10 @@ def protect(
             )
         assert memory.directions is not None
         number = STRENGTH if raw is None else raw
+        # A wrapper averages weights between steps, and schedule-free swaps them: no change may wait until then.
+        in_each_step = found.moved_by_wrapper or is_schedule_free(optimizer)
         every, watched = checked_every(every), WatchedStatistics(model, memory.statistics, freeze=freeze_statistics)
-        return Projecting(optimizer, model, memory.directions, number, every, watched)
+        return Projecting(found, model, memory.directions, number, every, in_each_step, watched)
     raw = Relative() if raw is None else raw
     raw = checked_strength(raw.of(memory)) if isinstance(raw, Relative) else raw
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -133,9 +154,10 @@ def protect(
             f"the optimizer holds none of the memory's {len(memory.importance)} parameters. Was it made from another "
             "model, or before the model was copied or moved?"
         )
+    _check_dense_gradients(model, memory, held)
     where = None if device is None else torch.device(device)
     watched = WatchedStatistics(model, memory.statistics, freeze=freeze_statistics)
-    return Penalising(optimizer, model, memory, raw, form, where, importance_dtype, watched)
+    return Penalising(found, model, memory, raw, form, where, importance_dtype, watched)
 
 
 def _form_for(optimizer: Optimizer, memory: Memory) -> str:
@@ -143,6 +165,14 @@ def _form_for(optimizer: Optimizer, memory: Memory) -> str:
     if memory.directions is not None and not (isinstance(optimizer, torch.optim.LBFGS) and memory.importance):
         return PROJECTED
     return best_form(optimizer)
+
+
+def _check_dense_gradients(model: nn.Module, memory: Memory, held: Set[int]) -> None:
+    """Refuse tables that are known to get sparse gradients: a pull of all their rows would not be sparse."""
+    sparse = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse}
+    for name, parameter in named_parameters(model).items():
+        if name in memory.importance and id(parameter) in sparse & held and parameter.requires_grad:
+            raise ProtectionError(f"{name} gets a sparse gradient: make its embedding with sparse=False.")
 
 
 def _check_holds(memory: Memory, form: str) -> None:

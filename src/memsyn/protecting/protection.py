@@ -3,15 +3,22 @@
 Owns the hooks and their removal, and that no optimizer is protected twice.
 """
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-from weakref import WeakSet, ref
+from typing import Any, final
+from weakref import WeakMethod, WeakSet, ref
 
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from memsyn.errors import NotProtectedWarning
+from memsyn.parameters import named_parameters, unwrap, wide_dtype
+from memsyn.protecting.optimizers import Stepping, known_kind
 from memsyn.protecting.statistics import WatchedStatistics
+from memsyn.torch_private import num_steps_in_progress
 
 _protected: "WeakSet[Optimizer]" = WeakSet()
 """The optimizers with a handle that was not removed."""
@@ -36,13 +43,30 @@ class Report:
     form, layer -> the share of its last change that was taken away, 1 - ||projected change||^2 / ||change||^2."""
     held: float
     """The share of the protected weights that a step pulls back by more than half of their distance to the anchor: 0 if
-    all weights are free, 1 if none can move. In the projected form, the share of the last change that was taken
-    away."""
+    all weights are free, 1 if none can move, NaN with an optimizer whose steps are not known. In the projected form,
+    the share of the last change that was taken away."""
     room: dict[str, float] = field(default_factory=dict)
     """In the projected form, layer -> the share of its directions in which more than half of a step remains."""
     moved_statistics: int = 0
     """How many statistics (buffers such as a running mean) are not as the memory remembers them. Unless it is 0,
     outputs on old data have changed, however well the weights are held. See `freeze_statistics`."""
+
+
+@final
+class Guard:
+    """A hook that calls a method of a handle, as long as the handle lives. A copy of the hook does nothing."""
+
+    def __init__(self, method: Callable[[], None] | None = None) -> None:
+        self._method = None if method is None else WeakMethod(method)
+
+    def __call__(self, *_: Any) -> None:
+        """Call the method."""
+        method = None if self._method is None else self._method()
+        if method is not None:
+            method()
+
+    def __reduce__(self) -> Any:
+        return Guard, ()
 
 
 class Protection(ABC):
@@ -51,20 +75,46 @@ class Protection(ABC):
     Attributes:
         strength: as `protect` took it, as a number.
         form: a key of `FORMS`.
+        wrappers: the names of the classes around the optimizer that is protected, from the outside in. `protect` was
+            given the first, or the optimizer itself if there is none.
     """
 
     strength: float
     form: str
+    wrappers: tuple[str, ...]
 
-    def __init__(self, optimizer: Optimizer, watched: WatchedStatistics) -> None:
+    def __init__(self, found: Stepping, model: nn.Module, names: Collection[str], watched: WatchedStatistics) -> None:
+        optimizer = found.optimizer
+        self.wrappers = tuple(type(wrapper).__name__ for wrapper in found.wrappers)
         self._optimizer = ref(optimizer)  # the optimizer's hooks refer to this object: no reference cycle
+        self._depth = 0
+        """How many calls of `step` are in progress: 2 in a `step` that calls `super().step()`."""
+        # A step that is known calls its hooks once.
+        known = known_kind(optimizer) is not None
         self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(self._before_step if known else self._before_outermost_step),
+            optimizer.register_step_post_hook(self._after_step if known else self._after_outermost_step),
         ]
+        self._acted = False
+        """Whether the optimizer has stepped; also set once it is said that it has not."""
+        self._model = model
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._held = [name for name, p in named_parameters(model).items() if name in names and id(p) in held]
+        own = unwrap(model)
+        self._guards = [
+            own.register_state_dict_pre_hook(Guard(self._before_saving)),
+            optimizer.register_state_dict_pre_hook(Guard(self.flush)),
+            own.register_load_state_dict_post_hook(Guard(self._weights_loaded)),
+        ]
+        self._weights_loaded()
         _protected.add(optimizer)
         self._watched = watched
         watched.begin(optimizer)
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer in whose step protection acts: that inside of `wrappers`. None if it was collected."""
+        return self._optimizer()
 
     @abstractmethod
     def value(self) -> float:
@@ -96,10 +146,61 @@ class Protection(ABC):
         optimizer = self._optimizer()
         if self._hooks and optimizer is not None:
             self.flush()
+            self._check_acted()
             for hook in self._hooks:
                 hook.remove()
             _protected.discard(optimizer)
-        self._hooks = []
+        for guard in self._guards:
+            guard.remove()
+        self._hooks, self._guards = [], []
+
+    def _before_saving(self) -> None:
+        self.flush()
+        self._check_acted()
+
+    def _weights_loaded(self) -> None:
+        """The weights were replaced: remember how large each parameter is, to see later whether it has moved."""
+        self._norms = self._norms_now()
+
+    def _norms_now(self) -> dict[tuple[str, torch.dtype, torch.device], Tensor]:
+        """By values and not by versions: fused optimizers do not count them up.
+
+        Moved to another device or dtype, a parameter has another key: its norm is another by rounding.
+        """
+        parameters = named_parameters(self._model)
+        local = {name: _local(parameters[name].detach()) for name in self._held if name in parameters}
+        return {
+            (name, p.dtype, p.device): torch.linalg.vector_norm(p, dtype=wide_dtype(p)) for name, p in local.items()
+        }
+
+    def _check_acted(self) -> None:
+        """Warn once if protected weights have moved, and the optimizer has not stepped."""
+        if self._acted:
+            return
+        now, old = self._norms_now(), self._norms
+        moved = [key[0] for key in now.keys() & old.keys() if not torch.equal(now[key], old[key])]
+        if not moved:
+            return
+        self._acted = True
+        warnings.warn(
+            f"{len(moved)} protected parameters, {min(moved)} among them, have moved since protect was called, and the "
+            "optimizer that is protected has made no step: nothing was protected. Pass protect the optimizer that "
+            "steps, after it was made, copied or loaded; with a trainer, the one that the trainer holds.",
+            NotProtectedWarning,
+            stacklevel=4,
+        )
+
+    def _before_outermost_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # A `step` of somebody else's may end in `super().step()`, for which torch calls all hooks again.
+        if self._depth and num_steps_in_progress(optimizer) < 2:
+            self._depth = 0  # the step before this one ended in an exception
+        self._depth += 1
+        return self._before_step(optimizer, args, kwargs) if self._depth == 1 else None
+
+    def _after_outermost_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._after_step(optimizer, args, kwargs)
 
     @abstractmethod
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -108,3 +209,9 @@ class Protection(ABC):
     @abstractmethod
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The optimizer has stepped."""
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that this process holds."""
+    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return found

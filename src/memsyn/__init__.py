@@ -2,6 +2,7 @@
 
 from memsyn.errors import (
     BatchError,
+    GrownParametersWarning,
     LostParametersWarning,
     MemoryFileError,
     MemsynError,
@@ -13,6 +14,7 @@ from memsyn.errors import (
     OutputError,
     ProcessError,
     ProtectionError,
+    RenamedParametersWarning,
     SamplesInteractError,
     SlowParametersWarning,
     StrengthWarning,
@@ -37,6 +39,7 @@ __all__ = [
     "Estimator",
     "FactorSummary",
     "Forward",
+    "GrownParametersWarning",
     "Importance",
     "KroneckerFactors",
     "LayerSummary",
@@ -55,6 +58,7 @@ __all__ = [
     "Protection",
     "ProtectionError",
     "Relative",
+    "RenamedParametersWarning",
     "Report",
     "SamplesInteractError",
     "SlowParametersWarning",

@@ -65,5 +65,13 @@ class MovedWeightsWarning(UserWarning):
     """The model's weights differ from the weights at which the memory was consolidated or the importance measured."""
 
 
+class RenamedParametersWarning(UserWarning):
+    """The memory's parameters have other names in the model, such as a wrapper's prefix. They were found."""
+
+
+class GrownParametersWarning(UserWarning):
+    """A parameter has more rows than the memory knows, as a head with new classes. The new rows are not protected."""
+
+
 class StrengthWarning(UserWarning):
     """A strength is too large: training will diverge, or the new task cannot be learned."""

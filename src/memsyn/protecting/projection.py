@@ -8,7 +8,7 @@ in protected directions would make its steps in the free directions small.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, final
 from weakref import WeakMethod
 
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from memsyn.errors import OptionError, ProtectionError
+from memsyn.errors import OptionError
 from memsyn.matrices import Matrix
-from memsyn.parameters import layer_of, named_parameters, unwrap, wide_dtype
+from memsyn.parameters import fitted, layer_of, named_parameters, unwrap, wide_dtype
 from memsyn.protecting.optimizers import PROJECTED
-from memsyn.protecting.protection import Protection, Report
+from memsyn.protecting.protection import Protection, Report, check_optimizer
 from memsyn.protecting.strength import checked_strength
 from memsyn.torch_private import version_of
 from memsyn.values.directions import (
@@ -202,11 +202,7 @@ class Projecting(Protection):
         """Steps that are not projected yet."""
         self._removed: dict[str, tuple[Tensor, Tensor]] = {}
         """Layer -> ||change||^2 before and after its last projection."""
-        if not set(directions.names()) & _names_held(optimizer, model):
-            raise ProtectionError(
-                f"the optimizer holds none of the memory's {len(directions.names())} parameters. Was it made from "
-                "another model, or before the model was copied or moved?"
-            )
+        check_optimizer(optimizer, named_parameters(model), directions.names())
         super().__init__(optimizer)
         own = unwrap(model)
         self._guards = [
@@ -248,7 +244,9 @@ class Projecting(Protection):
             directions = Directions.from_file(state["directions"], dict(state["groups"]))
         except (LookupError, TypeError, ValueError) as error:
             raise OptionError(f"the state holds no directions: {error}.") from error
-        directions.check(named_parameters(self._model))
+        parameters = named_parameters(self._model)
+        directions = directions.renamed(fitted(directions.names() | directions.free, parameters).names)
+        directions.check(parameters)
         self.flush()
         self.strength, self.every = checked_strength(state["strength"]), checked_every(state["every"])
         self._directions, self._seen = directions, []
@@ -364,15 +362,10 @@ class Projecting(Protection):
         return _Protected(key, (weight,) if bias is None else (weight, bias), own.matrix, damped, matrix.layout.rows)
 
     def _bias(self, key: str, own: LayerDirections, bias: nn.Parameter) -> _Protected:
-        """A bias that moves without its weight: its input is 1, whose second moment is the last number of A."""
-        matrix = own.matrix
-        layout = matrix.layout._replace(inputs=1, inputs_first=False)
-        alone = own.inputs.last().unsqueeze(1)
-        spectrum = Spectrum(alone, torch.ones_like(alone).unsqueeze(2), alone.new_zeros(len(alone)))
-        single = Matrix(matrix.bias or "", None, layout)
-        narrowed = replace(own, matrix=single, inputs=spectrum)
-        damped = Damping(narrowed, self.strength, bias.device, wide_dtype(bias))
-        return _Protected(key, (bias,), single, damped, layout.groups * layout.outputs)
+        """A bias that moves without its weight."""
+        alone = own.of_bias()
+        damped = Damping(alone, self.strength, bias.device, wide_dtype(bias))
+        return _Protected(key, (bias,), alone.matrix, damped, alone.matrix.layout.rows)
 
     def _single(self, name: str, own: DiagonalDirections, parameters: Mapping[str, nn.Parameter]) -> _Protected | None:
         parameter = parameters.get(name)
@@ -381,12 +374,6 @@ class Projecting(Protection):
         squares = own.squares.to(parameter.device, wide_dtype(parameter))
         factor = diagonal_damping(squares, own.mass, self.strength)
         return _Protected(name, (parameter,), None, factor, len(squares) if squares.ndim else 1)
-
-
-def _names_held(optimizer: Optimizer, model: nn.Module) -> set[str]:
-    """Names of the parameters that are in an optimizer, frozen ones included."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return {name for name, p in named_parameters(model).items() if id(p) in held}
 
 
 def _is_as_remembered(parameter: nn.Parameter, befores: Mapping[int, Tensor]) -> bool:

@@ -4,12 +4,15 @@ Owns the hooks and their removal, and that no optimizer is protected twice.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet, ref
 
+from torch.nn import Parameter
 from torch.optim import Optimizer
+
+from memsyn.errors import ProtectionError
 
 _protected: "WeakSet[Optimizer]" = WeakSet()
 """The optimizers with a handle that was not removed."""
@@ -18,6 +21,25 @@ _protected: "WeakSet[Optimizer]" = WeakSet()
 def is_protected(optimizer: Optimizer) -> bool:
     """Whether the optimizer has a handle that was not removed."""
     return optimizer in _protected
+
+
+def check_optimizer(optimizer: Optimizer, parameters: Mapping[str, Parameter], names: Collection[str]) -> None:
+    """Check that an optimizer holds a parameter of the memory.
+
+    Raises:
+        ProtectionError: it holds none.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    own = [parameters[name] for name in names if name in parameters]
+    if any(id(parameter) in held for parameter in own):
+        return
+    cure = "Was it made from another model, or before the model was copied or moved?"
+    if own and not any(parameter.requires_grad for parameter in own):
+        cure = (
+            "They are frozen and do not move. What trains, such as adapters, is not in the memory: measure the model "
+            "as it is now, with the parameters that will train, and consolidate."
+        )
+    raise ProtectionError(f"the optimizer holds none of the memory's {len(names)} parameters. {cure}")
 
 
 @dataclass(frozen=True)

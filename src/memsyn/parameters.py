@@ -68,9 +68,9 @@ def layer_of(name: str) -> str:
 
 
 def with_their_layers(names: Iterable[str], among: Iterable[str]) -> list[str]:
-    """All names of the layers of some names: of `head.weight` also `head.bias`."""
+    """All names of the layers of some names, sorted: of `head.weight` also `head.bias`."""
     layers = {layer_of(name) for name in names}
-    return [name for name in among if layer_of(name) in layers]
+    return sorted(name for name in among if layer_of(name) in layers)
 
 
 def only_those(values: Mapping[str, Value], names: Container[str]) -> dict[str, Value]:
@@ -142,7 +142,8 @@ def listed(patterns: Patterns, option: str) -> list[str]:
 
 def near_names(pattern: str, names: Collection[str]) -> str:
     """A sentence that lists the names that are most like a pattern."""
-    near = difflib.get_close_matches(pattern, list(names), n=4, cutoff=0.3) or list(names)[:4]
+    ordered = sorted(names)
+    near = difflib.get_close_matches(pattern, ordered, n=4, cutoff=0.3) or ordered[:4]
     return f"Near names: {', '.join(near)}." if near else "It has none."
 
 
@@ -195,7 +196,7 @@ def renaming(known: Collection[str], own: Collection[str], whose: str = "the mem
     """
     if all(name in own for name in known):
         return Renaming()
-    theirs, ours = _plain_names(known), _plain_names(own)
+    theirs, ours = _plain_names(sorted(known)), _plain_names(own)
     ways: Counter[tuple[str, str]] = Counter({("", ""): len(theirs.keys() & ours.keys())})
     ways.update((prefix, "") for name in ours for prefix, rest in _splits(name) if rest in theirs)
     ways.update(("", prefix) for name in theirs for prefix, rest in _splits(name) if rest in ours)

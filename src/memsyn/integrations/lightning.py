@@ -51,13 +51,12 @@ class MemsynCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Protect the memory."""
         self._stop()  # a training before this one may have been interrupted
-        free = self.memory.directions.free if self.memory.directions is not None else frozenset()
-        held = {id(p) for name, p in pl_module.named_parameters() if name in self.memory.names - free}
+        memory = self.memory.fitted(pl_module)
+        free = memory.directions.free if memory.directions is not None else frozenset()
+        held = {id(p) for name, p in pl_module.named_parameters() if name in memory.names - free}
         for optimizer in trainer.optimizers:
             if any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
-                self.protections.append(
-                    protect(optimizer, pl_module, self.memory, strength=self._strength, form=self._form)
-                )
+                self.protections.append(protect(optimizer, pl_module, memory, strength=self._strength, form=self._form))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -90,7 +90,7 @@ def protect(
     So the weights are compared with the anchor. A matrix of n >= 64 values looks newly initialised if it is more than
     0.9 ||theta*|| from its anchor and its cosine with it is below 3 / sqrt(n), three standard deviations of unrelated
     vectors. (Of directions, 256 values of each parameter are compared.) Then a decision is needed, by `exclude=` or
-    `only=`. Any other parameter that is so far is named in a warning.
+    `only=`. Any other parameter of 16 values or more that is so far is named in a warning.
 
     Returns:
         A handle, with `value()`, `report()`, `flush()`, `state_dict()`, `load_state_dict()` and `remove()`.

@@ -25,7 +25,10 @@ DEVIATIONS: Final = 3.0
 """The cosine of unrelated vectors of n values has the standard deviation 1 / sqrt(n)."""
 
 FAR: Final = 0.9
-"""||theta - theta*|| / ||theta*|| from which a parameter is reported: of a newly drawn one it is 1 or more."""
+"""||theta - theta*|| / ||theta*|| from which a parameter is reported: of a newly drawn one it is about 1 or more."""
+
+FEWEST_REPORTED: Final = 16
+"""Parameters of fewer values are not reported: a scale that has doubled since is no news."""
 
 
 class _Distance(NamedTuple):
@@ -39,6 +42,11 @@ class _Distance(NamedTuple):
     is_matrix: bool
 
     @property
+    def is_far(self) -> bool:
+        """Whether the parameter is as far from its anchor as a newly drawn one."""
+        return self.relative > FAR and self.num_values >= FEWEST_REPORTED
+
+    @property
     def looks_new(self) -> bool:
         """Whether the parameter has nothing left of its anchor.
 
@@ -46,7 +54,7 @@ class _Distance(NamedTuple):
         weights of norms are never taken for new: long training may turn them round.
         """
         limit = DEVIATIONS / math.sqrt(self.num_values)
-        return self.is_matrix and self.num_values >= FEWEST and self.relative > FAR and self.cosine < limit
+        return self.is_matrix and self.num_values >= FEWEST and self.is_far and self.cosine < limit
 
 
 def check_replaced(memory: Memory, parameters: Mapping[str, Tensor], form: str, kept: Collection[str]) -> None:
@@ -75,7 +83,7 @@ def check_replaced(memory: Memory, parameters: Mapping[str, Tensor], form: str, 
             f"exclude={with_their_layers(new, memory.names)}. To protect them all the same, name them: "
             f"only={['*', *new]}."
         )
-    far = ", ".join(f"{name} ({own.relative:.2g})" for name, own in found.items() if own.relative > FAR)
+    far = ", ".join(f"{name} ({own.relative:.2g})" for name, own in found.items() if own.is_far)
     if far:
         what = "damps" if form == PROJECTED else "pulls them back"
         warnings.warn(

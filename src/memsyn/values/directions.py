@@ -611,7 +611,7 @@ def _grown(own: LayerDirections, matrix: Matrix) -> LayerDirections:
         raise MismatchError(
             f"{matrix.weight} was read as {before}, and is now read as {after}: its directions cannot be combined. "
             "Use the model that the memory was made with. If the layer was replaced, forget the old one: "
-            f"memory.select(exclude=[{matrix.weight!r}{f', {matrix.bias!r}' if matrix.bias else ''}]).consolidate(...)."
+            f"memory.select(exclude={sorted(names_read({'': matrix}))}).consolidate(...)."
         )
     outputs = None if own.outputs is None else own.outputs.wider(after.outputs)
     return replace(own, matrix=matrix, inputs=own.inputs.wider(matrix.width), outputs=outputs)

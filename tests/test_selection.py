@@ -392,6 +392,27 @@ def test_a_grown_head_is_said_once(estimator: str) -> None:
 # Names with a prefix
 
 
+def test_factors_under_other_names() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False), nn.LayerNorm(5)).double()
+    model[1].weight = model[0].weight  # tied: a matrix and a table
+    tokens = torch.randint(5, (8, 3))
+    found = memsyn.measure(model, [tokens], estimator="kronecker", progress=False)
+    names = {name: f"net.{name}" for name in found.names}
+    assert names.keys() == dict(model.named_parameters()).keys()
+    expected = memsyn.measure(Wrapper(model), [tokens], estimator="kronecker", progress=False)
+    renamed = found.renamed(names)
+    assert renamed.matrices == expected.matrices
+    assert renamed.routes == expected.routes
+    assert renamed.sums.keys() == expected.sums.keys()
+    assert all(torch.allclose(total, expected.sums[name]) for name, total in renamed.sums.items())
+    directions = memsyn.Memory.empty().consolidate(model, found).renamed(names).directions
+    other = memsyn.Memory.empty().consolidate(Wrapper(model), expected).directions
+    assert directions.header() == other.header()
+    assert [list(group) for group in directions.groups().values()] == [list(group) for group in other.groups().values()]
+    assert directions.names() == set(names.values())
+
+
 @pytest.mark.parametrize(
     ("known", "own", "expected"),
     [
@@ -495,6 +516,22 @@ def test_a_renamed_memory_of_other_weights_is_noticed(estimator: str, tmp_path) 
         memsyn.Memory.load(tmp_path / "m", like=wrapper)
     assert [entry.category for entry in said] == [memsyn.RenamedParametersWarning, memsyn.MovedWeightsWarning]
     assert "1 of 6 parameters (the first is net.head.weight)" in str(said[1].message)
+
+
+def test_a_fingerprint_is_of_the_weights_whatever_their_prefix() -> None:
+    """Buffers and parameters that were not measured have the prefix too."""
+    model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+    model[0].bias.requires_grad_(False)
+    found = memsyn.measure(model, [DATA], progress=False)
+    known = replace(found, fingerprint=memsyn.fingerprint(model))
+    wrapper = Wrapper(model)
+    with pytest.warns(memsyn.RenamedParametersWarning) as said:
+        memsyn.Memory.empty().consolidate(wrapper, known)
+    assert len(said) == 1
+    with torch.no_grad():
+        model[1].running_mean.add_(1.0)
+    with pytest.warns(memsyn.RenamedParametersWarning), pytest.warns(memsyn.MovedWeightsWarning):
+        memsyn.Memory.empty().consolidate(wrapper, known)
 
 
 def test_a_state_of_a_handle_goes_into_a_wrapper() -> None:

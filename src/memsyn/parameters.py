@@ -267,6 +267,12 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """The values of a tensor without its graph; of a DTensor, the whole of it."""
+    whole: Tensor = tensor.detach()
+    return whole.full_tensor() if hasattr(whole, "full_tensor") else whole
+
+
 def fingerprint(of: nn.Module | Mapping[str, Tensor]) -> str:
     """SHA-256 of a model's weights, bit for bit: "sha256:" and 64 hexadecimal digits.
 
@@ -289,9 +295,7 @@ def fingerprint(of: nn.Module | Mapping[str, Tensor]) -> str:
     tensors = weights(of) if isinstance(of, nn.Module) else of
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        if hasattr(tensor, "full_tensor"):  # a DTensor
-            tensor = tensor.full_tensor()
+        tensor = gathered(tensors[name])
         tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor.resolve_conj().resolve_neg()
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -156,7 +156,7 @@ def _chosen(memory: Memory, model: nn.Module, form: str, only: Patterns | None, 
     known = memory.names
     memory = memory.select(only=only, exclude=exclude)
     _check_holds(memory, form)
-    check_model(memory, model, known)
+    check_model(memory, model, known, stacklevel=4)
     parameters = named_parameters(model)
     check_replaced(memory, parameters, form, [] if only is None else listed(only, "only"))
     warn_of_grown(memory, parameters)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from memsyn.errors import GrownParametersWarning, MovedWeightsWarning, ProtectionError
-from memsyn.parameters import wide_dtype, with_their_layers
+from memsyn.parameters import gathered, wide_dtype, with_their_layers
 from memsyn.protecting.optimizers import PROJECTED
 from memsyn.values.directions import excerpt
 from memsyn.values.memory import Memory
@@ -101,27 +101,22 @@ def _distances(memory: Memory, parameters: Mapping[str, Tensor], form: str) -> d
     anchors: Mapping[str, Tensor] = memory.anchor
     if form == PROJECTED and memory.directions is not None:
         rows, anchors = memory.directions.num_rows(), memory.directions.excerpts
-    norms: list[Tensor] = []
-    shown: list[tuple[str, int, bool]] = []
+    found = {}
     for name in (name for name in rows if name in parameters and name in anchors):
-        parameter, anchor = parameters[name].detach(), anchors[name]
+        parameter, anchor = gathered(parameters[name]), gathered(anchors[name])
         if form == PROJECTED:
             parameter = excerpt(parameter, rows[name])
         elif parameter.shape != anchor.shape:
             parameter = parameter[: rows[name]]
-        if parameter.shape != anchor.shape:
+        if parameter.is_meta or parameter.shape != anchor.shape:
             continue
-        dtype = wide_dtype(parameter)
-        theta, old = parameter.to(dtype), anchor.to(parameter.device, dtype)
-        of = torch.stack([torch.linalg.vector_norm(part) for part in (theta, old, theta - old)])
-        norms.append(of.cpu())
-        shown.append((name, old.numel(), parameters[name].ndim > 1))
-    found = {}
-    for (name, count, is_matrix), of in zip(shown, norms, strict=True):
-        theirs, own, apart = of.tolist()
+        theta = parameter.to(wide_dtype(parameter))
+        old = anchor.to(theta)
+        norms = torch.stack([torch.linalg.vector_norm(part) for part in (theta, old, theta - old)])
+        theirs, own, apart = norms.tolist()
         if own > 0:
             cosine = (theirs**2 + own**2 - apart**2) / (2 * theirs * own) if theirs > 0 else 0.0
-            found[name] = _Distance(apart / own, cosine, count, is_matrix)
+            found[name] = _Distance(apart / own, cosine, old.numel(), parameters[name].ndim > 1)
     return found
 
 

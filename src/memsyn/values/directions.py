@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memsyn.errors import MismatchError
 from memsyn.matrices import EXACT_WIDTH, Layout, Matrix
-from memsyn.parameters import layer_of, only_those, under_new_names, way_out
+from memsyn.parameters import gathered, layer_of, only_those, under_new_names, way_out
 from memsyn.storage.reading_and_writing import Groups, checked_count
 from memsyn.values.factors import (
     BOTH,
@@ -432,9 +432,7 @@ def excerpt(parameter: Tensor, rows: int | None = None) -> Tensor:
 
     They tell whether a parameter was replaced since. Of n values in order, those with the numbers floor(i n / EXCERPT).
     """
-    whole = parameter.detach()
-    if hasattr(whole, "full_tensor"):  # a DTensor
-        whole = whole.full_tensor()
+    whole = gathered(parameter)
     flat = (whole if rows is None or not whole.ndim else whole[:rows]).reshape(-1)
     if len(flat) <= EXCERPT:
         return flat.clone()

@@ -457,7 +457,8 @@ class Memory:
 
         Raises:
             MemoryFileError: the file is missing, damaged, not a memory, or of a newer format.
-            MismatchError: the memory is of another architecture than `like`.
+            MismatchError: the memory is of another architecture than `like`. If a part was replaced, load without
+                `like`, and `select` the rest.
 
         Warns:
             MovedWeightsWarning: the weights of `like` differ from the anchor.
@@ -513,28 +514,35 @@ class Memory:
     def check(self, model: nn.Module) -> None:
         """Check that the memory fits a model; warn of parameters that only one of the two has.
 
-        A parameter may have more rows than in the memory, as a head with more classes has: the new rows are free.
+        A parameter may have more rows than in the memory, as a head with more classes has: the new rows are free. With
+        one shared head the new classes then take the answers of the old ones; `protect` warns of it.
 
         Raises:
             MismatchError: the model has no parameter of the memory, or has one in another shape; the error names it.
+                `select(exclude=...)` leaves such parameters out.
+
+        Warns:
+            NewParametersWarning, LostParametersWarning: only the model, or only the memory has a parameter.
+            RenamedParametersWarning: the memory's names differ from the model's in a known way.
         """
         check_model(self.fitted(model), model)
 
 
-def check_model(memory: Memory, model: nn.Module, known: Collection[str] = ()) -> None:
+def check_model(memory: Memory, model: nn.Module, known: Collection[str] = (), stacklevel: int = 3) -> None:
     """`Memory.check`, for a memory under the model's names; without a warning of the parameters in `known`."""
     parameters = named_parameters(model)
-    check_fit(memory.importance, parameters, "the memory", may_change=True, stacklevel=5)
+    check_fit(memory.importance, parameters, "the memory", may_change=True, stacklevel=stacklevel + 2)
     if memory.directions is not None:
         memory.directions.check(parameters)
-        warn_of_lost(sorted(memory.directions.names() - parameters.keys() - memory.importance.keys()), "the memory", 4)
+        lost = memory.directions.names() - parameters.keys() - memory.importance.keys()
+        warn_of_lost(sorted(lost), "the memory", stacklevel + 1)
     names = memory.names
     new = [name for name in trainable_parameters(model) if name not in names and name not in known]
     if new and names:
         warnings.warn(
             f"{len(new)} parameters of the model are not in the memory and stay free to change: {', '.join(new)}",
             NewParametersWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import lightning.pytorch as pl
 import peft
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 import memsyn
+from memsyn.integrations.lightning import MemsynCallback
 from memsyn.parameters import chosen_names, renaming
 
 DATA = torch.randn(64, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -643,3 +645,26 @@ def test_a_fresh_adapter_under_the_old_names_needs_a_decision(estimator: str) ->
     third = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=1, target_modules=["0"]))
     with pytest.raises(memsyn.MismatchError, match="lora_A"):
         memsyn.protect(sgd(third), third, memory)
+
+
+def test_a_module_of_lightning_around_the_model_is_protected() -> None:
+    """It was not, without a word: no optimizer held a parameter of the memory's names."""
+
+    class Module(pl.LightningModule):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+    model = Classifier()
+    for estimator in ESTIMATORS:
+        module = Module(copy.deepcopy(model))
+        trainer = pl.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+        trainer.strategy.optimizers = [sgd(module)]
+        callback = MemsynCallback(learned(model, estimator), strength=2.0)
+        with pytest.warns(memsyn.RenamedParametersWarning, match=r"net\.body"):
+            callback.on_train_start(trainer, module)
+        (protection,) = callback.protections
+        with torch.no_grad():
+            module.net.head.bias.add_(0.5)
+        expected = 2 * 0.25 * float(callback.memory.importance["head.bias"].sum()) if estimator == "mas" else 0.0
+        assert protection.value() == pytest.approx(expected, rel=1e-9)

@@ -26,7 +26,7 @@ from memsyn.torch_private import compiled_original, uncompiled_name
 Patterns = str | Iterable[str]
 """Names of parameters, or patterns of names: one, or several."""
 
-Value = TypeVar("Value")
+_Value = TypeVar("_Value")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -73,12 +73,12 @@ def with_their_layers(names: Iterable[str], among: Iterable[str]) -> list[str]:
     return sorted(name for name in among if layer_of(name) in layers)
 
 
-def only_those(values: Mapping[str, Value], names: Container[str]) -> dict[str, Value]:
+def only_those(values: Mapping[str, _Value], names: Container[str]) -> dict[str, _Value]:
     """The values of some names."""
     return {name: value for name, value in values.items() if name in names}
 
 
-def under_new_names(values: Mapping[str, Value], names: Mapping[str, str]) -> dict[str, Value]:
+def under_new_names(values: Mapping[str, _Value], names: Mapping[str, str]) -> dict[str, _Value]:
     """Values by name under other names: old -> new; names that are not given stay."""
     return {names.get(name, name): value for name, value in values.items()}
 
@@ -92,10 +92,6 @@ def way_out(names: Collection[str], among: Collection[str]) -> str:
         f" If you replaced what does not fit, leave it out and free to change: exclude={wrong}, in protect, penalty, "
         "consolidate or memory.select."
     )
-
-
-ORTHONORMAL: Final = 1e-2
-"""How far V^T V in a file may be from the identity."""
 
 
 def chosen_names(names: Collection[str], only: Patterns | None, exclude: Patterns | None) -> set[str]:

@@ -154,11 +154,12 @@ def _form_for(optimizer: Optimizer, memory: Memory) -> str:
 def _chosen(memory: Memory, model: nn.Module, form: str, only: Patterns | None, exclude: Patterns | None) -> Memory:
     """The part of a memory that is protected, after the checks that it fits the model."""
     known = memory.names
+    only = None if only is None else listed(only, "only")
     memory = memory.select(only=only, exclude=exclude)
     _check_holds(memory, form)
     check_model(memory, model, known, stacklevel=4)
     parameters = named_parameters(model)
-    check_replaced(memory, parameters, form, [] if only is None else listed(only, "only"))
+    check_replaced(memory, parameters, form, only or [])
     warn_of_grown(memory, parameters)
     return memory
 

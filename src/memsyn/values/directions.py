@@ -196,7 +196,7 @@ class Directions:
         diagonal: parameter -> squared gradients, for parameters that are no matrices.
         rank: the number of eigenvectors that are kept of each side; None: all.
         free: the parameters that were measured, and that no output relied on.
-        excerpts: parameter -> some of its values at the last consolidation, as `excerpt` takes them.
+        excerpts: protected parameter -> some of its values at the last consolidation, as `excerpt` takes them.
     """
 
     layers: dict[str, LayerDirections] = field(default_factory=dict)
@@ -395,7 +395,7 @@ class Directions:
         excerpts = groups.get("excerpt", {})
         found = cls(layers, diagonal, rank, frozenset(str(name) for name in header["free"]), excerpts)
         for name, values in excerpts.items():
-            if name not in found.names() | found.free or values.ndim != 1 or len(values) > EXCERPT:
+            if name not in found.names() or values.ndim != 1 or len(values) > EXCERPT:
                 raise ValueError(f"excerpt/{name} is no part of a parameter")
         for group, members in found.groups().items():
             if members.keys() != groups.get(group, {}).keys():

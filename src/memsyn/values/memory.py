@@ -309,10 +309,10 @@ class Memory:
         masses = {"sum": (1.0, 1.0), "mean": (1 - share, share), "ema": (decay or 0.0, 1 - (decay or 0.0))}[rule]
         directions = consolidated(old, factors, masses, rank)
         directions = directions if chosen is None else directions.only(chosen)
-        names = sorted(directions.names() | directions.free)
-        directions = replace(directions, excerpts={name: excerpt(parameters[name]) for name in names})
+        excerpts = {name: excerpt(parameters[name]) for name in sorted(directions.names())}
+        directions = replace(directions, excerpts=excerpts)
         entry = Consolidation.now(
-            {name: parameters[name].detach() for name in names},
+            {name: parameters[name].detach() for name in sorted(directions.names() | directions.free)},
             num_samples=factors.num_samples,
             rule=rule,
             decay=decay,

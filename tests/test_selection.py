@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import memsyn
 from memsyn.integrations.lightning import MemsynCallback
 from memsyn.parameters import chosen_names, renaming
+from memsyn.report.memory_page import memory_page
 
 DATA = torch.randn(64, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 LABELS = torch.randint(6, (64,), generator=torch.Generator().manual_seed(2))
@@ -668,3 +669,27 @@ def test_a_module_of_lightning_around_the_model_is_protected() -> None:
             module.net.head.bias.add_(0.5)
         expected = 2 * 0.25 * float(callback.memory.importance["head.bias"].sum()) if estimator == "mas" else 0.0
         assert protection.value() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_lost_parameters_are_said_whatever_the_memory_holds(estimator: str) -> None:
+    model = Classifier()
+    memory = learned(model, estimator)
+    changed = copy.deepcopy(model)
+    changed.head = nn.Sequential(nn.Linear(16, 6)).double()
+    with (
+        pytest.warns(memsyn.LostParametersWarning, match=r"2 parameters of the memory .*head\.") as said,
+        pytest.warns(memsyn.NewParametersWarning, match=r"head\.0\.weight"),
+    ):
+        memsyn.protect(sgd(changed), changed, memory)
+    assert {entry.filename for entry in said} == {__file__}
+
+
+def test_a_page_compares_weights_with_a_prefix() -> None:
+    model = Classifier()
+    memory = learned(model, "mas")
+    state = torch.nn.parallel.DataParallel(Wrapper(model)).state_dict()
+    page = str(memory_page(memory, "m", state))
+    assert "Found under another name: " in page
+    assert "body.0.weight is module.net.body.0.weight" in page
+    assert "left out" not in page

@@ -274,6 +274,7 @@ def test_convert_there_and_back(folder) -> None:
         "kind": "importance",
         "num_samples": 1,
         "structure": "memsyn",
+        "renamed": {},
     }
 
 
@@ -284,6 +285,7 @@ def test_convert_from_other_code(folder) -> None:
         "kind": "memory",
         "num_samples": 7,
         "structure": "official",
+        "renamed": {},
     }
     assert Memory.load("w").quantity == ("squared_l2_norm", "abs of the batch mean")
     call("convert", "plain.pt", "-o", "w", "--samples", "7", "--exact")
@@ -291,6 +293,37 @@ def test_convert_from_other_code(folder) -> None:
     assert "give num_samples (--samples)" in call("convert", "plain.pt", "-o", "x", code=1).stderr
     assert "leave --samples and --exact out" in call("convert", "n", "-o", "x", "--exact", code=1).stderr
     assert "none does not exist" in call("convert", "none", "-o", "x", code=1).stderr
+    assert not Path("x").exists()
+
+
+def test_convert_with_other_names(folder, model) -> None:
+    output = call("convert", "n", "-o", "wrapped", "--rename", "=net.").output
+    assert output == "wrapped: memory of 2 samples, as a file of memsyn, 3 parameters renamed.\n"
+    wrapped = Memory.load("wrapped")
+    assert list(wrapped.anchor) == ["net.0.weight", "net.1.weight", "net.1.bias"]
+    assert as_json("convert", "wrapped", "-o", "again", "--rename", "net.=", "--rename", "*.bias=b.*") == {
+        "out": "again",
+        "kind": "memory",
+        "num_samples": 2,
+        "structure": "memsyn",
+        "renamed": {"net.0.weight": "0.weight", "net.1.weight": "1.weight", "net.1.bias": "b.1"},
+    }
+    again, before = Memory.load("again"), Memory.load("n")
+    assert torch.equal(again.importance["b.1"], before.importance["1.bias"])
+    assert again.counts == {"0.weight": 2, "1.weight": 2, "b.1": 2}
+    assert [entry.fingerprint for entry in again.history] == [before.history[0].fingerprint, None]
+    call("convert", "i", "-o", "other", "--rename", "0.=first.")
+    assert Importance.load("other").sums.keys() == {"first.weight", "1.weight", "1.bias"}
+    torch.save({"module.w": {"omega": torch.ones(2), "init_val": torch.zeros(2)}}, "plain.pt")
+    call("convert", "plain.pt", "-o", "w", "--samples", "7", "--rename", "module.=")
+    assert Memory.load("w").names == {"w"}
+    for rule, message in (
+        ("module.=", "the rule 'module.=' changes none of 3 names. Near names: "),
+        ("0.weight", "expected OLD=NEW"),
+        ("0.=*", "at most as many * in NEW as in OLD"),
+        ("*.weight=w", "two parameters would be named w"),
+    ):
+        assert message in call("convert", "i", "-o", "x", "--rename", rule, code=1).stderr
     assert not Path("x").exists()
 
 
@@ -333,7 +366,7 @@ def test_no_option_comes_or_goes_unnoticed():
         "verify": ["paths", "--json"],
         "diff": ["a", "b", "--html", "--png", "--json"],
         "merge": ["paths", "--out", "-o", "--json"],
-        "convert": ["path", "--out", "-o", "--samples", "--exact", "--json"],
+        "convert": ["path", "--out", "-o", "--samples", "--exact", "--rename", "--json"],
     }  # fmt: skip
 
 

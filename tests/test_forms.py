@@ -482,7 +482,7 @@ def test_nothing_of_a_parameters_size_is_made_in_a_step(
     model = nn.Linear(1500, 1500)
     parameters = dict(model.named_parameters())
     memory = memsyn.Memory(
-        {name: p.detach() + 0.1 for name, p in parameters.items()},
+        {name: p.detach() + 0.01 for name, p in parameters.items()},
         {n: torch.rand_like(p) for n, p in parameters.items()},
     )
     optimizer = make(model.parameters())

@@ -31,7 +31,7 @@ def pulled(parameter: Tensor, gradient: Tensor, anchor: Tensor, omega: Tensor, f
 def test_a_head_without_a_gradient_does_not_drift(form: str) -> None:
     model, memory, data, _ = a_task()
     with torch.no_grad():
-        model[2].weight.add_(1)
+        model[2].weight.add_(0.1)
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     memsyn.protect(optimizer, model, memory, strength=1.0, form=form)
     head = copy.deepcopy(model[2].state_dict())
@@ -90,7 +90,11 @@ def test_a_head_that_grows_keeps_its_old_rows_and_leaves_the_new_ones_free(form:
     model[2] = head
     optimizer.param_groups[0]["params"] = list(model.parameters())
     if not later:
-        memsyn.protect(optimizer, model, memory, strength=1.0, form=form)
+        with (
+            pytest.warns(memsyn.GrownParametersWarning, match=r"2\.weight \(3 to 5 rows\)"),
+            pytest.warns(memsyn.MovedWeightsWarning, match=r"2\.weight"),
+        ):
+            memsyn.protect(optimizer, model, memory, strength=1.0, form=form)
     before = {name: p.detach().clone() for name, p in head.named_parameters()}
     F.cross_entropy(model(data), torch.randint(5, (20,))).backward()
     optimizer.step()
@@ -109,7 +113,8 @@ def test_a_grown_head_under_adam(form: str) -> None:
     model, memory, data, _ = a_task()
     model[2] = nn.Linear(6, 5).double()
     optimizer = Adam(model.parameters(), lr=0.01)
-    handle = memsyn.protect(optimizer, model, memory, form=form, strength=1e3)
+    with pytest.warns(memsyn.GrownParametersWarning), pytest.warns(memsyn.MovedWeightsWarning, match=r"2\.weight"):
+        handle = memsyn.protect(optimizer, model, memory, form=form, strength=1e3)
     new = model[2].weight.detach()[3:].clone()
     for _ in range(200):
         train(model, optimizer, data, torch.full((20,), 4))

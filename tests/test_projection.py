@@ -488,7 +488,8 @@ def test_new_rows_of_a_head_are_free() -> None:
         grown.weight[:3], grown.bias[:3] = model[3].weight, model[3].bias
     model[3] = grown
     optimizer, start = Unknown(model.parameters()), matrix_of(model, "3").clone()
-    memsyn.protect(optimizer, model, memory, every=1, strength=1e6)
+    with pytest.warns(memsyn.GrownParametersWarning, match=r"3\.weight \(3 to 5 rows\)"):
+        memsyn.protect(optimizer, model, memory, every=1, strength=1e6)
     for _ in range(3):
         optimizer.step()
     moved = matrix_of(model, "3") - start
@@ -503,7 +504,8 @@ def test_new_rows_of_a_table_are_free_and_old_ones_held_as_often_as_they_were_re
     memory = memsyn.Memory.empty().consolidate(table, found)
     bigger = nn.Embedding(6, 3).double()
     optimizer, before = Unknown(bigger.parameters()), bigger.weight.detach().clone()
-    memsyn.protect(optimizer, bigger, memory, every=1)
+    with pytest.warns(memsyn.GrownParametersWarning, match=r"weight \(4 to 6 rows\)"):
+        memsyn.protect(optimizer, bigger, memory, every=1)
     optimizer.step()
     moved = (bigger.weight.detach() - before).norm(dim=1)
     assert moved[0] < moved[1] < moved[2]

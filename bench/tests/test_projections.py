@@ -116,12 +116,13 @@ def test_bytes_of_projections_are_those_of_the_tensors_held():
 
     inputs = spectrum(13) + 2 * spectrum(9)  # of the backbone and two heads, with the inputs of biases
     outputs = spectrum(8) + 2 * spectrum(3)
+    excerpts = (12 * 8 + 8) + 2 * (8 * 3 + 3)  # up to 256 values of each parameter: here all
     bases = {name: course(name, 2).method.kept["bases"][LAYER].shape[2] for name in ("gpm", "adam-nscl")}
     weights = sum(parameter.numel() for parameter in build().parameters())
     expected = {  # numbers kept after two tasks
-        "projected": inputs + outputs,
-        "projected-full": inputs + outputs,
-        "projected-inputs": inputs,
+        "projected": inputs + outputs + excerpts,
+        "projected-full": inputs + outputs + excerpts,
+        "projected-inputs": inputs + excerpts,
         "gpm": 13 * bases["gpm"],
         "adam-nscl": 13 * 13 + 1 + 13 * bases["adam-nscl"],
     }

@@ -2,6 +2,7 @@
 
 from memsyn.errors import (
     BatchError,
+    GrownParametersWarning,
     LostParametersWarning,
     MemoryFileError,
     MemsynError,
@@ -16,6 +17,7 @@ from memsyn.errors import (
     OutputError,
     ProcessError,
     ProtectionError,
+    RenamedParametersWarning,
     RepeatedDataWarning,
     SamplesInteractError,
     SlowParametersWarning,
@@ -43,6 +45,7 @@ __all__ = [
     "FactorSummary",
     "Forward",
     "FrozenStatistics",
+    "GrownParametersWarning",
     "Importance",
     "KroneckerFactors",
     "LayerSummary",
@@ -64,6 +67,7 @@ __all__ = [
     "Protection",
     "ProtectionError",
     "Relative",
+    "RenamedParametersWarning",
     "RepeatedDataWarning",
     "Report",
     "SamplesInteractError",

@@ -69,6 +69,14 @@ class MovedStatisticsWarning(MovedWeightsWarning):
     """Running statistics, or other buffers, are no longer those that the memory remembers."""
 
 
+class RenamedParametersWarning(UserWarning):
+    """The memory's parameters have other names in the model, such as a wrapper's prefix. They were found."""
+
+
+class GrownParametersWarning(UserWarning):
+    """A parameter has more rows than the memory knows, as a head with new classes. The new rows are not protected."""
+
+
 class StrengthWarning(UserWarning):
     """A strength is too large: training will diverge, or the new task cannot be learned."""
 

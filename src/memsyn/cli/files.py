@@ -26,7 +26,7 @@ from memsyn.cli.screen import (
 )
 from memsyn.storage.reading_and_writing import read
 from memsyn.values import comparison
-from memsyn.values.conversion import PLAIN, STRUCTURES, is_plain, read_plain, read_weights, write_plain
+from memsyn.values.conversion import PLAIN, STRUCTURES, is_plain, new_names, read_plain, read_weights, write_plain
 from memsyn.values.memory import KINDS, Held, kind_of, load
 
 File = Annotated[
@@ -205,9 +205,20 @@ def convert_file(
     exact: Annotated[
         bool, typer.Option("--exact", help="It was measured with batches of one sample, if the file does not say.")
     ] = False,
+    rename: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OLD=NEW",
+            help="Names that begin with OLD begin with NEW instead; with * in OLD, a pattern of whole names. Repeat it "
+            "for several. A file of memsyn stays one.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Turn a file of memsyn into a plain dict of tensors saved by torch, or such a dict into a file of memsyn.
+
+    With --rename a file of memsyn is written as a file of memsyn, with other names of parameters: --rename module.=
+    takes a prefix away, --rename =net. adds one.
 
     Reads memsyn's own dicts, the importance and params of Avalanche's MAS plugin, and the reg_params of the official
     MAS code. They are loaded with weights_only=True: a pickled model is refused, and the error says how to export it.
@@ -216,19 +227,32 @@ def convert_file(
     """
     with plain_errors():
         held: Held
+        names: dict[str, str] = {}
         if is_plain(path):
             held, whose = read_plain(Path(path), num_samples=num_samples, exact=exact)
+            held, names = _renamed(held, rename or [])
             held.save(out)
-            how = "from"
+            how = f"from {STRUCTURES[whose]}"
         elif num_samples is not None or exact:
             raise OptionError(f"{path} itself says how it was measured: leave --samples and --exact out.")
+        elif rename:
+            held, names = _renamed(load(path), rename)
+            held.save(out)
+            whose, how = PLAIN, "as a file of memsyn"
         else:
-            held, whose, how = load(path), PLAIN, "as"
+            held, whose, how = load(path), PLAIN, f"as {STRUCTURES[PLAIN]}"
             write_plain(out, held)
     if as_json:
-        say_json({**_written(out, held), "structure": whose})
+        say_json({**_written(out, held), "structure": whose, "renamed": names})
     else:
-        say(f"{out}: {describe(held)}, {how} {STRUCTURES[whose]}.")
+        said = f", {len(names)} parameters renamed" if names else ""
+        say(f"{out}: {describe(held)}, {how}{said}.")
+
+
+def _renamed(held: Held, rules: list[str]) -> tuple[Held, dict[str, str]]:
+    """A value with other names, and old name -> new name."""
+    names = new_names({*held.names, *(held.statistics if isinstance(held, Memory) else ())}, rules)
+    return held.renamed(names), names
 
 
 def _written(out: str, held: Held) -> dict[str, Any]:

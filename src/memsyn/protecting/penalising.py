@@ -40,7 +40,7 @@ from memsyn.protecting.protection import Protection, Report
 from memsyn.protecting.statistics import WatchedStatistics
 from memsyn.protecting.strength import checked_strength
 from memsyn.torch_private import version_of
-from memsyn.values.memory import Memory, check_fit
+from memsyn.values.memory import Memory, check_fit, check_model
 
 
 class _Slot(NamedTuple):
@@ -123,8 +123,8 @@ class Penalising(Protection):
         """
         if not state.keys() >= {"strength", "form", "anchor", "importance"}:
             raise OptionError(f"expected the state of a Protection, got the keys {', '.join(map(str, state))}.")
-        memory = Memory(dict(state["anchor"]), dict(state["importance"]))
-        memory.check(self._model)
+        memory = Memory(dict(state["anchor"]), dict(state["importance"])).fitted(self._model)
+        check_model(memory, self._model, named_parameters(self._model))  # `protect` has said what is free
         optimizer = self._optimizer()
         form = str(state["form"]) if optimizer is None else checked_form(state["form"], optimizer)
         if form == PROJECTED:

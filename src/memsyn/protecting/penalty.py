@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from memsyn.errors import OptionError, ProtectionError
-from memsyn.parameters import named_parameters, wide_dtype
+from memsyn.parameters import Patterns, named_parameters, wide_dtype
 from memsyn.protecting import compiled
 from memsyn.torch_private import (
     foreach_add,
@@ -50,19 +50,29 @@ class Preconditioner(NamedTuple):
     eps: float
 
 
-def penalty(model: nn.Module, memory: Memory) -> Tensor:
+def penalty(
+    model: nn.Module, memory: Memory, *, only: Patterns | None = None, exclude: Patterns | None = None
+) -> Tensor:
     """The term to add to a loss, times your strength lambda: sum Omega (theta - theta*)^2.
 
     Aljundi et al. 2018, Eq. 3; no factor 1/2. Parameters and rows that the memory does not know are free to change. So
     are running statistics, as BatchNorm's: keep them by `freeze_statistics`.
+
+    Args:
+        model: the model of the memory.
+        memory: what is protected.
+        only, exclude: names or patterns of the memory's parameters that count, as `Memory.select` takes them.
 
     Returns:
         A scalar on the device of the parameters, differentiable; 0 for an empty memory.
 
     Raises:
         MismatchError: the memory is of another architecture.
-        OptionError: the memory holds directions alone, which have no penalty.
+        OptionError: the memory holds directions alone, which have no penalty, or a pattern matches no parameter.
         ProtectionError: a parameter of the memory has no values here (device "meta"), or is nested or sparse.
+
+    Warns:
+        RenamedParametersWarning: the memory's names differ from the model's in a known way.
 
     Example:
         >>> import torch, memsyn
@@ -76,6 +86,7 @@ def penalty(model: nn.Module, memory: Memory) -> Tensor:
         raise OptionError(
             "the memory holds directions alone, which have no penalty: use protect, or measure 'mas' too."
         )
+    memory = memory.fitted(model).select(only=only, exclude=exclude)
     parameters = named_parameters(model)
     check_tensors({name: p for name, p in parameters.items() if name in memory.importance})
     check_fit(memory.importance, parameters, "the memory", may_change=True)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from memsyn.errors import OptionError, ProtectionError
+from memsyn.errors import OptionError
 from memsyn.matrices import Matrix
-from memsyn.parameters import layer_of, named_parameters, wide_dtype
+from memsyn.parameters import fitted, layer_of, named_parameters, wide_dtype
 from memsyn.protecting.optimizers import PROJECTED, Stepping
-from memsyn.protecting.protection import Protection, Report
+from memsyn.protecting.protection import Protection, Report, check_optimizer
 from memsyn.protecting.statistics import WatchedStatistics
 from memsyn.protecting.strength import checked_strength
 from memsyn.torch_private import version_of
@@ -197,11 +197,7 @@ class Projecting(Protection):
         """Steps that are not projected yet."""
         self._removed: dict[str, tuple[Tensor, Tensor]] = {}
         """Layer -> ||change||^2 before and after its last projection."""
-        if not set(directions.names()) & _names_held(found.optimizer, model):
-            raise ProtectionError(
-                f"the optimizer holds none of the memory's {len(directions.names())} parameters. Was it made from "
-                "another model, or before the model was copied or moved?"
-            )
+        check_optimizer(found.optimizer, named_parameters(model), directions.names())
         self._averaged: dict[int, Tensor] = {}
         """id of a parameter -> schedule-free's `z` before the step."""
         super().__init__(found, model, directions.names(), watched)
@@ -242,7 +238,9 @@ class Projecting(Protection):
             directions = Directions.from_file(state["directions"], dict(state["groups"]))
         except (LookupError, TypeError, ValueError) as error:
             raise OptionError(f"the state holds no directions: {error}.") from error
-        directions.check(named_parameters(self._model))
+        parameters = named_parameters(self._model)
+        directions = directions.renamed(fitted(directions.names() | directions.free, parameters).names)
+        directions.check(parameters)
         self.flush()
         every = checked_every(state["every"])
         self.strength, self.every = checked_strength(state["strength"]), 1 if self._in_each_step else every
@@ -386,15 +384,10 @@ class Projecting(Protection):
         return _Protected(key, (weight,) if bias is None else (weight, bias), own.matrix, damped, matrix.layout.rows)
 
     def _bias(self, key: str, own: LayerDirections, bias: nn.Parameter) -> _Protected:
-        """A bias that moves without its weight: its input is 1, whose second moment is the last number of A."""
-        matrix = own.matrix
-        layout = matrix.layout._replace(inputs=1, inputs_first=False)
-        alone = own.inputs.last().unsqueeze(1)
-        spectrum = Spectrum(alone, torch.ones_like(alone).unsqueeze(2), alone.new_zeros(len(alone)))
-        single = Matrix(matrix.bias or "", None, layout)
-        narrowed = replace(own, matrix=single, inputs=spectrum)
-        damped = Damping(narrowed, self.strength, bias.device, wide_dtype(bias))
-        return _Protected(key, (bias,), single, damped, layout.groups * layout.outputs)
+        """A bias that moves without its weight."""
+        alone = own.of_bias()
+        damped = Damping(alone, self.strength, bias.device, wide_dtype(bias))
+        return _Protected(key, (bias,), alone.matrix, damped, alone.matrix.layout.rows)
 
     def _single(self, name: str, own: DiagonalDirections, parameters: Mapping[str, nn.Parameter]) -> _Protected | None:
         parameter = parameters.get(name)
@@ -403,12 +396,6 @@ class Projecting(Protection):
         squares = own.squares.to(parameter.device, wide_dtype(parameter))
         factor = diagonal_damping(squares, own.mass, self.strength)
         return _Protected(name, (parameter,), None, factor, len(squares) if squares.ndim else 1)
-
-
-def _names_held(optimizer: Optimizer, model: nn.Module) -> set[str]:
-    """Names of the parameters that are in an optimizer, frozen ones included."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return {name for name, p in named_parameters(model).items() if id(p) in held}
 
 
 def _is_as_remembered(parameter: Tensor, befores: Mapping[int, Tensor]) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from memsyn.errors import OptionError, ProtectionError
-from memsyn.parameters import named_parameters
+from memsyn.parameters import Patterns, listed, named_parameters
 from memsyn.protecting.optimizers import (
     AUTO,
     PROJECTED,
@@ -21,13 +21,13 @@ from memsyn.protecting.optimizers import (
     stepping_optimizer,
 )
 from memsyn.protecting.penalising import Penalising
-from memsyn.protecting.penalty import check_tensors
 from memsyn.protecting.projection import EVERY, Projecting, checked_every
-from memsyn.protecting.protection import Protection, is_protected
+from memsyn.protecting.protection import Protection, check_optimizer, is_protected
+from memsyn.protecting.replaced import check_replaced, warn_of_grown
 from memsyn.protecting.statistics import WatchedStatistics
 from memsyn.protecting.strength import Relative, checked_strength
 from memsyn.values.directions import STRENGTH
-from memsyn.values.memory import Memory
+from memsyn.values.memory import Memory, check_model
 
 IMPORTANCE_DTYPES: Final = (None, torch.bfloat16, torch.float32, torch.float64)
 """float16 is not among them: an importance of 65,520 would be infinite."""
@@ -44,6 +44,8 @@ def protect(
     importance_dtype: torch.dtype | None = None,
     every: int = EVERY,
     freeze_statistics: bool = False,
+    only: Patterns | None = None,
+    exclude: Patterns | None = None,
 ) -> Protection:
     """Protect what the memory holds while `optimizer` trains `model`. The training loop stays as it is.
 
@@ -76,7 +78,10 @@ def protect(
             projects in each step, since the wrapper may average weights. Parameters and groups may be added and removed
             later.
         model: the model of the memory. Parameters that the memory does not know are free to change, with a warning, and
-            so are new rows of a parameter. Parameters that the model has lost are left out, with a warning.
+            so are new rows of a parameter. If a head that all classes share grows, protection does not save the old
+            classes: the new ones compete with them in the same outputs, and take their answers. Parameters that the
+            model has lost are left out, with a warning. If names differ by a prefix (`net.`, `module.`), they are
+            found, with a warning.
         memory: what is protected, as it is now; protect again after consolidating.
         strength: for the projected form c, a number without a unit, 10 by default; from 1 to 100 it changes little. For
             the penalty forms lambda as in the paper, which uses 1, untuned, or `Relative`, in units of the mean
@@ -94,17 +99,31 @@ def protect(
         freeze_statistics: whether modules with running statistics (BatchNorm) are kept as in evaluation while
             protected, although the loop calls `model.train()`; see `freeze_statistics`. Else their statistics move, and
             outputs on old data with them, however well the weights are held.
+        only: names, or patterns as in `fnmatch`, of the memory's parameters to protect; None: all. A parameter that is
+            named literally is protected even if it looks newly initialised: `only=["*", "head.weight"]`.
+        exclude: names or patterns of parameters to leave free, such as `head.*` of a head that was replaced.
+
+    A name is not an identity: a new head may have the old one's name and shape, and would be pulled to the old weights.
+    So the weights are compared with the anchor. A matrix of n >= 64 values looks newly initialised if it is more than
+    0.9 ||theta*|| from its anchor and its cosine with it is below 3 / sqrt(n), three standard deviations of unrelated
+    vectors. (Of directions, 256 values of each parameter are compared.) Then a decision is needed, by `exclude=` or
+    `only=`. Any other parameter of 16 values or more that is so far is named in a warning.
 
     Returns:
         A handle, with `value()`, `report()`, `flush()`, `state_dict()`, `load_state_dict()` and `remove()`.
 
     Raises:
-        OptionError: strength is negative or not finite, or the form is unknown or does not suit optimizer or memory.
+        OptionError: strength is negative or not finite, the form is unknown or does not suit optimizer or memory, or a
+            pattern matches no parameter of the memory.
         MismatchError: the memory is of another architecture than the model.
         ProtectionError: the optimizer is protected already, holds no parameter of the memory, or calls no hooks; or a
-            parameter has a sparse gradient, has no values (device "meta"), or is nested.
+            parameter looks newly initialised, has a sparse gradient, has no values (device "meta"), or is nested.
 
     Warns:
+        NewParametersWarning, LostParametersWarning: only the model, or only the memory has a parameter.
+        RenamedParametersWarning: the memory's names differ from the model's in a known way.
+        MovedWeightsWarning: a parameter is far from its anchor.
+        GrownParametersWarning: a parameter has more rows than the memory knows.
         NotProtectedWarning: protected weights have moved, and the optimizer has made no step. This is looked at when
             the model's `state_dict` is called, and in `report()` and `remove()`.
         MovedStatisticsWarning: the model's statistics are not those that the memory remembers; and later, once, in the
@@ -132,9 +151,7 @@ def protect(
         raise OptionError(f"importance_dtype must be one of {allowed}; got {importance_dtype!r}.")
     if is_protected(optimizer):
         raise ProtectionError("this optimizer is protected already: call remove() on its first handle.")
-    _check_holds(memory, form)
-    check_tensors({name: p for name, p in named_parameters(model).items() if name in memory.names})
-    memory.check(model)
+    memory = _chosen(memory.fitted(model), model, form, only, exclude)
     if form == PROJECTED:
         if isinstance(raw, Relative) or device is not None or importance_dtype is not None:
             raise OptionError(
@@ -148,12 +165,7 @@ def protect(
         return Projecting(found, model, memory.directions, number, every, in_each_step, watched)
     raw = Relative() if raw is None else raw
     raw = checked_strength(raw.of(memory)) if isinstance(raw, Relative) else raw
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if not any(name in memory.importance and id(p) in held for name, p in named_parameters(model).items()):
-        raise ProtectionError(
-            f"the optimizer holds none of the memory's {len(memory.importance)} parameters. Was it made from another "
-            "model, or before the model was copied or moved?"
-        )
+    held = check_optimizer(optimizer, named_parameters(model), memory.importance)
     _check_dense_gradients(model, memory, held)
     where = None if device is None else torch.device(device)
     watched = WatchedStatistics(model, memory.statistics, freeze=freeze_statistics)
@@ -173,6 +185,19 @@ def _check_dense_gradients(model: nn.Module, memory: Memory, held: Set[int]) -> 
     for name, parameter in named_parameters(model).items():
         if name in memory.importance and id(parameter) in sparse & held and parameter.requires_grad:
             raise ProtectionError(f"{name} gets a sparse gradient: make its embedding with sparse=False.")
+
+
+def _chosen(memory: Memory, model: nn.Module, form: str, only: Patterns | None, exclude: Patterns | None) -> Memory:
+    """The part of a memory that is protected, after the checks that it fits the model."""
+    known = memory.names
+    only = None if only is None else listed(only, "only")
+    memory = memory.select(only=only, exclude=exclude)
+    _check_holds(memory, form)
+    check_model(memory, model, known, stacklevel=4)
+    parameters = named_parameters(model)
+    check_replaced(memory, parameters, form, only or [])
+    warn_of_grown(memory, parameters)
+    return memory
 
 
 def _check_holds(memory: Memory, form: str) -> None:

@@ -5,7 +5,7 @@ Owns the hooks and their removal, and that no optimizer is protected twice.
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, final
 from weakref import WeakMethod, WeakSet, ref
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from memsyn.errors import NotProtectedWarning
+from memsyn.errors import NotProtectedWarning, ProtectionError
 from memsyn.parameters import named_parameters, unwrap, wide_dtype
 from memsyn.protecting.optimizers import Stepping, known_kind
 from memsyn.protecting.statistics import WatchedStatistics
@@ -27,6 +27,25 @@ _protected: "WeakSet[Optimizer]" = WeakSet()
 def is_protected(optimizer: Optimizer) -> bool:
     """Whether the optimizer has a handle that was not removed."""
     return optimizer in _protected
+
+
+def check_optimizer(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], names: Collection[str]) -> Set[int]:
+    """The ids of an optimizer's parameters, after a check that an optimizer holds a parameter of the memory.
+
+    Raises:
+        ProtectionError: it holds none.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    own = [parameters[name] for name in names if name in parameters]
+    if any(id(parameter) in held for parameter in own):
+        return held
+    cure = "Was it made from another model, or before the model was copied or moved?"
+    if own and not any(parameter.requires_grad for parameter in own):
+        cure = (
+            "They are frozen and do not move. What trains, such as adapters, is not in the memory: measure the model "
+            "as it is now, with the parameters that will train, and consolidate."
+        )
+    raise ProtectionError(f"the optimizer holds none of the memory's {len(names)} parameters. {cure}")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from memsyn.errors import MismatchError
+from memsyn.parameters import renaming
 from memsyn.report.charts import Series, axis, bars, heat, lines, logarithmic
 from memsyn.report.directions_sections import (
     MOST_ROWS,
@@ -320,6 +321,8 @@ def _history(history: Sequence[Consolidation]) -> list[Part]:
 
 def _moved_since(memory: Memory, weights: Mapping[str, Tensor]) -> list[Part]:
     """How far the model's weights are from the anchor: compared as the anchor of a second memory."""
+    fit = renaming(memory.anchor.keys(), weights.keys()).names
+    weights = dict(weights) | {name: weights[new] for name, new in fit.items() if new in weights}
     present = {n: weights[n] for n in memory.anchor if n in weights and weights[n].shape == memory.anchor[n].shape}
     bare = replace(memory, directions=None)
     found = diff(bare, replace(bare, anchor=present, importance={n: memory.importance[n] for n in present}))
@@ -330,6 +333,7 @@ def _moved_since(memory: Memory, weights: Mapping[str, Tensor]) -> list[Part]:
         for what, names in (
             ("Not among the weights, and left out", missing),
             ("Of another shape, and left out", reshaped),
+            ("Found under another name", [f"{name} is {new}" for name, new in fit.items() if name in present]),
         )
         if names
     ]

@@ -7,7 +7,9 @@ files. They are read with `weights_only=True`, which creates only tensors and pl
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from memsyn.errors import MemoryFileError, OptionError
-from memsyn.parameters import canonical_name, wide_dtype
+from memsyn.parameters import canonical_name, near_names, wide_dtype
 from memsyn.storage.atomic_files import replace_file
 from memsyn.storage.reading_and_writing import STATISTICS
 from memsyn.values.consolidation import Consolidation
@@ -98,6 +100,39 @@ def write_plain(path: str | os.PathLike[str], held: Held) -> None:
         ) from error
 
 
+def new_names(names: Collection[str], rules: Iterable[str]) -> dict[str, str]:
+    """Old name -> new name by rules `OLD=NEW`, one after the other; names that no rule changes are left out.
+
+    OLD is the start of names: `module.=` takes `module.` away, `=net.` puts `net.` in front of every name. With `*` it
+    is a pattern of whole names; each `*` stands for any text, which takes the place of the same `*` in NEW:
+    `*.weight_g=*.parametrizations.weight.original0`.
+
+    Raises:
+        OptionError: a rule has no `=` or more stars in NEW than in OLD, or changes no name, or two names become one.
+    """
+    present = {name: name for name in names}
+    for rule in rules:
+        old, sign, new = rule.partition("=")
+        if not sign or "=" in new or new.count("*") > old.count("*"):
+            raise OptionError(f"expected OLD=NEW, with at most as many * in NEW as in OLD; got {rule!r}.")
+        pattern = re.compile("(.*)".join(map(re.escape, old.split("*"))) + ("" if "*" in old else "(.*)"))
+        parts = (new if "*" in old else new + "*").split("*")
+        changed = False
+        for name, own in present.items():
+            found = pattern.fullmatch(own)
+            if found is not None:
+                texts = [*found.groups()[: len(parts) - 1], ""]
+                present[name] = "".join(part + text for part, text in zip(parts, texts, strict=True))
+                changed |= present[name] != own
+        if not changed:
+            raise OptionError(f"the rule {rule!r} changes none of {len(names)} names. {near_names(old, names)}")
+    counts = Counter(present.values())
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise OptionError(f"two parameters would be named {twice[0]}: give rules that keep names apart.")
+    return {name: new for name, new in present.items() if new != name}
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """A model's weights by parameter name, from a state_dict in a file of safetensors or of torch.
 
@@ -112,7 +147,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         except (OSError, SafetensorError) as error:
             raise MemoryFileError(f"{path} could not be read: {error}. Give a file of the model's weights.") from error
     return {
-        canonical_name(name).removeprefix("module."): values
+        canonical_name(name): values
         for name, values in state.items()
         if isinstance(name, str) and isinstance(values, Tensor)
     }
@@ -145,9 +180,12 @@ def read_plain(path: Path, *, num_samples: int | None = None, exact: bool = Fals
     if (num_samples is not None or exact) and ("history" in plain or "num_samples" in plain):
         raise OptionError(f"{path} itself says how it was measured: leave num_samples and exact out.")
     if "history" in plain:
-        names = ["anchor", "importance", *(GROUPS if "directions" in plain else ())]
-        names += [STATISTICS] if STATISTICS in plain else []
-        return Memory.from_file(path, plain, {name: _tensors(path, plain.get(name), name) for name in names}), PLAIN
+        groups = {name: _tensors(path, plain.get(name), name) for name in ("anchor", "importance")}
+        if "directions" in plain:
+            groups |= {name: _tensors(path, plain.get(name, {}), name) for name in GROUPS}
+        if STATISTICS in plain:
+            groups[STATISTICS] = _tensors(path, plain[STATISTICS], STATISTICS)
+        return Memory.from_file(path, plain, groups), PLAIN
     if MOMENTS in plain:
         return KroneckerFactors.from_file(path, plain, {MOMENTS: _tensors(path, plain[MOMENTS])}), PLAIN
     whose, omega, anchor = _groups(path, plain)

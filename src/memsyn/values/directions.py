@@ -16,9 +16,18 @@ from torch import Tensor
 
 from memsyn.errors import MismatchError
 from memsyn.matrices import EXACT_WIDTH, Layout, Matrix
-from memsyn.parameters import layer_of
+from memsyn.parameters import gathered, layer_of, only_those, under_new_names, way_out
 from memsyn.storage.reading_and_writing import Groups, checked_count
-from memsyn.values.factors import BOTH, KroneckerFactors, layer_names, matrices_from, matrices_header
+from memsyn.values.factors import (
+    BOTH,
+    KroneckerFactors,
+    layer_names,
+    matrices_from,
+    matrices_header,
+    names_read,
+    renamed_key,
+    renamed_matrix,
+)
 from memsyn.values.spectra import Spectrum, combined
 
 RANK: Final = 64
@@ -87,6 +96,14 @@ class LayerDirections:
         if self.matrix.bias is None or self.matrix.bias in names:
             return self
         return replace(self, matrix=replace(self.matrix, bias=None), inputs=self.inputs.without_last())
+
+    def of_bias(self) -> LayerDirections:
+        """Those of the bias without its weight: its input is 1, whose second moment is the last number of A."""
+        assert self.matrix.bias is not None
+        layout = self.matrix.layout._replace(inputs=1, inputs_first=False)
+        alone = self.inputs.last().unsqueeze(1)
+        spectrum = Spectrum(alone, torch.ones_like(alone).unsqueeze(2), alone.new_zeros(len(alone)))
+        return replace(self, matrix=Matrix(self.matrix.bias, None, layout), inputs=spectrum)
 
     def room(self, strength: float = STRENGTH) -> float:
         """The share of directions in which more than half of a step remains, from 0 to 1."""
@@ -179,23 +196,64 @@ class Directions:
         diagonal: parameter -> squared gradients, for parameters that are no matrices.
         rank: the number of eigenvectors that are kept of each side; None: all.
         free: the parameters that were measured, and that no output relied on.
+        excerpts: protected parameter -> some of its values at the last consolidation, as `excerpt` takes them.
     """
 
     layers: dict[str, LayerDirections] = field(default_factory=dict)
     diagonal: dict[str, DiagonalDirections] = field(default_factory=dict)
     rank: int | None = RANK
     free: frozenset[str] = frozenset()
+    excerpts: dict[str, Tensor] = field(default_factory=dict)
 
     def names(self) -> set[str]:
         """The parameters that are protected."""
-        weights = {own.matrix.weight for own in self.layers.values()}
-        return weights | {own.matrix.bias for own in self.layers.values() if own.matrix.bias} | self.diagonal.keys()
+        return names_read({key: own.matrix for key, own in self.layers.items()}) | self.diagonal.keys()
+
+    def num_rows(self) -> dict[str, int]:
+        """Parameter -> how many rows of it are known."""
+        found = {name: len(own.squares) if own.squares.ndim else 1 for name, own in self.diagonal.items()}
+        for matrix in (own.matrix for own in self.layers.values()):
+            found[matrix.weight] = matrix.layout.rows
+            if matrix.bias is not None:
+                found[matrix.bias] = matrix.layout.groups * matrix.layout.outputs
+        return found
+
+    def moved(self, parameters: Mapping[str, Tensor]) -> list[str]:
+        """The parameters whose values differ from their excerpts."""
+        rows = self.num_rows()
+        return [
+            name
+            for name, own in self.excerpts.items()
+            if name in parameters
+            and not torch.equal(excerpt(parameters[name], rows.get(name)), own.to(parameters[name]))
+        ]
+
+    def differs(self, other: Directions) -> bool:
+        """Whether a parameter of both had other values at the last consolidation."""
+        both = self.excerpts.keys() & other.excerpts.keys()
+        return any(not torch.equal(self.excerpts[name], other.excerpts[name]) for name in both)
 
     def only(self, names: Container[str]) -> Directions:
         """Those of some parameters."""
-        layers = {key: own.without_bias(names) for key, own in self.layers.items() if own.matrix.weight in names}
-        diagonal = {name: own for name, own in self.diagonal.items() if name in names}
-        return replace(self, layers=layers, diagonal=diagonal, free=frozenset(n for n in self.free if n in names))
+        layers = {}
+        for key, own in self.layers.items():
+            if own.matrix.weight in names:
+                layers[key] = own.without_bias(names)
+            elif own.matrix.bias is not None and own.matrix.bias in names:
+                layers[own.matrix.bias] = own.of_bias()
+        diagonal, excerpts = only_those(self.diagonal, names), only_those(self.excerpts, names)
+        free = frozenset(name for name in self.free if name in names)
+        return replace(self, layers=layers, diagonal=diagonal, free=free, excerpts=excerpts)
+
+    def renamed(self, names: Mapping[str, str]) -> Directions:
+        """The same with other names: old -> new."""
+        layers = {
+            renamed_key(key, own.matrix, names): replace(own, matrix=renamed_matrix(own.matrix, names))
+            for key, own in self.layers.items()
+        }
+        diagonal, excerpts = under_new_names(self.diagonal, names), under_new_names(self.excerpts, names)
+        free = frozenset(names.get(name, name) for name in self.free)
+        return replace(self, layers=layers, diagonal=diagonal, free=free, excerpts=excerpts)
 
     def check(self, parameters: Mapping[str, Tensor]) -> None:
         """Check that parameters can be read as the matrices of these directions; they may have more rows.
@@ -203,19 +261,21 @@ class Directions:
         Raises:
             MismatchError: names those that cannot, or none is there at all.
         """
-        wrong = []
+        wrong: dict[str, str] = {}
         for own in self.layers.values():
             parameter, layout = parameters.get(own.matrix.weight), own.matrix.layout
             if parameter is not None and not _fits(parameter, layout):
-                wrong.append(f"{own.matrix.weight} (expected {layout}, the model has {tuple(parameter.shape)})")
+                weight = own.matrix.weight
+                wrong[weight] = f"{weight} (expected {layout}, the model has {tuple(parameter.shape)})"
         for name, diagonal in self.diagonal.items():
             shape = parameters[name].shape if name in parameters else diagonal.squares.shape
             if shape[1:] != diagonal.squares.shape[1:] or (len(shape) and shape[0] < len(diagonal.squares)):
-                wrong.append(f"{name} (expected {tuple(diagonal.squares.shape)}, the model has {tuple(shape)})")
+                wrong[name] = f"{name} (expected {tuple(diagonal.squares.shape)}, the model has {tuple(shape)})"
         if wrong or (self.names() and not self.names() & parameters.keys()):
             raise MismatchError(
-                f"the memory is of another architecture: {'; '.join(wrong) or 'the model has none of its parameters'}. "
-                "Use the model it was made with, or measure this model."
+                "the memory is of another architecture: "
+                f"{'; '.join(wrong.values()) or 'the model has none of its parameters'}. Use the model it was made "
+                f"with, or measure this model.{way_out(wrong, self.names())}"
             )
 
     def room(self, strength: float = STRENGTH) -> dict[str, float]:
@@ -283,6 +343,7 @@ class Directions:
                     if spectrum.vectors is not None:
                         groups[f"{side}_vectors"][key] = spectrum.vectors
         groups["diagonal"] = {name: own.squares for name, own in self.diagonal.items()}
+        groups["excerpt"] = self.excerpts
         return groups
 
     def header(self) -> dict[str, Any]:
@@ -331,7 +392,11 @@ class Directions:
         rank = None if header["rank"] is None else checked_count(header["rank"])
         if rank == 0:
             raise ValueError("the rank is 0")
-        found = cls(layers, diagonal, rank, frozenset(str(name) for name in header["free"]))
+        excerpts = groups.get("excerpt", {})
+        found = cls(layers, diagonal, rank, frozenset(str(name) for name in header["free"]), excerpts)
+        for name, values in excerpts.items():
+            if name not in found.names() or values.ndim != 1 or len(values) > EXCERPT:
+                raise ValueError(f"excerpt/{name} is no part of a parameter")
         for group, members in found.groups().items():
             if members.keys() != groups.get(group, {}).keys():
                 raise ValueError(f"the tensors of {group} are not those of the matrices")
@@ -354,8 +419,25 @@ GROUPS: Final = (
     "output_rest",
     "output_vectors",
     "diagonal",
+    "excerpt",
 )
 """The groups of a file that hold directions."""
+
+EXCERPT: Final = 256
+"""How many values of each parameter are kept beside its directions."""
+
+
+def excerpt(parameter: Tensor, rows: int | None = None) -> Tensor:
+    """Values of a parameter at `EXCERPT` evenly spaced places of its first `rows` rows; all of them, if they are fewer.
+
+    They tell whether a parameter was replaced since. Of n values in order, those with the numbers floor(i n / EXCERPT).
+    """
+    whole = gathered(parameter)
+    flat = (whole if rows is None or not whole.ndim else whole[:rows]).reshape(-1)
+    if len(flat) <= EXCERPT:
+        return flat.clone()
+    return flat[torch.arange(EXCERPT, device=flat.device) * len(flat) // EXCERPT]
+
 
 ORTHONORMAL: Final = 1e-2
 """How far V^T V in a file may be from the identity."""
@@ -483,7 +565,7 @@ def merged(one: Directions, other: Directions, num_samples: tuple[int, int]) -> 
         scale = sum(single.scale * share for single, share in known if single is not None)
         diagonal[name] = DiagonalDirections(squares / scale, 1.0, scale)
     found = Directions(layers, diagonal, one.rank)
-    return replace(found, free=(one.free | other.free) - found.names())
+    return replace(found, free=(one.free | other.free) - found.names(), excerpts=other.excerpts | one.excerpts)
 
 
 def _merged_layers(parts: list[tuple[LayerDirections, float]], num_samples: int, rank: int | None) -> LayerDirections:
@@ -522,10 +604,12 @@ def _grown(own: LayerDirections, matrix: Matrix) -> LayerDirections:
     before, after = own.matrix.layout, matrix.layout
     grown = before._replace(outputs=after.outputs, inputs=after.inputs)
     more = after.outputs >= before.outputs and after.inputs >= before.inputs
-    if grown != after or not more or (own.matrix.bias is None) != (matrix.bias is None) or after.groups > 1:
+    no_bias = own.matrix.bias is not None and matrix.bias is None
+    if grown != after or not more or no_bias or (before != after and after.groups > 1):
         raise MismatchError(
             f"{matrix.weight} was read as {before}, and is now read as {after}: its directions cannot be combined. "
-            "Use the model that the memory was made with."
+            "Use the model that the memory was made with. If the layer was replaced, forget the old one: "
+            f"memory.select(exclude={sorted(names_read({'': matrix}))}).consolidate(...)."
         )
     outputs = None if own.outputs is None else own.outputs.wider(after.outputs)
     return replace(own, matrix=matrix, inputs=own.inputs.wider(matrix.width), outputs=outputs)

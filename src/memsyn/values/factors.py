@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, final
 
 from torch import Tensor
 
 from memsyn.errors import MismatchError
 from memsyn.matrices import Layout, Matrix
-from memsyn.parameters import layer_of
+from memsyn.parameters import layer_of, under_new_names
 from memsyn.storage.reading_and_writing import FACTORS, Groups, checked_count, read, well_formed, write
 from memsyn.values.importance import check_same_shapes, checked_num_samples
 from memsyn.values.spectra import Spectrum, spectrum_of, spectrum_of_sketch
@@ -83,6 +83,28 @@ class KroneckerFactors:
     def quantity(self) -> tuple[str, str]:
         """Objective, and which second moments. Only factors of the same quantity can be added."""
         return self.objective, self.magnitude
+
+    @property
+    def names(self) -> set[str]:
+        """The parameters that were measured."""
+        return (
+            self.routes.keys()
+            | names_read(self.matrices)
+            | {name.removeprefix("diagonal/") for name in self.sums if _key_of(name) is None}
+        )
+
+    def renamed(self, names: Mapping[str, str]) -> KroneckerFactors:
+        """The same with other names: old -> new. The fingerprint becomes unknown, since it covers the names."""
+        if not names:
+            return self
+        keys = {key: renamed_key(key, matrix, names) for key, matrix in self.matrices.items()}
+        sums = {}
+        for name, total in self.sums.items():
+            side, _, own = name.partition("/")
+            sums[f"{side}/{(names if side == 'diagonal' else keys).get(own, own)}"] = total
+        matrices = {keys[key]: renamed_matrix(matrix, names) for key, matrix in self.matrices.items()}
+        routes = under_new_names(self.routes, names)
+        return replace(self, sums=sums, matrices=matrices, routes=routes, fingerprint=None)
 
     def inputs(self, key: str) -> Tensor:
         """A of a matrix, (G, n, n), or (n,) for the rows of a table: the mean of x x^T over positions.
@@ -254,6 +276,22 @@ def _key_of(name: str) -> str | None:
     """The key of the matrix that a sum is of; None for a sum of another parameter."""
     side, _, key = name.partition("/")
     return None if side == "diagonal" else key
+
+
+def names_read(matrices: Mapping[str, Matrix]) -> set[str]:
+    """The weights and biases that are read as matrices."""
+    return {name for matrix in matrices.values() for name in (matrix.weight, matrix.bias) if name is not None}
+
+
+def renamed_matrix(matrix: Matrix, names: Mapping[str, str]) -> Matrix:
+    """A matrix whose parameters have other names: old -> new."""
+    bias = None if matrix.bias is None else names.get(matrix.bias, matrix.bias)
+    return replace(matrix, weight=names.get(matrix.weight, matrix.weight), bias=bias)
+
+
+def renamed_key(key: str, matrix: Matrix, names: Mapping[str, str]) -> str:
+    """The key of a renamed matrix: the weight's new name, with ` as table` if the key ended so."""
+    return names.get(matrix.weight, matrix.weight) + key.removeprefix(matrix.weight)
 
 
 def layer_names(matrices: Mapping[str, Matrix]) -> dict[str, str]:

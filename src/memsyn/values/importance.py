@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from memsyn.errors import MismatchError, OptionError
-from memsyn.parameters import layer_of
+from memsyn.parameters import layer_of, only_those, under_new_names
 from memsyn.storage.reading_and_writing import IMPORTANCE, Groups, checked_count, read, well_formed, write
 
 OBJECTIVE = "squared_l2_norm"
@@ -67,6 +67,22 @@ class Importance:
     def quantity(self) -> tuple[str, str]:
         """Objective and magnitude. Only importances of the same quantity can be added."""
         return self.objective, self.magnitude
+
+    @property
+    def names(self) -> set[str]:
+        """The parameters that were measured."""
+        return set(self.sums)
+
+    def only(self, names: Container[str]) -> Importance:
+        """The importance of some parameters."""
+        return replace(self, sums=only_those(self.sums, names), routes=only_those(self.routes, names))
+
+    def renamed(self, names: Mapping[str, str]) -> Importance:
+        """The same with other names: old -> new. The fingerprint becomes unknown, since it covers the names."""
+        if not names:
+            return self
+        sums, routes = under_new_names(self.sums, names), under_new_names(self.routes, names)
+        return replace(self, sums=sums, routes=routes, fingerprint=None)
 
     def mean(self) -> dict[str, Tensor]:
         """Omega per parameter, in units of the objective per unit of weight: sums / num_samples."""

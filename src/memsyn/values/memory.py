@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, final
 
@@ -24,12 +24,19 @@ from memsyn.errors import (
     OptionError,
 )
 from memsyn.parameters import (
+    Patterns,
+    chosen_names,
     fingerprint,
+    fitted,
     moved_statistics,
     named_parameters,
+    only_those,
     same_values,
     statistics,
     trainable_parameters,
+    under_new_names,
+    way_out,
+    weights,
     wide_dtype,
 )
 from memsyn.storage.reading_and_writing import (
@@ -45,7 +52,7 @@ from memsyn.storage.reading_and_writing import (
     write,
 )
 from memsyn.values.consolidation import MERGED, Consolidation
-from memsyn.values.directions import RANK, Directions, consolidated, merged
+from memsyn.values.directions import RANK, Directions, consolidated, excerpt, merged
 from memsyn.values.factors import BOTH, INPUTS_ALONE, KroneckerFactors
 from memsyn.values.importance import Importance, LayerSummary, check_same_shapes, summarize
 
@@ -117,6 +124,60 @@ class Memory:
         own = set() if self.directions is None else self.directions.names() | self.directions.free
         return self.importance.keys() | own
 
+    def select(self, *, only: Patterns | None = None, exclude: Patterns | None = None) -> Memory:
+        """The memory of some of its parameters: importance, anchor, counts and directions of these alone.
+
+        Statistics are of the whole model and stay.
+
+        Args:
+            only: names, or patterns as in `fnmatch`, of the parameters to keep; None: all. `*` matches dots too.
+            exclude: names or patterns of the parameters to leave out, such as `head.*` of a head that was replaced.
+
+        Raises:
+            OptionError: a pattern matches no parameter of the memory, or none is left.
+
+        Example:
+            >>> import torch, memsyn
+            >>> weights = {"body.weight": torch.ones(2), "head.weight": torch.ones(3)}
+            >>> memsyn.Memory(weights, weights).select(exclude="head.*").names
+            {'body.weight'}
+        """
+        return self._only(chosen_names(self.names, only, exclude))
+
+    def _only(self, names: Collection[str]) -> Memory:
+        anchor, importance = only_those(self.anchor, names), only_those(self.importance, names)
+        directions = None if self.directions is None else self.directions.only(names)
+        if directions is not None and not directions.names() | directions.free:
+            directions = None
+        counts = only_those(self.counts, names)
+        return replace(self, anchor=anchor, importance=importance, counts=counts, directions=directions)
+
+    def renamed(self, names: Mapping[str, str]) -> Memory:
+        """The same memory with other names: old name -> new name; names that are not given stay.
+
+        The fingerprint of the last consolidation becomes unknown, since it covers the names.
+        """
+        if not names:
+            return self
+        anchor, importance = under_new_names(self.anchor, names), under_new_names(self.importance, names)
+        counts = under_new_names(self.counts, names)
+        history = (*self.history[:-1], *(replace(entry, fingerprint=None) for entry in self.history[-1:]))
+        directions = None if self.directions is None else self.directions.renamed(names)
+        statistics = under_new_names(self.statistics, names)
+        return Memory(anchor, importance, history, counts, directions, statistics)
+
+    def fitted(self, model: nn.Module) -> Memory:
+        """The memory under the model's names, if they differ by a prefix (`module.`, `net.`) or in a known way.
+
+        Raises:
+            MismatchError: the names fit in more than one way; the error says which submodule to give.
+
+        Warns:
+            RenamedParametersWarning: names differ.
+        """
+        fit = fitted(self.names, named_parameters(model), stacklevel=4)
+        return self.renamed(fit.names | {name: fit.own(name) for name in self.statistics if fit.names})
+
     def consolidate(
         self,
         model: nn.Module,
@@ -126,6 +187,8 @@ class Memory:
         decay: float | None = None,
         label: str | None = None,
         rank: int | None = RANK,
+        only: Patterns | None = None,
+        exclude: Patterns | None = None,
     ) -> Memory:
         """A new memory that includes `importance`, with the anchor at the model's present weights and statistics.
 
@@ -146,32 +209,31 @@ class Memory:
             label: a name for what was learned, shown in the history.
             rank: for factors: how many eigenvectors of each matrix are kept; None keeps all. Matrices up to twice as
                 wide are kept whole.
+            only, exclude: which parameters the new memory has, as `select` takes them. What is left out is taken
+                neither from the importance nor from the old memory. To forget a head that was replaced and take in the
+                new one, use `memory.select(exclude="head.*").consolidate(...)`.
 
         Raises:
-            OptionError: the rule is unknown, decay is given for another rule, or the label is not text.
+            OptionError: the rule is unknown, decay is given for another rule, the label is not text, or a pattern
+                matches no parameter.
             MismatchError: the model lacks a parameter of the importance or all parameters of the memory, or has one in
                 another shape (a parameter may have more rows than in the memory).
 
         Warns:
             MovedWeightsWarning: the importance was measured at other weights than the model has.
+            RenamedParametersWarning: the names of the memory or the importance differ from the model's in a known way.
         """
         decay = _checked_rule(rule, decay)
         if not isinstance(label, str | None):
             raise OptionError(f"label must be text, got {label!r}.")
-        if importance.fingerprint is not None and importance.fingerprint != fingerprint(model):
-            warnings.warn(
-                "the importance was measured at other weights than the model has now, or at fewer: the anchor would "
-                "not be at the measured weights. Consolidate with the model that was observed, before training it.",
-                MovedWeightsWarning,
-                stacklevel=2,
-            )
+        memory, importance, chosen = self._together(model, importance, only, exclude)
         if isinstance(importance, KroneckerFactors):
-            return self._with_factors(model, importance, rule, decay, label, rank)
+            return memory._with_factors(model, importance, rule, decay, label, rank, chosen)
         parameters = named_parameters(model)
         check_fit(importance.sums, parameters, "the importance")
-        check_fit(self.importance, parameters, "the memory", may_change=True)
-        _check_same_quantity(self.quantity or importance.quantity, importance.quantity, "the importance", "folded")
-        new, old, count = importance.mean(), self.importance, importance.num_samples
+        check_fit(memory.importance, parameters, "the memory", may_change=True)
+        _check_same_quantity(memory.quantity or importance.quantity, importance.quantity, "the importance", "folded")
+        new, old, count = importance.mean(), memory.importance, importance.num_samples
         fold = RULES[rule]
 
         def folded(name: str) -> Tensor:
@@ -184,11 +246,11 @@ class Memory:
                     torch.cat([before, torch.zeros_like(whole[len(before) :], dtype=before.dtype)]) if grown else before
                 )
             first = new[name][: len(before)] if grown else new[name]
-            found = fold(before.to(first), first, self.counts.get(name, 0), count, decay or 0.0)
+            found = fold(before.to(first), first, memory.counts.get(name, 0), count, decay or 0.0)
             return torch.cat([found, new[name][len(before) :]]) if grown else found
 
         omega = {name: folded(name) for name in parameters if name in old or name in new}
-        counts = {name: self.counts.get(name, 0) + (count if name in new else 0) for name in omega}
+        counts = {name: memory.counts.get(name, 0) + (count if name in new else 0) for name in omega}
         anchor = {name: parameters[name].detach().clone() for name in omega}
         entry = Consolidation.now(
             anchor,
@@ -199,7 +261,36 @@ class Memory:
             magnitude=importance.magnitude,
             label=label,
         )
-        return Memory(anchor, omega, (*self.history, entry), counts, self.directions, _kept_statistics(model))
+        return Memory(anchor, omega, (*memory.history, entry), counts, memory.directions, _kept_statistics(model))
+
+    def _together(
+        self,
+        model: nn.Module,
+        importance: Importance | KroneckerFactors,
+        only: Patterns | None,
+        exclude: Patterns | None,
+    ) -> tuple[Memory, Importance | KroneckerFactors, set[str] | None]:
+        """The memory and an importance under the model's names, with the chosen parameters alone, if some are chosen.
+
+        Factors are selected later, when they are directions.
+        """
+        fit = fitted(importance.names, named_parameters(model), "the importance", stacklevel=4)
+        if importance.fingerprint is not None:
+            present = {fit.known(name): tensor for name, tensor in weights(model).items()} if fit.names else model
+            if importance.fingerprint != fingerprint(present):
+                warnings.warn(
+                    "the importance was measured at other weights than the model has now, or at fewer: the anchor "
+                    "would not be at the measured weights. Consolidate with the model that was observed, before "
+                    "training it.",
+                    MovedWeightsWarning,
+                    stacklevel=3,
+                )
+        memory, importance = self.fitted(model), importance.renamed(fit.names)
+        if only is None and exclude is None:
+            return memory, importance, None
+        chosen = chosen_names(memory.names | importance.names, only, exclude)
+        own = importance if isinstance(importance, KroneckerFactors) else importance.only(chosen)
+        return memory._only(chosen), own, chosen
 
     def _with_factors(
         self,
@@ -209,6 +300,7 @@ class Memory:
         decay: float | None,
         label: str | None,
         rank: int | None,
+        chosen: set[str] | None,
     ) -> Memory:
         """`consolidate` for factors."""
         if rule == "max":
@@ -227,8 +319,11 @@ class Memory:
             )
         earlier = sum(entry.num_samples for entry in self.history if entry.magnitude in (BOTH, INPUTS_ALONE))
         share = factors.num_samples / (earlier + factors.num_samples)
-        weights = {"sum": (1.0, 1.0), "mean": (1 - share, share), "ema": (decay or 0.0, 1 - (decay or 0.0))}[rule]
-        directions = consolidated(old, factors, weights, rank)
+        masses = {"sum": (1.0, 1.0), "mean": (1 - share, share), "ema": (decay or 0.0, 1 - (decay or 0.0))}[rule]
+        directions = consolidated(old, factors, masses, rank)
+        directions = directions if chosen is None else directions.only(chosen)
+        excerpts = {name: excerpt(parameters[name]) for name in sorted(directions.names())}
+        directions = replace(directions, excerpts=excerpts)
         entry = Consolidation.now(
             {name: parameters[name].detach() for name in sorted(directions.names() | directions.free)},
             num_samples=factors.num_samples,
@@ -257,6 +352,9 @@ class Memory:
         Raises:
             OptionError: the memory holds no directions, or there is no reference.
             MismatchError: a weight is missing.
+
+        Warns:
+            RenamedParametersWarning: the names of a side differ from the memory's in a known way.
         """
         if self.directions is None:
             raise OptionError(
@@ -266,6 +364,10 @@ class Memory:
             raise OptionError("the memory holds no anchor: give the weights that were measured as reference=.")
         before = self.anchor if reference is None else reference
         sides = [dict(side) if isinstance(side, Mapping) else named_parameters(side) for side in (before, model)]
+        names = self.directions.names()
+        for side in sides:
+            new = fitted(names, side).names
+            side |= {name: side[new[name]] for name in names if new.get(name) in side}
         return self.directions.predicted_change(sides[0], sides[1])
 
     def merge(self, other: Memory) -> Memory:
@@ -323,7 +425,7 @@ class Memory:
                 "memories with directions can be merged if both hold nothing else, and the same second moments. Merge "
                 "the factors, and consolidate the result once."
             )
-        if self.history[0].fingerprint != other.history[0].fingerprint:
+        if self.history[0].fingerprint != other.history[0].fingerprint or directions.differs(self.directions):
             raise MismatchError("the memories are of different weights. Only replicas of one model can be merged.")
         history = self.history + tuple(replace(entry, rule=MERGED) for entry in other.history)
         counts = self.num_samples, other.num_samples
@@ -373,26 +475,31 @@ class Memory:
         Args:
             path: the file, or its URL (`simplecache::s3://...` keeps a local copy).
             like: the model of the memory: names and shapes are checked, and tensors are put on the devices of its
-                parameters. None: tensors are on the CPU.
+                parameters. The memory gets the model's names, as `fitted` gives them. None: tensors are on the CPU.
 
         Raises:
             MemoryFileError: the file is missing, damaged, not a memory, or of a newer format.
-            MismatchError: the memory is of another architecture than `like`.
+            MismatchError: the memory is of another architecture than `like`. If a part was replaced, load without
+                `like`, and `select` the rest.
 
         Warns:
             MovedWeightsWarning: the weights of `like` differ from the anchor.
             MovedStatisticsWarning: its running statistics, or other buffers, differ from the memory's.
+            RenamedParametersWarning: the names of the memory differ from the model's in a known way.
         """
         memory = cls.from_file(path, *read(path, MEMORY))
         if like is None:
             return memory
-        memory.check(like)
+        memory = memory.fitted(like)
+        check_model(memory, like)
         parameters = named_parameters(like)
         moved = [n for n, anchor in memory.anchor.items() if n in parameters and not _stands_at(parameters[n], anchor)]
         if not memory.anchor and memory.directions is not None:
-            names = sorted(memory.names & parameters.keys())
-            is_same = memory.history[-1].fingerprint == fingerprint({n: parameters[n].detach() for n in names})
-            moved = [] if is_same else names
+            names, mark = sorted(memory.names & parameters.keys()), memory.history[-1].fingerprint
+            if mark is None:  # the memory has other names than when it was consolidated
+                moved = memory.directions.moved(parameters)
+            elif mark != fingerprint({n: parameters[n].detach() for n in names}):
+                moved = names
         if moved:
             warnings.warn(
                 f"{len(moved)} of {len(memory.names)} parameters (the first is {moved[0]}) have other weights in the "
@@ -436,23 +543,36 @@ class Memory:
     def check(self, model: nn.Module) -> None:
         """Check that the memory fits a model; warn of parameters that only one of the two has.
 
-        A parameter may have more rows than in the memory, as a head with more classes has: the new rows are free.
+        A parameter may have more rows than in the memory, as a head with more classes has: the new rows are free. With
+        one shared head the new classes then take the answers of the old ones; `protect` warns of it.
 
         Raises:
             MismatchError: the model has no parameter of the memory, or has one in another shape; the error names it.
+                `select(exclude=...)` leaves such parameters out.
+
+        Warns:
+            NewParametersWarning, LostParametersWarning: only the model, or only the memory has a parameter.
+            RenamedParametersWarning: the memory's names differ from the model's in a known way.
         """
-        parameters = named_parameters(model)
-        check_fit(self.importance, parameters, "the memory", may_change=True)
-        if self.directions is not None:
-            self.directions.check(parameters)
-        known = self.names
-        new = [name for name in trainable_parameters(model) if name not in known]
-        if new and known:
-            warnings.warn(
-                f"{len(new)} parameters of the model are not in the memory and stay free to change: {', '.join(new)}",
-                NewParametersWarning,
-                stacklevel=3,
-            )
+        check_model(self.fitted(model), model)
+
+
+def check_model(memory: Memory, model: nn.Module, known: Collection[str] = (), stacklevel: int = 3) -> None:
+    """`Memory.check`, for a memory under the model's names; without a warning of the parameters in `known`."""
+    parameters = named_parameters(model)
+    check_fit(memory.importance, parameters, "the memory", may_change=True, stacklevel=stacklevel + 2)
+    if memory.directions is not None:
+        memory.directions.check(parameters)
+        lost = memory.directions.names() - parameters.keys() - memory.importance.keys()
+        warn_of_lost(sorted(lost), "the memory", stacklevel + 1)
+    names = memory.names
+    new = [name for name in trainable_parameters(model) if name not in names and name not in known]
+    if new and names:
+        warnings.warn(
+            f"{len(new)} parameters of the model are not in the memory and stay free to change: {', '.join(new)}",
+            NewParametersWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def _kept_statistics(model: nn.Module) -> dict[str, Tensor]:
@@ -498,13 +618,7 @@ def _checked_rule(rule: str, decay: float | None) -> float | None:
 
 def _present(directions: Directions, parameters: Mapping[str, Any]) -> Directions:
     """The directions of parameters that the model still has; the others are dropped, with a warning."""
-    lost = sorted(directions.names() - parameters.keys())
-    if lost:
-        warnings.warn(
-            f"{len(lost)} parameters of the memory are no longer in the model and are left out: {', '.join(lost)}",
-            LostParametersWarning,
-            stacklevel=4,
-        )
+    warn_of_lost(sorted(directions.names() - parameters.keys()), "the memory", 5)
     return directions.only(parameters)
 
 
@@ -522,7 +636,12 @@ def _stands_at(parameter: Tensor, anchor: Tensor) -> bool:
 
 
 def check_fit(
-    tensors: Mapping[str, Tensor], parameters: Mapping[str, Any], whose: str, *, may_change: bool = False
+    tensors: Mapping[str, Tensor],
+    parameters: Mapping[str, Any],
+    whose: str,
+    *,
+    may_change: bool = False,
+    stacklevel: int = 4,
 ) -> None:
     """Check that the model has every one of `tensors`, in the same shape.
 
@@ -531,30 +650,36 @@ def check_fit(
         parameters: the model's.
         whose: the owner of the tensors, for the error.
         may_change: parameters may have more rows; some (not all) may be missing, with a warning.
+        stacklevel: of that warning.
 
     Raises:
-        MismatchError: a parameter is missing or has another shape.
+        MismatchError: a parameter is missing or has another shape; the error names the way out.
     """
     missing = [name for name in tensors if name not in parameters]
-    reshaped = [
-        f"{name} (expected {tuple(tensor.shape)}, the model has {tuple(parameters[name].shape)})"
+    reshaped = {
+        name: f"{name} (expected {tuple(tensor.shape)}, the model has {tuple(parameters[name].shape)})"
         for name, tensor in tensors.items()
         if name in parameters
         and tensor.shape != parameters[name].shape
         and not (may_change and has_grown(tensor, parameters[name]))
-    ]
+    }
     problems = [f"the model lacks {', '.join(missing)}"] if missing else []
-    problems += [f"reshaped: {', '.join(reshaped)}"] if reshaped else []
+    problems += [f"reshaped: {', '.join(reshaped.values())}"] if reshaped else []
     if reshaped or (missing and not (may_change and len(missing) < len(tensors))):
         raise MismatchError(
             f"{whose} is of another architecture: {'; '.join(problems)}. Use the model it was made with, or measure "
-            "this model."
+            f"this model.{way_out([*missing, *reshaped], tensors)}"
         )
-    if missing:
+    warn_of_lost(missing, whose, stacklevel)
+
+
+def warn_of_lost(names: Collection[str], whose: str, stacklevel: int) -> None:
+    """Warn of parameters that the model has no longer, if there are any."""
+    if names:
         warnings.warn(
-            f"{len(missing)} parameters of {whose} are no longer in the model and are left out: {', '.join(missing)}",
+            f"{len(names)} parameters of {whose} are no longer in the model and are left out: {', '.join(names)}",
             LostParametersWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 

@@ -19,7 +19,8 @@ from memsyn.engine.matrix_tracer import MatrixFinder, MatrixTracer, complete_, z
 from memsyn.engine.passes import gradients
 from memsyn.engine.recorder import Recorder
 from memsyn.matrices import Matrix
-from memsyn.measuring.objectives import Estimator, Forward, OutputScorer, Position, Scorer, token_mask
+from memsyn.measuring.objectives import Estimator, Forward, OutputScorer, Position, Scorer
+from memsyn.measuring.padding import layer_mask
 
 
 @final
@@ -121,7 +122,7 @@ class FactorScorer(Scorer):
         recorder: Recorder | None = None,
     ) -> Tensor:
         """(B, 1), the objective of each sample. With a recorder, second moments of the batch are added."""
-        with nullcontext() if recorder is None else self._tracer(batch, recorder.root):
+        with nullcontext() if recorder is None else self._tracer(model, batch, recorder.root):
             return self._output_scorer.scores(model, parameters, batch, position, recorder)
 
     def add_inputs(
@@ -132,19 +133,17 @@ class FactorScorer(Scorer):
         Returns:
             Those of `parameters` that the pass used: they are no matrices, or are not known to be.
         """
-        tracer = self._tracer(batch, None, parameters)
+        tracer = self._tracer(model, batch, None, parameters)
         with tracer:
             self.output(model, batch.inputs, batch_index)
         return tracer.others
 
     def _tracer(
-        self, batch: Batch, root: Tensor | None, others: Mapping[str, nn.Parameter] | None = None
+        self, model: nn.Module, batch: Batch, root: Tensor | None, others: Mapping[str, nn.Parameter] | None = None
     ) -> MatrixTracer:
-        mask = token_mask(batch.inputs) if self.masks_padding else None
-        # With a decoder, tensors of encoder and decoder cannot be told apart, so padding is not left out.
-        encoded = mask if mask is not None and batch.inputs.get("attention_mask") is mask else None
+        mask = layer_mask(model, batch.inputs) if self.masks_padding else None
         return MatrixTracer(
-            {**self._parameters, **(others or {})}, self.matrices, self.sums, root, encoded, self.excluded
+            {**self._parameters, **(others or {})}, self.matrices, self.sums, root, mask, self.excluded
         )
 
     def check_complete(

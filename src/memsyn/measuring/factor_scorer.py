@@ -142,9 +142,7 @@ class FactorScorer(Scorer):
         self, model: nn.Module, batch: Batch, root: Tensor | None, others: Mapping[str, nn.Parameter] | None = None
     ) -> MatrixTracer:
         mask = layer_mask(model, batch.inputs) if self.masks_padding else None
-        return MatrixTracer(
-            {**self._parameters, **(others or {})}, self.matrices, self.sums, root, mask, self.excluded
-        )
+        return MatrixTracer({**self._parameters, **(others or {})}, self.matrices, self.sums, root, mask, self.excluded)
 
     def check_complete(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, batch_index: int

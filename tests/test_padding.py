@@ -62,7 +62,7 @@ def test_a_clip_counts_the_same_however_it_is_padded(kind: str, head: str) -> No
 
 
 def test_frames_of_padding_do_not_count_where_padding_changes_the_other_frames() -> None:
-    """Group norm takes its statistics over the whole clip: what is right is the model's own output on its own frames."""
+    """Group norm takes its statistics over the whole clip: right is the model's own output on its own frames."""
     model = build_of("Wav2Vec2ForCTC", "Wav2Vec2Config", **SPEECH, feat_extract_norm="group").double()
     batch = clip(100)
     num_frames = int(model._get_feat_extract_output_lengths(torch.tensor(120)))

@@ -70,7 +70,11 @@ class FactorScorer(Scorer):
         lost: it is measured as before. Of output gradients, a matrix is only taken if sum d x^T over its uses is the
         gradient of autograd: then no use of it is hidden.
         """
-        several = batch if batch.num_samples != 1 else batch.map(lambda t: torch.cat([t, t]) if len(t.shape) else t)
+        several = (
+            batch
+            if batch.num_samples != 1 or batch.whole
+            else batch.map(lambda t: torch.cat([t, t]) if len(t.shape) else t)
+        )
         finder, values = self._watched(model, parameters, several, position)
         found = {
             key: replace(matrix, bias=None) if matrix.bias in measured else matrix

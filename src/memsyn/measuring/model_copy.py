@@ -141,7 +141,8 @@ def _rebind_closures(model: nn.Module, clone: nn.Module) -> None:
     ):
         replaced.update((id(old), new) for old, new in zip(mine, its, strict=True))
     for module in clone.modules():
-        for holder in (vars(module), *forward_hooks(module)):
+        holders: list[dict[Any, Any]] = [vars(module), *forward_hooks(module)]
+        for holder in holders:
             holder.update(
                 {
                     key: _rebound(value, replaced)

@@ -36,8 +36,8 @@ def layer_mask(model: nn.Module, inputs: Any) -> Tensor | None:
         return None
     if not bool((mask != 0).all()) and (_frame_rules(model) or _num_virtual_tokens(model)):
         raise OutputError(
-            f"attention_mask leaves padding out, but the layers of {type(model).__name__} have other positions than its "
-            "inputs (frames, or virtual tokens in front), so this estimator would count padding. Give batches "
+            f"attention_mask leaves padding out, but the layers of {type(model).__name__} have other positions than "
+            "its inputs (frames, or virtual tokens in front), so this estimator would count padding. Give batches "
             "without padding (batches of one sample, without attention_mask), or take estimator='mas'."
         )
     return mask

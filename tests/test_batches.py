@@ -163,6 +163,26 @@ def test_a_batch_with_one_output_row_is_one_sample() -> None:
     assert_exact(memsyn.measure(model, held, forward=lambda m, b: m(b.own), progress=False), expected, 3)
 
 
+@pytest.mark.parametrize("estimator", ["mas-local", "kronecker"])
+def test_a_bag_is_one_sample_for_other_estimators(estimator: str) -> None:
+    options: dict[str, Any] = {"estimator": estimator, "progress": False}
+    found = memsyn.measure(bags(), SEQUENCES, **options)
+    expected = memsyn.measure(bags(), SEQUENCES, split=lambda own: [own], **options)
+    assert found.num_samples == expected.num_samples == 3
+    assert all(torch.equal(found.sums[name], total) for name, total in expected.sums.items())
+
+
+def test_a_bag_must_be_split_where_sums_are_added_in_the_forward_pass() -> None:
+    for batches in ([SEQUENCES[0]], [SEQUENCES[0][:1], *SEQUENCES[1:]]):
+        with pytest.raises(memsyn.OutputError, match=r"split=lambda batch: \["):
+            memsyn.measure(bags(), batches, estimator="inputs", progress=False)
+    model = nn.Linear(4, 3).double()
+    bagged = Lambda(lambda m, x: m.a(x).sum(0, keepdim=True) if len(x) == 2 else m.a(x), a=model)
+    for estimator in ("mas-local", "kronecker", "inputs"):
+        with pytest.raises(memsyn.OutputError, match=r"taken for 2 samples|for 2 samples its shape is \(1, 3\)"):
+            memsyn.measure(bagged, [SEQUENCES[0], SEQUENCES[1]], estimator=estimator, progress=False)
+
+
 def test_max_samples_cuts_no_bag() -> None:
     with pytest.raises(memsyn.OutputError, match="first dimension must be the samples"):
         memsyn.measure(bags(), SEQUENCES, max_samples=2, progress=False)

@@ -19,7 +19,7 @@ from memsyn.engine.matrix_tracer import MatrixFinder, MatrixTracer, complete_, z
 from memsyn.engine.passes import gradients
 from memsyn.engine.recorder import Recorder
 from memsyn.matrices import Matrix
-from memsyn.measuring.objectives import Estimator, Forward, OutputScorer, Position, Scorer
+from memsyn.measuring.objectives import Estimator, Forward, OutputScorer, Position, Scorer, check_holds_samples
 from memsyn.measuring.padding import layer_mask
 
 
@@ -136,10 +136,14 @@ class FactorScorer(Scorer):
 
         Returns:
             Those of `parameters` that the pass used: they are no matrices, or are not known to be.
+
+        Raises:
+            OutputError: no dimension of the output holds the samples.
         """
         tracer = self._tracer(model, batch, None, parameters)
         with tracer:
-            self.output(model, batch.inputs, batch_index)
+            output = self.output(model, batch.inputs, batch_index)
+        check_holds_samples(output, batch, batch_index)
         return tracer.others
 
     def _tracer(

@@ -22,7 +22,7 @@ from memsyn.engine.tracer import Tracer
 from memsyn.errors import BatchError, ModelError, OutputError
 from memsyn.kernels.operations import Function, name_of, operation_of
 from memsyn.kernels.rules import MAGNITUDES
-from memsyn.measuring.objectives import Estimator, Forward, Position, Scorer
+from memsyn.measuring.objectives import Estimator, Forward, Position, Scorer, check_holds_samples
 from memsyn.measuring.padding import layer_mask
 from memsyn.torch_private import is_custom_function, without_function_modes
 
@@ -384,6 +384,7 @@ class LocalScorer(Scorer):
         layers = LayerTracer(parameters, batch.tensors, mask, recorder, single_use)
         with layers:
             output = self.output(model, batch.inputs, position.batch_index)
+        check_holds_samples(output, batch, position.batch_index)
         return layers.scores(tensors(output), batch.num_samples, position.batch_index)
 
     def check_complete(

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from memsyn.batches import (
     Batch,
-    Samples,
     BatchSplit,
+    Samples,
     are_items,
     check_iterable,
     first_samples,
@@ -114,7 +114,9 @@ def measure(
     "mas-local".
 
     Padding tokens in outputs (samples, tokens, ...) are left out, if the batch has an `attention_mask` (for a decoder,
-    a `decoder_attention_mask`). If you pass `forward`, mask padding yourself.
+    a `decoder_attention_mask`). Speech models of transformers leave out the frames of padding, by their own rule; with
+    peft's prompt tuning, the virtual tokens count. A mask that cannot be applied to the output is an error. If you pass
+    `forward`, mask padding yourself.
 
     The model is measured in eval mode, on a clone that shares its weights. The model itself stays bit for bit the same.
 

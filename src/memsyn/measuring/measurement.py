@@ -109,7 +109,9 @@ class Measurement:
         try:
             return self._add_checked(batch, index)
         except MemsynError as error:
-            samples = self._other_samples(batch, index, error) if can_guess else None
+            # Some estimators add during the forward pass. Then only the check may fail before anything was added.
+            is_clean = isinstance(self.scorer, OutputScorer) or self.table.seen != Seen.SEVERAL_SAMPLES
+            samples = self._other_samples(batch, index, error) if can_guess and is_clean else None
             if samples is None:
                 raise
         return set[str]().union(*[self._add_checked(sample, index) for sample in samples])

@@ -281,7 +281,8 @@ def scores(
         raise OutputError(
             f"{where}: the output's first dimension must be the samples; for {num_samples or 'some'} "
             f"samples its shape is {tuple(output.shape)}. A mean loss is not enough, since importance is taken per "
-            "sample. Return the raw outputs, or choose them with forward=lambda model, batch: ..."
+            "sample. Return the raw outputs, or choose them with forward=lambda model, batch: ... If the batch is one "
+            "sample, say so: split=lambda batch: [batch]."
         )
     if not output.is_floating_point():
         raise OutputError(
@@ -312,6 +313,22 @@ def scores(
             "one such sample makes the whole importance useless."
         )
     return values.reshape(len(values), -1)
+
+
+def check_holds_samples(output: object, batch: Batch, batch_index: int) -> None:
+    """Refuse a batch if the output has other samples. Time may come before them: (time, samples, features).
+
+    Raises:
+        OutputError: no dimension of the output is as long as the batch, the last one of several aside.
+    """
+    if not isinstance(output, Tensor) or output.ndim == 0 or batch.num_samples is None:
+        return
+    if batch.num_samples not in output.shape[: max(1, output.ndim - 1)] and not batch.whole:
+        raise OutputError(
+            f"batch {batch_index}: its first dimension was taken for {batch.num_samples} samples, but no dimension of "
+            f"the output {tuple(output.shape)} holds so many. Say what the samples are: split=lambda batch: [...], a "
+            "list of batches of one sample each."
+        )
 
 
 # Running a model

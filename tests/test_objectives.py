@@ -1,11 +1,15 @@
 """Estimators against their definitions, one sample at a time; which output counts; padding."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 import memsyn
 from memsyn.measuring.objectives import ESTIMATORS, SampleInfo
@@ -277,3 +281,59 @@ def test_which_output_counts(output: Any, chosen: int | None) -> None:
         found = memsyn.measure(model, [BATCH], progress=False)
         expected = memsyn.measure(model.a, [BATCH], progress=False)
         assert torch.allclose(found.sums["a.weight"], chosen**2 * expected.sums["weight"], rtol=1e-9)
+
+
+class Pair(NamedTuple):
+    value: Tensor
+    other: Any
+
+
+@dataclass
+class Output(ModelOutput):
+    value: Tensor | None = None
+    other: Any = None
+
+
+@dataclass
+class Answer:
+    value: Tensor
+
+
+BESIDE: dict[str, Callable[[Tensor], Any]] = {
+    "a distribution": lambda y: torch.distributions.Normal(y, 1.0),
+    "a nested tuple, as the states of an LSTM": lambda y: (y, y),
+    "a list of tensors": lambda y: [y],
+    "a dataclass": Answer,
+    "an object": lambda y: SimpleNamespace(state=y),
+    "a mapping": lambda y: {"state": y},
+}
+
+
+@pytest.mark.parametrize("container", ["tuple", "list", "dict", "named tuple", "ModelOutput"])
+@pytest.mark.parametrize("name", BESIDE)
+def test_one_tensor_among_objects_that_may_hold_others_is_ambiguous(name: str, container: str) -> None:
+    put: dict[str, Callable[[Tensor, Any], Any]] = {
+        "tuple": lambda value, other: (other, value),
+        "list": lambda value, other: [value, other],
+        "dict": lambda value, other: {"value": value, "other": other},
+        "named tuple": Pair,
+        "ModelOutput": lambda value, other: Output(value=value, other=other),
+    }
+    model = Lambda(
+        lambda m, x: put[container](m.value(x), BESIDE[name](m.other(x))), value=nn.Linear(4, 1), other=nn.Linear(4, 2)
+    ).double()
+    with pytest.raises(memsyn.OutputError, match=r"nothing else that may hold one; got a .*Say which tensor counts"):
+        memsyn.measure(model, [BATCH], progress=False)
+
+
+@pytest.mark.parametrize("output", [torch.distributions.Categorical, Answer])
+def test_an_object_that_is_no_tensor_is_no_output(output: Any) -> None:
+    model = Lambda(lambda m, x: output(m.a(x).softmax(1)), a=nn.Linear(4, 3).double())
+    with pytest.raises(memsyn.OutputError, match=f"got a {output.__name__}. Say which tensor counts"):
+        memsyn.measure(model, [BATCH], progress=False)
+
+
+def test_a_tensor_beside_numbers_and_text_is_the_output() -> None:
+    model = Lambda(lambda m, x: (m.a(x), None, 0.5, "text", (1, [None]), {"lr": np.float64(2)}), a=nn.Linear(4, 3))
+    found, expected = (memsyn.measure(m.double(), [BATCH], progress=False) for m in (model, model.a))
+    assert torch.equal(found.sums["a.weight"], expected.sums["weight"])

@@ -19,7 +19,8 @@ from memsyn.engine.matrix_tracer import MatrixFinder, MatrixTracer, complete_, z
 from memsyn.engine.passes import gradients
 from memsyn.engine.recorder import Recorder
 from memsyn.matrices import Matrix
-from memsyn.measuring.objectives import Estimator, Forward, OutputScorer, Position, Scorer, token_mask
+from memsyn.measuring.objectives import Estimator, Forward, OutputScorer, Position, Scorer, check_holds_samples
+from memsyn.measuring.padding import layer_mask
 
 
 @final
@@ -69,7 +70,11 @@ class FactorScorer(Scorer):
         lost: it is measured as before. Of output gradients, a matrix is only taken if sum d x^T over its uses is the
         gradient of autograd: then no use of it is hidden.
         """
-        several = batch if batch.num_samples != 1 else batch.map(lambda t: torch.cat([t, t]) if len(t.shape) else t)
+        several = (
+            batch
+            if batch.num_samples != 1 or batch.whole
+            else batch.map(lambda t: torch.cat([t, t]) if len(t.shape) else t)
+        )
         finder, values = self._watched(model, parameters, several, position)
         found = {
             key: replace(matrix, bias=None) if matrix.bias in measured else matrix
@@ -121,7 +126,7 @@ class FactorScorer(Scorer):
         recorder: Recorder | None = None,
     ) -> Tensor:
         """(B, 1), the objective of each sample. With a recorder, second moments of the batch are added."""
-        with nullcontext() if recorder is None else self._tracer(batch, recorder.root):
+        with nullcontext() if recorder is None else self._tracer(model, batch, recorder.root):
             return self._output_scorer.scores(model, parameters, batch, position, recorder)
 
     def add_inputs(
@@ -131,21 +136,21 @@ class FactorScorer(Scorer):
 
         Returns:
             Those of `parameters` that the pass used: they are no matrices, or are not known to be.
+
+        Raises:
+            OutputError: no dimension of the output holds the samples.
         """
-        tracer = self._tracer(batch, None, parameters)
+        tracer = self._tracer(model, batch, None, parameters)
         with tracer:
-            self.output(model, batch.inputs, batch_index)
+            output = self.output(model, batch.inputs, batch_index)
+        check_holds_samples(output, batch, batch_index)
         return tracer.others
 
     def _tracer(
-        self, batch: Batch, root: Tensor | None, others: Mapping[str, nn.Parameter] | None = None
+        self, model: nn.Module, batch: Batch, root: Tensor | None, others: Mapping[str, nn.Parameter] | None = None
     ) -> MatrixTracer:
-        mask = token_mask(batch.inputs) if self.masks_padding else None
-        # With a decoder, tensors of encoder and decoder cannot be told apart, so padding is not left out.
-        encoded = mask if mask is not None and batch.inputs.get("attention_mask") is mask else None
-        return MatrixTracer(
-            {**self._parameters, **(others or {})}, self.matrices, self.sums, root, encoded, self.excluded
-        )
+        mask = layer_mask(model, batch.inputs) if self.masks_padding else None
+        return MatrixTracer({**self._parameters, **(others or {})}, self.matrices, self.sums, root, mask, self.excluded)
 
     def check_complete(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, batch_index: int

@@ -22,7 +22,8 @@ from memsyn.engine.tracer import Tracer
 from memsyn.errors import BatchError, ModelError, OutputError
 from memsyn.kernels.operations import Function, name_of, operation_of
 from memsyn.kernels.rules import MAGNITUDES
-from memsyn.measuring.objectives import Estimator, Forward, Position, Scorer, token_mask
+from memsyn.measuring.objectives import Estimator, Forward, Position, Scorer, check_holds_samples
+from memsyn.measuring.padding import layer_mask
 from memsyn.torch_private import is_custom_function, without_function_modes
 
 
@@ -378,13 +379,12 @@ class LocalScorer(Scorer):
 
         With a recorder, each layer is differentiated as soon as it ends, and the scores have no graph.
         """
-        mask = token_mask(batch.inputs) if self.masks_padding else None
-        # With a decoder, layers of encoder and decoder cannot be told apart, so padding is not left out.
-        encoded = mask is not None and batch.inputs.get("attention_mask") is mask
+        mask = layer_mask(model, batch.inputs) if self.masks_padding else None
         single_use = {name for name, count in self._num_uses.items() if count == 1}
-        layers = LayerTracer(parameters, batch.tensors, mask if encoded else None, recorder, single_use)
+        layers = LayerTracer(parameters, batch.tensors, mask, recorder, single_use)
         with layers:
             output = self.output(model, batch.inputs, position.batch_index)
+        check_holds_samples(output, batch, position.batch_index)
         return layers.scores(tensors(output), batch.num_samples, position.batch_index)
 
     def check_complete(

@@ -8,15 +8,25 @@ import random
 import warnings
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, overload
+from typing import Any, Literal, final, overload
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from memsyn.batches import Batch, check_iterable, first_samples, labels_of, model_input
-from memsyn.errors import ModelError, OptionError, SlowParametersWarning
+from memsyn.batches import (
+    Batch,
+    BatchSplit,
+    Samples,
+    are_items,
+    check_iterable,
+    first_samples,
+    in_samples,
+    labels_of,
+    model_input,
+)
+from memsyn.errors import MemsynError, ModelError, OptionError, SlowParametersWarning
 from memsyn.measuring.distributed import ProcessGroup, fail_together, group_of, rank_and_size
 from memsyn.measuring.measurement import Measurement
 from memsyn.measuring.model_copy import check_measurable
@@ -42,6 +52,7 @@ def measure(  # type: ignore[overload-overlap]
     checkpoint: str | os.PathLike[str] | None = ...,
     every: float = ...,
     rank: int | None = ...,
+    split: BatchSplit | None = ...,
 ) -> KroneckerFactors: ...
 
 
@@ -59,6 +70,7 @@ def measure(
     checkpoint: str | os.PathLike[str] | None = ...,
     every: float = ...,
     rank: int | None = ...,
+    split: BatchSplit | None = ...,
 ) -> Importance: ...
 
 
@@ -75,6 +87,7 @@ def measure(
     checkpoint: str | os.PathLike[str] | None = None,
     every: float = 60.0,
     rank: int | None = None,
+    split: BatchSplit | None = None,
 ) -> Importance | KroneckerFactors:
     """Measure what a model relies on, from unlabelled data: an importance per weight, or directions per weight matrix.
 
@@ -101,7 +114,9 @@ def measure(
     "mas-local".
 
     Padding tokens in outputs (samples, tokens, ...) are left out, if the batch has an `attention_mask` (for a decoder,
-    a `decoder_attention_mask`). If you pass `forward`, mask padding yourself.
+    a `decoder_attention_mask`). Speech models of transformers leave out the frames of padding, by their own rule; with
+    peft's prompt tuning, the virtual tokens count. A mask that cannot be applied to the output is an error. If you pass
+    `forward`, mask padding yourself.
 
     The model is measured in eval mode, on a clone that shares its weights. The model itself stays bit for bit the same.
 
@@ -109,7 +124,10 @@ def measure(
         model: any module. Parameters that do not require a gradient are left out.
         batches: a DataLoader or any iterable of batches. A batch is a tensor, an (input, target) tuple or list (the
             target is ignored), or a mapping (passed as keyword arguments, without labels). The first dimension of every
-            tensor is the samples. Batches are moved to the model's device.
+            tensor is the samples. Batches are moved to the model's device. These batches are taken apart, and measured
+            one sample at a time: a list of tensors of unlike sizes, a PackedSequence, a nested tensor, a batch of
+            torch_geometric, and rows of packed sequences (`position_ids` that start again, or `cu_seqlens`). A batch
+            with one output row, as a bag of images has, is one sample.
         forward: (model, batch) -> output, for all other batches and models. Use the model that it gets, not your own.
         max_samples: stop after this many samples.
         estimator: what to measure: a name in `ESTIMATORS`, or an `Estimator`. "fisher-empirical" needs labels.
@@ -128,6 +146,8 @@ def measure(
         rank: for "kronecker" and "inputs": matrices wider than four times the rank keep a sketch of 2 * rank columns in
             place of their second moments. By default, those wider than 2,048 keep a sketch of 256 columns. What a
             sketch lost is known: see `KroneckerFactors.lost`.
+        split: batch -> a list of batches of one sample each, for batches that memsyn cannot take apart. They are
+            measured one at a time.
 
     Returns:
         The importance of every parameter that requires a gradient, as sums and a count; `KroneckerFactors` for
@@ -175,12 +195,15 @@ def measure(
         measurement = Measurement(model, trainable, device, forward, chosen, batched=batched, rank=rank)
         if resumable is not None:
             settings = {**measurement.settings(), "max_samples": max_samples, "process": rank_and_size(group)}
+            settings |= {"whether there is a split": True} if split is not None else {}
             found = resumable.begin(settings, measurement.state)
             if found is not None:
                 with well_formed(resumable.path):
                     measurement.restore(*found)
-        limited, length = first_samples(iter(batches), max_samples), _length(batches, max_samples)
-        _add_batches(measurement, limited, resumable, length=length, progress=progress)
+        length, has_forward = _length(batches, max_samples), forward is not None
+        read = (in_samples(batch, split, has_forward=has_forward) for batch in batches)
+        reader = _Reader(measurement, can_guess=max_samples is None)
+        _add_batches(reader, first_samples(read, max_samples), resumable, length=length, progress=progress)
     result = measurement.result(group)
     if resumable is not None:
         resumable.finish()
@@ -207,13 +230,49 @@ def _check_options(estimator: Estimator, *, batched: bool, checkpoint: object, r
         raise OptionError(f"rank must be a whole number, at least 1, or None; got {rank!r}.")
 
 
+@final
+class _Reader:
+    """Reads batches as the loader gives them, and adds them to a measurement.
+
+    Args:
+        measurement: the measurement.
+        can_guess: whether the model's output may show that a batch holds other samples than its first dimension. Not
+            with `max_samples`, which has cut the batch by its first dimension.
+    """
+
+    def __init__(self, measurement: Measurement, *, can_guess: bool) -> None:
+        self.measurement, self._can_guess = measurement, can_guess
+        self._has_checked_rows = False
+
+    def add(self, batch: Any, index: int) -> set[str]:
+        """Add one batch. Returns the parameters that are newly found to need one sample at a time."""
+        if isinstance(batch, Samples):
+            if batch.joined is not None and not self._has_checked_rows:
+                rows, sequences = batch.joined
+                self.measurement.check_rows(self._read(rows), [self._read(own) for own in sequences], index)
+                self._has_checked_rows = True
+            return set[str]().union(*[self.measurement.add(self._read(sample, whole=True), index) for sample in batch])
+        try:
+            return self.measurement.add(self._read(batch), index, can_guess=self._can_guess)
+        except MemsynError:
+            # Images of unlike sizes have as many channels each, so their list looks like an input and its target.
+            if not (self._can_guess and self._masks_padding and are_items(batch)):
+                raise
+            return self.measurement.add(Batch.of(list(batch)), index, can_guess=True)
+
+    @property
+    def _masks_padding(self) -> bool:
+        return self.measurement.scorer.masks_padding
+
+    def _read(self, batch: Any, *, whole: bool = False) -> Batch:
+        scorer = self.measurement.scorer
+        # With a `forward` of the user's, the batch is passed on as the loader gave it.
+        inputs = model_input(batch) if scorer.masks_padding else batch
+        return Batch.of(inputs, labels_of(batch) if scorer.estimator.needs_labels else None, whole=whole)
+
+
 def _add_batches(
-    measurement: Measurement,
-    batches: Iterator[Any],
-    resumable: Checkpoint | None,
-    *,
-    length: int | None,
-    progress: bool,
+    reader: _Reader, batches: Iterator[Any], resumable: Checkpoint | None, *, length: int | None, progress: bool
 ) -> None:
     """Add all batches to the measurement, with a progress bar; those that a checkpoint holds are only read."""
     start = 0 if resumable is None else resumable.num_batches
@@ -225,13 +284,10 @@ def _add_batches(
         disable=not progress,
         unit="batch",
     )
-    scorer = measurement.scorer
+    measurement = reader.measurement
     for index, batch in enumerate(bar, start):
-        # With a `forward` of the user's, the batch is passed on as the loader gave it.
-        inputs = model_input(batch) if scorer.masks_padding else batch
-        read = Batch.of(inputs, labels_of(batch) if scorer.estimator.needs_labels else None)
         with nullcontext() if resumable is None else resumable.batch(batch):
-            slow = measurement.add(read, index)
+            slow = reader.add(batch, index)
         if slow:
             warnings.warn(measurement.describe(slow), SlowParametersWarning, stacklevel=3)
         bar.set_postfix_str(f"{measurement.num_samples} samples, {len(measurement.table.slow)} slow parameters")

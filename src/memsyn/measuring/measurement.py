@@ -4,7 +4,8 @@ Owns the clone of the model that is measured, the time of route checks, the sums
 resumes. Must not know loaders, progress or files.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, final
@@ -24,7 +25,7 @@ from memsyn.engine.passes import (
 )
 from memsyn.engine.recorder import Recorder
 from memsyn.engine.routes import BY_FACTORS, BY_RULE, BY_SAMPLE, UNUSED
-from memsyn.errors import BatchError, MemsynError
+from memsyn.errors import BatchError, MemsynError, OutputError, SamplesInteractError
 from memsyn.kernels.outer_products import Workspace
 from memsyn.kernels.rules import MAGNITUDES
 from memsyn.kernels.running_sums import RunningSums
@@ -34,9 +35,9 @@ from memsyn.measuring.distributed import ProcessGroup, share_sums, sum_over_proc
 from memsyn.measuring.factor_scorer import SIDES, FactorScorer
 from memsyn.measuring.local_importance import LocalScorer, remainder_scale
 from memsyn.measuring.model_copy import model_copy
-from memsyn.measuring.objectives import Estimator, Forward, OutputScorer, Position, Scorer
+from memsyn.measuring.objectives import Estimator, Forward, OutputScorer, Position, Scorer, output_tensor
 from memsyn.measuring.resume import State
-from memsyn.measuring.route_check import RouteTable, Seen
+from memsyn.measuring.route_check import FLOAT32, RouteTable, Seen
 from memsyn.parameters import (
     canonical_name,
     fingerprint,
@@ -98,11 +99,26 @@ class Measurement:
         """The estimator: an objective and a magnitude."""
         return self.scorer.estimator
 
-    def add(self, batch: Batch, index: int) -> set[str]:
-        """Add one batch. Returns the parameters that are newly found to need one sample at a time."""
+    def add(self, batch: Batch, index: int, *, can_guess: bool = False) -> set[str]:
+        """Add one batch. Returns the parameters that are newly found to need one sample at a time.
+
+        With `can_guess`, a batch that cannot be measured by its first dimension is measured by the rows of its output:
+        one row makes it one sample, and as many rows as a list has items make these its samples.
+        """
+        batch = batch.to(self.device)
+        try:
+            return self._add_checked(batch, index)
+        except MemsynError as error:
+            # Some estimators add during the forward pass. Then only the check may fail before anything was added.
+            is_clean = isinstance(self.scorer, OutputScorer) or self.table.seen != Seen.SEVERAL_SAMPLES
+            samples = self._other_samples(batch, index, error) if can_guess and is_clean else None
+            if samples is None:
+                raise
+        return set[str]().union(*[self._add_checked(sample, index) for sample in samples])
+
+    def _add_checked(self, batch: Batch, index: int) -> set[str]:
         if batch.num_samples == 0:
             return set()
-        batch = batch.to(self.device)
         was_checked = self.table.seen == Seen.SEVERAL_SAMPLES
         known = self.table.slow if was_checked else set()
         if self.table.should_check(batch.num_samples, index):
@@ -148,10 +164,71 @@ class Measurement:
         self.table.routes.update(dict.fromkeys(passed.refused, BY_SAMPLE))
         slow = self.table.slow
         if slow:
+            if batch.num_samples is None and len(passed.scores) == 1:
+                batch = batch.as_one_sample()
             own = {name: self.parameters[name] for name in slow}
             together = passed.scores if self.scorer.tells_samples_apart else None
             add_by_samples(sums, own, scores, batch, magnitude, together=together)
         return len(passed.scores)
+
+    def _other_samples(self, batch: Batch, index: int, error: MemsynError) -> list[Batch] | None:
+        """The samples of a batch by the rows of its output, after an error; None if they say nothing else.
+
+        Raises:
+            MemsynError: the output has another number of rows, and no list in the batch has so many items.
+        """
+        size = batch.num_samples
+        is_reading = isinstance(error, (BatchError, OutputError, SamplesInteractError))
+        if batch.whole or size is None or not (is_reading or isinstance(error.__cause__, BatchError)):
+            return None
+        try:
+            output = self._outputs([batch], index)[0]
+        except MemsynError:
+            return None  # the model does not take the batch at all
+        if output.ndim == 0:
+            return None
+        rows = len(output)
+        if rows == 1 and size > 1 and output.ndim > 1:
+            return [batch.as_one_sample()]
+        samples = batch.items(rows)
+        if samples is None and rows != size:
+            shape = next(tuple(tensor.shape) for tensor in batch.tensors if tensor.ndim)
+            raise type(error)(
+                f"batch {index}: the first dimension of a tensor of shape {shape} was taken for {size} samples, but "
+                f"the model's output has the shape {tuple(output.shape)}. Return one output row per sample, or say "
+                "what the samples are: split=lambda batch: [...], a list of batches of one sample each. Before, "
+                f"memsyn found: {error}"
+            ) from error
+        return samples
+
+    def _outputs(self, batches: Sequence[Batch], index: int) -> list[Tensor]:
+        """The outputs of the model, without gradients, by a clone that shares no memory with it."""
+        clone = model_copy(self.model, private=named_parameters(self.model), served=self.private)
+        with torch.no_grad(), route_check.unchanged_buffers(self.model, served=self.private):
+            return [output_tensor(self.scorer.output(clone, batch.copied().inputs, index)) for batch in batches]
+
+    def check_rows(self, rows: Batch, sequences: Sequence[Batch], index: int) -> None:
+        """Refuse rows of packed sequences in which a sequence has other outputs than alone.
+
+        Raises:
+            SamplesInteractError: its outputs differ.
+        """
+        together, *alone = self._outputs([rows.to(self.device), *(own.to(self.device) for own in sequences)], index)
+        width = together.shape[1] if together.ndim > 1 else 0
+        found = torch.cat([own.flatten(0, 1) for own in alone]) if all(own.ndim > 1 for own in alone) else None
+        expected = together.flatten(0, 1) if width else together
+        tolerance = math.sqrt(torch.finfo(together.dtype).eps) if together.is_floating_point() else 0.0
+        if (
+            found is None
+            or found.shape != expected.shape
+            or not float((found - expected).abs().max()) <= max(FLOAT32, tolerance) * float(expected.abs().max())
+        ):
+            raise SamplesInteractError(
+                f"batch {index}: its rows hold {len(sequences)} sequences, by their position_ids or boundaries, but "
+                "the outputs in the rows are not those of the sequences alone, so no importance per sequence exists. "
+                "Keep them apart (in transformers: model.config.use_cache = False), give each a row of its own, or "
+                "count a row as one sample: split=lambda batch: [batch]."
+            )
 
     def _add_inputs(self, scorer: FactorScorer, batch: Batch, index: int, sums: dict[str, Tensor]) -> int:
         """Add the second moments of inputs. Each other parameter counts 1 for each sample, as if its input were 1."""

@@ -5,8 +5,9 @@ buffers, hooks and flags. Must never write to the user's model.
 """
 
 import copy
-from collections.abc import Container
-from types import MethodType
+from collections.abc import Container, Iterator, Sequence
+from functools import partial
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -60,6 +61,8 @@ def model_copy(
     Forward hooks are kept, since they may compute a part of the output (as the older `weight_norm` does). Each
     `Onlooker` and all backward hooks are left out.
 
+    A closure over the model, as of a `forward` that was replaced on the instance, becomes a closure over the clone.
+
     A parameter is copied, not aliased, in three cases: its name is in `private`; it was made in inference mode, so
     autograd refuses it; or its layer's forward rewrites it (`Embedding(max_norm=...)`).
 
@@ -82,6 +85,8 @@ def model_copy(
             "open files, handles and tensors with a graph out of the module, or give it a __deepcopy__ that leaves "
             "them out."
         ) from error
+    _check_names(model, clone)
+    _rebind_closures(model, clone)
     for module in clone.modules():
         module.training = False
         remove_backward_hooks(module)
@@ -97,6 +102,103 @@ def model_copy(
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
     return clone
+
+
+def _check_names(model: nn.Module, clone: nn.Module) -> None:
+    """Refuse a model whose copy is not built like itself.
+
+    Raises:
+        ModelError: names what the copy lacks.
+    """
+    own, copied = ([*_shapes(module)] for module in (model, clone))
+    if own != copied:
+        lacks = next((name for name, shape in own if (name, shape) not in copied), "none, but has others")
+        raise ModelError(
+            f"copy.deepcopy of {type(model).__name__} gives a model with other modules or parameters: it "
+            f"lacks {lacks}. Keras models copy themselves so, by saving and loading, and cannot be "
+            "measured. Build the network of torch.nn modules, or give the module a __deepcopy__(memo) that copies its "
+            "attributes with this memo."
+        )
+
+
+def _shapes(model: nn.Module) -> Iterator[tuple[str, torch.Size | None]]:
+    """The names of a model's modules and parameters, and the shapes of the parameters."""
+    yield from ((name, None) for name, _ in model.named_modules())
+    yield from ((name, parameter.shape) for name, parameter in model.named_parameters())
+
+
+def _rebind_closures(model: nn.Module, clone: nn.Module) -> None:
+    """Replace the model by the clone in the functions that the clone's modules hold, and in their hooks.
+
+    deepcopy does not copy functions. So after `old = model.forward; model.forward = lambda x: 2 * old(x)`, the clone
+    would run `old`, a method of the model.
+    """
+    replaced: dict[int, Any] = {}
+    for mine, its in (
+        (model.modules(), clone.modules()),
+        (model.parameters(), clone.parameters()),
+        (model.buffers(), clone.buffers()),
+    ):
+        replaced.update((id(old), new) for old, new in zip(mine, its, strict=True))
+    for module in clone.modules():
+        holders: list[dict[Any, Any]] = [vars(module), *forward_hooks(module)]
+        for holder in holders:
+            holder.update(
+                {
+                    key: _rebound(value, replaced)
+                    for key, value in holder.items()
+                    if isinstance(value, (FunctionType, MethodType, partial))
+                }
+            )
+
+
+def _rebound(value: Any, replaced: dict[int, Any]) -> Any:
+    """The same function, method or partial, with the objects in `replaced` in place of the old ones; else `value`.
+
+    Args:
+        value: what a function refers to.
+        replaced: id of an object of the model -> the clone's. Functions that were looked at are added.
+    """
+    if id(value) in replaced:
+        return replaced[id(value)]
+    if isinstance(value, MethodType):
+        parts = value.__func__, value.__self__
+        new = [_rebound(part, replaced) for part in parts]
+        return value if _are_same(new, parts) else MethodType(*new)
+    if isinstance(value, partial):
+        parts = (value.func, *value.args, *value.keywords.values())
+        function, *new = [_rebound(part, replaced) for part in parts]
+        if _are_same([function, *new], parts):
+            return value
+        count = len(value.args)
+        return partial(function, *new[:count], **dict(zip(value.keywords, new[count:], strict=True)))
+    if not isinstance(value, FunctionType):
+        return value
+    replaced[id(value)] = value  # a function may refer to itself
+    cells = value.__closure__ or ()
+    given = (*(_contents(cell) for cell in cells), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+    new = [_rebound(part, replaced) for part in given]
+    if _are_same(new, given):
+        return value
+    count, end = len(cells), len(cells) + len(value.__defaults__ or ())
+    # A cell whose object stays is shared, not copied: another function may write to it.
+    closure = [cell if own is _contents(cell) else CellType(own) for cell, own in zip(cells, new, strict=False)]
+    copied = FunctionType(value.__code__, value.__globals__, value.__name__, tuple(new[count:end]), tuple(closure))
+    copied.__kwdefaults__ = dict(zip(value.__kwdefaults__ or {}, new[end:], strict=True))
+    copied.__dict__.update(vars(value))
+    replaced[id(value)] = copied
+    return copied
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # the variable has no value yet
+        return None
+
+
+def _are_same(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    return all(one is other for one, other in zip(left, right, strict=True))
 
 
 def refuse_foreign_hooks(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from memsyn.batches import Batch, call
 from memsyn.engine.recorder import Recorder
 from memsyn.errors import BatchError, MemsynError, ModelError, OptionError, OutputError
 from memsyn.kernels.rules import MAGNITUDES
+from memsyn.measuring.padding import Padding
 from memsyn.torch_private import is_out_of_memory, without_function_modes
 
 EMBEDDINGS = ("embeddings", "sentence_embedding", "image_embeds", "text_embeds")
@@ -27,7 +29,8 @@ def output_tensor(output: object) -> Tensor:
     """Choose the tensor to measure in a model's output.
 
     A tensor is taken as it is. In a mapping (a ModelOutput is one), the first of these that exists is taken: `logits`,
-    embeddings, `last_hidden_state`. Otherwise the output must hold exactly one tensor.
+    embeddings, `last_hidden_state`. Otherwise the output must hold exactly one tensor, and beside it only None, numbers
+    and text: any other object (a distribution, a cache, a nested tuple) may hold tensors that count too.
 
     Raises:
         OutputError: no single tensor can be chosen.
@@ -50,26 +53,23 @@ def output_tensor(output: object) -> Tensor:
         named = f"a {type(output).__name__} of {', '.join(type(entry).__name__ for entry in output) or 'nothing'}"
     else:
         entries, named = {}, f"a {type(output).__name__}"
-    tensors = [entry for entry in entries.values() if isinstance(entry, Tensor)]
-    if len(tensors) == 1:
-        return tensors[0]
+    candidates = [entry for entry in entries.values() if not _is_plain(entry)]
+    if len(candidates) == 1 and isinstance(candidates[0], Tensor):
+        return candidates[0]
     raise OutputError(
         f"expected as the model's output a tensor, a mapping with 'logits' or one kind of embeddings, or a mapping or "
-        f"sequence with a single tensor; got {named}. Say which tensor counts: "
+        f"sequence with a single tensor and nothing else that may hold one; got {named}. Say which tensor counts: "
         "forward=lambda model, batch: model(batch[0])[...]"
     )
 
 
-def token_mask(inputs: object) -> Tensor | None:
-    """The mask (samples, tokens) of the tokens that are not padding: the batch's `attention_mask`, if it has one.
-
-    With an encoder and a decoder, the output has the decoder's tokens. So the mask is `decoder_attention_mask`.
-    """
-    if not isinstance(inputs, Mapping):
-        return None
-    decodes = any(str(key).startswith("decoder_") for key in inputs)
-    mask = inputs.get("decoder_attention_mask" if decodes else "attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+def _is_plain(entry: object) -> bool:
+    """Whether a part of an output holds no tensor for certain: None, a number, text, or a container of these."""
+    if isinstance(entry, Mapping):
+        return all(map(_is_plain, entry.values()))
+    if isinstance(entry, (tuple, list, set, frozenset)):
+        return all(map(_is_plain, entry))
+    return entry is None or isinstance(entry, (str, bytes, int, float, complex, np.generic, torch.dtype, torch.device))
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,8 @@ def scores(
         output: (samples, ...), the raw output. Half precision is converted to float32.
         info: passed to the objective.
         num_samples: the number of samples in the batch, if known.
-        mask: (samples, tokens): the tokens of an output (samples, tokens, ...) that are not padding.
+        mask: (samples, positions): the positions of an output (samples, positions, ...) that are not padding; None if
+            all count.
         batch_index, first_in_batch: the position of the samples, for errors.
 
     Returns:
@@ -280,7 +281,8 @@ def scores(
         raise OutputError(
             f"{where}: the output's first dimension must be the samples; for {num_samples or 'some'} "
             f"samples its shape is {tuple(output.shape)}. A mean loss is not enough, since importance is taken per "
-            "sample. Return the raw outputs, or choose them with forward=lambda model, batch: ..."
+            "sample. Return the raw outputs, or choose them with forward=lambda model, batch: ... If the batch is one "
+            "sample, say so: split=lambda batch: [batch]."
         )
     if not output.is_floating_point():
         raise OutputError(
@@ -290,7 +292,7 @@ def scores(
     # The square of 256 is 65,536, but the largest number in float16 is 65,504.
     if output.dtype in (torch.float16, torch.bfloat16):
         output = output.float()
-    if mask is not None and output.ndim > 2 and output.shape[:2] == mask.shape:
+    if mask is not None:
         counts = mask.view(*mask.shape, *[1] * (output.ndim - 2)) != 0
         # Not a product with the mask: padding may hold NaN or infinity, and NaN * 0 is NaN.
         output = torch.where(counts, output, torch.zeros((), dtype=output.dtype, device=output.device))
@@ -311,6 +313,22 @@ def scores(
             "one such sample makes the whole importance useless."
         )
     return values.reshape(len(values), -1)
+
+
+def check_holds_samples(output: object, batch: Batch, batch_index: int) -> None:
+    """Refuse a batch if the output has other samples. Time may come before them: (time, samples, features).
+
+    Raises:
+        OutputError: no dimension of the output is as long as the batch, the last one of several aside.
+    """
+    if not isinstance(output, Tensor) or output.ndim == 0 or batch.num_samples is None:
+        return
+    if batch.num_samples not in output.shape[: max(1, output.ndim - 1)] and not batch.whole:
+        raise OutputError(
+            f"batch {batch_index}: its first dimension was taken for {batch.num_samples} samples, but no dimension of "
+            f"the output {tuple(output.shape)} holds so many. Say what the samples are: split=lambda batch: [...], a "
+            "list of batches of one sample each."
+        )
 
 
 # Running a model
@@ -395,6 +413,10 @@ class OutputScorer(Scorer):
 
     tells_samples_apart = True
 
+    def __init__(self, forward: Forward | None, estimator: Estimator) -> None:
+        super().__init__(forward, estimator)
+        self._padding = Padding()
+
     def scores(
         self,
         model: nn.Module,
@@ -404,15 +426,19 @@ class OutputScorer(Scorer):
         recorder: Recorder | None = None,
     ) -> Tensor:
         """(B, R), the estimator's objective of each sample's output."""
-        mask = token_mask(batch.inputs) if self.masks_padding else None
-        output = self.output(model, batch.inputs, position.batch_index)
+
+        def run(inputs: Any) -> Tensor:
+            return output_tensor(self.output(model, inputs, position.batch_index))
+
+        output = run(batch.inputs)
         with without_function_modes():  # no parameter is used any more
+            inputs = batch.inputs if self.masks_padding else None
             return scores(
                 self.estimator.objective,
-                output_tensor(output),
+                output,
                 SampleInfo(position.first_sample, batch.labels),
                 num_samples=batch.num_samples,
-                mask=mask,
+                mask=self._padding.mask_of(output, model, inputs, run, position.batch_index),
                 batch_index=position.batch_index,
                 first_in_batch=position.first_in_batch,
             )

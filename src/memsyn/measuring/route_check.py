@@ -6,6 +6,7 @@ samples alone with the same samples in a batch. Must not add to any importance, 
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Final, final
@@ -37,7 +38,7 @@ from memsyn.engine.routes import (
     add_by_rule,
 )
 from memsyn.engine.tracer import ShapeTracer, compare, guess, merge
-from memsyn.errors import BatchError, ModelError, OutputError
+from memsyn.errors import BatchError, OutputError
 from memsyn.kernels.rules import Axis, NoRuleError, signed
 from memsyn.measuring.model_copy import cached_values, model_copy
 from memsyn.measuring.objectives import (
@@ -213,9 +214,8 @@ def check(
         OutputError: the objective does not depend on the parameters.
         SamplesInteractError: the samples interact, or the forward pass draws random numbers.
     """
-    before = [(buffer, buffer.clone()) for buffer in model.buffers() if not served]
     measured = list(measured)
-    try:
+    with unchanged_buffers(model, served=served):
         try:
             clone = _private_clone(model, torch.float64, served)
             return _Check(model, clone, measured, scorer, position).verdict(batch.map(_double))
@@ -226,13 +226,19 @@ def check(
             # The forward pass fails in float64: it has a fixed precision.
             clone = _private_clone(model, None, served)
             return _Check(model, clone, measured, scorer, position).verdict(batch)
-    except ModelError:
+
+
+@contextmanager
+def unchanged_buffers(model: nn.Module, *, served: bool) -> Iterator[None]:
+    """Restore the buffers of the user's model, as running statistics: a `forward` may run it in place of the clone."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers() if not served]
+    try:
+        yield
+    finally:
         with torch.no_grad():
-            # The forward pass may have run the user's own model, and changed its running statistics.
             for buffer, value in before:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
-        raise
 
 
 @dataclass(eq=False)
@@ -528,7 +534,7 @@ def _any_written(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
     """Whether a forward pass has written to the tensors of its batch: `before` originals, `after` its copies."""
     return any(
         # A write counts even if it changed no number here. A write that torch does not count shows in the numbers.
-        version_of(new) > 0 or (old.layout == torch.strided and not torch.equal(old, new))
+        version_of(new) > 0 or (old.layout == torch.strided and not old.is_nested and not torch.equal(old, new))
         for old, new in zip(before, after, strict=True)
     )
 

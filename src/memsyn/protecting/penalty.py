@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from memsyn.errors import OptionError, ProtectionError
-from memsyn.parameters import Patterns, named_parameters, wide_dtype
+from memsyn.parameters import Patterns, named_parameters, only_those, wide_dtype
 from memsyn.protecting import compiled
 from memsyn.torch_private import (
     foreach_add,
@@ -88,7 +88,7 @@ def penalty(
         )
     memory = memory.fitted(model).select(only=only, exclude=exclude)
     parameters = named_parameters(model)
-    check_tensors({name: p for name, p in parameters.items() if name in memory.importance})
+    check_tensors(only_those(parameters, memory.importance))
     check_fit(memory.importance, parameters, "the memory", may_change=True)
     terms = []
     for name, omega in memory.importance.items():

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from memsyn.errors import OptionError, ProtectionError
-from memsyn.parameters import Patterns, listed, named_parameters
+from memsyn.parameters import Patterns, listed, named_parameters, only_those
 from memsyn.protecting.optimizers import (
     AUTO,
     PROJECTED,
@@ -193,8 +193,9 @@ def _chosen(memory: Memory, model: nn.Module, form: str, only: Patterns | None, 
     only = None if only is None else listed(only, "only")
     memory = memory.select(only=only, exclude=exclude)
     _check_holds(memory, form)
-    check_model(memory, model, known, stacklevel=4)
     parameters = named_parameters(model)
+    check_tensors(only_those(parameters, memory.names))
+    check_model(memory, model, known, stacklevel=4)
     check_replaced(memory, parameters, form, only or [])
     warn_of_grown(memory, parameters)
     return memory

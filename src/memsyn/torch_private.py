@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from operator import attrgetter, methodcaller
+from types import CellType, FunctionType
 from typing import Any, Final
 
 import torch
@@ -130,3 +131,8 @@ def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def has_own_parameter(module: nn.Module, name: str) -> bool:
     """Whether the module itself holds a parameter with this name. A parametrized weight is held elsewhere."""
     return name in module._parameters
+
+
+def copied_function(function: FunctionType, defaults: tuple[Any, ...], closure: tuple[CellType, ...]) -> FunctionType:
+    """A function with the code of another, and its own defaults and closure."""
+    return FunctionType(function.__code__, function.__globals__, function.__name__, defaults, closure)

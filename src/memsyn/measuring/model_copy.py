@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from memsyn.errors import ModelError
 from memsyn.parameters import canonical_name, unwrap
-from memsyn.torch_private import forward_hooks, remove_backward_hooks
+from memsyn.torch_private import copied_function, forward_hooks, remove_backward_hooks
 
 
 class Onlooker:
@@ -183,7 +183,7 @@ def _rebound(value: Any, replaced: dict[int, Any]) -> Any:
     count, end = len(cells), len(cells) + len(value.__defaults__ or ())
     # A cell whose object stays is shared, not copied: another function may write to it.
     closure = [cell if own is _contents(cell) else CellType(own) for cell, own in zip(cells, new, strict=False)]
-    copied = FunctionType(value.__code__, value.__globals__, value.__name__, tuple(new[count:end]), tuple(closure))
+    copied = copied_function(value, tuple(new[count:end]), tuple(closure))
     copied.__kwdefaults__ = dict(zip(value.__kwdefaults__ or {}, new[end:], strict=True))
     copied.__dict__.update(vars(value))
     replaced[id(value)] = copied

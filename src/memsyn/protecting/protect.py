@@ -21,6 +21,7 @@ from memsyn.protecting.optimizers import (
     stepping_optimizer,
 )
 from memsyn.protecting.penalising import Penalising
+from memsyn.protecting.penalty import check_tensors
 from memsyn.protecting.projection import EVERY, Projecting, checked_every
 from memsyn.protecting.protection import Protection, check_optimizer, is_protected
 from memsyn.protecting.replaced import check_replaced, warn_of_grown

@@ -29,9 +29,10 @@ for name in FIRST:
     importlib.import_module(name)
 
 ABSENT = {
-    "fork", "forkpty", "register_at_fork", "fchmod", "fchown", "sched_getaffinity", "getuid", "geteuid", "getgid", "nice",
-    "getpriority", "setpriority", "setsid", "getpgid", "killpg", "mkfifo", "uname", "sysconf", "getloadavg", "statvfs",
-    "O_NONBLOCK", "O_NOFOLLOW", "O_DIRECTORY", "O_CLOEXEC", "O_SYNC", "wait3", "posix_spawn", "sendfile", "pread",
+    "fork", "forkpty", "register_at_fork", "fchmod", "fchown", "sched_getaffinity", "getuid", "geteuid", "getgid",
+    "nice", "getpriority", "setpriority", "setsid", "getpgid", "killpg", "mkfifo", "uname", "sysconf", "getloadavg",
+    "statvfs", "O_NONBLOCK", "O_NOFOLLOW", "O_DIRECTORY", "O_CLOEXEC", "O_SYNC", "wait3",
+    "posix_spawn", "sendfile", "pread",
 }
 
 

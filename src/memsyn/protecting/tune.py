@@ -9,9 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from tqdm import tqdm
-
 from memsyn.errors import OptionError, StrengthWarning
+from memsyn.progress import progress_bar
 
 DROP: Final = 0.2
 STRENGTH_DECAY: Final = 0.5
@@ -83,7 +82,7 @@ def tune(
     if budget < 2:
         raise OptionError(f"budget must be at least 2, one training without protection and one with it; got {budget}.")
     trials: list[Trial] = []
-    with tqdm(total=budget, desc="tuning", unit="training", disable=not progress) as bar:
+    with progress_bar(None, "tuning", total=budget, unit="training", shown=progress) as bar:
 
         def run(strength: float) -> float:
             score = float(train(strength))

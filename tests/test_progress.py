@@ -43,7 +43,7 @@ assert not {"tqdm.auto", "tqdm.notebook"} & sys.modules.keys(), "bars must not b
 importance = memsyn.measure(torch.nn.Linear(2, 1), [torch.ones(4, 2)] * 3)
 memsyn.tune(lambda strength: 1.0, start=1.0)
 memsyn.measure(torch.nn.Linear(2, 1), [torch.ones(4, 2)], progress=False)
-bar = progress_bar(None, "it", total=1, unit="step", shown=False)
+bar = progress_bar([1], "it", total=1, unit="step", shown=False)
 print(importance.num_samples, any(kind.__name__ == "tqdm_notebook" for kind in type(bar).__mro__))
 """
 

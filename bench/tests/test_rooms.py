@@ -33,6 +33,7 @@ ROOMS: dict[str, set[str]] = {
 MEMSYN: dict[str, set[str]] = {
     "memsyn.parameters": {"methods"},  # trainable_parameters, wide_dtype
     "memsyn.matrices": {"methods"},  # how weights are read as matrices
+    "memsyn.values.directions": {"methods"},  # the default strength of a projection
     "memsyn.values.spectra": {"methods"},
     "memsyn.storage.reading_and_writing": {"running"},  # checkpoints
     "memsyn.storage.atomic_files": {"running"},  # examples.json

@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-Item = TypeVar("Item")
+Step = TypeVar("Step")
 
 
 def progress_bar(
-    over: Iterable[Item] | None, words: str, *, total: int | None, unit: str, shown: bool, initial: int = 0
-) -> "tqdm[Item]":
-    """A bar over an iterable, or one that is moved by `update`.
+    over: Iterable[Step], words: str, *, total: int | None, unit: str, shown: bool, initial: int = 0
+) -> "tqdm[Step]":
+    """A bar over an iterable. If nothing iterates it, `update` moves it.
 
     Args:
-        over: what is iterated; None for `update`.
+        over: what is iterated.
         words: what is being done.
-        total: the number of steps, if it is known.
+        total: the number of steps, if `over` does not know it.
         unit: the name of a step.
         shown: whether it is seen.
         initial: the steps that are done already.
     """
-    bar: tqdm[Item] = _bar_class()(over, words, total, unit=unit, initial=initial, disable=not shown)
+    bar: tqdm[Step] = _bar_class()(over, words, total, unit=unit, initial=initial, disable=not shown)
     return bar
 
 

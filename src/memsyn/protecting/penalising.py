@@ -25,7 +25,7 @@ from memsyn.protecting.penalty import (
     num_held,
     pull_,
 )
-from memsyn.protecting.protection import Protection, Report
+from memsyn.protecting.protection import Protection, Report, is_protected
 from memsyn.protecting.strength import checked_strength
 from memsyn.values.memory import Memory, check_fit
 
@@ -73,16 +73,25 @@ class Penalising(Protection):
     def report(self) -> Report:
         """How far the weights have moved, layer by layer, and the share that is held in place."""
         slots, optimizer = self._now(), self._optimizer()
-        penalty, stiff = 0.0, 0
+        penalty, stiff, important = 0.0, 0, 0
         layers: dict[str, float] = {}
         for index, moved, omega in distances([slot.protected for slot in slots]):
             layer = layer_of(slots[index].name)
             layers[layer] = layers.get(layer, 0.0) + float((omega * moved.abs()).sum())
             penalty += float((omega * moved.square_()).sum())
+            important += int(omega.count_nonzero())
         if optimizer is not None:
             stiff = sum(num_held(*pulls) for pulls in self._pulls(optimizer, slots, self.strength))
         count = sum(slot.protected.omega.numel() for slot in slots)
-        return Report(self.strength * penalty, sum(layers.values()), layers, stiff / max(1, count))
+        return Report(
+            self.strength * penalty,
+            sum(layers.values()),
+            layers,
+            stiff / max(1, count),
+            form=self.form,
+            strength=self.strength,
+            num_weights=important if optimizer is not None and is_protected(optimizer) else 0,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Strength, form, anchor and importance, as tensors and plain values, for `load_state_dict`."""

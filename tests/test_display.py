@@ -148,6 +148,16 @@ def test_a_table_shows_the_thirty_largest_layers_and_counts_the_others() -> None
     assert rows[-1] == ["70 more layers, with a smaller share each"]
 
 
+def test_a_table_of_a_projection_shows_the_layers_with_the_least_room() -> None:
+    room = {f"block{index}": index / 100 for index in range(40)}
+    layers = {"norm": 0.9, **dict.fromkeys(room, 0.5)}
+    report = memsyn.Report(0.0, 0.0, layers, 0.5, room, form="projected", strength=10.0, num_weights=9)
+    rows = Cells(report._repr_html_()).rows
+    assert rows[:2] == [["layer", "taken away", "room"], ["block0", "50.0%", "0.0%"]]
+    assert [row[0] for row in rows[1:-1]] == [f"block{index}" for index in range(30)]
+    assert rows[-1] == ["11 more layers, without matrices or with more room each"]
+
+
 @pytest.mark.parametrize("name", ["<script>alert(1)</script>.weight", '"><img src=x onerror=alert(1)>.weight',
                                   "\x1b[31m\u202ered.weight", "n" * 100_000])  # fmt: skip
 def test_names_are_shown_as_text(name: str) -> None:
@@ -157,7 +167,7 @@ def test_names_are_shown_as_text(name: str) -> None:
     report = memsyn.Report(0.5, 1.0, {name.rpartition(".")[0] or name: 1.0}, 0.5, form="proximal", num_weights=2)
     for text in (memory._repr_html_(), report._repr_html_()):
         page = Cells(text)
-        assert page.tags <= {"div", "table", "caption", "thead", "tbody", "tr", "th", "td", "br"}
+        assert page.tags <= {"div", "table", "thead", "tbody", "tr", "th", "td", "br"}
         assert {key for key, _ in page.attributes} <= {"style", "colspan", "scope"}
         assert not re.search(r"[\x00-\x08\x0b-\x1f\u202e]", text)
         assert len(text) < 5_000

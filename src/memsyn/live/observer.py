@@ -90,14 +90,14 @@ class Stats:
 
     def _repr_html_(self) -> str:
         rows = [LayerRow(name, [self._cell(name)], 0.0) for name in vars(self)]
-        return html_table("Observer", ["count", "value"], rows, "count")
+        return html_table(repr(self), ["count", "value"], rows)
 
     def _cell(self, name: str) -> str:
         value = vars(self)[name]
         if isinstance(value, float):
             is_time = name == "stored"
             return datetime.fromtimestamp(value, timezone.utc).isoformat(" ", "seconds") if is_time else f"{value:.3g}"
-        return f"{value:,}" if isinstance(value, int) else printable(value or "")[:LONGEST_ERROR]
+        return f"{value:,}" if isinstance(value, int) else printable(value or "none")[:LONGEST_ERROR]
 
 
 @final

@@ -71,16 +71,18 @@ class Report:
             layers = {**dict.fromkeys(self.room, 0.0), **self.layers}
             columns = ["layer", "taken away", "room"]
             rows = [
-                LayerRow(layer, [f"{taken:.1%}", f"{self.room[layer]:.1%}" if layer in self.room else ""], taken)
+                LayerRow(layer, [f"{taken:.1%}", f"{self.room[layer]:.1%}"], 1 - self.room[layer])
+                if layer in self.room
+                else LayerRow(layer, [f"{taken:.1%}", ""], -1.0)
                 for layer, taken in layers.items()
             ]
-            return html_table(str(self), columns, rows, "share taken away")
+            return html_table(str(self), columns, rows, "without matrices or with more room each")
         if not (self.layers and self.num_weights):
             return html_text(str(self))
         rows = [
             LayerRow(layer, [f"{part:.3g}", f"{self._share(part):.1%}"], part) for layer, part in self.layers.items()
         ]
-        return html_table(str(self), ["layer", "moved", "share of what moved"], rows, "share")
+        return html_table(str(self), ["layer", "moved", "share of what moved"], rows, "with a smaller share each")
 
     def _share(self, part: float) -> float:
         return part / self.bound if self.bound else 0.0

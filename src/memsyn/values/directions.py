@@ -207,7 +207,7 @@ class Directions:
             for own in self.summary()
         ]
         columns = ["layer", "weights", "inputs x outputs", "kept", "room", "tasks"]
-        return html_table(repr(self), columns, rows, "number of weights")
+        return html_table(repr(self), columns, rows, "with fewer weights each")
 
     def in_words(self) -> str:
         """How many matrices, other parameters and weights there are."""

@@ -20,7 +20,6 @@ LONGEST_NAME: Final = 60
 
 # Colours are those of the notebook, light or dark; grey lines are seen on both.
 _TABLE: Final = "border-collapse:collapse;color:inherit;font-variant-numeric:tabular-nums"
-_CAPTION: Final = "caption-side:top;text-align:left;color:inherit;padding:0 0 .4em"
 _CELL: Final = "padding:.15em .7em;border-bottom:1px solid rgba(128,128,128,.35);text-align:"
 
 
@@ -69,28 +68,25 @@ def size_in_memory(tensors: Iterable[Tensor]) -> str:
 def html_text(text: str) -> str:
     """Lines of text as HTML."""
     lines = "<br>".join(html.escape(printable(line)) for line in text.splitlines())
-    return f'<div style="padding:.2em 0">{lines}</div>'
+    return f'<div style="padding:.6em 0 .3em">{lines}</div>'
 
 
-def html_table(title: str, columns: Sequence[str], rows: Sequence[LayerRow], size: str) -> str:
+def html_table(title: str, columns: Sequence[str], rows: Sequence[LayerRow], others: str = "") -> str:
     """A table with a row for each layer, at most `LARGEST_TABLE`: the largest ones in their order, and a count.
 
     Args:
         title: what stands above; it may have several lines.
         columns: the headings, that of the names included.
         rows: the layers.
-        size: what `LayerRow.size` is.
+        others: what is said of the layers that are left out, such as "with a smaller share each".
     """
     kept = sorted(range(len(rows)), key=lambda index: -rows[index].size)[:LARGEST_TABLE]
     body = [_row("td", [short_name(rows[index].layer), *rows[index].cells]) for index in sorted(kept)]
     if len(rows) > len(kept):
-        more = f"{counted(len(rows) - len(kept), 'more layer')}, with a smaller {size} each"
+        more = f"{counted(len(rows) - len(kept), 'more layer')}, {others}"
         body.append(f'<tr><td colspan="{len(columns)}" style="{_CELL}left">{html.escape(more)}</td></tr>')
-    caption = "<br>".join(html.escape(printable(line)) for line in title.splitlines())
-    return (
-        f'<table style="{_TABLE}"><caption style="{_CAPTION}">{caption}</caption>'
-        f"<thead>{_row('th', columns)}</thead><tbody>{''.join(body)}</tbody></table>"
-    )
+    table = f"<thead>{_row('th', columns)}</thead><tbody>{''.join(body)}</tbody>"
+    return f'<div>{html_text(title)}<table style="{_TABLE}">{table}</table></div>'
 
 
 def _row(tag: str, cells: Sequence[str]) -> str:

@@ -106,7 +106,7 @@ class KroneckerFactors:
             for key, matrix in self.matrices.items()
         ]
         columns = ["layer", "weights", "inputs", "outputs", "positions", "kept as"]
-        return html_table(repr(self), columns, rows, "number of weights")
+        return html_table(repr(self), columns, rows, "with fewer weights each")
 
     @property
     def quantity(self) -> tuple[str, str]:

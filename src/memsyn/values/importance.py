@@ -224,7 +224,9 @@ def html_by_layer(title: str, sums: Mapping[str, Tensor], count: int = 1) -> str
         )
         for own in summarize(sums, count)
     ]
-    return html_table(title, ["layer", "weights", "share", "mean", "max", "top tenth"], rows, "share")
+    return html_table(
+        title, ["layer", "weights", "share", "mean", "max", "top tenth"], rows, "with a smaller share each"
+    )
 
 
 def check_same_shapes(

@@ -68,15 +68,16 @@ class Report:
 
     def _repr_html_(self) -> str:
         if self.form == PROJECTED and self.num_weights:
-            layers = {**dict.fromkeys(self.room, 0.0), **self.layers}
-            columns = ["layer", "taken away", "room"]
             rows = [
-                LayerRow(layer, [f"{taken:.1%}", f"{self.room[layer]:.1%}"], 1 - self.room[layer])
-                if layer in self.room
-                else LayerRow(layer, [f"{taken:.1%}", ""], -1.0)
-                for layer, taken in layers.items()
+                LayerRow(
+                    layer,
+                    [f"{own[layer]:.1%}" if layer in own else "" for own in (self.layers, self.room)],
+                    1 - self.room.get(layer, 2.0),
+                )
+                for layer in {**self.room, **self.layers}
             ]
-            return html_table(str(self), columns, rows, "without matrices or with more room each")
+            others = "without matrices or with more room each"
+            return html_table(str(self), ["layer", "taken away", "room"], rows, others)
         if not (self.layers and self.num_weights):
             return html_text(str(self))
         rows = [

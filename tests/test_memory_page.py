@@ -12,8 +12,9 @@ from torch import nn
 
 from memsyn import Importance, Memory, MismatchError
 from memsyn.report.memory_page import MOST_ROWS, difference_page, memory_page
-from memsyn.report.names import inert, json_in_html, printable, shortened
+from memsyn.report.names import inert, json_in_html, shortened
 from memsyn.report.parts import Table, number_cell
+from memsyn.values.display import printable
 from tests.commands import call
 
 

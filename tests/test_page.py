@@ -11,8 +11,9 @@ import torch
 
 from memsyn import Importance, Memory
 from memsyn.report.memory_page import memory_page
-from memsyn.report.names import printable, shortened
+from memsyn.report.names import shortened
 from memsyn.report.page import write_page
+from memsyn.values.display import printable
 from tests.browser import CHROMIUM, MISSING, Browser
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=MISSING)

@@ -1,5 +1,7 @@
 """A relative strength means the same on every scale; a plain number is the paper's."""
 
+import importlib
+import inspect
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -24,6 +26,42 @@ def start() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     return model, torch.randn(16, 4, dtype=torch.float64)
+
+
+def test_the_default_is_the_same_wherever_it_is_written() -> None:
+    """In protect, in Relative and in the callbacks; of a memory of directions, c."""
+    model, data = start()
+    memory = memory_of(model, data)
+    assert memsyn.Relative() == memsyn.Relative(0.01)
+    handle = memsyn.protect(torch.optim.SGD(model.parameters(), lr=0.1), model, memory)
+    assert handle.strength == pytest.approx(memsyn.Relative(0.01).of(memory), rel=1e-12)
+    factors = memsyn.measure(model, [data], estimator="kronecker", progress=False)
+    memory = memsyn.Memory.empty().consolidate(model, factors)
+    assert memsyn.protect(torch.optim.SGD(model.parameters(), lr=0.1), model, memory).strength == 10.0
+    for trainer in ("lightning", "transformers"):
+        callback = importlib.import_module(f"memsyn.integrations.{trainer}").MemsynCallback
+        assert inspect.signature(callback).parameters["strength"].default is None  # protect's
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_the_papers_own_variant_in_one_line(make: type[torch.optim.Optimizer]) -> None:
+    """strength=1.0, form="gradient" trains L + sum Omega (theta - theta*)^2, up to rounding; "auto" comes near."""
+    ends = {}
+    for form in ("paper", "gradient", "auto"):
+        model, data = start()
+        memory, optimizer = memory_of(model, data), make(model.parameters(), lr=0.01)
+        if form != "paper":
+            memsyn.protect(optimizer, model, memory, strength=1.0, form=form)
+        for _ in range(50):
+            optimizer.zero_grad()
+            loss = (model(data) - 1).square().mean()
+            (loss + memsyn.penalty(model, memory) if form == "paper" else loss).backward()
+            optimizer.step()
+        ends[form] = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    way = ends["paper"] - torch.cat([parameter.detach().flatten() for parameter in start()[0].parameters()])
+    off = {form: float((end - ends["paper"]).norm() / way.norm()) for form, end in ends.items()}
+    assert off["gradient"] < 1e-9
+    assert 1e-4 < off["auto"] < 0.5
 
 
 def test_it_is_in_units_of_the_mean_of_what_has_importance() -> None:

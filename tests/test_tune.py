@@ -32,10 +32,35 @@ def test_a_budget_that_is_too_small_is_said() -> None:
     assert len(found.trials) == 4
 
 
+def test_a_relative_start_is_tuned_in_its_own_unit() -> None:
+    """What `train` is given and what comes back is `Relative`, as `protect` takes it."""
+    asked: list[object] = []
+
+    def train(strength: memsyn.Relative) -> float:
+        asked.append(strength)
+        return 0.9 if strength.value <= 0.3 else 0.7
+
+    found = memsyn.tune(train, start=memsyn.Relative(1.0), drop=0.1, progress=False)
+    expected = [memsyn.Relative(value) for value in (0.0, 1.0, 0.5, 0.25)]
+    assert asked == [trial.strength for trial in found.trials] == expected
+    assert found.strength == memsyn.Relative(0.25)
+
+
+def test_a_relative_start_that_is_too_large_is_said_in_its_own_unit() -> None:
+    with pytest.warns(memsyn.StrengthWarning, match=r"with strength Relative\(0.5\), the smallest of 1 tried"):
+        found = memsyn.tune(
+            lambda strength: 0.1 if strength.value else 1.0, start=memsyn.Relative(0.5), budget=2, progress=False
+        )
+    assert found.strength == memsyn.Relative(0.5)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ({"start": 0.0}, "start must be a positive strength"),
+        ({"start": memsyn.Relative(0.0)}, r"start must be a positive strength, got Relative\(value=0.0\)"),
+        ({"start": float("inf")}, "strength must be finite and not negative"),
+        ({"start": "10"}, r"strength must be a number or memsyn.Relative\(...\), got '10'"),
         ({"start": 1.0, "drop": 1.0}, "drop must be from 0 to below 1"),
         ({"start": 1.0, "decay": 1.0}, "decay must be between 0 and 1"),
         ({"start": 1.0, "budget": 1}, "budget must be at least 2"),
@@ -53,25 +78,36 @@ def test_scores_that_are_none() -> None:
         memsyn.tune(lambda strength: 0.0, start=1.0, progress=False)
 
 
-def test_a_network_learns_a_new_task_with_the_strength_found(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("estimator", "start", "form"),
+    [("mas", 10.0, "proximal"), ("mas", memsyn.Relative(1.0), "proximal"), ("kronecker", 1e5, "projected")],
+)
+def test_a_network_learns_a_new_task_with_the_strength_found(
+    estimator: str, start: float | memsyn.Relative, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
-    memory = memsyn.Memory.empty().consolidate(model, memsyn.measure(model, [torch.randn(50, 4)], progress=False))
+    found = memsyn.measure(model, [torch.randn(50, 4)], estimator=estimator, progress=False)
+    memory = memsyn.Memory.empty().consolidate(model, found)
     data = torch.randn(200, 4)
     targets = (data[:, 0] * data[:, 1] > 0).long()
 
-    def train(strength: float) -> float:
+    def train(strength: Any) -> float:
         own = copy.deepcopy(model)
         optimizer = torch.optim.SGD(own.parameters(), lr=0.2, momentum=0.9)
-        memsyn.protect(optimizer, own, memory, strength=strength)
+        handle = memsyn.protect(optimizer, own, memory, strength=strength)
+        assert handle.form == form
         for _ in range(300):
             optimizer.zero_grad()
             F.cross_entropy(own(data[:150]), targets[:150]).backward()
             optimizer.step()
+        handle.remove()
         return float((own(data[150:]).argmax(1) == targets[150:]).float().mean())
 
-    found = memsyn.tune(train, start=10.0, drop=0.1, decay=0.1)
-    scores = {trial.strength: trial.score for trial in found.trials}
-    assert found.strength < 10.0
-    assert scores[found.strength] >= 0.9 * found.reachable > scores[10.0]
+    tuned = memsyn.tune(train, start=start, drop=0.1, decay=0.1)
+    scores = {trial.strength: trial.score for trial in tuned.trials}
+    assert type(tuned.strength) is type(start)
+    assert tuned.strength != start
+    assert scores[tuned.strength] >= 0.9 * tuned.reachable > scores[start]
+    assert train(tuned.strength) == scores[tuned.strength]  # protect takes it as it is
     assert "tuning" in capsys.readouterr().err

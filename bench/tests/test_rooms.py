@@ -33,10 +33,12 @@ ROOMS: dict[str, set[str]] = {
 MEMSYN: dict[str, set[str]] = {
     "memsyn.parameters": {"methods"},  # trainable_parameters, wide_dtype
     "memsyn.matrices": {"methods"},  # how weights are read as matrices
+    "memsyn.values.directions": {"methods"},  # the default strength of a projection
+    "memsyn.values.display": {"results"},  # names out of files
     "memsyn.values.spectra": {"methods"},
     "memsyn.storage.reading_and_writing": {"running"},  # checkpoints
     "memsyn.storage.atomic_files": {"running"},  # examples.json
-    "memsyn.report.names": {"results", "pages"},  # names out of files
+    "memsyn.report.names": {"pages"},  # names out of files
     "memsyn.report.page": {"pages"},
     "memsyn.report.parts": {"pages"},
     "memsyn.report.charts": {"pages"},

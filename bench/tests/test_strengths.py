@@ -37,6 +37,14 @@ def tasks():
     return [sealed(task) for task in tiny.load(8)]
 
 
+def test_default_strengths_are_those_of_the_recorded_results():
+    """MAS has the paper's, which is not the library's `Relative(0.01)`; a projection has the library's."""
+    of_mas = {name: METHODS[name].strength for name in METHODS if name.startswith("mas")}
+    assert len(of_mas) == 9
+    assert set(of_mas.values()) == {1.0}
+    assert METHODS["projected"].make(0.0).strength == 10.0
+
+
 def test_candidates_are_decades_around_the_methods_own_strength():
     assert candidates("mas") == pytest.approx((1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0))
     assert candidates("ewc") == pytest.approx(tuple(100 * value for value in candidates("mas")))

@@ -93,7 +93,8 @@ def main() -> int:
     parser.add_argument("--learn", required=True, help="the section to learn")
     parser.add_argument("--reload", nargs="*", default=[], metavar="URL", help="of the replicas")
     parser.add_argument("--budget", type=float, default=3.0, help="points of accuracy that may be forgotten")
-    parser.add_argument("--strength", type=float, default=0.01, help="of the protection, as memsyn.Relative takes it")
+    usual = memsyn.Relative().value
+    parser.add_argument("--strength", type=float, default=usual, help="of the protection, as memsyn.Relative takes it")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--lr", type=float, default=1e-4, help="of the body")
     given = parser.parse_args()

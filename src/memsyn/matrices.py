@@ -63,6 +63,11 @@ class Matrix:
     layout: Layout
 
     @property
+    def num_weights(self) -> int:
+        """Of all groups, with the bias."""
+        return self.layout.groups * self.layout.outputs * self.width
+
+    @property
     def width(self) -> int:
         """The number of inputs, with that of the bias."""
         return self.layout.inputs + (self.bias is not None)

@@ -158,7 +158,7 @@ def read_actions(folder: Path) -> Split:
         pictures = []
         for name in _lines(folder / f"ImageSets/Action/{split}.txt"):
             path = folder / f"Annotations/{name}.xml"
-            for person in ElementTree.fromstring(_need(path).read_text()).iter("object"):
+            for person in ElementTree.fromstring(_need(path).read_text(encoding="utf-8")).iter("object"):
                 doing = [label for label, x in enumerate(ACTIONS) if person.findtext(f"actions/{x}") == "1"]
                 if len(doing) == 1:
                     left, top, right, bottom = (
@@ -290,6 +290,7 @@ def prepared(pictures: Sequence[Picture], size: int, root: Path, name: str) -> P
             for place, picture in enumerate(tqdm(pictures, desc=name, unit="picture", disable=None)):
                 pixels[place] = _decode(picture, size).transpose(2, 0, 1)
             pixels.flush()
+            del pixels  # Windows does not rename a file that is mapped into memory
             os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -319,7 +320,7 @@ def _need(path: Path) -> Path:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in _need(path).read_text().splitlines() if line.strip()]
+    return [line.strip() for line in _need(path).read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _mat(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from memsyn import KroneckerFactors, measure
 from memsyn.matrices import Matrix
 from memsyn.parameters import trainable_parameters
+from memsyn.values.directions import STRENGTH
 from memsyn.values.spectra import Spectrum
 from memsyn_bench.methods.method import Method, TaskTraining, TensorGroups
 from memsyn_bench.methods.penalties import MEASURE_BATCH, present_weights, through_head
@@ -24,8 +25,6 @@ from memsyn_bench.sequences.networks import MultiHead
 Moments = Literal["kronecker", "inputs"]
 """The estimators of `memsyn.measure` that measure factors."""
 
-STRENGTH = 10.0
-"""c: the default of `memsyn.protect`, the same for every sequence."""
 FIRST_SHARE, SHARE_PER_TASK, LARGEST_SHARE = 0.97, 0.003, 0.999
 """GPM's threshold: 0.97 for the first task and 0.003 more with each, as Saha et al. (2021) for 10-split CIFAR-100. From
 the eleventh task on it stays below 1, where nothing could be learned."""
@@ -38,6 +37,7 @@ class Projection(Method):
     """The factors of a task are measured when it has been learned, and projected away from the next task on.
 
     Args:
+        strength: c; by default that of `memsyn.protect`, for every sequence.
         estimator: as `memsyn.measure` takes it.
         rank: the number of eigenvectors that are kept; None: all.
         every: steps between two projections.

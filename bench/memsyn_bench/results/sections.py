@@ -11,7 +11,7 @@ from dataclasses import asdict
 from functools import partial
 from statistics import fmean, median
 
-from memsyn.report.names import printable
+from memsyn.values.display import printable
 from memsyn_bench.results.findings import (
     ALONE,
     FROZEN,

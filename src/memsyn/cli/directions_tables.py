@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from memsyn import FactorSummary
-from memsyn.report.names import printable
 from memsyn.values.comparison import DirectionsChange
 from memsyn.values.directions import Directions
+from memsyn.values.display import printable
 
 ROOM = (
     "Room: the share of directions in which more than half of a step remains, at the default strength of a projection."

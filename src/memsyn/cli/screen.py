@@ -18,9 +18,10 @@ from rich.text import Text
 
 from memsyn import Consolidation, Importance, KroneckerFactors, LayerSummary, Memory, MemsynError
 from memsyn.cli.directions_tables import directions_changes_table, directions_table, factors_table
-from memsyn.report.names import printable, short_fingerprint
+from memsyn.report.names import short_fingerprint
 from memsyn.values.comparison import Difference, LayerChange
 from memsyn.values.directions import Directions
+from memsyn.values.display import counted, printable
 from memsyn.values.memory import Held, kind_of, omega_of
 
 
@@ -45,14 +46,9 @@ def say_json(value: dict[str, Any]) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
-def count_of_samples(count: int) -> str:
-    """A count for people: "1 sample", "1,200 samples"."""
-    return f"{count:,} sample{'' if count == 1 else 's'}"
-
-
 def describe(held: Held) -> str:
     """A file in a few words: "memory of 1,200 samples"."""
-    return f"{kind_of(held)} of {count_of_samples(held.num_samples)}"
+    return f"{kind_of(held)} of {counted(held.num_samples, 'sample')}"
 
 
 def print_held(held: Held) -> None:
@@ -67,7 +63,7 @@ def print_held(held: Held) -> None:
 
 def print_memory(memory: Memory) -> None:
     """Print a memory's layers, directions and history."""
-    console, title = Console(highlight=False), f"Memory of {count_of_samples(memory.num_samples)}"
+    console, title = Console(highlight=False), f"Memory of {counted(memory.num_samples, 'sample')}"
     if memory.importance or memory.directions is None:
         console.print(_layers(title, memory.summary()))
         if memory.history:
@@ -99,7 +95,7 @@ def _print_others(directions: Directions) -> None:
 
 def print_factors(factors: KroneckerFactors) -> None:
     """Print how many directions of each layer are filled, and how they were measured."""
-    title = f"Factors over {count_of_samples(factors.num_samples)}"
+    title = f"Factors over {counted(factors.num_samples, 'sample')}"
     Console(highlight=False).print(factors_table(title, factors.summary()))
     say(f"Measured: {_quantity(factors.quantity)}{_at(factors.fingerprint)}.")
     diagonal = [name.removeprefix("diagonal/") for name in factors.sums if name.startswith("diagonal/")]
@@ -111,7 +107,7 @@ def print_factors(factors: KroneckerFactors) -> None:
 def print_importance(importance: Importance) -> None:
     """Print an importance's layers, and how it was measured."""
     console = Console(highlight=False)
-    console.print(_layers(f"Importance over {count_of_samples(importance.num_samples)}", importance.summary()))
+    console.print(_layers(f"Importance over {counted(importance.num_samples, 'sample')}", importance.summary()))
     say(f"Measured: {_quantity(importance.quantity)}, a mean over samples{_at(importance.fingerprint)}.")
     _print_routes(by_route(importance), len(importance.sums))
 

@@ -14,10 +14,10 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,12 @@ from memsyn.live.worker import ErrorCount, TimeBudget, Worker
 from memsyn.measuring.model_copy import Onlooker, check_measurable, refuse_foreign_hooks
 from memsyn.measuring.objectives import Estimator, Forward, find_estimator
 from memsyn.parameters import trainable_parameters, unwrap
+from memsyn.values.display import LayerRow, counted, html_table, printable
 from memsyn.values.factors import KroneckerFactors
 from memsyn.values.importance import Importance
+
+LONGEST_ERROR: Final = 120
+"""The most characters of an error in the display of `Stats`."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,28 @@ class Stats:
     """Number of sets of weights that were measured."""
     stored: float | None
     """When the sums were last written, in seconds since 1970."""
+
+    def __repr__(self) -> str:
+        always, others = ("seen", "sampled", "measured"), ("waiting", "dropped", "stale", "invalid", "capped")
+        counts = {name: value for name, value in vars(self).items() if name in always or (name in others and value)}
+        words = [f"{value:,} {name}" for name, value in counts.items()]
+        words += [f"{counted(self.versions, 'version')} of the weights", f"{self.seconds:.3g} s"]
+        if self.errors:
+            words.append(
+                f"{counted(self.errors, 'error')}, the last: {printable(str(self.last_error))[:LONGEST_ERROR]}"
+            )
+        return f"Stats({', '.join(words)})"
+
+    def _repr_html_(self) -> str:
+        rows = [LayerRow(name, [self._cell(name)], 0.0) for name in vars(self)]
+        return html_table(repr(self), ["count", "value"], rows)
+
+    def _cell(self, name: str) -> str:
+        value = vars(self)[name]
+        if isinstance(value, float):
+            is_time = name == "stored"
+            return datetime.fromtimestamp(value, timezone.utc).isoformat(" ", "seconds") if is_time else f"{value:.3g}"
+        return f"{value:,}" if isinstance(value, int) else printable(value or "none")[:LONGEST_ERROR]
 
 
 @final

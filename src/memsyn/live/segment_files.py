@@ -115,8 +115,10 @@ class SegmentFiles:
 
 def _path(store: str | os.PathLike[str], segment: str | None, digest: str = "") -> str:
     """`folder/name.end`, `folder/name+segment.end` or `folder/name.digest.end`."""
-    folder, slash, name = str(store).rpartition("/")
+    # On Windows, a folder ends at either slash: "C:\\my.models\\traffic.safetensors".
+    name = os.path.basename(str(store))
+    folder = str(store)[: len(str(store)) - len(name)]
     stem, dot, end = name.partition(".")
     # A dot would end the stem and a slash would name a folder: "a.b" becomes `traffic+a%2Eb.safetensors`.
     quoted = "" if segment is None else "+" + quote(segment, safe="").replace(".", "%2E")
-    return f"{folder}{slash}{stem}{quoted}{'.' + digest if digest else ''}{dot}{end}"
+    return f"{folder}{stem}{quoted}{'.' + digest if digest else ''}{dot}{end}"

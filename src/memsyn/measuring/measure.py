@@ -13,7 +13,6 @@ from typing import Any, Literal, final, overload
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from memsyn.batches import (
     Batch,
@@ -33,6 +32,7 @@ from memsyn.measuring.model_copy import check_measurable
 from memsyn.measuring.objectives import Estimator, Forward, find_estimator
 from memsyn.measuring.resume import Checkpoint
 from memsyn.parameters import trainable_parameters
+from memsyn.progress import progress_bar
 from memsyn.storage.reading_and_writing import well_formed
 from memsyn.values.factors import KroneckerFactors
 from memsyn.values.importance import Importance
@@ -276,13 +276,13 @@ def _add_batches(
 ) -> None:
     """Add all batches to the measurement, with a progress bar; those that a checkpoint holds are only read."""
     start = 0 if resumable is None else resumable.num_batches
-    bar = tqdm(
+    bar = progress_bar(
         batches if resumable is None else resumable.remaining(batches),
         "measuring",
-        length,
-        initial=start,
-        disable=not progress,
+        total=length,
         unit="batch",
+        shown=progress,
+        initial=start,
     )
     measurement = reader.measurement
     for index, batch in enumerate(bar, start):

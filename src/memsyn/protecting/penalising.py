@@ -36,7 +36,7 @@ from memsyn.protecting.penalty import (
     num_held,
     pull_,
 )
-from memsyn.protecting.protection import Protection, Report
+from memsyn.protecting.protection import Protection, Report, is_protected
 from memsyn.protecting.statistics import WatchedStatistics
 from memsyn.protecting.strength import checked_strength
 from memsyn.torch_private import version_of
@@ -91,18 +91,26 @@ class Penalising(Protection):
         """How far the weights have moved, layer by layer, and the share that is held in place."""
         self._check_acted()
         slots, optimizer = self._now(), self._optimizer()
-        penalty, stiff = 0.0, math.nan
+        penalty, stiff, important = 0.0, math.nan, 0
         layers: dict[str, float] = {}
         for index, moved, omega in distances([slot.protected for slot in slots]):
             layer = layer_of(slots[index].name)
             layers[layer] = layers.get(layer, 0.0) + float((omega * moved.abs()).sum())
             penalty += float((omega * moved.square_()).sum())
+            important += int(omega.count_nonzero())
         if optimizer is not None and known_kind(optimizer) is not None:
             stiff = sum(num_held(*pulls) for pulls in self._pulls(optimizer, slots, self.strength))
         count = sum(slot.protected.omega.numel() for slot in slots)
-        bound, held = sum(layers.values()), stiff / max(1, count)
-        num_moved = self._watched.num_moved()
-        return Report(self.strength * penalty, bound, layers, held, moved_statistics=num_moved)
+        return Report(
+            self.strength * penalty,
+            sum(layers.values()),
+            layers,
+            stiff / max(1, count),
+            moved_statistics=self._watched.num_moved(),
+            form=self.form,
+            strength=self.strength,
+            num_weights=important if optimizer is not None and is_protected(optimizer) else 0,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Strength, form and the memory's values, as tensors and plain values, for `load_state_dict`."""

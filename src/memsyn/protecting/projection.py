@@ -19,7 +19,7 @@ from memsyn.errors import OptionError
 from memsyn.matrices import Matrix
 from memsyn.parameters import fitted, layer_of, named_parameters, wide_dtype
 from memsyn.protecting.optimizers import PROJECTED, Stepping
-from memsyn.protecting.protection import Protection, Report, check_optimizer
+from memsyn.protecting.protection import Protection, Report, check_optimizer, is_protected
 from memsyn.protecting.statistics import WatchedStatistics
 from memsyn.protecting.strength import checked_strength
 from memsyn.torch_private import version_of
@@ -215,8 +215,22 @@ class Projecting(Protection):
             layers.setdefault(layer_of(name), []).append((float(before), float(after)))
         removed = {layer: _share_removed(parts) for layer, parts in layers.items()}
         room = {layer_of(key): share for key, share in self._directions.room(self.strength).items()}
-        held = _share_removed([own for parts in layers.values() for own in parts])
-        return Report(0.0, 0.0, removed, held, room, self._watched.num_moved())
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            self._find_layers(optimizer)
+        # A tied weight is in two layers.
+        held = {id(p): layer.rows(p).numel() for layer in self._layers for p in layer.parameters}
+        return Report(
+            0.0,
+            0.0,
+            removed,
+            _share_removed([own for parts in layers.values() for own in parts]),
+            room,
+            self._watched.num_moved(),
+            form=PROJECTED,
+            strength=self.strength,
+            num_weights=sum(held.values()) if optimizer is not None and is_protected(optimizer) else 0,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Strength, form and the memory's values, as tensors and plain values. Steps that wait are projected first."""

@@ -3,6 +3,7 @@
 Owns the hooks and their removal, and that no optimizer is protected twice.
 """
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Set
@@ -16,9 +17,10 @@ from torch.optim import Optimizer
 
 from memsyn.errors import NotProtectedWarning, ProtectionError
 from memsyn.parameters import named_parameters, unwrap, wide_dtype
-from memsyn.protecting.optimizers import Stepping, known_kind
+from memsyn.protecting.optimizers import PROJECTED, Stepping, known_kind
 from memsyn.protecting.statistics import WatchedStatistics
 from memsyn.torch_private import num_steps_in_progress
+from memsyn.values.display import LayerRow, counted, html_table, html_text, short_name
 
 _protected: "WeakSet[Optimizer]" = WeakSet()
 """The optimizers with a handle that was not removed."""
@@ -50,7 +52,10 @@ def check_optimizer(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]
 
 @dataclass(frozen=True)
 class Report:
-    """What protection does: how far the weights are from the anchor, or how much of the steps was taken away."""
+    """What protection does: how far the weights are from the anchor, or how much of the steps was taken away.
+
+    `print(report)` says it in words.
+    """
 
     penalty: float
     """lambda sum Omega (theta - theta*)^2; 0 in the projected form, which has no anchor."""
@@ -69,6 +74,90 @@ class Report:
     moved_statistics: int = 0
     """How many statistics (buffers such as a running mean) are not as the memory remembers them. Unless it is 0,
     outputs on old data have changed, however well the weights are held. See `freeze_statistics`."""
+    form: str = ""
+    """The form of protection."""
+    strength: float = 0.0
+    """lambda, or c in the projected form."""
+    num_weights: int = 0
+    """The weights that are protected now: those of the optimizer that have importance, or directions."""
+
+    def __repr__(self) -> str:
+        said = f"{self.form} form, {counted(self.num_weights, 'weight')}"
+        moved = f", {counted(self.moved_statistics, 'moved statistic')}" if self.moved_statistics else ""
+        return f"Report({said}, penalty {self.penalty:.3g}, bound {self.bound:.3g}, {self.held:.1%} held{moved})"
+
+    def __str__(self) -> str:
+        if not self.strength and self.form:
+            return "Nothing is protected: the strength is 0."
+        if not self.num_weights:
+            return "Nothing is protected: protection was removed, or the optimizer holds no weight that has importance."
+        weights = counted(self.num_weights, "weight")
+        words = [f"Protected: {weights}, by the {self.form} form at strength {self.strength:.4g}."]
+        words += self._words_of_projection() if self.form == PROJECTED else self._words_of_penalty()
+        if self.moved_statistics:
+            words.append(
+                f"Not protected: {counted(self.moved_statistics, 'statistic')}, such as running means. Their values "
+                "are not those that the memory remembers, and the outputs on old data have changed with them."
+            )
+        return "\n".join(words)
+
+    def _repr_html_(self) -> str:
+        if self.form == PROJECTED and self.num_weights:
+            rows = [
+                LayerRow(
+                    layer,
+                    [f"{own[layer]:.1%}" if layer in own else "" for own in (self.layers, self.room)],
+                    1 - self.room.get(layer, 2.0),
+                )
+                for layer in {**self.room, **self.layers}
+            ]
+            others = "without matrices or with more room each"
+            return html_table(str(self), ["layer", "taken away", "room"], rows, others)
+        if not (self.layers and self.num_weights):
+            return html_text(str(self))
+        rows = [
+            LayerRow(layer, [f"{part:.3g}", f"{self._share(part):.1%}"], part) for layer, part in self.layers.items()
+        ]
+        return html_table(str(self), ["layer", "moved", "share of what moved"], rows, "with a smaller share each")
+
+    def _share(self, part: float) -> float:
+        return part / self.bound if self.bound else 0.0
+
+    def _words_of_penalty(self) -> list[str]:
+        held = (
+            f"Held: {self.held:.1%}. A step pulls these weights back by more than half of their distance to the "
+            f"anchor. The other {1 - self.held:.1%} have room to move."
+        )
+        if math.isnan(self.held):
+            held = "Held: not known. How far a step of this optimizer moves a weight is not known."
+        if not self.bound:
+            return [held, "Moved: nothing. All weights stand at the anchor."]
+        moved = (
+            f"Moved: the penalty is {self.penalty:.3g}. To first order, the mean squared output norm on the measured "
+            f"data has changed by at most {self.bound:.3g}."
+        )
+        shares = {layer: self._share(part) for layer, part in self.layers.items()}
+        return [held, moved, f"Moved most: {_largest(shares)}."]
+
+    def _words_of_projection(self) -> list[str]:
+        taken = "nothing so far. No step has been projected yet."
+        if self.layers:
+            taken = f"{self.held:.1%} of the last change; most in {_largest(self.layers)}."
+        if not self.room:
+            return [f"Taken away: {taken}"]
+        least, most = min(self.room, key=self.room.__getitem__), max(self.room, key=self.room.__getitem__)
+        room = (
+            f"Room: more than half of a step remains in {self.room[least]:.1%} ({short_name(least)}) to "
+            f"{self.room[most]:.1%} ({short_name(most)}) of the directions of a layer."
+        )
+        return [f"Taken away: {taken}", room]
+
+
+def _largest(shares: Mapping[str, float]) -> str:
+    """The three layers with the largest shares, and how many more there are."""
+    order = sorted(shares, key=lambda layer: -shares[layer])
+    named = ", ".join(f"{short_name(layer)} ({shares[layer]:.1%})" for layer in order[:3])
+    return f"{named} and {counted(len(order) - 3, 'more layer')}" if len(order) > 3 else named
 
 
 @final
@@ -134,6 +223,15 @@ class Protection(ABC):
     def optimizer(self) -> Optimizer | None:
         """The optimizer in whose step protection acts: that inside of `wrappers`. None if it was collected."""
         return self._optimizer()
+
+    def __repr__(self) -> str:
+        optimizer = self._optimizer()
+        of = "an optimizer that is gone" if optimizer is None else type(optimizer).__name__
+        inside = "".join(f" in {wrapper}" for wrapper in reversed(self.wrappers))
+        return f"Protection({self.form} form, strength {self.strength:.4g}, of {of}{inside})"
+
+    def _repr_html_(self) -> str:
+        return self.report()._repr_html_()
 
     @abstractmethod
     def value(self) -> float:

@@ -7,11 +7,11 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
-
-from tqdm import tqdm
+from typing import Final, Generic, TypeVar
 
 from memsyn.errors import OptionError, StrengthWarning
+from memsyn.progress import progress_bar
+from memsyn.protecting.strength import Relative, checked_strength
 
 DROP: Final = 0.2
 STRENGTH_DECAY: Final = 0.5
@@ -19,45 +19,50 @@ BUDGET: Final = 11
 """As in De Lange et al.: a fifth of the reachable score may be lost; each strength is half of the last; ten at most."""
 
 
+Strength = TypeVar("Strength", float, Relative)
+"""What `protect` takes as strength."""
+
+
 @dataclass(frozen=True)
-class Trial:
+class Trial(Generic[Strength]):
     """One training."""
 
-    strength: float
+    strength: Strength
     score: float
 
 
 @dataclass(frozen=True)
-class Tuned:
+class Tuned(Generic[Strength]):
     """The result of `tune`."""
 
-    strength: float
+    strength: Strength
     """The largest strength tried that leaves the new task learnable; the smallest tried if none does."""
     reachable: float
     """The score without protection."""
-    trials: tuple[Trial, ...]
+    trials: tuple[Trial[Strength], ...]
     """All trainings in their order; the first is without protection."""
 
 
 def tune(
-    train: Callable[[float], float],
+    train: Callable[[Strength], float],
     *,
-    start: float,
+    start: Strength,
     drop: float = DROP,
     decay: float = STRENGTH_DECAY,
     budget: int = BUDGET,
     progress: bool = True,
-) -> Tuned:
+) -> Tuned[Strength]:
     """The largest strength with which the new task can still be learned; no data of the old tasks are needed.
 
     First the model is trained without protection, which gives the score A that the new task can reach. Then the
     strength is lowered from `start` until the score is at least (1 - drop) A (De Lange et al., TPAMI 2021, "stability
-    decay").
+    decay"). Strengths are in the unit of `start`, and `protect` takes the one that is found as it is.
 
     Args:
         train: strength -> score. It trains a fresh copy of the model on the new task under `protect` with that strength
             (0 means no protection), and returns a score on held-out data of the new task; higher is better.
-        start: the highest strength, where the search begins.
+        start: the highest strength, where the search begins. For a memory of importance `Relative(1.0)`, a hundred
+            times the default of `protect`, or a number, lambda; for a memory of directions a number, c.
         drop: the share of the reachable score that may be lost, from 0 to below 1.
         decay: the ratio of each strength to the one before, between 0 and 1.
         budget: how often to call `train` at most, the first call without protection included; at least 2.
@@ -71,10 +76,13 @@ def tune(
 
     Example:
         >>> import memsyn
+        >>> memsyn.tune(lambda s: 1 / (1 + s.value), start=memsyn.Relative(1.0), drop=0.25, progress=False).strength
+        Relative(value=0.25)
         >>> memsyn.tune(lambda strength: 1 / (1 + strength), start=8.0, drop=0.25, progress=False).strength
         0.25
     """
-    if not (math.isfinite(start) and start > 0):
+    value = start.value if isinstance(start, Relative) else checked_strength(start)
+    if not value:
         raise OptionError(f"start must be a positive strength, got {start}.")
     if not 0 <= drop < 1:
         raise OptionError(f"drop must be from 0 to below 1, got {drop}.")
@@ -82,30 +90,40 @@ def tune(
         raise OptionError(f"decay must be between 0 and 1, got {decay}.")
     if budget < 2:
         raise OptionError(f"budget must be at least 2, one training without protection and one with it; got {budget}.")
-    trials: list[Trial] = []
-    with tqdm(total=budget, desc="tuning", unit="training", disable=not progress) as bar:
+    trials: list[Trial[Strength]] = []
+    with progress_bar(range(budget), "tuning", total=budget, unit="training", shown=progress) as bar:
 
-        def run(strength: float) -> float:
+        def run(value: float) -> float:
+            strength = _as_given(start, value)
             score = float(train(strength))
             if not math.isfinite(score):
-                raise OptionError(f"train({strength:g}) gave {score}: a score must be a finite number.")
+                raise OptionError(f"train({_words(strength)}) gave {score}: a score must be a finite number.")
             trials.append(Trial(strength, score))
             bar.update()
-            bar.set_postfix_str(f"strength {strength:g}: {score:.4g}")
+            bar.set_postfix_str(f"strength {_words(strength)}: {score:.4g}")
             return score
 
         reachable = run(0.0)
         if reachable <= 0:
             raise OptionError(f"without protection the score is {reachable:g}: it must be positive, higher is better.")
-        strength = start
-        while run(strength) < (1 - drop) * reachable:
+        while run(value) < (1 - drop) * reachable:
             if len(trials) == budget:
                 warnings.warn(
-                    f"with strength {strength:g}, the smallest of {budget - 1} tried, the new task still reaches only "
-                    f"{trials[-1].score:.4g} of {reachable:.4g}. Start lower, or allow a larger budget or drop.",
+                    f"with strength {_words(trials[-1].strength)}, the smallest of {budget - 1} tried, the new task "
+                    f"still reaches only {trials[-1].score:.4g} of {reachable:.4g}. Start lower, or allow a larger "
+                    "budget or drop.",
                     StrengthWarning,
                     stacklevel=2,
                 )
                 break
-            strength *= decay
-    return Tuned(strength, reachable, tuple(trials))
+            value *= decay
+    return Tuned(trials[-1].strength, reachable, tuple(trials))
+
+
+def _as_given(start: Strength, value: float) -> Strength:
+    """A strength in the unit of `start`."""
+    return Relative(value) if isinstance(start, Relative) else value
+
+
+def _words(strength: float | Relative) -> str:
+    return f"Relative({strength.value:g})" if isinstance(strength, Relative) else f"{strength:g}"

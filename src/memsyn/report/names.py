@@ -1,6 +1,6 @@
 """Escapes names from files, which strangers may have written, for every place where they are shown.
 
-Owns the escapes for a terminal, Plotly's texts, file names and JSON inside HTML. jinja2 escapes HTML itself.
+Owns the escapes for Plotly's texts, file names and JSON inside HTML. jinja2 escapes HTML itself.
 """
 
 from __future__ import annotations
@@ -13,16 +13,12 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from memsyn.errors import MemsynError
+from memsyn.values.display import printable
 
 LONGEST_LABEL: Final = 24
 """The most characters of a name on an axis."""
 LONGEST_FILE: Final = 100
 """The most characters of a file's name; most file systems allow 255 bytes."""
-
-
-def printable(text: str) -> str:
-    """Text in which every character but visible ones and spaces is an escape: "\\x1b[31m" for a terminal's red."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def inert(text: str) -> str:

@@ -12,10 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from memsyn.errors import MemsynError
-from memsyn.report.names import json_in_html, needed, printable
+from memsyn.report.names import json_in_html, needed
 from memsyn.report.parts import Page
 from memsyn.report.pictures import write_pictures
 from memsyn.storage.atomic_files import replace_file
+from memsyn.values.display import printable
 
 START = b"<!DOCTYPE html>"
 TEMPLATES = Path(__file__).parent / "templates"

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from memsyn.errors import MemsynError
-from memsyn.report.names import file_name, needed, printable
+from memsyn.report.names import file_name, needed
 from memsyn.report.parts import Chart, LegendEntry
 from memsyn.report.styles import OPEN
+from memsyn.values.display import printable
 
 MATPLOTLIB_MARKERS = {
     "circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v", "cross": "P", "x": "X",

@@ -9,6 +9,9 @@ write `m.safetensors`, and after a third one was killed, the folder holds
     .m.safetensors.1f0c9a7be2d4365a.tmp       locked by the first writer: left alone
     .m.safetensors.77ab01c2d9e8f034.tmp       locked by the second writer: left alone
     .m.safetensors.c05e9d3b6a1f2487.tmp       not locked, its writer is dead: the next writer removes it
+
+Windows has no such locks, but neither removes nor renames a file that is open. So a writer closes its file before it
+renames it there, and a temporary file is a leftover if nobody has written to it for a day.
 """
 
 from __future__ import annotations
@@ -18,12 +21,21 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 from memsyn.errors import MemoryFileError
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LEFT_FOR: Final = 86_400.0
+"""Without locks: the seconds after which a temporary file to which nobody writes is a leftover."""
 
 
 @contextmanager
@@ -43,7 +55,8 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a temporary file for writing; it becomes `path` when the block ends without an error.
 
     The temporary file lies beside `path`: fsync, rename, fsync of the folder. A crash leaves the old file or the new
-    one. A symbolic link is followed, and the old file's mode is kept.
+    one. A symbolic link is followed, and the old file's mode is kept. Windows has no fsync of folders, and refuses to
+    replace a file that somebody is reading.
 
     Raises:
         OSError: the file cannot be written; an old file is as it was.
@@ -60,10 +73,12 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     try:
         with file:
             with suppress(OSError):  # no old file, or a file system without modes
-                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+                os.chmod(file.name, stat.S_IMODE(path.stat().st_mode))
             yield file
             file.flush()
             os.fsync(file.fileno())
+            if fcntl is None:
+                file.close()
             # While the file is still locked. Otherwise another writer may take it for a leftover and remove it.
             os.replace(file.name, path)
     finally:
@@ -100,22 +115,36 @@ def _remove_leftovers(path: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(_stem(path))}\.[0-9a-f]{{16}}\.tmp")
     for name in filter(pattern.fullmatch, os.listdir(path.parent)):
         with suppress(OSError):
-            # A pipe with this name must not make `open` wait, and a link must not be followed.
-            handle = os.open(path.parent / name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-            try:
-                _lock(handle, wait=False)
-                os.unlink(path.parent / name)
-            finally:
-                os.close(handle)
+            _remove_if_left(path.parent / name)
+
+
+def _remove_if_left(path: Path) -> None:
+    """Remove a temporary file whose writer is dead.
+
+    Raises:
+        OSError: its writer lives.
+    """
+    if fcntl is None:
+        if time.time() - os.lstat(path).st_mtime > LEFT_FOR:
+            os.unlink(path)
+        return
+    # A pipe with this name must not make `open` wait, and a link must not be followed.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    try:
+        _lock(handle, wait=False)
+        os.unlink(path)
+    finally:
+        os.close(handle)
 
 
 def _lock(handle: int, *, wait: bool) -> None:
-    import fcntl  # not on Windows, where memsyn can measure and protect, but not save
-
-    fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if fcntl is not None:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _sync_folder(path: Path) -> None:
+    if fcntl is None:  # Windows opens no folder
+        return
     try:
         handle = os.open(path.parent, os.O_RDONLY)
         try:

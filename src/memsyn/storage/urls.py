@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from memsyn.errors import MemoryFileError
 from memsyn.storage.atomic_files import replace_file
@@ -46,12 +46,14 @@ def replace_url(url: str) -> Iterator[BinaryIO]:
             with replace_file(path) as file:
                 yield file
             return
-        with tempfile.NamedTemporaryFile(prefix="memsyn-") as copy:
-            yield cast(BinaryIO, copy)
-            copy.flush()
+        with tempfile.TemporaryDirectory(prefix="memsyn-") as folder:
+            copy = os.path.join(folder, "upload")
+            with open(copy, "wb") as file:
+                yield file
+            # The file is closed by now, since Windows lets nobody else open a temporary file that is open.
             with store.transaction:
-                store.put_file(copy.name, path)
-            sent, arrived = os.path.getsize(copy.name), store.size(path)
+                store.put_file(copy, path)
+            sent, arrived = os.path.getsize(copy), store.size(path)
         if arrived != sent:
             raise OSError(f"{sent} bytes were sent, {arrived} arrived")
 

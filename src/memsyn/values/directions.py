@@ -18,6 +18,7 @@ from memsyn.errors import MismatchError
 from memsyn.matrices import EXACT_WIDTH, Layout, Matrix
 from memsyn.parameters import gathered, layer_of, only_those, under_new_names, way_out
 from memsyn.storage.reading_and_writing import Groups, checked_count
+from memsyn.values.display import LayerRow, counted_matrices, html_table, size_in_memory
 from memsyn.values.factors import (
     BOTH,
     KroneckerFactors,
@@ -160,7 +161,7 @@ def _expanded(spectrum: Spectrum) -> Tensor:
 class DiagonalDirections:
     """A parameter that is no matrix: `squares` sum_t g_t / mean(g_t), `mass` the number of tasks, `scale` mean(g)."""
 
-    squares: Tensor
+    squares: Tensor = field(repr=False)
     mass: float
     scale: float
 
@@ -204,6 +205,34 @@ class Directions:
     rank: int | None = RANK
     free: frozenset[str] = frozenset()
     excerpts: dict[str, Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        kept = "all eigenvectors" if self.rank is None else f"up to {self.rank} eigenvectors of each side"
+        return f"Directions({self.in_words()}, {kept}, {size_in_memory(self.tensors())})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            LayerRow(
+                own.layer,
+                [
+                    f"{own.num_weights:,}",
+                    f"{own.inputs:,} x {own.outputs:,}",
+                    f"{own.kept_inputs:,} x {'-' if own.kept_outputs is None else f'{own.kept_outputs:,}'}",
+                    f"{own.room:.1%}",
+                    f"{own.mass:.3g}",
+                ],
+                own.num_weights,
+            )
+            for own in self.summary()
+        ]
+        columns = ["layer", "weights", "inputs x outputs", "kept", "room", "tasks"]
+        return html_table(repr(self), columns, rows, "with fewer weights each")
+
+    def in_words(self) -> str:
+        """How many matrices, other parameters and weights there are."""
+        weights = sum(own.matrix.num_weights for own in self.layers.values())
+        weights += sum(own.squares.numel() for own in self.diagonal.values())
+        return counted_matrices(len(self.layers), len(self.diagonal), weights)
 
     def names(self) -> set[str]:
         """The parameters that are protected."""
@@ -288,7 +317,7 @@ class Directions:
         return [
             DirectionsSummary(
                 layer=names[key],
-                num_weights=own.matrix.layout.groups * own.matrix.layout.outputs * own.matrix.width,
+                num_weights=own.matrix.num_weights,
                 inputs=own.matrix.layout.groups * own.matrix.width,
                 outputs=own.matrix.layout.groups * own.matrix.layout.outputs,
                 kept_inputs=own.inputs.values.numel(),
@@ -301,9 +330,13 @@ class Directions:
             for key, own in self.layers.items()
         ]
 
+    def tensors(self) -> list[Tensor]:
+        """All that is kept."""
+        return [tensor for members in self.groups().values() for tensor in members.values()]
+
     def num_numbers(self) -> int:
         """How many numbers are kept."""
-        return sum(tensor.numel() for members in self.groups().values() for tensor in members.values())
+        return sum(tensor.numel() for tensor in self.tensors())
 
     def predicted_change(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, float]:
         """Layer -> the mean squared change of the outputs on the measured data, to second order.

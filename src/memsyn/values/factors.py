@@ -16,6 +16,7 @@ from memsyn.errors import MismatchError
 from memsyn.matrices import Layout, Matrix
 from memsyn.parameters import layer_of, under_new_names
 from memsyn.storage.reading_and_writing import FACTORS, Groups, checked_count, read, well_formed, write
+from memsyn.values.display import LayerRow, counted, counted_matrices, html_table, size_in_memory
 from memsyn.values.importance import check_same_shapes, checked_num_samples
 from memsyn.values.spectra import Spectrum, spectrum_of, spectrum_of_sketch
 
@@ -78,6 +79,34 @@ class KroneckerFactors:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_samples", checked_num_samples(self.num_samples, "factors need"))
+
+    def __repr__(self) -> str:
+        others = [total.numel() for name, total in self.sums.items() if name.startswith("diagonal/")]
+        weights = sum(matrix.num_weights for matrix in self.matrices.values()) + sum(others)
+        held = counted_matrices(len(self.matrices), len(others), weights)
+        of = f"{self.magnitude} of {self.objective}"
+        size = size_in_memory(self.sums.values())
+        return f"KroneckerFactors({held}, {counted(self.num_samples, 'sample')}, {of}, {size})"
+
+    def _repr_html_(self) -> str:
+        # No eigenvalues: they take minutes for a large model.
+        layers = layer_names(self.matrices)
+        rows = [
+            LayerRow(
+                layers[key],
+                [
+                    f"{matrix.num_weights:,}",
+                    f"{matrix.layout.groups * matrix.width:,}",
+                    f"{matrix.layout.groups * matrix.layout.outputs:,}",
+                    f"{float(self.sums[f'positions/{key}']):,.0f}",
+                    "sketches" if f"inputs_sketch/{key}" in self.sums else "matrices",
+                ],
+                matrix.num_weights,
+            )
+            for key, matrix in self.matrices.items()
+        ]
+        columns = ["layer", "weights", "inputs", "outputs", "positions", "kept as"]
+        return html_table(repr(self), columns, rows, "with fewer weights each")
 
     @property
     def quantity(self) -> tuple[str, str]:
@@ -204,7 +233,7 @@ class KroneckerFactors:
             found.append(
                 FactorSummary(
                     layer=layers[key],
-                    num_weights=groups * outputs * matrix.width,
+                    num_weights=matrix.num_weights,
                     inputs=groups * matrix.width,
                     outputs=groups * outputs,
                     input_dimension=dimensions["inputs"] or 0.0,

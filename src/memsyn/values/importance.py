@@ -17,12 +17,17 @@ from torch import Tensor
 from memsyn.errors import MismatchError, OptionError
 from memsyn.parameters import layer_of, only_those, under_new_names
 from memsyn.storage.reading_and_writing import IMPORTANCE, Groups, checked_count, read, well_formed, write
+from memsyn.values.display import LayerRow, counted, html_table, html_text, size_in_memory
 
 OBJECTIVE = "squared_l2_norm"
 """The objective of MAS, the default."""
 
 MAGNITUDE = "abs"
 """The magnitude of MAS, the default: the absolute value of each sample's gradient."""
+
+
+SUMMED = 2**28
+"""Up to so many weights a notebook shows the importance of layers: summing up more would take minutes."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,14 @@ class Importance:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_samples", checked_num_samples(self.num_samples, "an importance needs"))
+
+    def __repr__(self) -> str:
+        held = [*counted_weights(self.sums), counted(self.num_samples, "sample")]
+        of = f"{self.magnitude} of {self.objective}"
+        return f"Importance({', '.join([*held, of, size_in_memory(self.sums.values())])})"
+
+    def _repr_html_(self) -> str:
+        return html_by_layer(repr(self), self.sums, self.num_samples)
 
     @property
     def quantity(self) -> tuple[str, str]:
@@ -113,7 +126,7 @@ class Importance:
 
     def summary(self) -> list[LayerSummary]:
         """Per layer its share of the total, mean, maximum and concentration, in the model's order."""
-        return summarize(self.mean())
+        return summarize(self.sums, self.num_samples)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file atomically, tensor by tensor. It holds the sums, as `sum/<parameter>`.
@@ -179,25 +192,56 @@ def checked_num_samples(given: object, needs: str) -> int:
     return count
 
 
-def summarize(omega: Mapping[str, Tensor]) -> list[LayerSummary]:
-    """The summary by layer of an importance per weight."""
+def summarize(sums: Mapping[str, Tensor], count: int = 1) -> list[LayerSummary]:
+    """The summary by layer of an importance per weight: of sums / count."""
     layers: dict[str, list[Tensor]] = {}
-    for name, values in omega.items():
+    for name, values in sums.items():
         layers.setdefault(layer_of(name), []).append(values.detach().flatten())
-    total = sum(float(values.sum(dtype=torch.float64)) for values in omega.values())
-    return [_summarize_layer(layer, torch.cat(parts), total) for layer, parts in layers.items()]
+    total = sum(float(values.sum(dtype=torch.float64)) for values in sums.values())
+    return [_summarize_layer(layer, torch.cat(parts), total, count) for layer, parts in layers.items()]
 
 
-def _summarize_layer(layer: str, values: Tensor, total: float) -> LayerSummary:
+def _summarize_layer(layer: str, values: Tensor, total: float, count: int) -> LayerSummary:
     own = float(values.sum(dtype=torch.float64))
     top = values.topk(max(1, round(len(values) / 10))).values if len(values) else values
     return LayerSummary(
         layer=layer,
         num_weights=len(values),
         share=own / total if total else 0.0,
-        mean=own / len(values) if len(values) else 0.0,
-        max=float(values.max()) if len(values) else 0.0,
+        mean=own / len(values) / count if len(values) else 0.0,
+        max=float(values.max()) / count if len(values) else 0.0,
         concentration=float(top.sum(dtype=torch.float64)) / own if own else 0.0,
+    )
+
+
+def counted_weights(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The number of parameters and of weights, in words."""
+    weights = sum(tensor.numel() for tensor in tensors.values())
+    return [counted(len(tensors), "parameter"), counted(weights, "weight")]
+
+
+def html_by_layer(title: str, sums: Mapping[str, Tensor], count: int = 1) -> str:
+    """A notebook's table of the importance sums / count by layer."""
+    if not sums:
+        return html_text(title)
+    if sum(values.numel() for values in sums.values()) > SUMMED:
+        return html_text(f"{title}\nsummary() has the layers; with so many weights it takes its time.")
+    rows = [
+        LayerRow(
+            own.layer,
+            [
+                f"{own.num_weights:,}",
+                f"{own.share:.1%}",
+                f"{own.mean:.3g}",
+                f"{own.max:.3g}",
+                f"{own.concentration:.1%}",
+            ],
+            own.share,
+        )
+        for own in summarize(sums, count)
+    ]
+    return html_table(
+        title, ["layer", "weights", "share", "mean", "max", "top tenth"], rows, "with a smaller share each"
     )
 
 

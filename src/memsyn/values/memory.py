@@ -53,8 +53,16 @@ from memsyn.storage.reading_and_writing import (
 )
 from memsyn.values.consolidation import MERGED, Consolidation
 from memsyn.values.directions import RANK, Directions, consolidated, excerpt, merged
+from memsyn.values.display import counted, html_text, size_in_memory
 from memsyn.values.factors import BOTH, INPUTS_ALONE, KroneckerFactors
-from memsyn.values.importance import Importance, LayerSummary, check_same_shapes, summarize
+from memsyn.values.importance import (
+    Importance,
+    LayerSummary,
+    check_same_shapes,
+    counted_weights,
+    html_by_layer,
+    summarize,
+)
 
 Fold = Callable[[Tensor, Tensor, int, int, float], Tensor]
 
@@ -92,6 +100,26 @@ class Memory:
     counts: dict[str, int] = field(default_factory=dict)
     directions: Directions | None = None
     statistics: dict[str, Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        own, words = self.directions, []
+        if self.importance:
+            of = [" of ".join(reversed(self.quantity))] if self.quantity else []
+            words.append(f"importance of {', '.join([*counted_weights(self.importance), *of])}")
+        if own is not None:
+            of = [" of ".join(reversed(self.directions_quantity))] if self.directions_quantity else []
+            words.append(f"directions of {', '.join([own.in_words(), *of])}")
+        if self.history:
+            words.append(f"{counted(len(self.history), 'consolidation')}, {counted(self.num_samples, 'sample')}")
+        tensors = [tensor for members in self.groups().values() for tensor in members.values()]
+        return f"Memory({'; '.join([*words, size_in_memory(tensors)]) if words else 'empty'})"
+
+    def _repr_html_(self) -> str:
+        own = self.directions
+        if own is None:
+            return html_by_layer(repr(self), self.importance)
+        first = html_by_layer(repr(self), self.importance) if self.importance else html_text(repr(self))
+        return f"<div>{first}{own._repr_html_()}</div>"
 
     @classmethod
     def empty(cls) -> Memory:

@@ -29,6 +29,9 @@ class Spectrum:
     vectors: Tensor | None
     rest: Tensor
 
+    def __repr__(self) -> str:
+        return f"Spectrum({len(self.values)} x {self.width} directions, {self.rank} of {self.width} kept)"
+
     @property
     def width(self) -> int:
         """n."""

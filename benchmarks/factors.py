@@ -4,6 +4,9 @@ In one run and in turn: the ordinary forward and backward pass of the same batch
 `inputs` and `kronecker`, and `mas` beside them; then a training step without protection, and with the projected form
 for each rank and number of steps between two projections. Prints two Markdown tables: the median of the ratios over the
 rounds, the smallest and the largest, and how many numbers a memory keeps for each weight.
+
+Processor time is measured, not time: what else the machine does then counts little. Run it with OMP_NUM_THREADS=1, since
+threads that wait for one another spend processor time.
 """
 
 import argparse
@@ -29,9 +32,9 @@ STEPS = {"mlp": 64, "vit-tiny": 32}
 
 
 def seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     action()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def ratios(found: dict[str, list[float]], base: str) -> dict[str, str]:

@@ -5,8 +5,8 @@ In one run and in turn: the ordinary forward and backward pass of the same batch
 for each rank and number of steps between two projections. Prints two Markdown tables: the median of the ratios over the
 rounds, the smallest and the largest, and how many numbers a memory keeps for each weight.
 
-Processor time is measured, not time: what else the machine does then counts little. Run it with OMP_NUM_THREADS=1, since
-threads that wait for one another spend processor time.
+Processor time is measured, not time: what else the machine does then counts little. Run it with OMP_NUM_THREADS=1,
+since threads that wait for one another spend processor time.
 """
 
 import argparse

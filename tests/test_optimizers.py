@@ -421,3 +421,14 @@ def test_empty_parameters_change_nothing(
         ways.append([p.detach() for p in own.parameters() if p.numel()])
     assert len(ways[0]) == 2
     assert all(torch.equal(left, right) for left, right in zip(*ways, strict=True))
+
+
+def test_a_second_protected_optimizer_that_has_not_stepped_is_no_alarm() -> None:
+    model, memory = of_one_weight()
+    first, second = SGD(model.parameters(), lr=0.1), Adam(model.parameters(), lr=0.1)
+    one, other = memsyn.protect(first, model, memory), memsyn.protect(second, model, memory)
+    model(torch.ones(1, 1, dtype=torch.float64)).sum().backward()
+    first.step()
+    model.state_dict()
+    one.remove()
+    other.remove()

@@ -503,6 +503,8 @@ def test_new_rows_of_a_table_are_free_and_old_ones_held_as_often_as_they_were_re
     found = memsyn.measure(table, [index], estimator="kronecker", progress=False)
     memory = memsyn.Memory.empty().consolidate(table, found)
     bigger = nn.Embedding(6, 3).double()
+    with torch.no_grad():
+        bigger.weight[:4] = table.weight
     optimizer, before = Unknown(bigger.parameters()), bigger.weight.detach().clone()
     with pytest.warns(memsyn.GrownParametersWarning, match=r"weight \(4 to 6 rows\)"):
         memsyn.protect(optimizer, bigger, memory, every=1)

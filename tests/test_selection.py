@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -118,7 +119,8 @@ def test_a_part_of_a_memory() -> None:
     assert part.names == memory.names - {"head.weight"}
     assert part.anchor.keys() == part.importance.keys() == part.counts.keys() == part.names
     assert torch.equal(part.importance["head.bias"], memory.importance["head.bias"])
-    assert part.history == memory.history
+    assert [entry.when for entry in part.history] == [entry.when for entry in memory.history]
+    assert part.history[-1].fingerprint is None
     assert memory.select() is not memory
     assert memory.select().names == memory.names
     assert part.directions is not None
@@ -693,3 +695,27 @@ def test_a_page_compares_weights_with_a_prefix() -> None:
     assert "Found under another name: " in page
     assert "body.0.weight is module.net.body.0.weight" in page
     assert "left out" not in page
+
+
+def test_a_part_of_a_memory_of_directions_is_loaded_without_a_false_alarm(tmp_path: Path) -> None:
+    model = Classifier()
+    learned(model, "kronecker").select(exclude="head.*").save(tmp_path / "it")
+    with pytest.warns(memsyn.NewParametersWarning, match=r"head\.weight"):
+        memsyn.Memory.load(tmp_path / "it", like=model)
+    with torch.no_grad():
+        model.get_parameter("body.0.weight").add_(1)
+    with (
+        pytest.warns(memsyn.MovedWeightsWarning, match=r"1 of .* \(the first is body\.0\.weight\)"),
+        pytest.warns(memsyn.NewParametersWarning, match=r"head\.weight"),
+    ):
+        memsyn.Memory.load(tmp_path / "it", like=model)
+
+
+def test_a_small_head_that_was_replaced_is_named() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    data = torch.randn(16, 4, dtype=torch.float64)
+    memory = memsyn.Memory.empty().consolidate(model, memsyn.measure(model, [data], progress=False))
+    model[2] = nn.Linear(8, 1).double()
+    with pytest.warns(memsyn.MovedWeightsWarning, match=r"2\.weight"):
+        memsyn.protect(sgd(model), model, memory)

@@ -570,10 +570,10 @@ def test_models_in_half_precision_and_inference_tensors() -> None:
     """A model that was moved to half precision after it was remembered has the same statistics, rounded."""
     model, old = learned()
     memory = remembered(model, old)
-    assert WatchedStatistics(model.half(), memory.statistics, freeze=False).num_moved() == 0
+    assert WatchedStatistics(model.half(), memory.statistics, freeze=False, ignored=set()).num_moved() == 0
     with torch.inference_mode():
         made = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    watched = WatchedStatistics(made, {}, freeze=False)
+    watched = WatchedStatistics(made, {}, freeze=False, ignored=set())
     assert watched.num_moved() == 0
 
 
@@ -629,3 +629,44 @@ def test_buffers_that_were_made_in_inference_mode_or_removed() -> None:
         optimizer.step()
     model.body[1].running_var = None
     assert handle.report().moved_statistics == 2
+
+
+def test_statistics_go_with_the_layers_that_are_left_out(tmp_path: Path) -> None:
+    """The cure that the warning names must not load an old head into a new one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 8), nn.BatchNorm1d(8)).double()
+    data = torch.randn(32, 2, dtype=DOUBLE)
+    memory = memsyn.Memory.empty().consolidate(model.eval(), memsyn.measure(model, [data], progress=False))
+    model[2], model[3] = nn.Linear(4, 3).double(), nn.BatchNorm1d(3).double()
+    for part in (memory.select(exclude=["2.*", "3.*"]), memory.select(only=["0.*", "1.weight"])):
+        assert part.statistics.keys() == {"1.running_mean", "1.running_var"}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = memsyn.protect(optimizer, model, memory, exclude=["2.*", "3.*"], freeze_statistics=True)
+    before = model[3].running_mean.clone()
+    model.train()(data).square().sum().backward()
+    optimizer.step()
+    assert handle.report().moved_statistics == 0
+    assert not torch.equal(model[3].running_mean, before)  # the new head's own statistics are free
+    model.load_state_dict(memory.select(exclude=["2.*", "3.*"]).statistics, strict=False)
+
+
+@pytest.mark.parametrize("estimator", ["mas", "kronecker"])
+def test_a_state_of_a_handle_brings_its_statistics_into_a_wrapper(estimator: str) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4)).double().eval()
+    found = memsyn.measure(model, [torch.randn(32, 2, dtype=DOUBLE)], estimator=estimator, progress=False)
+    memory = memsyn.Memory.empty().consolidate(model, found)
+    state = memsyn.protect(torch.optim.SGD(model.parameters(), lr=0.1), model, memory).state_dict()
+    wrapped = Wrapper(model)
+    with pytest.warns(memsyn.RenamedParametersWarning):
+        handle = memsyn.protect(torch.optim.SGD(wrapped.parameters(), lr=0.1), wrapped, memory)
+    with pytest.warns(memsyn.RenamedParametersWarning):
+        handle.load_state_dict(state)
+    assert handle.report().moved_statistics == 0
+    model[1].running_mean += 1
+    assert handle.report().moved_statistics == 1

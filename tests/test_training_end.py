@@ -670,3 +670,40 @@ def test_lightning_protects_and_consolidates_as_it_is_told(tmp_path: Path) -> No
     assert [(entry.rule, entry.label) for entry in callback.memory.history[1:]] == [("mean", "b")]
     assert callback.memory.directions is not None
     assert callback.memory.directions.rank == 2
+
+
+class TwoParts(pl.LightningModule):
+    """A body and a head, each with an optimizer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(4, 5).double(), nn.Linear(5, 3).double()
+        self.automatic_optimization = False
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(inputs)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.body, self.head)], []
+
+
+@pytest.mark.parametrize("num_classes", [3, 2])
+def test_what_is_excluded_is_not_added_to_what_replaced_it(num_classes: int, tmp_path: Path) -> None:
+    module = TwoParts()
+    memory = EMPTY.consolidate(module, memsyn.measure(module, [X], progress=False))
+    module.head = nn.Linear(5, num_classes).double()
+    callback = LightningCallback(memory, protect_options={"exclude": "head.*"})
+    data = TensorDataset(X, torch.arange(24) % num_classes)
+    fit(module, tmp_path, [callback], DataLoader(data, 4), max_epochs=1)
+    own = memsyn.measure(module, DataLoader(data, 4), progress=False).mean()
+    torch.testing.assert_close(callback.memory.importance["head.weight"], own["head.weight"], rtol=1e-6, atol=0)
+    old = memory.importance["body.weight"]
+    torch.testing.assert_close(callback.memory.importance["body.weight"], old + own["body.weight"], rtol=1e-6, atol=0)

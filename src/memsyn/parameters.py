@@ -110,6 +110,34 @@ def chosen_names(names: Collection[str], only: Patterns | None, exclude: Pattern
     return kept
 
 
+def statistics_beside(
+    names: Iterable[str],
+    known: Collection[str],
+    kept: Collection[str],
+    only: Patterns | None,
+    exclude: Patterns | None,
+) -> set[str]:
+    """The statistics that stay when of the `known` parameters only those in `kept` do.
+
+    A statistic goes with the parameters of its layer. In a layer without parameters, the patterns choose it.
+    """
+    layers, others = {layer_of(name) for name in kept}, {layer_of(name) for name in known}
+
+    def matches(name: str, patterns: Patterns | None, option: str) -> bool:
+        return patterns is not None and any(fnmatchcase(name, pattern) for pattern in listed(patterns, option))
+
+    return {
+        name
+        for name in names
+        if layer_of(name) in layers
+        or (
+            layer_of(name) not in others
+            and (only is None or matches(name, only, "only"))
+            and not matches(name, exclude, "exclude")
+        )
+    }
+
+
 def _matched(names: Collection[str], patterns: Patterns, option: str) -> set[str]:
     found: set[str] = set()
     for pattern in listed(patterns, option):

@@ -130,7 +130,7 @@ class MemsynCallback(pl.Callback):
             self._begin(trainer, pl_module)
             assert self._training is not None
             kept = self._training.before
-        kept = kept.fitted(pl_module)
+        kept = self._settings.kept(kept, pl_module)
         free = kept.directions.free if kept.directions is not None else frozenset()
         held = {id(p) for name, p in pl_module.named_parameters() if name in kept.names - free}
         for optimizer in trainer.optimizers:

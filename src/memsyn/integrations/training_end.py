@@ -83,9 +83,19 @@ class Settings:
         """Whether anything is measured when training ends."""
         return self.max_samples != 0
 
-    def protect(self, optimizer: Optimizer, model: nn.Module, memory: Memory) -> Protection:
-        """Protect the memory with these settings."""
+    def kept(self, memory: Memory, model: nn.Module) -> Memory:
+        """The part of a memory that a training protects and extends: without what `only` and `exclude` leave out.
+
+        What was replaced must not be added to what is measured when training ends.
+        """
         options = self.protect_options or {}
+        if not memory.names:
+            return memory
+        return memory.fitted(model).select(only=options.get("only"), exclude=options.get("exclude"))
+
+    def protect(self, optimizer: Optimizer, model: nn.Module, memory: Memory) -> Protection:
+        """Protect a memory that `kept` returned."""
+        options = {name: value for name, value in (self.protect_options or {}).items() if name != "exclude"}
         return protect(optimizer, model, memory, strength=self.strength, form=self.form, **options)
 
 
@@ -170,8 +180,9 @@ def try_batch(training: Training, settings: Settings, model: nn.Module, batches:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come when training ends
-            for chosen in _estimators(training.before, settings):
-                _consolidated(training.before, settings, model, _measured(settings, model, first(), chosen), trial=True)
+            before = settings.kept(training.before, model)
+            for chosen in _estimators(before, settings):
+                _consolidated(before, settings, model, _measured(settings, model, first(), chosen), trial=True)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -227,7 +238,7 @@ def ended(
     training: Training, settings: Settings, model: nn.Module, batches: Iterable[Any], *, progress: bool
 ) -> Training:
     """The training with the memory after it: one consolidation for each estimator."""
-    memory = training.before
+    memory = settings.kept(training.before, model)
     for chosen in _estimators(memory, settings):
         given = batches if settings.data is None else settings.data
         memory = _consolidated(memory, settings, model, _measured(settings, model, given, chosen, progress=progress))

@@ -121,11 +121,7 @@ class MemsynCallback(TrainerCallback):
             else:
                 try_batch(self._training, self._settings, model, batches)
         if kept.names:
-            optimizer = given["optimizer"]
-            own = getattr(
-                optimizer, "optimizer", optimizer
-            )  # accelerate wraps it, and calls the inner step with its hooks
-            self.protection = self._settings.protect(own, model, kept)
+            self.protection = self._settings.protect(given["optimizer"], model, self._settings.kept(kept, model))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Project the steps that wait before an evaluation or a checkpoint: `on_evaluate` and `on_save` come after."""

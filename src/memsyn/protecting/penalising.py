@@ -131,7 +131,8 @@ class Penalising(Protection):
         """
         if not state.keys() >= {"strength", "form", "anchor", "importance"}:
             raise OptionError(f"expected the state of a Protection, got the keys {', '.join(map(str, state))}.")
-        memory = Memory(dict(state["anchor"]), dict(state["importance"])).fitted(self._model)
+        own, remembered = dict(state["importance"]), dict(state.get("statistics", {}))
+        memory = Memory(dict(state["anchor"]), own, statistics=remembered).fitted(self._model)
         check_model(memory, self._model, named_parameters(self._model))  # `protect` has said what is free
         optimizer = self._optimizer()
         form = str(state["form"]) if optimizer is None else checked_form(state["form"], optimizer)
@@ -139,7 +140,7 @@ class Penalising(Protection):
             raise OptionError("the state is of form='projected': protect with that form, then load it.")
         self.strength, self.form = checked_strength(state["strength"]), form
         self._take(memory)
-        self._watched.take(state.get("statistics", self._watched.remembered))
+        self._watched.take(memory.statistics if "statistics" in state else self._watched.remembered)
 
     def _take(self, memory: Memory) -> None:
         dtype = self._importance_dtype

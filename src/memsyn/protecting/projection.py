@@ -253,13 +253,15 @@ class Projecting(Protection):
         except (LookupError, TypeError, ValueError) as error:
             raise OptionError(f"the state holds no directions: {error}.") from error
         parameters = named_parameters(self._model)
-        directions = directions.renamed(fitted(directions.names() | directions.free, parameters).names)
+        fit = fitted(directions.names() | directions.free, parameters)
+        directions = directions.renamed(fit.names)
         directions.check(parameters)
         self.flush()
         every = checked_every(state["every"])
         self.strength, self.every = checked_strength(state["strength"]), 1 if self._in_each_step else every
         self._directions, self._seen = directions, []
-        self._watched.take(state.get("statistics", self._watched.remembered))
+        own = {fit.own(name): values for name, values in dict(state.get("statistics", {})).items()}
+        self._watched.take(own if "statistics" in state else self._watched.remembered)
         self._restart()
 
     @torch.no_grad()

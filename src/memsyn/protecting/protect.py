@@ -112,7 +112,7 @@ def protect(
     So the weights are compared with the anchor. A matrix of n >= 64 values looks newly initialised if it is more than
     0.9 ||theta*|| from its anchor and its cosine with it is below 3 / sqrt(n), three standard deviations of unrelated
     vectors. (Of directions, 256 values of each parameter are compared.) Then a decision is needed, by `exclude=` or
-    `only=`. Any other parameter of 16 values or more that is so far is named in a warning.
+    `only=`. Any other parameter of 8 values or more that is so far is named in a warning.
 
     Returns:
         A handle, with `value()`, `report()`, `flush()`, `state_dict()`, `load_state_dict()` and `remove()`.
@@ -156,7 +156,9 @@ def protect(
         raise OptionError(f"importance_dtype must be one of {allowed}; got {importance_dtype!r}.")
     if is_protected(optimizer):
         raise ProtectionError("this optimizer is protected already: call remove() on its first handle.")
-    memory = _chosen(memory.fitted(model), model, form, only, exclude)
+    whole = memory.fitted(model)
+    memory = _chosen(whole, model, form, only, exclude)
+    ignored = whole.statistics.keys() - memory.statistics.keys()
     if form == PROJECTED:
         if isinstance(raw, Relative) or device is not None or importance_dtype is not None:
             raise OptionError(
@@ -166,14 +168,17 @@ def protect(
         number = STRENGTH if raw is None else raw
         # A wrapper averages weights between steps, and schedule-free swaps them: no change may wait until then.
         in_each_step = found.moved_by_wrapper or is_schedule_free(optimizer)
-        every, watched = checked_every(every), WatchedStatistics(model, memory.statistics, freeze=freeze_statistics)
+        every, watched = (
+            checked_every(every),
+            WatchedStatistics(model, memory.statistics, freeze=freeze_statistics, ignored=ignored),
+        )
         return Projecting(found, model, memory.directions, number, every, in_each_step, watched)
     raw = Relative() if raw is None else raw
     raw = checked_strength(raw.of(memory)) if isinstance(raw, Relative) else raw
     held = check_optimizer(optimizer, named_parameters(model), memory.importance)
     _check_dense_gradients(model, memory, held)
     where = None if device is None else torch.device(device)
-    watched = WatchedStatistics(model, memory.statistics, freeze=freeze_statistics)
+    watched = WatchedStatistics(model, memory.statistics, freeze=freeze_statistics, ignored=ignored)
     return Penalising(found, model, memory, raw, form, where, importance_dtype, watched)
 
 

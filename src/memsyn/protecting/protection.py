@@ -25,6 +25,9 @@ from memsyn.values.display import LayerRow, counted, html_table, html_text, shor
 _protected: "WeakSet[Optimizer]" = WeakSet()
 """The optimizers with a handle that was not removed."""
 
+_handles: "WeakSet[Protection]" = WeakSet()
+"""The handles that were not collected."""
+
 
 def is_protected(optimizer: Optimizer) -> bool:
     """Whether the optimizer has a handle that was not removed."""
@@ -214,8 +217,10 @@ class Protection(ABC):
             optimizer.register_state_dict_pre_hook(Guard(self.flush)),
             own.register_load_state_dict_post_hook(Guard(self._weights_loaded)),
         ]
-        self._weights_loaded()
+        self._norms: dict[tuple[str, torch.dtype, torch.device], Tensor] | None = self._norms_now()
+        """Of the parameters when protection began; None if they were loaded since."""
         _protected.add(optimizer)
+        _handles.add(self)
         self._watched = watched
         watched.begin(optimizer)
 
@@ -267,6 +272,10 @@ class Protection(ABC):
             for hook in self._hooks:
                 hook.remove()
             _protected.discard(optimizer)
+            _handles.discard(self)
+            for other in _handles if self._acted else ():
+                if unwrap(other._model) is unwrap(self._model):
+                    other._norms = None  # this handle has let the weights move
         for guard in self._guards:
             guard.remove()
         self._hooks, self._guards = [], []
@@ -276,8 +285,8 @@ class Protection(ABC):
         self._check_acted()
 
     def _weights_loaded(self) -> None:
-        """The weights were replaced: remember how large each parameter is, to see later whether it has moved."""
-        self._norms = self._norms_now()
+        """The weights were replaced, so that how large they were says nothing of steps."""
+        self._norms = None
 
     def _norms_now(self) -> dict[tuple[str, torch.dtype, torch.device], Tensor]:
         """By values and not by versions: fused optimizers do not count them up.
@@ -291,9 +300,11 @@ class Protection(ABC):
         }
 
     def _check_acted(self) -> None:
-        """Warn once if protected weights have moved, and the optimizer has not stepped."""
-        if self._acted:
+        """Warn once if protected weights have moved, and no protected optimizer of the model has stepped."""
+        if self._acted or any(other._acted for other in _handles if unwrap(other._model) is unwrap(self._model)):
             return
+        if self._norms is None:
+            self._norms = self._norms_now()
         now, old = self._norms_now(), self._norms
         moved = [key[0] for key in now.keys() & old.keys() if not torch.equal(now[key], old[key])]
         if not moved:
@@ -302,7 +313,8 @@ class Protection(ABC):
         warnings.warn(
             f"{len(moved)} protected parameters, {min(moved)} among them, have moved since protect was called, and the "
             "optimizer that is protected has made no step: nothing was protected. Pass protect the optimizer that "
-            "steps, after it was made, copied or loaded; with a trainer, the one that the trainer holds.",
+            "steps, after it was made, copied or loaded; with a trainer, the one that the trainer holds. If you have "
+            "loaded a part of the weights yourself since then, nothing is lost.",
             NotProtectedWarning,
             stacklevel=4,
         )

@@ -27,7 +27,7 @@ DEVIATIONS: Final = 3.0
 FAR: Final = 0.9
 """||theta - theta*|| / ||theta*|| from which a parameter is reported: of a newly drawn one it is about 1 or more."""
 
-FEWEST_REPORTED: Final = 16
+FEWEST_REPORTED: Final = 8
 """Parameters of fewer values are not reported: a scale that has doubled since is no news."""
 
 

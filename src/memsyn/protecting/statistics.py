@@ -7,7 +7,7 @@ A frozen module has an attribute `train` of its own, which hides the method of i
 pass, and code that reads `module.training` (a fused operation, a compiled graph) sees what holds.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from types import MethodType
 from typing import Any, final
 from warnings import warn
@@ -168,22 +168,23 @@ class WatchedStatistics:
         model: the protected model.
         remembered: the statistics of the memory. If there are none, those of the model as they are now.
         freeze: whether `freeze_statistics` holds while the optimizer is protected.
+        ignored: names of statistics that are neither watched nor frozen: of layers that were left out.
 
     Warns:
         MovedStatisticsWarning: the model's statistics are not those that the memory remembers; later, once, that they
             move.
     """
 
-    def __init__(self, model: nn.Module, remembered: Mapping[str, Tensor], *, freeze: bool) -> None:
+    def __init__(self, model: nn.Module, remembered: Mapping[str, Tensor], *, freeze: bool, ignored: Set[str]) -> None:
         warn_of_moved_statistics(remembered, model, stacklevel=4)
-        self._model, self._freeze = model, freeze
+        self._model, self._freeze, self._ignored = model, freeze, ignored
         self._frozen: FrozenStatistics | None = None
         self._hook: Any = None
         self.take(remembered)
 
     def take(self, remembered: Mapping[str, Tensor]) -> None:
         """Compare with these statistics from now on, and with the model's as they are where there are no others."""
-        present = statistics(self._model)
+        present = {name: own for name, own in statistics(self._model).items() if name not in self._ignored}
         held = {name: _held(values, present.get(name)) for name, values in remembered.items()}
         moved = set(moved_statistics(held, self._model))
         self._before = {
@@ -202,7 +203,10 @@ class WatchedStatistics:
     def begin(self, optimizer: Optimizer) -> None:
         """Freeze if that was asked for, and watch after each step until something has moved."""
         if self._freeze:
-            self._frozen = freeze_statistics(self._model)
+            present = {canonical_name(name): module for name, module in unwrap(self._model).named_modules()}
+            owners = {name.rpartition(".")[0] for name in self._before}
+            own = {name: present[name] for name in present if name in owners and _has_running_statistics(present[name])}
+            self._frozen = FrozenStatistics(own)
             finalize(self, self._frozen.remove).atexit = False  # the optimizer was dropped, and its protection with it
         if self._before:
             self._hook = optimizer.register_step_post_hook(self._after_step)

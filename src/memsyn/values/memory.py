@@ -33,6 +33,7 @@ from memsyn.parameters import (
     only_those,
     same_values,
     statistics,
+    statistics_beside,
     trainable_parameters,
     under_new_names,
     way_out,
@@ -153,9 +154,9 @@ class Memory:
         return self.importance.keys() | own
 
     def select(self, *, only: Patterns | None = None, exclude: Patterns | None = None) -> Memory:
-        """The memory of some of its parameters: importance, anchor, counts and directions of these alone.
+        """The memory of some of its parameters: importance, anchor, counts, directions and statistics of these alone.
 
-        Statistics are of the whole model and stay.
+        The fingerprint of the last consolidation becomes unknown, since it covers all parameters.
 
         Args:
             only: names, or patterns as in `fnmatch`, of the parameters to keep; None: all. `*` matches dots too.
@@ -170,15 +171,24 @@ class Memory:
             >>> memsyn.Memory(weights, weights).select(exclude="head.*").names
             {'body.weight'}
         """
-        return self._only(chosen_names(self.names, only, exclude))
+        return self._only(chosen_names(self.names, only, exclude), only, exclude)
 
-    def _only(self, names: Collection[str]) -> Memory:
+    def _only(self, names: Collection[str], only: Patterns | None, exclude: Patterns | None) -> Memory:
+        if self.names <= set(names):
+            return replace(self)
         anchor, importance = only_those(self.anchor, names), only_those(self.importance, names)
         directions = None if self.directions is None else self.directions.only(names)
         if directions is not None and not directions.names() | directions.free:
             directions = None
-        counts = only_those(self.counts, names)
-        return replace(self, anchor=anchor, importance=importance, counts=counts, directions=directions)
+        beside = statistics_beside(self.statistics, self.names, names, only, exclude)
+        return Memory(
+            anchor,
+            importance,
+            _of_unknown_weights(self.history),
+            only_those(self.counts, names),
+            directions,
+            only_those(self.statistics, beside),
+        )
 
     def renamed(self, names: Mapping[str, str]) -> Memory:
         """The same memory with other names: old name -> new name; names that are not given stay.
@@ -189,7 +199,7 @@ class Memory:
             return self
         anchor, importance = under_new_names(self.anchor, names), under_new_names(self.importance, names)
         counts = under_new_names(self.counts, names)
-        history = (*self.history[:-1], *(replace(entry, fingerprint=None) for entry in self.history[-1:]))
+        history = _of_unknown_weights(self.history)
         directions = None if self.directions is None else self.directions.renamed(names)
         statistics = under_new_names(self.statistics, names)
         return Memory(anchor, importance, history, counts, directions, statistics)
@@ -318,7 +328,7 @@ class Memory:
             return memory, importance, None
         chosen = chosen_names(memory.names | importance.names, only, exclude)
         own = importance if isinstance(importance, KroneckerFactors) else importance.only(chosen)
-        return memory._only(chosen), own, chosen
+        return memory._only(chosen, only, exclude), own, chosen
 
     def _with_factors(
         self,
@@ -601,6 +611,11 @@ def check_model(memory: Memory, model: nn.Module, known: Collection[str] = (), s
             NewParametersWarning,
             stacklevel=stacklevel,
         )
+
+
+def _of_unknown_weights(history: tuple[Consolidation, ...]) -> tuple[Consolidation, ...]:
+    """The same history, without the fingerprint of the last entry."""
+    return (*history[:-1], *(replace(entry, fingerprint=None) for entry in history[-1:]))
 
 
 def _kept_statistics(model: nn.Module) -> dict[str, Tensor]:

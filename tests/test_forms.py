@@ -550,7 +550,7 @@ def test_a_head_without_steps_does_not_change_what_is_said_of_the_others() -> No
     body, head = nn.Linear(3, 3), nn.Linear(3, 2)
     model = nn.ModuleList([body, head])
     memory = memsyn.Memory(
-        {name: p.detach() + 1 for name, p in model.named_parameters()},
+        {name: p.detach() + 0.1 for name, p in model.named_parameters()},
         {n: torch.full_like(p, 1e6) for n, p in model.named_parameters()},
     )
     optimizer = Adam(model.parameters(), lr=0.1)

@@ -7,6 +7,7 @@ minimum, (3 + 4 * 1) / 5 = 1.4, whatever the optimizer and the scale.
 import copy
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,13 +252,16 @@ def test_weights_that_are_loaded_or_stepped_are_not_warned_of() -> None:
     model, memory, data, targets = a_task()
     optimizer = SGD(model.parameters(), lr=0.1)
     handle = memsyn.protect(optimizer, model, memory, strength=0.5)
-    model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
-    handle.report()
-    model.float().state_dict()  # rounds them
-    model.double()
-    train(model, optimizer, data, targets, 1)
-    model.state_dict()
-    handle.remove()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
+        handle.report()
+        model.float().state_dict()  # rounds them
+        model.double()
+        train(model, optimizer, data, targets, 1)
+        model.state_dict()
+        handle.remove()
+    assert said == []
 
 
 class OfItself(Optimizer):
@@ -427,8 +431,12 @@ def test_a_second_protected_optimizer_that_has_not_stepped_is_no_alarm() -> None
     model, memory = of_one_weight()
     first, second = SGD(model.parameters(), lr=0.1), Adam(model.parameters(), lr=0.1)
     one, other = memsyn.protect(first, model, memory), memsyn.protect(second, model, memory)
-    model(torch.ones(1, 1, dtype=torch.float64)).sum().backward()
-    first.step()
-    model.state_dict()
-    one.remove()
-    other.remove()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model(torch.ones(1, 1, dtype=torch.float64)).sum().backward()
+        first.step()
+        model.state_dict()
+        one.remove()
+        other.remove()
+    assert said == []
+    assert model.weight.item() != 1.0

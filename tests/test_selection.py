@@ -328,7 +328,11 @@ def test_a_model_at_its_anchor_or_near_it_gives_no_warning() -> None:
         with torch.no_grad():
             for parameter in near.parameters():
                 parameter.mul_(1.5)
-        memsyn.protect(sgd(near), near, memory).remove()
+        for started in (model, near):
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                memsyn.protect(sgd(started), started, memory).remove()
+            assert said == []
 
 
 def test_the_rule_in_numbers() -> None:

@@ -367,6 +367,10 @@ def test_no_option_comes_or_goes_unnoticed():
         "diff": ["a", "b", "--html", "--png", "--json"],
         "merge": ["paths", "--out", "-o", "--json"],
         "convert": ["path", "--out", "-o", "--samples", "--exact", "--rename", "--json"],
+        "gate": [
+            "memory_path", "state_path", "--model", "--data", "--reference", "--min-agreement", "--max-change",
+            "--kind", "--json",
+        ],
     }  # fmt: skip
 
 
@@ -378,6 +382,10 @@ def test_no_option_comes_or_goes_unnoticed():
         (["diff"], "memsyn diff january.memsyn.safetensors february.memsyn.safetensors"),
         (["merge"], "memsyn merge replica1.safetensors replica2.safetensors -o all.safetensors"),
         (["convert"], "memsyn convert reg_params.pt -o old.memsyn.safetensors --samples 5000"),
+        (
+            ["gate"],
+            "memsyn gate old.memsyn.safetensors new.safetensors --model package.module:build --data inputs.safetensors",
+        ),
     ],
 )
 def test_help_gives_an_example(command, example):

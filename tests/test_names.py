@@ -39,12 +39,12 @@ def test_no_public_name_is_defined_in_two_modules() -> None:
     assert {"Memory", "layer_of", "FORMAT", "Groups"} <= modules.keys()
 
 
-@pytest.mark.parametrize("name", ["measure", "penalty", "protect", "tune"])
+@pytest.mark.parametrize("name", ["compare", "measure", "penalty", "protect", "tune"])
 def test_a_function_of_the_package_is_not_a_module_of_it(name: str) -> None:
     assert callable(getattr(memsyn, name))
     with pytest.raises(ModuleNotFoundError, match=f"No module named 'memsyn.{name}'"):
         importlib.import_module(f"memsyn.{name}")
-    room = "measuring" if name == "measure" else "protecting"
+    room = {"compare": "comparing", "measure": "measuring"}.get(name, "protecting")
     module = importlib.import_module(f"memsyn.{room}.{name}")
     assert isinstance(module, ModuleType)
     assert getattr(module, name) is getattr(memsyn, name)

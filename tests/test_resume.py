@@ -439,7 +439,7 @@ def test_what_was_not_proven_is_looked_at_again(tmp_path: Path, monkeypatch: pyt
         batch[:, 2:] = 0
     check = route_check.check
 
-    def counted(*arguments: Any, **options: Any) -> route_check.Verdict:
+    def counted(*arguments: Any, **options: Any) -> route_check.CheckResult:
         looks[0] += 1
         return check(*arguments, **options)
 

@@ -26,10 +26,11 @@ ROOMS: dict[str, set[str]] = {
     "values": BASE | {"storage", "parameters"},
     "measuring": BASE | {"engine", "kernels", "values", "storage", "batches", "parameters", "progress"},
     "protecting": BASE | {"values", "parameters", "progress"},
+    "comparing": BASE | {"measuring", "values", "batches", "parameters", "progress"},
     "live": BASE | {"measuring", "values", "storage", "kernels", "batches", "parameters"},
-    "__init__": BASE | {"measuring", "values", "protecting", "live", "parameters"},
+    "__init__": BASE | {"measuring", "comparing", "values", "protecting", "live", "parameters"},
     "report": BASE | {"values", "storage", "parameters"},
-    "cli": BASE | {"__init__", "values", "storage", "report"},
+    "cli": BASE | {"__init__", "comparing", "batches", "parameters", "values", "storage", "report"},
     "integrations": {"__init__"},
 }
 """Room -> the rooms that it may import, beside itself. `__init__` stands for the public names."""
@@ -93,6 +94,7 @@ def test_public_names_are_sorted_and_there() -> None:
     assert all(getattr(memsyn, name).__doc__ for name in memsyn.__all__ if name != "Forward")  # an alias has none
     assert memsyn.__all__ == [
         "BatchError",
+        "Comparison",
         "Consolidation",
         "Estimator",
         "FactorSummary",
@@ -116,6 +118,7 @@ def test_public_names_are_sorted_and_there() -> None:
         "Observer",
         "OptionError",
         "OutputError",
+        "PairedDifference",
         "ProcessError",
         "Protection",
         "ProtectionError",
@@ -129,6 +132,8 @@ def test_public_names_are_sorted_and_there() -> None:
         "StrengthWarning",
         "Trial",
         "Tuned",
+        "Verdict",
+        "compare",
         "fingerprint",
         "freeze_statistics",
         "measure",

@@ -1,5 +1,7 @@
 """memsyn: learn something new without forgetting what the model knows (Memory Aware Synapses, ECCV 2018)."""
 
+from memsyn.comparing.compare import compare
+from memsyn.comparing.verdict import Comparison, PairedDifference, Verdict
 from memsyn.errors import (
     BatchError,
     GrownParametersWarning,
@@ -40,6 +42,7 @@ from memsyn.values.memory import Memory
 
 __all__ = [
     "BatchError",
+    "Comparison",
     "Consolidation",
     "Estimator",
     "FactorSummary",
@@ -63,6 +66,7 @@ __all__ = [
     "Observer",
     "OptionError",
     "OutputError",
+    "PairedDifference",
     "ProcessError",
     "Protection",
     "ProtectionError",
@@ -76,6 +80,8 @@ __all__ = [
     "StrengthWarning",
     "Trial",
     "Tuned",
+    "Verdict",
+    "compare",
     "fingerprint",
     "freeze_statistics",
     "measure",

@@ -1,7 +1,7 @@
 """The command `memsyn` for memory and importance files.
 
 Owns the list of commands, their options and exit codes: 0 done, 1 an error of memsyn (on stderr) or as the command's
-help says, 2 wrong usage, 130 interrupted.
+help says, 2 wrong usage (of `gate` 1), 130 interrupted.
 """
 
 from importlib.metadata import version
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from memsyn.cli import files
+from memsyn.cli import files, gate
 
 __all__ = ["app"]
 
@@ -21,6 +21,7 @@ app.command("verify")(files.verify_files)
 app.command("diff")(files.diff_files)
 app.command("merge")(files.merge_files)
 app.command("convert")(files.convert_file)
+app.command("gate", cls=gate.GateCommand)(gate.gate_weights)
 
 
 def _print_version(wanted: bool) -> None:

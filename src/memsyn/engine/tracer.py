@@ -175,7 +175,7 @@ class ShapeTracer(Tracer):
                 self._selected[id(tensor)] = tensor
 
 
-def compare(one: ShapeTracer, two: ShapeTracer) -> dict[ValuePath, Split | None]:
+def splits_between(one: ShapeTracer, two: ShapeTracer) -> dict[ValuePath, Split | None]:
     """Path -> split, from a run with one sample and a run with two; None if the batch axis stays unknown."""
     return {path: _compare(one.events.get(path, []), events) for path, events in two.events.items()}
 

@@ -185,7 +185,7 @@ def measure(
     # The order matters. `fail_together` ends before `write_on_failure`, so that a process also writes its file if only
     # another process has failed.
     with (
-        _untouched_generators(),
+        untouched_generators(),
         nullcontext() if resumable is None else resumable.write_on_failure(),
         fail_together(group, device),
         torch.inference_mode(False),
@@ -200,7 +200,7 @@ def measure(
             if found is not None:
                 with well_formed(resumable.path):
                     measurement.restore(*found)
-        length, has_forward = _length(batches, max_samples), forward is not None
+        length, has_forward = length_of(batches, max_samples), forward is not None
         read = (in_samples(batch, split, has_forward=has_forward) for batch in batches)
         reader = _Reader(measurement, can_guess=max_samples is None)
         _add_batches(reader, first_samples(read, max_samples), resumable, length=length, progress=progress)
@@ -293,7 +293,8 @@ def _add_batches(
         bar.set_postfix_str(f"{measurement.num_samples} samples, {len(measurement.table.slow)} slow parameters")
 
 
-def _length(batches: object, max_samples: int | None) -> int | None:
+def length_of(batches: object, max_samples: int | None) -> int | None:
+    """The number of batches for a progress bar; None if it is not known."""
     if max_samples is not None or not isinstance(batches, Sized):
         return None
     try:
@@ -303,7 +304,7 @@ def _length(batches: object, max_samples: int | None) -> int | None:
 
 
 @contextmanager
-def _untouched_generators() -> Iterator[None]:
+def untouched_generators() -> Iterator[None]:
     """Restore the global random generators afterwards, since iterating a DataLoader draws from torch's generator."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

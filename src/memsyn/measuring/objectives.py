@@ -277,18 +277,7 @@ def scores(
         OutputError: the first dimension is not the number of samples, or a sample's objective is not finite.
     """
     where = f"batch {batch_index}"
-    if output.ndim == 0 or (num_samples is not None and output.shape[0] != num_samples):
-        raise OutputError(
-            f"{where}: the output's first dimension must be the samples; for {num_samples or 'some'} "
-            f"samples its shape is {tuple(output.shape)}. A mean loss is not enough, since importance is taken per "
-            "sample. Return the raw outputs, or choose them with forward=lambda model, batch: ... If the batch is one "
-            "sample, say so: split=lambda batch: [batch]."
-        )
-    if not output.is_floating_point():
-        raise OutputError(
-            f"{where}: the output is {output.dtype}, which has no gradient. Return the raw outputs "
-            "(logits), not classes or flags, or choose them with forward=lambda model, batch: ..."
-        )
+    check_rows_and_dtype(output, num_samples, batch_index)
     # The square of 256 is 65,536, but the largest number in float16 is 65,504.
     if output.dtype in (torch.float16, torch.bfloat16):
         output = output.float()
@@ -313,6 +302,27 @@ def scores(
             "one such sample makes the whole importance useless."
         )
     return values.reshape(len(values), -1)
+
+
+def check_rows_and_dtype(output: Tensor, num_samples: int | None, batch_index: int) -> None:
+    """Refuse an output that is not one row of floating point numbers for each sample.
+
+    Raises:
+        OutputError: the first dimension is not the number of samples, or the numbers are whole.
+    """
+    where = f"batch {batch_index}"
+    if output.ndim == 0 or (num_samples is not None and output.shape[0] != num_samples):
+        raise OutputError(
+            f"{where}: the output's first dimension must be the samples; for {num_samples or 'some'} "
+            f"samples its shape is {tuple(output.shape)}. A mean loss is not enough, since each sample counts for "
+            "itself. Return the raw outputs, or choose them with forward=lambda model, batch: ... If the batch is one "
+            "sample, say so: split=lambda batch: [batch]."
+        )
+    if not output.is_floating_point():
+        raise OutputError(
+            f"{where}: the output is {output.dtype}, which has no gradient. Return the raw outputs "
+            "(logits), not classes or flags, or choose them with forward=lambda model, batch: ..."
+        )
 
 
 def check_holds_samples(output: object, batch: Batch, batch_index: int) -> None:
@@ -427,21 +437,30 @@ class OutputScorer(Scorer):
     ) -> Tensor:
         """(B, R), the estimator's objective of each sample's output."""
 
-        def run(inputs: Any) -> Tensor:
-            return output_tensor(self.output(model, inputs, position.batch_index))
-
-        output = run(batch.inputs)
+        output = output_tensor(self.output(model, batch.inputs, position.batch_index))
         with without_function_modes():  # no parameter is used any more
-            inputs = batch.inputs if self.masks_padding else None
             return scores(
                 self.estimator.objective,
                 output,
                 SampleInfo(position.first_sample, batch.labels),
                 num_samples=batch.num_samples,
-                mask=self._padding.mask_of(output, model, inputs, run, position.batch_index),
+                mask=self.mask_of(output, model, batch, position.batch_index),
                 batch_index=position.batch_index,
                 first_in_batch=position.first_in_batch,
             )
+
+    def mask_of(self, output: Tensor, model: nn.Module, batch: Batch, batch_index: int) -> Tensor | None:
+        """(samples, positions), not 0 where a position of the output is no padding; None if all of the output counts.
+
+        Raises:
+            OutputError: the batch has a mask that cannot be applied to the output.
+        """
+
+        def run(inputs: Any) -> Tensor:
+            return output_tensor(self.output(model, inputs, batch_index))
+
+        inputs = batch.inputs if self.masks_padding else None
+        return self._padding.mask_of(output, model, inputs, run, batch_index)
 
     def check_complete(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, batch_index: int
@@ -469,17 +488,30 @@ def check_dependence(values: Tensor, own: Iterable[nn.Parameter]) -> None:
     """
     if values.requires_grad:
         _check_graph(values)
-        given = list(own)
-        user_grads = torch.autograd.grad(values.sum(), given, retain_graph=True, allow_unused=True) if given else ()
-        if any(grad is not None for grad in user_grads):
-            raise ModelError(
-                "the forward pass uses your model itself, not the model that it gets. In forward=lambda model, batch: "
-                "..., use that model. In a module, a hook or a patched method, use self, not a variable from outside."
-            )
+        refuse_users_own(values, own)
     else:
         raise OutputError(
             "the model's output has no gradient with respect to any trainable parameter. Check whether its forward "
             "runs under torch.no_grad(), detaches the output, or skips the trainable part."
+        )
+
+
+def refuse_users_own(values: Tensor, own: Iterable[nn.Parameter]) -> None:
+    """Refuse values that depend on the user's model, not on the clone that the forward pass was given.
+
+    Args:
+        values: the objectives or the output, with a graph.
+        own: the parameters of the user's model that take a gradient; there may be none.
+
+    Raises:
+        ModelError: they depend on a parameter of the user's model.
+    """
+    given = list(own)
+    user_grads = torch.autograd.grad(values.sum(), given, retain_graph=True, allow_unused=True) if given else ()
+    if any(grad is not None for grad in user_grads):
+        raise ModelError(
+            "the forward pass uses your model itself, not the model that it gets. In forward=lambda model, batch: "
+            "..., use that model. In a module, a hook or a patched method, use self, not a variable from outside."
         )
 
 

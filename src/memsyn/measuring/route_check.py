@@ -37,7 +37,7 @@ from memsyn.engine.routes import (
     add_by_operation,
     add_by_rule,
 )
-from memsyn.engine.tracer import ShapeTracer, compare, guess, merge
+from memsyn.engine.tracer import ShapeTracer, guess, merge, splits_between
 from memsyn.errors import BatchError, OutputError
 from memsyn.kernels.rules import Axis, NoRuleError, signed
 from memsyn.measuring.model_copy import cached_values, model_copy
@@ -63,7 +63,7 @@ COMPARED: Final = 2**20
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CheckResult:
     """The result of one check."""
 
     routes: dict[str, str]
@@ -128,7 +128,7 @@ class RouteTable:
             return self.seen == Seen.NOTHING or num_samples != 1
         return bool(self.unproven) and batch_index & (batch_index - 1) == 0
 
-    def learn(self, verdict: Verdict, num_samples: int | None, only: set[str] | None) -> None:
+    def learn(self, verdict: CheckResult, num_samples: int | None, only: set[str] | None) -> None:
         """Add the result of a check on `num_samples` samples.
 
         As long as no check has seen several samples, the verdict replaces everything. A later check changes the routes
@@ -188,7 +188,7 @@ def samples_to_check(batch: Batch) -> Iterator[Batch]:
 
 def check(
     model: nn.Module, measured: Iterable[str], scorer: Scorer, batch: Batch, position: Position, *, served: bool = False
-) -> Verdict:
+) -> CheckResult:
     """Find the fastest correct route for every parameter, on a few samples.
 
     With sample weights w, the signed sum_k w_k g_k of each route must equal autograd's gradient of sum_k w_k s_k. The
@@ -267,7 +267,7 @@ class _Check:
         self.changes_inputs = self.changes_inputs or _any_written(batch.tensors, own.tensors)
         return values
 
-    def verdict(self, batch: Batch) -> Verdict:
+    def verdict(self, batch: Batch) -> CheckResult:
         """Run the check."""
         values, written = self._trace(batch)
         groups = self._record(batch) if len(values) > 1 else {}
@@ -281,7 +281,7 @@ class _Check:
         own = named_parameters(self.model)
         # Conversion to float64 is exact, so a parameter of the clone differs from the model only if it was written to.
         written |= {name for name, p in named_parameters(self.clone).items() if not _is_equal(p, own[name])}
-        return Verdict(comparison.routes, self.splits, comparison.unproven(), written, self.changes_inputs)
+        return CheckResult(comparison.routes, self.splits, comparison.unproven(), written, self.changes_inputs)
 
     def _trace(self, batch: Batch) -> tuple[Tensor, set[str]]:
         """Find the splits. Returns the scores, and the names of the parameters that the forward pass writes to."""
@@ -312,7 +312,7 @@ class _Check:
                 check_same_alone(alone.detach(), together, k, tolerance)
             found.append(alone.detach() if by_sample else alone)
             # One sample may skip operations that another one needs, for instance those for padding.
-            for path, split in compare(single, traced).items():
+            for path, split in splits_between(single, traced).items():
                 if self.splits.get(path) is None:
                     self.splits[path] = split
         values = torch.cat(found)

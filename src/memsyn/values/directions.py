@@ -41,6 +41,10 @@ FLOOR: Final = 0.1
 """mu: the part of an input direction's weight that does not depend on the output direction."""
 
 
+_IS_LAST: Final = 1e-5
+"""How far the mean eigenvalue of S may be from the number of positions, relative to it, in a last matrix: rounding."""
+
+
 def damping(inputs: Tensor, outputs: Tensor | None, strength: float = STRENGTH) -> Tensor:
     """1 / (1 + c a_j ((1 - mu) s_i + mu)), by which a step's change is multiplied: (G, m, n), or (G, 1, n) without S.
 
@@ -355,6 +359,25 @@ class Directions:
             own_change = float((diagonal.squares.to(change) * change.square()).sum()) * diagonal.scale / diagonal.mass
             found[layer_of(name)] = found.get(layer_of(name), 0.0) + own_change
         return found
+
+    def squared_outputs(self, weights: Mapping[str, Tensor]) -> float | None:
+        """E ||y||^2 on the measured data, with the weights that were measured; None if it cannot be told.
+
+        A matrix W whose outputs are the model's outputs has d = v, random signs. So the mean eigenvalue of S is exactly
+        the number P of positions of a sample. Of such a matrix it is P tr(W A W^T); of several heads, their mean. A
+        network that ends otherwise (pooling, a normalisation) has no such matrix.
+        """
+        found = []
+        for own in self.layers.values():
+            positions, samples = own.counts
+            names = (own.matrix.weight, own.matrix.bias)
+            is_last = own.outputs is not None and math.isclose(own.scales[1], positions / samples, rel_tol=_IS_LAST)
+            if is_last and all(name is None or name in weights for name in names):
+                zeros = {name: torch.zeros_like(weights[name]) for name in names if name is not None}
+                # E[v v^T] is the identity, of which S is an estimate.
+                inputs = replace(own, outputs=None)
+                found.append(own.scales[1] * inputs.predicted_change(self._change(own.matrix, zeros, weights)))
+        return sum(found) / len(found) if found else None
 
     @staticmethod
     def _change(matrix: Matrix, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Tensor:

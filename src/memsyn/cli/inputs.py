@@ -1,0 +1,111 @@
+"""What `gate` reads beside memories: the function that builds a model, its weights, and inputs without labels.
+
+Owns the formats of data: safetensors, .npz, and lines of JSON. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from memsyn import BatchError, MemsynError, MismatchError, OptionError
+from memsyn.batches import take
+from memsyn.parameters import canonical_name, unwrap
+
+BATCH: Final = 64
+"""How many samples are run at a time."""
+
+
+def build_model(named: str) -> nn.Module:
+    """Call the function `package.module:build`, which returns the model. The working folder is searched too.
+
+    Raises:
+        OptionError: there is no such function, it failed, or it returns something else.
+    """
+    module, sign, path = named.partition(":")
+    if not (sign and module and path):
+        raise OptionError(f"--model must be package.module:build, the function that builds the model; got {named!r}.")
+    sys.path.insert(0, "")
+    try:
+        built: Any = importlib.import_module(module)
+        for name in path.split("."):
+            built = getattr(built, name)
+        built = built if isinstance(built, nn.Module) else built()
+    except MemsynError:
+        raise
+    except Exception as error:
+        raise OptionError(f"--model {named} failed: {type(error).__name__}: {error}.") from error
+    finally:
+        sys.path.remove("")
+    if not isinstance(built, nn.Module):
+        raise OptionError(f"--model {named} must return a torch.nn.Module; it returned a {type(built).__name__}.")
+    return built
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load a state_dict into a model that was just built.
+
+    Raises:
+        MismatchError: names or shapes are not the model's.
+    """
+    places = {
+        canonical_name(n): t for n, t in unwrap(model).state_dict(keep_vars=True).items() if isinstance(t, Tensor)
+    }
+    held = {id(places[name]) for name in state if name in places}  # a tied parameter needs one of its names
+    missing = [name for name, tensor in places.items() if id(tensor) not in held]
+    unknown = [name for name in state if name not in places]
+    reshaped = [name for name, values in state.items() if name in places and values.shape != places[name].shape]
+    for names, what in ((missing, "lacks"), (unknown, "holds, and the model does not,"), (reshaped, "reshapes")):
+        if names:
+            raise MismatchError(
+                f"{path} {what} {len(names)} tensors of {len(places)}, the first is {names[0]}: it is not the "
+                "state_dict of the model that --model builds."
+            )
+    with torch.no_grad():
+        for name, values in state.items():
+            places[name].copy_(values)
+
+
+def read_batches(path: Path) -> list[Any]:
+    """The inputs of a file, in batches: a tensor, or a mapping of tensors by the names of the model's arguments.
+
+    Raises:
+        BatchError: the file cannot be read, or its tensors do not have one first dimension.
+    """
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        elif path.suffix in (".jsonl", ".json", ".ndjson"):
+            found = _from_lines(path.read_text(encoding="utf-8").splitlines())
+        else:
+            found = load_file(path)
+    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError, EOFError) as error:
+        raise BatchError(
+            f"{path} could not be read: {error}. Give inputs as safetensors, .npz, or .jsonl with a line of numbers "
+            "for each sample."
+        ) from error
+    sizes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    if not found or any(not shape for shape in sizes.values()) or len({shape[0] for shape in sizes.values()}) > 1:
+        raise BatchError(f"{path} must hold tensors with one first dimension, the samples; got {sizes}.")
+    batch: Any = next(iter(found.values())) if len(found) == 1 else found
+    total = next(iter(sizes.values()))[0]
+    return [take(batch, start, start + BATCH) for start in range(0, total, BATCH)]
+
+
+def _from_lines(lines: list[str]) -> dict[str, Tensor]:
+    """Tensors from lines of JSON: of lists of numbers one tensor, of objects of such lists a tensor for each key."""
+    samples = [json.loads(line) for line in lines if line.strip()]
+    if all(isinstance(sample, Mapping) for sample in samples) and samples:
+        return {name: torch.tensor([sample.get(name) for sample in samples]) for name in samples[0]}
+    return {"inputs": torch.tensor(samples)}

@@ -1,0 +1,282 @@
+"""The command gate: what it prints and exits with, and the prediction that it takes without data."""
+
+import copy
+import json
+import re
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import memsyn
+from memsyn import Memory
+from memsyn.cli.inputs import read_batches
+from memsyn.comparing.prediction import predict
+from tests import story
+from tests.commands import call
+
+DATA = ("--model", "tests.story:build", "--data", "inputs.safetensors")
+
+
+@pytest.fixture(scope="module")
+def shipped() -> tuple[story.Classifier, Memory]:
+    model = story.trained()
+    return model, story.remembered(model)
+
+
+@pytest.fixture
+def old(shipped: tuple[story.Classifier, Memory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> story.Classifier:
+    """The shipped model; its memory, its weights and requests are in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    model, memory = shipped
+    memory.save("memory")
+    save_file(model.state_dict(), "old.safetensors")
+    save_file({"inputs": story.requests()}, "inputs.safetensors")
+    return copy.deepcopy(model)
+
+
+def saved(model: nn.Module, name: str = "new.safetensors") -> str:
+    save_file(model.state_dict(), name)
+    return name
+
+
+def as_json(*arguments: Any, code: int) -> dict[str, Any]:
+    result = call("gate", *arguments, "--json", code=code)
+    assert result.stderr == ""
+    return json.loads(result.stdout)
+
+
+def test_a_careless_training_is_refused_by_the_name_of_its_cause(old: story.Classifier) -> None:
+    story.learn(old, lr=1e-4)
+    state = saved(old)
+    output = call("gate", "memory", state, *DATA, code=2).output
+    assert re.match(
+        r"Broken\. \d+\.\d% of 400 samples give the same answer \(95% interval \d+\.\d% to \d+\.\d%\); at least ",
+        output,
+    )
+    assert (
+        "The cause: 2 running statistics moved (the first is body.1.running_mean), as those of BatchNorm do in train"
+        in output
+    )
+    assert "With the old ones put back, 100.0% give the same answer" in output
+    facts = as_json("memory", state, *DATA, code=2)
+    assert facts["verdict"] == "broken"
+    assert facts["predicted"] is None
+    assert (facts["min_agreement"], facts["max_change"]) == (0.97, 0.05)
+    assert facts["comparison"]["moved_statistics"] == ["body.1.running_mean", "body.1.running_var"]
+    assert facts["comparison"]["with_old_statistics"]["agreement"] == 1.0
+    # Without data, statistics cannot be judged.
+    output = call("gate", "memory", state, code=1).output
+    assert output.startswith("Cannot say. From the memory alone, outputs on the old data are predicted to change by 0.")
+    assert "2 running statistics moved (the first is body.1.running_mean), which the prediction does not see" in output
+
+
+def test_a_protected_training_passes(old: story.Classifier) -> None:
+    memory = Memory.load("memory", like=old)
+    story.learn(old, memory)
+    state = saved(old)
+    assert call("gate", "memory", state, *DATA).output.startswith("Safe. 100.0% of 400 samples give the same answer")
+    assert as_json("memory", state, *DATA, code=0)["comparison"]["num_samples"] == 400
+    assert as_json("memory", state, *DATA, "--max-change", "0.01", code=2)["verdict"] == "broken"
+    assert as_json("memory", state, *DATA, "--min-agreement", "0.995", code=1)["verdict"] == "cannot say"
+    measured = as_json("memory", state, *DATA, code=0)["comparison"]["mean_change"]
+    facts = as_json("memory", state, code=0)
+    assert facts["comparison"] is None
+    assert facts["predicted"]["change"] == pytest.approx(measured, rel=0.25)
+    assert max(facts["predicted"]["layers"], key=facts["predicted"]["layers"].get) == "body.0"
+    assert as_json("memory", state, "--max-change", "0.01", code=2)["verdict"] == "broken"
+
+
+def test_a_memory_without_an_anchor_needs_the_old_weights(old: story.Classifier) -> None:
+    data = [story.points(story.OLD, 200, seed=4)[0]]
+    factors = memsyn.measure(old, data, estimator="kronecker", progress=False)
+    Memory.empty().consolidate(old, factors).save("directions")
+    for arguments in ((), DATA):
+        error = call("gate", "directions", "old.safetensors", *arguments, code=1).stderr
+        assert "holds directions alone, and no anchor (the old weights): give the old model or its state_dict" in error
+        assert (
+            call("gate", "directions", "old.safetensors", "--reference", "old.safetensors", *arguments).exit_code == 0
+        )
+    with torch.no_grad():
+        old.body[0].weight += 1
+    error = call("gate", "directions", "old.safetensors", "--reference", saved(old), code=1).stderr
+    assert "the reference is not the model that was measured: 1 parameters differ, the first is body.0.weight" in error
+
+
+def test_what_cannot_predict_says_what_to_give(old: story.Classifier) -> None:
+    whole = Memory.load("memory")
+    replace(whole, directions=None).save("importance")
+    error = call("gate", "importance", "old.safetensors", code=1).stderr
+    assert "the memory holds no directions, which predict the change of outputs: compare on data" in error
+    factors = memsyn.measure(old, [story.requests(50)], estimator="inputs", progress=False)
+    replace(whole, directions=None, history=whole.history[:1]).consolidate(old, factors).save("inputs")
+    error = call("gate", "inputs", "old.safetensors", code=1).stderr
+    assert "second moments of inputs alone, which do not predict" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none", "old.safetensors"], "none does not exist"),
+        (["memory", "none"], "none could not be read"),
+        (["memory", "old.safetensors", "--data", "inputs.safetensors"], "--data and --model belong together"),
+        (["memory", "old.safetensors", "--model", "tests.story:build"], "--data and --model belong together"),
+        (["memory", "old.safetensors", *DATA, "--kind", "labels"], "kind must be auto, classes"),
+        (["memory", "old.safetensors", *DATA, "--min-agreement", "1"], "min_agreement must be from 0 to below 1"),
+        (["memory", "old.safetensors", *DATA[2:], "--model", "tests.story"], "--model must be package.module:build"),
+        (["memory", "old.safetensors", *DATA[2:], "--model", "tests.story:no"], "failed: AttributeError"),
+        (["memory", "old.safetensors", *DATA[2:], "--model", "no_such.module:no"], "failed: ModuleNotFoundError"),
+        (["memory", "old.safetensors", *DATA[2:], "--model", "tests.story:requests"], "must return a torch.nn.Module"),
+        (["memory", "old.safetensors", *DATA[:3], "old.safetensors"], "must hold tensors with one first dimension"),
+        (["memory", "old.safetensors", *DATA[:3], "none.jsonl"], "none.jsonl could not be read"),
+        (["memory", "inputs.safetensors", *DATA], "inputs.safetensors lacks 13 tensors of 13"),
+    ],
+)
+def test_errors_exit_with_1(old: story.Classifier, arguments: list[str], message: str) -> None:
+    result = call("gate", *arguments, code=1)
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["memory"], ["memory", "new", "--max-chnge", "1"], ["a", "b", "--max-change", "x"]]
+)
+def test_wrong_usage_does_not_read_as_forgotten(arguments: list[str]) -> None:
+    result = call("gate", *arguments, code=1)
+    assert "Usage:" in result.output
+
+
+def test_weights_must_be_those_of_the_model(old: story.Classifier) -> None:
+    state = old.state_dict()
+    save_file({**state, "other.weight": torch.ones(2)}, "more")
+    assert "more holds, and the model does not, 1 tensors" in call("gate", "memory", "more", *DATA, code=1).stderr
+    save_file({**state, "old.bias": torch.ones(3)}, "reshaped")
+    assert "reshaped reshapes 1 tensors of 13" in call("gate", "memory", "reshaped", *DATA, code=1).stderr
+
+
+def test_a_memory_of_another_model_is_an_error(old: story.Classifier) -> None:
+    other = nn.Sequential(OrderedDict(first=nn.Linear(6, 3)))
+    importance = memsyn.measure(other, [story.requests(9)], progress=False)
+    Memory.empty().consolidate(other, importance).save("other")
+    assert "of another architecture" in call("gate", "other", "old.safetensors", *DATA, code=1).stderr
+
+
+def test_the_working_folder_holds_models(old: story.Classifier, tmp_path: Path) -> None:
+    Path("my_models.py").write_text("from tests.story import Classifier\nclass Zoo:\n    small = Classifier\n")
+    found = as_json(
+        "memory", "old.safetensors", "--model", "my_models:Zoo.small", "--data", "inputs.safetensors", code=0
+    )
+    assert found["comparison"]["agreement"] == 1.0
+
+
+# Data
+
+
+def read(path: str) -> Any:
+    batches = read_batches(Path(path))
+    return torch.cat(batches) if isinstance(batches[0], Tensor) else batches
+
+
+def test_data_come_in_three_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    x = torch.arange(300.0).reshape(150, 2)
+    save_file({"any": x}, "a.safetensors")
+    np.savez("b.npz", x=x.numpy())
+    Path("c.jsonl").write_text("\n".join(map(json.dumps, x.tolist())) + "\n\n")
+    for path in ("a.safetensors", "b.npz", "c.jsonl"):
+        assert torch.equal(read(path), x)
+        assert [len(batch) for batch in read_batches(Path(path))] == [64, 64, 22]
+    Path("d.jsonl").write_text('{"input_ids": [1, 2], "attention_mask": [1, 0]}\n' * 3)
+    (batch,) = read("d.jsonl")
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in batch.items()} == {
+        "input_ids": (torch.int64, (3, 2)),
+        "attention_mask": (torch.int64, (3, 2)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", "[1, 2]\n[3]\n"),
+        ("b.jsonl", '[1, 2]\n{"x": 1}\n'),
+        ("c.jsonl", '{"x": [1]}\n{"y": [1]}\n'),
+        ("d.jsonl", '"text"\n'),
+        ("e.jsonl", "[1, 2\n"),
+        ("f.npz", "no archive"),
+        ("g.safetensors", "no tensors"),
+    ],
+)
+def test_data_that_cannot_be_read(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(memsyn.BatchError, match=r"could not be read: .*Give inputs as safetensors, \.npz, or \.jsonl"):
+        read_batches(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", ["", "1\n2\n"])
+def test_data_without_samples_or_features(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    if content:
+        assert read_batches(tmp_path / "a.jsonl")[0].tolist() == [1, 2]
+        return
+    assert read_batches(tmp_path / "a.jsonl") == []
+
+
+# The prediction
+
+
+def test_the_prediction_is_exact_for_one_output() -> None:
+    """One layer, one output: sqrt(E (y' - y)^2 / E y^2)."""
+    torch.manual_seed(0)
+    old, x = nn.Linear(4, 1).double(), torch.randn(50, 4, dtype=torch.float64)
+    memory = Memory.empty().consolidate(old, memsyn.measure(old, [x], progress=False))
+    factors = memsyn.measure(old, [x], estimator="kronecker", progress=False)
+    memory = memory.consolidate(old, factors, rank=None)
+    new = copy.deepcopy(old)
+    with torch.no_grad():
+        new.weight += 0.1
+        new.bias -= 0.2
+    y, z = old(x).detach(), new(x).detach()
+    found = predict(memory, new.state_dict())
+    assert found.change == pytest.approx(float(((z - y).square().mean() / y.square().mean()).sqrt()), rel=1e-9)
+    assert found.layers == pytest.approx({"weight": found.change})
+    assert predict(memory, new.state_dict(), old.state_dict()).change == pytest.approx(found.change)
+    assert predict(memory, old.state_dict()).change == 0.0
+    assert predict(memory, old.state_dict()).verdict(0.0).answer == "safe"
+    assert found.verdict(found.change).answer == "safe"
+    assert found.verdict(found.change * 0.999).answer == "broken"
+
+
+@pytest.mark.parametrize("kind", ["head", "tokens", "convolution"])
+def test_the_length_of_outputs_is_read_from_the_last_matrix(kind: str) -> None:
+    torch.manual_seed(0)
+    layers: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+        "head": (nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 3)), (40, 4)),
+        "tokens": (nn.Sequential(nn.Linear(4, 9), nn.GELU(), nn.Linear(9, 3, bias=False)), (40, 5, 4)),
+        "convolution": (nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 2)), (40, 2, 6, 6)),
+    }
+    model, shape = layers[kind]
+    model, x = model.double(), torch.randn(*shape, dtype=torch.float64)
+    memory = Memory.empty()
+    for part in (x[:30], x[30:]):  # two tasks count the same, however many samples they have
+        factors = memsyn.measure(model, [part], estimator="kronecker", progress=False)
+        memory = memory.consolidate(model, factors, rank=None)
+    assert memory.directions is not None
+    expected = [float(model(part).detach().square().flatten(1).sum(1).mean()) for part in (x[:30], x[30:])]
+    assert memory.directions.squared_outputs(model.state_dict()) == pytest.approx(sum(expected) / 2, rel=0.1)
+    alone = Memory.empty().consolidate(model, factors, rank=None)
+    assert alone.directions.squared_outputs(model.state_dict()) == pytest.approx(expected[1], rel=1e-9)
+
+
+def test_a_model_that_ends_otherwise_tells_no_length() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.LayerNorm(6)).double()
+    factors = memsyn.measure(model, [torch.randn(30, 4).double()], estimator="kronecker", progress=False)
+    memory = Memory.empty().consolidate(model, factors)
+    with pytest.raises(memsyn.OptionError, match="does not end in a linear layer: compare on data"):
+        predict(memory, model.state_dict(), model.state_dict())

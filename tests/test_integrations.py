@@ -100,7 +100,7 @@ def test_a_trainer_equals_the_loss_term(
     for found, expected, began in zip(mine.parameters(), twin.parameters(), start.parameters(), strict=True):
         scale = float((expected - began).norm()) + 1e-6
         assert float((found - expected).norm()) / scale < (2e-2 if options.get("bf16") else 1e-3)
-    penalties = [entry["penalty"] for entry in trainer.state.log_history if "loss" in entry]
+    penalties = [entry["memsyn/penalty"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(penalties) == trainer.state.global_step // 2 > 0
     assert penalties[-1] > 0
 
@@ -201,7 +201,7 @@ def test_a_trainer_evaluates_and_saves_projected_weights(
         saved = [load_file(tmp_path / name / "checkpoint-3" / "model.safetensors") for name in ("mine", "twin")]
         torch.testing.assert_close(*saved, rtol=1e-5, atol=1e-6)
     assert change(memory, models["mine"], start) < 0.5 * change(memory, models["free"], start)
-    assert all("penalty" not in entry for entry in trainers["mine"].state.log_history)
+    assert all("memsyn/penalty" not in entry for entry in trainers["mine"].state.log_history)
     assert callback.protection is None
     assert callback.memory.importance == {}
     assert [(entry.num_samples, entry.magnitude) for entry in callback.memory.history] == [
@@ -238,11 +238,11 @@ def fit(
     torch.manual_seed(2)
     data = TensorDataset(torch.randn(24, 4).double(), torch.randint(3, (24,)))
     checkpoint = options.pop("ckpt_path", None)
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=2, callbacks=callbacks, default_root_dir=folder, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
-        **{"enable_checkpointing": False, **options},
-    )  # fmt: skip
+    given: dict[str, Any] = {
+        "accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_progress_bar": False,
+        "enable_model_summary": False, "log_every_n_steps": 1, "enable_checkpointing": False, **options,
+    }  # fmt: skip
+    trainer = pl.Trainer(callbacks=callbacks, default_root_dir=folder, **given)
     validation = DataLoader(data, 24) if validate else None
     trainer.fit(module, DataLoader(data, 4), validation, ckpt_path=checkpoint)
     return trainer
@@ -272,7 +272,7 @@ def test_lightning_equals_the_loss_term(kind: str, options: dict[str, Any], tmp_
     fit(twin, tmp_path, [], **options)
     for found, expected in zip(mine.parameters(), twin.parameters(), strict=True):
         assert torch.allclose(found, expected, rtol=1e-6, atol=1e-9)
-    assert float(trainer.callback_metrics["penalty"]) > 0
+    assert float(trainer.callback_metrics["memsyn/penalty"]) > 0
 
 
 def test_lightning_goes_on_from_a_checkpoint_and_measures_in_the_end(tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ def test_lightning_validates_and_saves_projected_weights(
                 pl.callbacks.ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=3, save_top_k=-1)
             )
         trainer = fit(module, tmp_path, own, enable_checkpointing=saves, **options)
-        assert "penalty" not in trainer.callback_metrics
+        assert "memsyn/penalty" not in trainer.callback_metrics
     assert len(mine.seen) == len(twin.seen) == count
     torch.testing.assert_close(mine.seen, twin.seen, rtol=1e-9, atol=1e-12)
     if saves:

@@ -98,6 +98,7 @@ def test_public_names_are_sorted_and_there() -> None:
         "Consolidation",
         "Estimator",
         "FactorSummary",
+        "ForgettingWarning",
         "Forward",
         "FrozenStatistics",
         "GrownParametersWarning",

@@ -4,6 +4,7 @@ from memsyn.comparing.compare import compare
 from memsyn.comparing.verdict import Comparison, PairedDifference, Verdict
 from memsyn.errors import (
     BatchError,
+    ForgettingWarning,
     GrownParametersWarning,
     LostParametersWarning,
     MemoryFileError,
@@ -46,6 +47,7 @@ __all__ = [
     "Consolidation",
     "Estimator",
     "FactorSummary",
+    "ForgettingWarning",
     "Forward",
     "FrozenStatistics",
     "GrownParametersWarning",

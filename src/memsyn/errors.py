@@ -91,3 +91,7 @@ class RepeatedDataWarning(UserWarning):
 
 class NotProtectedWarning(UserWarning):
     """Protected weights were moved by something else than a step of the optimizer that is protected."""
+
+
+class ForgettingWarning(UserWarning):
+    """A training was stopped: outputs on the remembered data are predicted to have changed by more than was allowed."""

@@ -1,23 +1,25 @@
 """The verdict without data: what a memory's directions predict for the outputs on the data it remembers.
 
-Owns the unit of the prediction, and when it cannot decide. Must not run models.
+Owns the verdict of a prediction, and when it cannot decide. Must not run models.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Final, final
 
 from torch import Tensor
 
 from memsyn.comparing.old_model import anchor_of
-from memsyn.comparing.verdict import BROKEN, CANNOT_SAY, MAX_CHANGE, SAFE, Verdict, check_thresholds, percent
+from memsyn.comparing.verdict import BROKEN, CANNOT_SAY, MAX_CHANGE, SAFE, Verdict, check_thresholds, finite_or_none
 from memsyn.errors import MismatchError, OptionError
 from memsyn.parameters import fitted, same_values
-from memsyn.values.display import printable
+from memsyn.values.display import percent, printable
 from memsyn.values.memory import Memory
+from memsyn.values.relative_change import NO_LENGTH, relative_change, why_unknown
+
+ON_DATA: Final = "compare on data, with --model and --data"
 
 
 @final
@@ -26,7 +28,7 @@ class Prediction:
     """What the change of weights is predicted to do, to second order.
 
     Attributes:
-        change: sqrt(E ||y' - y||^2 / E ||y||^2) of the outputs on the remembered data.
+        change: sqrt(E ||y' - y||^2 / E ||y||^2) of the outputs on the remembered data; infinite if a weight is.
         layers: layer -> the same for the change of this layer alone.
         moved_statistics: names of statistics with other values than the memory's. The prediction does not see them.
     """
@@ -60,8 +62,13 @@ class Prediction:
         return Verdict(SAFE, sentence)
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers as a dict for JSON."""
-        return {"change": self.change, "layers": self.layers, "moved_statistics": list(self.moved_statistics)}
+        """The numbers as a dict for JSON; None stands for what is infinite."""
+        layers = {layer: finite_or_none(change) for layer, change in self.layers.items()}
+        return {
+            "change": finite_or_none(self.change),
+            "layers": layers,
+            "moved_statistics": list(self.moved_statistics),
+        }
 
 
 def predict(memory: Memory, state: Mapping[str, Tensor], reference: Mapping[str, Tensor] | None = None) -> Prediction:
@@ -78,17 +85,10 @@ def predict(memory: Memory, state: Mapping[str, Tensor], reference: Mapping[str,
         OptionError: the memory does not hold what it takes.
         MismatchError: a weight is missing.
     """
-    directions = memory.directions
-    if directions is None:
-        raise OptionError(
-            "the memory holds no directions, which predict the change of outputs: compare on data, with --model and "
-            "--data; or measure with estimator='kronecker' and consolidate that too."
-        )
-    if directions.layers and all(own.outputs is None for own in directions.layers.values()):
-        raise OptionError(
-            "the memory holds second moments of inputs alone, which do not predict the change of outputs: compare on "
-            "data, with --model and --data; or measure with estimator='kronecker'."
-        )
+    directions, unknown = memory.directions, why_unknown(memory.directions)
+    if directions is None or unknown:
+        also = " and consolidate that too" if directions is None else ""
+        raise OptionError(f"{unknown}: {ON_DATA}; or measure with estimator='kronecker'{also}.")
     before = anchor_of(memory) if reference is None else dict(reference)
     names = fitted(directions.names(), before, stacklevel=3).names
     old = {**before, **{name: before[new] for name, new in names.items() if new in before}}
@@ -100,10 +100,7 @@ def predict(memory: Memory, state: Mapping[str, Tensor], reference: Mapping[str,
         )
     scale = directions.squared_outputs(old)
     if not scale:
-        raise OptionError(
-            "the memory does not tell how long the outputs are, since the model does not end in a linear layer: "
-            "compare on data, with --model and --data."
-        )
+        raise OptionError(f"{NO_LENGTH}: {ON_DATA}.")
     changes = memory.predicted_change(state, before)
     known = fitted(memory.names, state, stacklevel=3)
     moved = [
@@ -111,5 +108,4 @@ def predict(memory: Memory, state: Mapping[str, Tensor], reference: Mapping[str,
         for name, values in memory.statistics.items()
         if not same_values(values, state.get(known.own(name) if known.names else name, values.new_empty(0)))
     ]
-    layers = {layer: math.sqrt(max(0.0, change) / scale) for layer, change in changes.items()}
-    return Prediction(math.sqrt(max(0.0, sum(changes.values())) / scale), layers, tuple(moved))
+    return Prediction(*relative_change(changes, scale), tuple(moved))

@@ -16,7 +16,7 @@ from torch import Tensor
 from memsyn.comparing.answers import KINDS_OF_ANSWERS
 from memsyn.comparing.intervals import Interval, paired_share_interval, samples_needed, t_interval, wilson_interval
 from memsyn.errors import MismatchError, OptionError
-from memsyn.values.display import LayerRow, counted, html_table, html_text, printable, short_name
+from memsyn.values.display import LayerRow, counted, html_table, html_text, percent, printable, short_name
 
 SAFE: Final = "safe"
 AT_RISK: Final = "at risk"
@@ -313,11 +313,11 @@ class Comparison:
             "num_samples": self.num_samples,
             "agreement": self.agreement,
             "agreement_interval": list(self.agreement_interval),
-            "mean_change": _finite(self.mean_change),
-            "change_interval": [_finite(end) for end in self.change_interval],
-            "change_quantiles": {str(share): _finite(value) for share, value in self.change_quantiles.items()},
-            "mean_divergence": _finite(self.mean_divergence),
-            "divergence_interval": [_finite(end) for end in self.divergence_interval or (None, None)],
+            "mean_change": finite_or_none(self.mean_change),
+            "change_interval": [finite_or_none(end) for end in self.change_interval],
+            "change_quantiles": {str(share): finite_or_none(value) for share, value in self.change_quantiles.items()},
+            "mean_divergence": finite_or_none(self.mean_divergence),
+            "divergence_interval": [finite_or_none(end) for end in self.divergence_interval or (None, None)],
             "worst": self.worst(),
             "taken": list(self.taken),
             "moved_statistics": list(self.moved_statistics),
@@ -330,7 +330,7 @@ class Comparison:
                     "num_samples": own.num_samples,
                     "agreement": own.agreement,
                     "agreement_interval": list(own.agreement_interval),
-                    "mean_change": _finite(own.mean_change),
+                    "mean_change": finite_or_none(own.mean_change),
                 }
                 for name, own in self.by_segment().items()
             }
@@ -356,13 +356,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def percent(value: float) -> str:
-    """A share for people: "98.9%"; large ones in times."""
-    if value < 10:
-        return f"{value:.1%}"
-    return f"{value:,.0f} times" if value < 1e6 else "over a million times" if math.isfinite(value) else "any amount"
-
-
 def number(value: float) -> str:
     """A number for people, without an exponent."""
     if not math.isfinite(value):
@@ -378,5 +371,6 @@ def _range(interval: Interval, *, points: bool = False) -> str:
     return f"(95% interval {ends[0]} to {ends[1]})"
 
 
-def _finite(value: float | None) -> float | None:
+def finite_or_none(value: float | None) -> float | None:
+    """The value for JSON: None if it is infinite, NaN or unknown."""
     return value if value is not None and math.isfinite(value) else None

@@ -26,6 +26,7 @@ from memsyn.integrations.training_end import (
     begun,
     ended,
     failures_as_warnings,
+    reported,
     try_batch,
     use_kept_weights,
     warn_without_steps,
@@ -36,10 +37,14 @@ from memsyn.integrations.training_end import (
 class MemsynCallback(pl.Callback):
     """Protects a memory while a Trainer trains, and consolidates it when training ends.
 
-    Every optimizer that holds parameters of the memory is protected. The penalty of the penalty forms is logged as
-    `penalty`. The projected form projects before each validation and each checkpoint, at the end of each epoch, and
-    when training is interrupted; if you evaluate yourself in between, call `flush()` of each of `protections` first. To
-    resume from a checkpoint, give the same memory again.
+    Every optimizer that holds parameters of the memory is protected. The scalars of `Protection.report()` go to the
+    Trainer's loggers and its `callback_metrics`: `memsyn/predicted_change` (in the progress bar too), `memsyn/held`,
+    `memsyn/moved_statistics` and, of the penalty forms, `memsyn/penalty`. A `max_change` stops a training that forgets;
+    the Trainer's `min_epochs` and `min_steps` still hold.
+
+    The projected form projects before each validation and each checkpoint, at the end of each epoch, and when training
+    is interrupted; if you evaluate yourself in between, call `flush()` of each of `protections` first. To resume from a
+    checkpoint, give the same memory again.
 
     Before the first step, the first training batch is measured on trial, and the result is thrown away. Module and
     random generators stay as they are. When `fit` ends, importance or factors are measured on the training set and
@@ -62,18 +67,23 @@ class MemsynCallback(pl.Callback):
         data: batches to measure in place of the training set; they must be readable more than once.
         max_samples: how many samples to measure on, in each process; None for all, 0 for no measuring. With several
             processes the Trainer's sampler repeats a few samples to make the shares equal, and these count twice.
+        report_every: after how many steps a report is made and logged; by default as often as the Trainer logs.
+        max_change: training stops once the predicted change of outputs on the remembered data is above it: 0.05 is 5%.
+            It is looked at in each report, and at the end of each epoch. The model keeps what it has learned so far.
         rule, decay, label, rank: as `Memory.consolidate` takes them.
         load_best: whether to load the best checkpoint of the ModelCheckpoint that monitors a metric into the module
             when `fit` ends, and to measure there. By default it is not loaded, and a warning says so if it is not the
             last one; False says that the last weights are kept.
 
     Raises:
-        OptionError: an option is unknown, `data` can be read only once, or no ModelCheckpoint monitors a metric.
+        OptionError: an option is unknown, `data` can be read only once, or no ModelCheckpoint monitors a metric; before
+            the first step: `max_change` is given, and the memory predicts no change.
         MemsynError: before the first step: the trial has failed. The error says why.
 
     Warns:
         NotMeasuredWarning: nothing was measured, or nothing could be tried.
         MovedWeightsWarning: the best checkpoint has other weights than the memory.
+        ForgettingWarning: training stops, since the predicted change is above `max_change`.
         RepeatedDataWarning: the callback has measured the same data before.
 
     Example:
@@ -93,6 +103,8 @@ class MemsynCallback(pl.Callback):
         forward: Forward | None = None,
         data: Iterable[Any] | None = None,
         max_samples: int | None = None,
+        report_every: int | None = None,
+        max_change: float | None = None,
         rule: str = "sum",
         decay: float | None = None,
         label: str | None = None,
@@ -109,6 +121,8 @@ class MemsynCallback(pl.Callback):
             forward=forward,
             data=data,
             max_samples=max_samples,
+            report_every=report_every,
+            max_change=max_change,
             consolidation={"rule": rule, "decay": decay, "label": label, "rank": rank},
         )
         self._load_best = load_best
@@ -116,6 +130,8 @@ class MemsynCallback(pl.Callback):
         self._first_step: int | None = None
         """The step at which this `fit` began to train; None before that."""
         self._tried = False
+        self._reported = 0
+        """The step of the last report."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the `fit` before this one: one that has nothing to do calls no other hook before `on_fit_end`."""
@@ -124,15 +140,15 @@ class MemsynCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Protect the memory. If there are other data to measure, try them."""
         self._stop()  # a training before this one may have been interrupted
-        self._first_step = trainer.global_step
+        self._first_step = self._reported = trainer.global_step
         kept = self.memory
         if self._settings.measures:
             self._begin(trainer, pl_module)
             assert self._training is not None
             kept = self._training.before
-        kept = self._settings.kept(kept, pl_module)
-        free = kept.directions.free if kept.directions is not None else frozenset()
-        held = {id(p) for name, p in pl_module.named_parameters() if name in kept.names - free}
+        own = self._settings.kept(kept, pl_module)
+        free = own.directions.free if own.directions is not None else frozenset()
+        held = {id(p) for name, p in pl_module.named_parameters() if name in own.names - free}
         for optimizer in trainer.optimizers:
             if any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
                 self.protections.append(self._settings.protect(optimizer, pl_module, kept))
@@ -149,11 +165,23 @@ class MemsynCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the penalty as often as the Trainer logs."""
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        penalties = [protection for protection in self.protections if protection.form != "projected"]
-        if penalties and trainer.global_step % every == 0:
-            pl_module.log("penalty", sum(protection.value() for protection in penalties))
+        """Report as often as was asked for, else as often as the Trainer logs."""
+        every: int = self._settings.report_every or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        # Each optimizer counts a step, and batches that are accumulated count none.
+        if every and trainer.global_step // every > self._reported // every:
+            self._report(trainer, pl_module)
+
+    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the scalars at the place of the batch's own metrics. Training stops if it has forgotten too much."""
+        if not self.protections or trainer.global_step == self._reported:
+            return
+        self._reported = trainer.global_step
+        scalars, stops = reported(self.protections, self._settings, trainer.global_step)
+        for name, value in scalars.items():
+            pl_module.log(name, value, logger=False, prog_bar=name == "memsyn/predicted_change")
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        trainer.should_stop = trainer.should_stop or stops
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Project the steps that wait. A checkpoint needs no hook: the module's `state_dict` projects them."""
@@ -162,6 +190,8 @@ class MemsynCallback(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Project the steps that wait: when training ends, another callback may replace the weights before this one."""
         self._flush()
+        if self._settings.max_change is not None:
+            self._report(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Project the steps that wait, since the weights may be used after an interruption."""

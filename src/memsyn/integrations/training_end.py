@@ -1,12 +1,12 @@
-"""What the callbacks of all trainers share: their settings, the try before training, and measuring when it ends.
+"""What the callbacks of all trainers share: settings, the try before training, reports, and measuring when it ends.
 
-Owns which estimators continue a memory, which trainings read the same data, and the group of the processes that a
-trainer has started. Must not know any trainer.
+Owns which estimators continue a memory, when a training must stop, which trainings read the same data, and the group of
+the processes that a trainer has started. Must not know any trainer.
 """
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from memsyn import (
     Estimator,
+    ForgettingWarning,
     Forward,
     KroneckerFactors,
     Memory,
@@ -58,6 +59,8 @@ class Settings:
     forward: Forward | None
     data: Iterable[Any] | None
     max_samples: int | None
+    report_every: int | None
+    max_change: float | None
     consolidation: Mapping[str, Any] = field(default_factory=dict)
     """Option of `Memory.consolidate` -> value."""
 
@@ -77,6 +80,11 @@ class Settings:
             raise OptionError(
                 f"max_samples must be None (all), 0 (measure nothing) or a whole number above; got {self.max_samples}."
             )
+        every, bound = self.report_every, self.max_change
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise OptionError(f"report_every must be a whole number of steps, at least 1, or None; got {every!r}.")
+        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, (int, float)) or not bound > 0):
+            raise OptionError(f"max_change must be a number above 0, such as 0.05, or None; got {bound!r}.")
 
     @property
     def measures(self) -> bool:
@@ -94,9 +102,64 @@ class Settings:
         return memory.fitted(model).select(only=options.get("only"), exclude=options.get("exclude"))
 
     def protect(self, optimizer: Optimizer, model: nn.Module, memory: Memory) -> Protection:
-        """Protect a memory that `kept` returned."""
-        options = {name: value for name, value in (self.protect_options or {}).items() if name != "exclude"}
-        return protect(optimizer, model, memory, strength=self.strength, form=self.form, **options)
+        """Protect a memory.
+
+        Raises:
+            OptionError: training must stop at `max_change`, and the memory does not predict a change.
+        """
+        handle = protect(
+            optimizer, model, memory, strength=self.strength, form=self.form, **(self.protect_options or {})
+        )
+        unknown = "" if self.max_change is None else handle.report().unknown
+        if unknown:
+            handle.remove()
+            raise OptionError(
+                f"max_change={self.max_change:g} stops a training by the predicted change of outputs, and this is not "
+                f"known: {unknown} Options of protect go into protect_options=."
+            )
+        return handle
+
+
+def reported(protections: Sequence[Protection], settings: Settings, step: int) -> tuple[dict[str, float], bool]:
+    """The scalars of the handles of one model, and whether training must stop, the same in all processes.
+
+    Args:
+        protections: one or more.
+        settings: with `max_change`, or None for no stop.
+        step: how many steps were made, for the warning.
+
+    Warns:
+        ForgettingWarning: training must stop.
+    """
+    reports = [protection.report() for protection in protections]
+    first, scalars, bound = reports[0], reports[0].scalars(), settings.max_change
+    if len(reports) > 1:  # the predicted change and the statistics are of the model, and the same in all
+        total = sum(report.num_weights for report in reports)
+        held = sum(report.held * report.num_weights / max(1, total) for report in reports)
+        whole = replace(first, held=held, penalty=sum(report.penalty for report in reports))
+        scalars = whole.scalars()
+    if bound is None or first.change is None:
+        return scalars, False
+    change = _largest_of_processes(first.change)
+    if change <= bound:
+        return scalars, False
+    warnings.warn(
+        f"training stops after step {step}: the predicted change of outputs is {change:.4g}, above "
+        f"max_change={bound:g}. {str(first).splitlines()[0]} The model keeps what it has learned so far. To learn more "
+        "and forget less, protect with a larger strength, or train with a smaller learning rate.",
+        ForgettingWarning,
+        stacklevel=4,
+    )
+    return scalars, True
+
+
+def _largest_of_processes(change: float) -> float:
+    """The largest value of all processes, so that all decide alike."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return change
+    changes = [change] * dist.get_world_size()
+    dist.all_gather_object(changes, change)
+    return max(changes)
 
 
 @final

@@ -18,6 +18,7 @@ from memsyn.integrations.training_end import (
     begun,
     ended,
     failures_as_warnings,
+    reported,
     try_batch,
     untried,
     use_kept_weights,
@@ -29,10 +30,13 @@ from memsyn.integrations.training_end import (
 class MemsynCallback(TrainerCallback):
     """Protects a memory while a Trainer trains, and consolidates it when training ends.
 
-    The penalty of the penalty forms is logged as `penalty`. The projected form projects before each evaluation and each
-    checkpoint of the Trainer, and when training ends. If a callback of yours asks for an evaluation, put it before this
-    one; if it evaluates by itself, call `protection.flush()` first. To resume from a checkpoint, give the same memory
-    again.
+    The scalars of `Protection.report()` go into the Trainer's logs beside the loss, and so to TensorBoard and MLflow:
+    `memsyn/predicted_change`, `memsyn/held`, `memsyn/moved_statistics` and, of the penalty forms, `memsyn/penalty`. A
+    `max_change` stops a training that forgets.
+
+    The projected form projects before each evaluation and each checkpoint of the Trainer, and when training ends. If a
+    callback of yours asks for an evaluation, put it before this one; if it evaluates by itself, call
+    `protection.flush()` first. To resume from a checkpoint, give the same memory again.
 
     Before the first step, two samples of the training set are measured on trial, and the result is thrown away. Model
     and random generators stay as they are; a stream that cannot be read twice loses two samples. When training ends,
@@ -57,14 +61,19 @@ class MemsynCallback(TrainerCallback):
         data: batches to measure in place of the training set; they must be readable more than once.
         max_samples: how many samples to measure on, in each process; None for all, 0 for no measuring. With several
             processes the Trainer's sampler repeats a few samples to make the shares equal, and these count twice.
+        report_every: after how many steps a report is made and logged; by default as often as the Trainer logs.
+        max_change: training stops once the predicted change of outputs on the remembered data is above it: 0.05 is 5%.
+            It is looked at in each report, and at the end of each epoch. The model keeps what it has learned so far.
         rule, decay, label, rank: as `Memory.consolidate` takes them.
 
     Raises:
-        OptionError: an option is unknown, or `data` can be read only once.
+        OptionError: an option is unknown, or `data` can be read only once; when training begins: `max_change` is given,
+            and the memory predicts no change.
         MemsynError: when training begins: the trial has failed. The error says why.
 
     Warns:
         NotMeasuredWarning: nothing was measured, or nothing could be tried.
+        ForgettingWarning: training stops, since the predicted change is above `max_change`.
         RepeatedDataWarning: the callback has measured the same data before.
 
     Example:
@@ -84,6 +93,8 @@ class MemsynCallback(TrainerCallback):
         forward: Forward | None = None,
         data: Iterable[Any] | None = None,
         max_samples: int | None = None,
+        report_every: int | None = None,
+        max_change: float | None = None,
         rule: str = "sum",
         decay: float | None = None,
         label: str | None = None,
@@ -99,15 +110,23 @@ class MemsynCallback(TrainerCallback):
             forward=forward,
             data=data,
             max_samples=max_samples,
+            report_every=report_every,
+            max_change=max_change,
             consolidation={"rule": rule, "decay": decay, "label": label, "rank": rank},
         )
         self._training: Training | None = None
         self._first_step = 0
+        self._logs = _Logs()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Try to measure, and protect the memory."""
+        callbacks = _callbacks()
+        if callbacks and self._logs not in callbacks:
+            # The handler is iterating over this list, and so calls this callback once more.
+            callbacks.insert(0, self._logs)
+            return
         self._stop()  # a training before this one may have been interrupted
         self._first_step = state.global_step
         model, loader, data = given["model"], given["train_dataloader"], self._settings.data
@@ -121,26 +140,37 @@ class MemsynCallback(TrainerCallback):
             else:
                 try_batch(self._training, self._settings, model, batches)
         if kept.names:
-            self.protection = self._settings.protect(given["optimizer"], model, self._settings.kept(kept, model))
+            self.protection = self._settings.protect(given["optimizer"], model, kept)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Project the steps that wait before an evaluation or a checkpoint: `on_evaluate` and `on_save` come after."""
-        if self.protection is not None and (control.should_evaluate or control.should_save):
+        """Report; project the steps that wait before an evaluation or a checkpoint, whose events come after."""
+        if self.protection is None:
+            return
+        every = self._settings.report_every
+        if control.should_log if every is None else state.global_step % every == 0:
+            control.should_log = True
+            self._report(state, control)
+        if control.should_evaluate or control.should_save:
             self.protection.flush()
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Project the steps that wait: an evaluation or a checkpoint may follow, or the best weights be loaded."""
+        """Project the steps that wait, since an evaluation, a checkpoint or the best weights may follow; report."""
         if self.protection is not None:
             self.protection.flush()
+            if control.should_log or self._settings.max_change is not None:
+                self._report(state, control)
         if control.should_training_stop and self._settings.measures:
             # Now, since the best weights may be loaded before `on_train_end`, and are averaged ones already.
             use_kept_weights(given["optimizer"])
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Add the penalty to the logs, beside the loss, and to the history."""
-        logs = given["logs"]
-        if self.protection is not None and self.protection.form != "projected" and "loss" in logs:
-            logs["penalty"] = state.log_history[-1]["penalty"] = self.protection.value()
+    def _report(self, state: TrainerState, control: TrainerControl) -> None:
+        """Make a report of this step, for the log that follows. Training stops if it has forgotten too much."""
+        if self.protection is None or self._logs.step == state.global_step:
+            return
+        self._logs.scalars, stops = reported([self.protection], self._settings, state.global_step)
+        self._logs.step = state.global_step
+        if stops:
+            control.should_training_stop = control.should_log = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Measure, and consolidate, as the last of the callbacks: those after this one may replace the weights."""
@@ -176,6 +206,22 @@ class MemsynCallback(TrainerCallback):
         if self.protection is not None:
             self.protection.remove()
             self.protection = None
+        self._logs.step = None
+
+
+@final
+class _Logs(TrainerCallback):
+    """Adds the scalars of a report to the logs of its step. It stands before the callbacks that write the logs."""
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+        self.scalars: dict[str, float] = {}
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """Add the scalars beside the loss, and to the history."""
+        if "loss" in given["logs"] and state.global_step == self.step:
+            given["logs"].update(self.scalars)
+            state.log_history[-1].update(self.scalars)
 
 
 def _callbacks() -> list[Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memsyn.errors import NotProtectedWarning, OptionError, ProtectionError, StrengthWarning
-from memsyn.parameters import layer_of, named_parameters, wide_dtype
+from memsyn.parameters import layer_of, named_parameters, same_values, wide_dtype
 from memsyn.protecting.optimizers import (
     GRADIENT,
     PROJECTED,
@@ -36,8 +36,8 @@ from memsyn.protecting.penalty import (
     num_held,
     pull_,
 )
+from memsyn.protecting.predicting import Watched
 from memsyn.protecting.protection import Protection, Report, is_protected
-from memsyn.protecting.statistics import WatchedStatistics
 from memsyn.protecting.strength import checked_strength
 from memsyn.torch_private import version_of
 from memsyn.values.memory import Memory, check_fit, check_model
@@ -69,7 +69,7 @@ class Penalising(Protection):
         form: str,
         device: torch.device | None,
         importance_dtype: torch.dtype | None,
-        watched: WatchedStatistics,
+        watched: Watched,
     ) -> None:
         self.strength, self.form = strength, form
         self._device, self._importance_dtype = device, importance_dtype
@@ -88,7 +88,7 @@ class Penalising(Protection):
         return self.strength * sum(terms)
 
     def report(self) -> Report:
-        """How far the weights have moved, layer by layer, and the share that is held in place."""
+        """How far outputs are predicted to have changed, how far the weights have moved, and the share that is held."""
         self._check_acted()
         slots, optimizer = self._now(), self._optimizer()
         penalty, stiff, important = 0.0, math.nan, 0
@@ -101,16 +101,16 @@ class Penalising(Protection):
         if optimizer is not None and known_kind(optimizer) is not None:
             stiff = sum(num_held(*pulls) for pulls in self._pulls(optimizer, slots, self.strength))
         count = sum(slot.protected.omega.numel() for slot in slots)
-        return Report(
+        report = Report(
             self.strength * penalty,
             sum(layers.values()),
             layers,
             stiff / max(1, count),
-            moved_statistics=self._watched.num_moved(),
             form=self.form,
             strength=self.strength,
             num_weights=important if optimizer is not None and is_protected(optimizer) else 0,
         )
+        return self._with_outputs(report)
 
     def state_dict(self) -> dict[str, Any]:
         """Strength, form and the memory's values, as tensors and plain values, for `load_state_dict`."""
@@ -119,7 +119,7 @@ class Penalising(Protection):
             "form": self.form,
             "anchor": dict(self._memory.anchor),
             "importance": dict(self._memory.importance),
-            "statistics": dict(self._watched.remembered),
+            "statistics": dict(self._watched.statistics.remembered),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -139,8 +139,12 @@ class Penalising(Protection):
         if form == PROJECTED:
             raise OptionError("the state is of form='projected': protect with that form, then load it.")
         self.strength, self.form = checked_strength(state["strength"]), form
+        known = self._memory.anchor.items()
+        self._restored(is_same=all(same_values(own, memory.anchor.get(name, own)) for name, own in known))
         self._take(memory)
-        self._watched.take(memory.statistics if "statistics" in state else self._watched.remembered)
+        self._watched.statistics.take(
+            memory.statistics if "statistics" in state else self._watched.statistics.remembered
+        )
 
     def _take(self, memory: Memory) -> None:
         dtype = self._importance_dtype

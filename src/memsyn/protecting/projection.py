@@ -19,8 +19,8 @@ from memsyn.errors import OptionError
 from memsyn.matrices import Matrix
 from memsyn.parameters import fitted, layer_of, named_parameters, wide_dtype
 from memsyn.protecting.optimizers import PROJECTED, Stepping
+from memsyn.protecting.predicting import Watched
 from memsyn.protecting.protection import Protection, Report, check_optimizer, is_protected
-from memsyn.protecting.statistics import WatchedStatistics
 from memsyn.protecting.strength import checked_strength
 from memsyn.torch_private import version_of
 from memsyn.values.directions import (
@@ -181,7 +181,7 @@ class Projecting(Protection):
         strength: float,
         every: int,
         in_each_step: bool,
-        watched: WatchedStatistics,
+        watched: Watched,
     ) -> None:
         self.strength = strength
         self._in_each_step = in_each_step
@@ -208,7 +208,7 @@ class Projecting(Protection):
         return 0.0
 
     def report(self) -> Report:
-        """How much of the last projected change was taken away, layer by layer, and how much room is left."""
+        """How far outputs are predicted to have changed, how much of the last change was taken away, and the room."""
         self._check_acted()
         layers: dict[str, list[tuple[float, float]]] = {}
         for name, (before, after) in self._removed.items():
@@ -220,17 +220,17 @@ class Projecting(Protection):
             self._find_layers(optimizer)
         # A tied weight is in two layers.
         held = {id(p): layer.rows(p).numel() for layer in self._layers for p in layer.parameters}
-        return Report(
+        report = Report(
             0.0,
             0.0,
             removed,
             _share_removed([own for parts in layers.values() for own in parts]),
             room,
-            self._watched.num_moved(),
             form=PROJECTED,
             strength=self.strength,
             num_weights=sum(held.values()) if optimizer is not None and is_protected(optimizer) else 0,
         )
+        return self._with_outputs(report)
 
     def state_dict(self) -> dict[str, Any]:
         """Strength, form and the memory's values, as tensors and plain values. Steps that wait are projected first."""
@@ -241,7 +241,7 @@ class Projecting(Protection):
             "every": self.every,
             "directions": self._directions.header(),
             "groups": self._directions.groups(),
-            "statistics": dict(self._watched.remembered),
+            "statistics": dict(self._watched.statistics.remembered),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -259,9 +259,10 @@ class Projecting(Protection):
         self.flush()
         every = checked_every(state["every"])
         self.strength, self.every = checked_strength(state["strength"]), 1 if self._in_each_step else every
+        self._restored(is_same=not self._directions.differs(directions))
         self._directions, self._seen = directions, []
         own = {fit.own(name): values for name, values in dict(state.get("statistics", {})).items()}
-        self._watched.take(own if "statistics" in state else self._watched.remembered)
+        self._watched.statistics.take(own if "statistics" in state else self._watched.statistics.remembered)
         self._restart()
 
     @torch.no_grad()
@@ -277,6 +278,16 @@ class Projecting(Protection):
         # Not before, since a tied weight is in two layers: both damp the same change, one after the other.
         for layer in moved:
             self._remember(layer.parameters)
+
+    @torch.no_grad()
+    def _waiting_values(self) -> dict[int, Tensor]:
+        if self._num_waiting == 0:
+            return {}
+        found = {id(p): p.detach().clone() for layer in self._layers for p in layer.parameters}
+        befores = {id(copy): self._befores[key] for key, copy in found.items()}
+        for layer in self._layers:
+            replace(layer, parameters=tuple(found[id(p)] for p in layer.parameters)).project(befores)
+        return found
 
     def remove(self) -> None:
         """Project what waits, and stop protecting; a second call does nothing."""

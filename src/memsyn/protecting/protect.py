@@ -22,6 +22,7 @@ from memsyn.protecting.optimizers import (
 )
 from memsyn.protecting.penalising import Penalising
 from memsyn.protecting.penalty import check_tensors
+from memsyn.protecting.predicting import OldWeights, Watched, change_predictor
 from memsyn.protecting.projection import EVERY, Projecting, checked_every
 from memsyn.protecting.protection import Protection, check_optimizer, is_protected
 from memsyn.protecting.replaced import check_replaced, warn_of_grown
@@ -47,6 +48,7 @@ def protect(
     freeze_statistics: bool = False,
     only: Patterns | None = None,
     exclude: Patterns | None = None,
+    reference: OldWeights | None = None,
 ) -> Protection:
     """Protect what the memory holds while `optimizer` trains `model`. The training loop stays as it is.
 
@@ -107,6 +109,8 @@ def protect(
         only: names, or patterns as in `fnmatch`, of the memory's parameters to protect; None: all. A parameter that is
             named literally is protected even if it looks newly initialised: `only=["*", "head.weight"]`.
         exclude: names or patterns of parameters to leave free, such as `head.*` of a head that was replaced.
+        reference: the model that was measured, or its state_dict, for `report().change`. It is needed only if the
+            weights have moved since, as those of a checkpoint, and the memory has no anchor.
 
     A name is not an identity: a new head may have the old one's name and shape, and would be pulled to the old weights.
     So the weights are compared with the anchor. A matrix of n >= 64 values looks newly initialised if it is more than
@@ -117,10 +121,13 @@ def protect(
     Returns:
         A handle, with `value()`, `report()`, `flush()`, `state_dict()`, `load_state_dict()` and `remove()`.
 
+        `report().change` is the relative change of outputs on the remembered data, predicted from directions. For it,
+        the handle keeps a copy of the weights that the memory knows, if the memory has directions and no anchor.
+
     Raises:
         OptionError: strength is negative or not finite, the form is unknown or does not suit optimizer or memory, or a
             pattern matches no parameter of the memory.
-        MismatchError: the memory is of another architecture than the model.
+        MismatchError: the memory is of another architecture than the model, or the reference is not what was measured.
         ProtectionError: the optimizer is protected already, holds no parameter of the memory, or calls no hooks; or a
             parameter looks newly initialised, has a sparse gradient, has no values (device "meta"), or is nested.
 
@@ -159,6 +166,7 @@ def protect(
     whole = memory.fitted(model)
     memory = _chosen(whole, model, form, only, exclude)
     ignored = whole.statistics.keys() - memory.statistics.keys()
+    predictor = change_predictor(memory, whole, model, reference)
     if form == PROJECTED:
         if isinstance(raw, Relative) or device is not None or importance_dtype is not None:
             raise OptionError(
@@ -168,17 +176,17 @@ def protect(
         number = STRENGTH if raw is None else raw
         # A wrapper averages weights between steps, and schedule-free swaps them: no change may wait until then.
         in_each_step = found.moved_by_wrapper or is_schedule_free(optimizer)
-        every, watched = (
-            checked_every(every),
-            WatchedStatistics(model, memory.statistics, freeze=freeze_statistics, ignored=ignored),
-        )
+        every = checked_every(every)
+        statistics = WatchedStatistics(model, memory.statistics, freeze=freeze_statistics, ignored=ignored)
+        watched = Watched(statistics, predictor)
         return Projecting(found, model, memory.directions, number, every, in_each_step, watched)
     raw = Relative() if raw is None else raw
     raw = checked_strength(raw.of(memory)) if isinstance(raw, Relative) else raw
     held = check_optimizer(optimizer, named_parameters(model), memory.importance)
     _check_dense_gradients(model, memory, held)
     where = None if device is None else torch.device(device)
-    watched = WatchedStatistics(model, memory.statistics, freeze=freeze_statistics, ignored=ignored)
+    statistics = WatchedStatistics(model, memory.statistics, freeze=freeze_statistics, ignored=ignored)
+    watched = Watched(statistics, predictor)
     return Penalising(found, model, memory, raw, form, where, importance_dtype, watched)
 
 

@@ -7,7 +7,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 from weakref import WeakMethod, WeakSet, ref
 
@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 from memsyn.errors import NotProtectedWarning, ProtectionError
 from memsyn.parameters import named_parameters, unwrap, wide_dtype
 from memsyn.protecting.optimizers import PROJECTED, Stepping, known_kind
-from memsyn.protecting.statistics import WatchedStatistics
+from memsyn.protecting.predicting import Watched, of_another_memory
 from memsyn.torch_private import num_steps_in_progress
-from memsyn.values.display import LayerRow, counted, html_table, html_text, short_name
+from memsyn.values.display import LayerRow, counted, html_table, html_text, percent, short_name
 
 _protected: "WeakSet[Optimizer]" = WeakSet()
 """The optimizers with a handle that was not removed."""
@@ -55,9 +55,10 @@ def check_optimizer(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]
 
 @dataclass(frozen=True)
 class Report:
-    """What protection does: how far the weights are from the anchor, or how much of the steps was taken away.
+    """What protection does, and what it does not prevent: the predicted change of outputs on the remembered data.
 
-    `print(report)` says it in words.
+    `print(report)` says it in words, `scalars()` gives the numbers for a logger. A report leaves weights and optimizer
+    bit for bit as they are. It costs about as much as a training step or two (docs/performance.md).
     """
 
     penalty: float
@@ -83,19 +84,32 @@ class Report:
     """lambda, or c in the projected form."""
     num_weights: int = 0
     """The weights that are protected now: those of the optimizer that have importance, or directions."""
+    change: float | None = None
+    """sqrt(E ||y' - y||^2 / E ||y||^2): the relative change of outputs on the remembered data since they were measured,
+    predicted to second order from the memory's directions, as by `memsyn gate`. Steps that wait for their projection
+    count as projected. Only protected parameters count, and no statistics. Infinite if a weight is NaN or infinite.
+    None if it is not known."""
+    changes: dict[str, float] = field(default_factory=dict)
+    """Layer -> `change` for the change of this layer alone."""
+    unknown: str = ""
+    """Why `change` is None, and what to do."""
 
     def __repr__(self) -> str:
         said = f"{self.form} form, {counted(self.num_weights, 'weight')}"
         moved = f", {counted(self.moved_statistics, 'moved statistic')}" if self.moved_statistics else ""
-        return f"Report({said}, penalty {self.penalty:.3g}, bound {self.bound:.3g}, {self.held:.1%} held{moved})"
+        change = "" if self.change is None else f", outputs changed by {percent(self.change)}"
+        numbers = f"penalty {self.penalty:.3g}, bound {self.bound:.3g}, {self.held:.1%} held"
+        return f"Report({said}, {numbers}{change}{moved})"
 
     def __str__(self) -> str:
+        words = self._words_of_change()
         if not self.strength and self.form:
-            return "Nothing is protected: the strength is 0."
+            return "\n".join([*words, "Nothing is protected: the strength is 0."])
         if not self.num_weights:
-            return "Nothing is protected: protection was removed, or the optimizer holds no weight that has importance."
+            nothing = "protection was removed, or the optimizer holds no weight that has importance."
+            return "\n".join([*words, f"Nothing is protected: {nothing}"])
         weights = counted(self.num_weights, "weight")
-        words = [f"Protected: {weights}, by the {self.form} form at strength {self.strength:.4g}."]
+        words.append(f"Protected: {weights}, by the {self.form} form at strength {self.strength:.4g}.")
         words += self._words_of_projection() if self.form == PROJECTED else self._words_of_penalty()
         if self.moved_statistics:
             words.append(
@@ -104,18 +118,39 @@ class Report:
             )
         return "\n".join(words)
 
+    def scalars(self) -> dict[str, float]:
+        """The numbers for a logger: those of the whole model that are known and finite.
+
+        `memsyn/predicted_change` is `change`, `memsyn/held` and `memsyn/moved_statistics` are as above, and
+        `memsyn/penalty` is that of the penalty forms.
+
+        Example:
+            >>> for name, value in report.scalars().items():            # doctest: +SKIP
+            ...     writer.add_scalar(name, value, step)                # TensorBoard
+            >>> mlflow.log_metrics(report.scalars(), step=step)         # doctest: +SKIP
+        """
+        found = {
+            "predicted_change": self.change,
+            "held": self.held,
+            "penalty": None if self.form == PROJECTED else self.penalty,
+            "moved_statistics": float(self.moved_statistics),
+        }
+        return {f"memsyn/{name}": own for name, own in found.items() if own is not None and math.isfinite(own)}
+
     def _repr_html_(self) -> str:
         if self.form == PROJECTED and self.num_weights:
+            columns = {"predicted change": self.changes, "taken away": self.layers, "room": self.room}
+            columns = {name: own for name, own in columns.items() if own or name != "predicted change"}
             rows = [
                 LayerRow(
                     layer,
-                    [f"{own[layer]:.1%}" if layer in own else "" for own in (self.layers, self.room)],
-                    1 - self.room.get(layer, 2.0),
+                    [percent(own[layer]) if layer in own else "" for own in columns.values()],
+                    self.changes.get(layer, 0.0) if self.changes else 1 - self.room.get(layer, 2.0),
                 )
-                for layer in {**self.room, **self.layers}
+                for layer in {**self.room, **self.layers, **self.changes}
             ]
-            others = "without matrices or with more room each"
-            return html_table(str(self), ["layer", "taken away", "room"], rows, others)
+            others = "with a smaller change each" if self.changes else "without matrices or with more room each"
+            return html_table(str(self), ["layer", *columns], rows, others)
         if not (self.layers and self.num_weights):
             return html_text(str(self))
         rows = [
@@ -125,6 +160,24 @@ class Report:
 
     def _share(self, part: float) -> float:
         return part / self.bound if self.bound else 0.0
+
+    def _words_of_change(self) -> list[str]:
+        outputs = "Outputs on the remembered data"
+        if self.change is None:
+            return [f"How far outputs on the remembered data have changed is not known: {self.unknown}"] * (
+                self.unknown != ""
+            )
+        if not math.isfinite(self.change):
+            return [f"{outputs} are lost: a weight is NaN or infinite."]
+        words = f"{outputs} are predicted to be as they were: no remembered weight has moved."
+        if self.change:
+            words = (
+                f"{outputs} are predicted to have changed by {percent(self.change)}, most by {_largest(self.changes)}."
+            )
+        if self.moved_statistics:
+            moved = counted(self.moved_statistics, "statistic")
+            words += f" The {moved} that moved change them too, and are not counted."
+        return [words]
 
     def _words_of_penalty(self) -> list[str]:
         held = (
@@ -159,7 +212,7 @@ class Report:
 def _largest(shares: Mapping[str, float]) -> str:
     """The three layers with the largest shares, and how many more there are."""
     order = sorted(shares, key=lambda layer: -shares[layer])
-    named = ", ".join(f"{short_name(layer)} ({shares[layer]:.1%})" for layer in order[:3])
+    named = ", ".join(f"{short_name(layer)} ({percent(shares[layer])})" for layer in order[:3])
     return f"{named} and {counted(len(order) - 3, 'more layer')}" if len(order) > 3 else named
 
 
@@ -194,7 +247,7 @@ class Protection(ABC):
     form: str
     wrappers: tuple[str, ...]
 
-    def __init__(self, found: Stepping, model: nn.Module, names: Collection[str], watched: WatchedStatistics) -> None:
+    def __init__(self, found: Stepping, model: nn.Module, names: Collection[str], watched: Watched) -> None:
         optimizer = found.optimizer
         self.wrappers = tuple(type(wrapper).__name__ for wrapper in found.wrappers)
         self._optimizer = ref(optimizer)  # the optimizer's hooks refer to this object: no reference cycle
@@ -222,7 +275,7 @@ class Protection(ABC):
         _protected.add(optimizer)
         _handles.add(self)
         self._watched = watched
-        watched.begin(optimizer)
+        watched.statistics.begin(optimizer)
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -264,7 +317,7 @@ class Protection(ABC):
 
     def remove(self) -> None:
         """Stop protecting; a second call does nothing."""
-        self._watched.end()
+        self._watched.statistics.end()
         optimizer = self._optimizer()
         if self._hooks and optimizer is not None:
             self.flush()
@@ -279,6 +332,31 @@ class Protection(ABC):
         for guard in self._guards:
             guard.remove()
         self._hooks, self._guards = [], []
+
+    def _with_outputs(self, report: Report) -> Report:
+        """The report with what is known of the outputs on the remembered data."""
+        statistics, predictor = self._watched
+        found = predictor.change(self._weights_after_flush())
+        whole, layers = (None, {}) if found is None else found
+        moved = statistics.num_moved()
+        return replace(report, moved_statistics=moved, change=whole, changes=layers, unknown=predictor.unknown)
+
+    def _restored(self, *, is_same: bool) -> None:
+        """The state of a saved handle was loaded: of another memory, no old weights are known."""
+        if not is_same:
+            self._watched = self._watched._replace(predictor=of_another_memory())
+
+    def _weights_after_flush(self) -> dict[str, Tensor]:
+        """The parameters, with the values that `flush` of all handles of the model would give them."""
+        waiting: dict[int, Tensor] = {}
+        for handle in _handles:
+            if unwrap(handle._model) is unwrap(self._model):
+                waiting |= handle._waiting_values()
+        return {name: waiting.get(id(p), p.detach()) for name, p in named_parameters(self._model).items()}
+
+    def _waiting_values(self) -> dict[int, Tensor]:
+        """id of a parameter -> the values that `flush` would give it; only the projected form delays any."""
+        return {}
 
     def _before_saving(self) -> None:
         self.flush()

@@ -534,7 +534,7 @@ def _difference(name: str, before: Mapping[str, Tensor], after: Mapping[str, Ten
             raise MismatchError(f"{name} is not among the weights {which} the change.")
     old, new = (weights[name].detach()[slice(rows) if rows is not None else ...] for weights in (before, after))
     wide = torch.promote_types(old.dtype, torch.float32)
-    return new.to(old.device, wide) - old.to(wide)
+    return new.to(wide) - old.to(new.device, wide)
 
 
 def consolidated(

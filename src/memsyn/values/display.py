@@ -7,6 +7,7 @@ file of a stranger: they are shown as text, never interpreted.
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -47,6 +48,13 @@ def short_name(name: str) -> str:
 def counted(count: int, what: str) -> str:
     """A count for people: "1 sample", "1,200 samples"."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def percent(value: float) -> str:
+    """A share for people: "98.9%"; large ones in times."""
+    if value < 10:
+        return f"{value:.1%}"
+    return f"{value:,.0f} times" if value < 1e6 else "over a million times" if math.isfinite(value) else "any amount"
 
 
 def counted_matrices(num_matrices: int, num_others: int, num_weights: int) -> str:

@@ -2,8 +2,8 @@
 
 In one run and in turn: the ordinary forward and backward pass of the same batches, `measure` with the estimators
 `inputs` and `kronecker`, and `mas` beside them; then a training step without protection, and with the projected form
-for each rank and number of steps between two projections. Prints two Markdown tables: the median of the ratios over the
-rounds, the smallest and the largest, and how many numbers a memory keeps for each weight.
+for each rank and number of steps between two projections; then a report of such a handle. Prints Markdown tables: the
+median of the ratios over the rounds, the smallest and the largest, and how many numbers a memory keeps for each weight.
 
 Processor time is measured, not time: what else the machine does then counts little. Run it with OMP_NUM_THREADS=1,
 since threads that wait for one another spend processor time.
@@ -98,6 +98,32 @@ def stepping(names: list[str], rounds: int, ranks: list[int | None], everies: li
             print(f"| {subject.title}, {size} | {rank or 'all'} | {cells} | {kept:.2f} |")
 
 
+def reporting(names: list[str], rounds: int) -> None:
+    print("\n| a report, model, batch | bare step, ms | report, ms | over the step | before a projection, ms |")
+    print("|---|---|---|---|---|")
+    for name in names:
+        subject = SUBJECTS[name]
+        model, twin = subject.model(), subject.model()
+        batch = torch.cat([subject.batch()] * 2)[: STEPS[name]]
+        factors = memsyn.measure(model, [subject.batch() for _ in range(2)], estimator="kronecker", progress=False)
+        memory = memsyn.Memory.empty().consolidate(model, factors)
+        actions: dict[str, Callable[[], object]] = {"bare": training(twin, batch, None, 1)}
+        for word, every in (("report", 1), ("waiting", 10**6)):
+            own = deepcopy(model)
+            optimizer = Adam(own.parameters(), lr=1e-4)
+            handle = memsyn.protect(optimizer, own, memory, every=every)
+            own(batch).square().mean().backward()
+            optimizer.step()
+            actions[word] = handle.report
+        found = rounds_of(actions, rounds, f"reports of {name}")
+        found["bare"] = [own / NUM_STEPS for own in found["bare"]]
+        ms = {word: f"{1000 * statistics.median(own):.1f}" for word, own in found.items()}
+        print(
+            f"| {subject.title.rpartition(',')[0]}, {STEPS[name]} | {ms['bare']} | {ms['report']} | "
+            f"{ratios(found, 'bare')['report']} | {ms['waiting']} |"
+        )
+
+
 def training(model: nn.Module, batch: Tensor, memory: memsyn.Memory | None, every: int) -> Callable[[], None]:
     """Some steps of Adam, twice as many as wait for a projection by default."""
     optimizer = Adam(model.parameters(), lr=1e-4)
@@ -120,14 +146,16 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--every", type=int, nargs="*", default=[1, 10, 100])
     parser.add_argument("--ranks", type=int, nargs="*", default=[64, 0], help="0: all")
-    parser.add_argument("--only", choices=("measuring", "stepping"))
+    parser.add_argument("--only", choices=("measuring", "stepping", "reporting"))
     given = parser.parse_args()
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    if given.only != "stepping":
+    if given.only in (None, "measuring"):
         measuring(given.names, given.rounds, given.batches)
-    if given.only != "measuring":
-        names = [name for name in given.names if name in STEPS]
+    names = [name for name in given.names if name in STEPS]
+    if given.only in (None, "stepping"):
         stepping(names, given.rounds, [rank or None for rank in given.ranks], given.every)
+    if given.only in (None, "reporting"):
+        reporting(names, given.rounds)
 
 
 if __name__ == "__main__":

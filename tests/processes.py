@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import memsyn
+from memsyn.integrations.training_end import Settings, reported
 
 
 def a_model() -> nn.Module:
@@ -195,6 +196,28 @@ def check_protection(rank: int, form: str, kind: type[torch.optim.Optimizer]) ->
         assert torch.equal(*everyone)
 
 
+def check_stop(rank: int) -> None:
+    """All processes stop a training that one of them must stop."""
+    model = a_model()
+    found = memsyn.measure(model, [torch.randn(8, 1, 6, 6, dtype=torch.float64)], estimator="kronecker", progress=False)
+    memory = memsyn.Memory.empty().consolidate(model, found)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05 * rank)  # process 0 stays where it is
+    callback = Settings(
+        strength=None, form="auto", protect_options=None, estimator=None, forward=None, data=None, max_samples=None,
+        report_every=None, max_change=1e-6,
+    )  # fmt: skip
+    handle = callback.protect(optimizer, model, memory)
+    assert reported([handle], callback, 0)[1] is False
+    model(torch.randn(4, 1, 6, 6, dtype=torch.float64)).square().mean().backward()
+    optimizer.step()
+    handle.flush()
+    assert (handle.report().change == 0.0) == (rank == 0)
+    with pytest.warns(memsyn.ForgettingWarning, match="training stops after step 1"):
+        scalars, stops = reported([handle], callback, 1)
+    assert stops
+    assert scalars["memsyn/predicted_change"] == handle.report().change
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
@@ -205,6 +228,7 @@ def main() -> None:
     for estimator in ("kronecker", "inputs"):
         check_factors(rank, estimator)
     check_failure_of_factors(rank)
+    check_stop(rank)
     for form in ("gradient", "proximal", "projected"):
         for kind in (torch.optim.SGD, torch.optim.Adam):
             check_protection(rank, form, kind)

@@ -254,7 +254,7 @@ def test_a_replaced_head_leaves_the_change_of_the_others() -> None:
     model[4] = nn.Linear(5, 7).double()
     report = memsyn.protect(sgd(model), model, alone, exclude="4.*").report()
     assert report.change is None
-    assert "or its last layer was replaced. Compare on data" in report.unknown
+    assert "or its last layer was replaced: compare on data" in report.unknown
 
 
 def test_the_state_of_another_memory_has_no_old_weights() -> None:
@@ -279,11 +279,11 @@ def test_what_cannot_be_told_says_why_and_what_to_do() -> None:
     ends = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.LayerNorm(6)).double()
     cases: list[tuple[nn.Module, memsyn.Memory, str]] = [
         (model, remembered(model, "mas"), "the memory holds no directions, which predict the change of outputs. "
-         "Measure with estimator='kronecker' and consolidate that too. Compare on data: memsyn.compare("),
+         "Measure with estimator='kronecker' and consolidate that too, or compare on data: memsyn.compare("),
         (model, remembered(model, "inputs"), "the memory holds second moments of inputs alone, which do not predict "
-         "the change of outputs. Measure with estimator='kronecker'. Compare on data"),
+         "the change of outputs. Measure with estimator='kronecker', or compare on data"),
         (ends, remembered(ends), "the memory does not tell how long the outputs are, since the model does not end in a "
-         "linear layer, or its last layer was replaced. Compare on data"),
+         "linear layer, or its last layer was replaced: compare on data"),
     ]  # fmt: skip
     for own, memory, why in cases:
         report = memsyn.protect(sgd(own), own, memory).report()
@@ -313,6 +313,8 @@ def test_a_report_begins_with_the_predicted_change() -> None:
     handle.remove()
     assert str(handle.report()).splitlines()[:2] == [first, str(handle.report()).splitlines()[1]]
     assert "Nothing is protected" in str(handle.report())
+    small = memsyn.Report(0.0, 0.0, {}, 0.0, change=3e-4, changes={"0": 3e-4})
+    assert str(small).startswith(f"Outputs on the remembered data are {CAN} less than 0.1%, most by 0 (0.0%).")
 
 
 def test_statistics_that_moved_are_not_counted_and_the_words_say_so() -> None:

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import takewhile
 from typing import Any, final
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -116,17 +117,13 @@ class MemsynCallback(TrainerCallback):
         )
         self._training: Training | None = None
         self._first_step = 0
-        self._logs = _Logs()
+        self._scalars: tuple[int, dict[str, float]] | None = None
+        """The last report: its step and its scalars."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Try to measure, and protect the memory."""
-        callbacks = _callbacks()
-        if callbacks and self._logs not in callbacks:
-            # The handler is iterating over this list, and so calls this callback once more.
-            callbacks.insert(0, self._logs)
-            return
         self._stop()  # a training before this one may have been interrupted
         self._first_step = state.global_step
         model, loader, data = given["model"], given["train_dataloader"], self._settings.data
@@ -163,12 +160,25 @@ class MemsynCallback(TrainerCallback):
             # Now, since the best weights may be loaded before `on_train_end`, and are averaged ones already.
             use_kept_weights(given["optimizer"])
 
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """Add the scalars of this step's report beside the loss, and to the history."""
+        logs = given.pop("logs")
+        if self._scalars is None or "loss" not in logs or self._scalars[0] != state.global_step:
+            return
+        scalars = self._scalars[1]
+        logs.update(scalars)
+        state.log_history[-1].update(scalars)
+        # The Trainer puts the callbacks of `report_to` before those of the user: they have had these logs already.
+        for callback in takewhile(lambda one: one is not self, _callbacks()):
+            if _is_reporter(callback):
+                callback.on_log(args, state, control, logs=dict(scalars), **given)
+
     def _report(self, state: TrainerState, control: TrainerControl) -> None:
         """Make a report of this step, for the log that follows. Training stops if it has forgotten too much."""
-        if self.protection is None or self._logs.step == state.global_step:
+        if self.protection is None or (self._scalars is not None and self._scalars[0] == state.global_step):
             return
-        self._logs.scalars, stops = reported([self.protection], self._settings, state.global_step)
-        self._logs.step = state.global_step
+        scalars, stops = reported([self.protection], self._settings, state.global_step)
+        self._scalars = state.global_step, scalars
         if stops:
             control.should_training_stop = control.should_log = True
 
@@ -206,22 +216,12 @@ class MemsynCallback(TrainerCallback):
         if self.protection is not None:
             self.protection.remove()
             self.protection = None
-        self._logs.step = None
+        self._scalars = None
 
 
-@final
-class _Logs(TrainerCallback):
-    """Adds the scalars of a report to the logs of its step. It stands before the callbacks that write the logs."""
-
-    def __init__(self) -> None:
-        self.step: int | None = None
-        self.scalars: dict[str, float] = {}
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Add the scalars beside the loss, and to the history."""
-        if "loss" in given["logs"] and state.global_step == self.step:
-            given["logs"].update(self.scalars)
-            state.log_history[-1].update(self.scalars)
+def _is_reporter(callback: object) -> bool:
+    """Whether a callback writes logs to a service, as the Trainer's `report_to` makes it."""
+    return any(kind.__module__.startswith("transformers.integrations") for kind in type(callback).__mro__)
 
 
 def _callbacks() -> list[Any]:

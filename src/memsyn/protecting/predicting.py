@@ -23,7 +23,7 @@ from memsyn.values.relative_change import NO_LENGTH, RelativeChange, relative_ch
 OldWeights = nn.Module | Mapping[str, Tensor]
 """The model that was measured, or its weights by name."""
 
-CURE: Final = "Compare on data: memsyn.compare(model, old_model, batches)."
+CURE: Final = "compare on data: memsyn.compare(model, old_model, batches)."
 
 
 @final
@@ -61,7 +61,7 @@ class Watched(NamedTuple):
 
 def of_another_memory() -> ChangePredictor:
     """After the state of another memory was loaded."""
-    return ChangePredictor(unknown=f"the state that was loaded is of another memory. Protect with that one. {CURE}")
+    return ChangePredictor(unknown=f"the state that was loaded is of another memory. Protect with that one, or {CURE}")
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def change_predictor(memory: Memory, whole: Memory, model: nn.Module, reference:
     why = why_unknown(memory.directions)
     if memory.directions is None or whole.directions is None or why:
         also = " and consolidate that too" if memory.importance else ""
-        return ChangePredictor(unknown=f"{why}. Measure with estimator='kronecker'{also}. {CURE}")
+        return ChangePredictor(unknown=f"{why}. Measure with estimator='kronecker'{also}, or {CURE}")
     parameters = named_parameters(model)
     found: dict[str, Tensor] = {}
     for source in (given, whole.anchor, parameters):
@@ -100,7 +100,7 @@ def change_predictor(memory: Memory, whole: Memory, model: nn.Module, reference:
         )
     squared_outputs = whole.directions.squared_outputs(found)
     if not squared_outputs:
-        return ChangePredictor(unknown=f"{NO_LENGTH}, or its last layer was replaced. {CURE}")
+        return ChangePredictor(unknown=f"{NO_LENGTH}, or its last layer was replaced: {CURE}")
     own = {p.untyped_storage().data_ptr() for p in parameters.values()}
     before = {
         name: found[name].clone() if found[name].untyped_storage().data_ptr() in own else found[name]

@@ -129,10 +129,11 @@ class Report:
             ...     writer.add_scalar(name, value, step)                # TensorBoard
             >>> mlflow.log_metrics(report.scalars(), step=step)         # doctest: +SKIP
         """
+        is_projected = self.form == PROJECTED
         found = {
             "predicted_change": self.change,
-            "held": self.held,
-            "penalty": None if self.form == PROJECTED else self.penalty,
+            "held": None if is_projected and not self.layers else self.held,  # nothing was projected so far
+            "penalty": None if is_projected else self.penalty,
             "moved_statistics": float(self.moved_statistics),
         }
         return {f"memsyn/{name}": own for name, own in found.items() if own is not None and math.isfinite(own)}
@@ -164,16 +165,14 @@ class Report:
     def _words_of_change(self) -> list[str]:
         outputs = "Outputs on the remembered data"
         if self.change is None:
-            return [f"How far outputs on the remembered data have changed is not known: {self.unknown}"] * (
-                self.unknown != ""
-            )
+            words = f"How far outputs on the remembered data have changed is not known: {self.unknown}"
+            return [words] if self.unknown else []
         if not math.isfinite(self.change):
             return [f"{outputs} are lost: a weight is NaN or infinite."]
         words = f"{outputs} are predicted to be as they were: no remembered weight has moved."
         if self.change:
-            words = (
-                f"{outputs} are predicted to have changed by {percent(self.change)}, most by {_largest(self.changes)}."
-            )
+            size = percent(self.change) if self.change >= 0.001 else "less than 0.1%"
+            words = f"{outputs} are predicted to have changed by {size}, most by {_largest(self.changes)}."
         if self.moved_statistics:
             moved = counted(self.moved_statistics, "statistic")
             words += f" The {moved} that moved change them too, and are not counted."

@@ -107,7 +107,7 @@ def reporting(names: list[str], rounds: int) -> None:
         batch = torch.cat([subject.batch()] * 2)[: STEPS[name]]
         factors = memsyn.measure(model, [subject.batch() for _ in range(2)], estimator="kronecker", progress=False)
         memory = memsyn.Memory.empty().consolidate(model, factors)
-        actions: dict[str, Callable[[], object]] = {"bare": training(twin, batch, None, 1)}
+        actions: dict[str, Callable[[], object]] = {"bare": training(twin, batch, None, 1, 1)}
         for word, every in (("report", 1), ("waiting", 10**6)):
             own = deepcopy(model)
             optimizer = Adam(own.parameters(), lr=1e-4)
@@ -116,7 +116,6 @@ def reporting(names: list[str], rounds: int) -> None:
             optimizer.step()
             actions[word] = handle.report
         found = rounds_of(actions, rounds, f"reports of {name}")
-        found["bare"] = [own / NUM_STEPS for own in found["bare"]]
         ms = {word: f"{1000 * statistics.median(own):.1f}" for word, own in found.items()}
         print(
             f"| {subject.title.rpartition(',')[0]}, {STEPS[name]} | {ms['bare']} | {ms['report']} | "
@@ -124,14 +123,16 @@ def reporting(names: list[str], rounds: int) -> None:
         )
 
 
-def training(model: nn.Module, batch: Tensor, memory: memsyn.Memory | None, every: int) -> Callable[[], None]:
+def training(
+    model: nn.Module, batch: Tensor, memory: memsyn.Memory | None, every: int, num: int = NUM_STEPS
+) -> Callable[[], None]:
     """Some steps of Adam, twice as many as wait for a projection by default."""
     optimizer = Adam(model.parameters(), lr=1e-4)
     if memory is not None:
         memsyn.protect(optimizer, model, memory, every=every)
 
     def steps() -> None:
-        for _ in range(NUM_STEPS):
+        for _ in range(num):
             optimizer.zero_grad()
             model(batch).square().mean().backward()
             optimizer.step()

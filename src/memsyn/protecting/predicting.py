@@ -44,10 +44,8 @@ class ChangePredictor:
     unknown: str = ""
 
     @torch.no_grad()
-    def change(self, weights: Mapping[str, Tensor]) -> RelativeChange | None:
-        """The predicted change for these weights; None if nothing can be predicted."""
-        if self.unknown:
-            return None
+    def change(self, weights: Mapping[str, Tensor]) -> RelativeChange:
+        """The predicted change for these weights, if nothing is unknown."""
         known = self.directions.only(weights.keys())
         return relative_change(known.predicted_change(self.before, weights), self.squared_outputs)
 

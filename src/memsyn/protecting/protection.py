@@ -335,10 +335,11 @@ class Protection(ABC):
     def _with_outputs(self, report: Report) -> Report:
         """The report with what is known of the outputs on the remembered data."""
         statistics, predictor = self._watched
+        report = replace(report, moved_statistics=statistics.num_moved(), unknown=predictor.unknown)
+        if predictor.unknown:
+            return report
         found = predictor.change(self._weights_after_flush())
-        whole, layers = (None, {}) if found is None else found
-        moved = statistics.num_moved()
-        return replace(report, moved_statistics=moved, change=whole, changes=layers, unknown=predictor.unknown)
+        return replace(report, change=found.whole, changes=found.layers)
 
     def _restored(self, *, is_same: bool) -> None:
         """The state of a saved handle was loaded: of another memory, no old weights are known."""

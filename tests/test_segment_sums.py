@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import memsyn
-from memsyn.live.segment_sums import spearman
 from memsyn.measuring.factor_scorer import traces
+from memsyn.values.ranks import spearman
 from tests.serving import TwoPaths, a_model, assert_same, assert_same_factors, begin, factors_of, measured, requests
 
 

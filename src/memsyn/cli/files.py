@@ -44,7 +44,7 @@ def inspect_file(
     html: Html = None,
     png: Png = None,
     weights: Annotated[
-        Path | None, typer.Option(help="A model's state_dict: the page also shows how far it is from the anchor.")
+        Path | None, typer.Option(help="A model's state_dict: the page says whether it is safe.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -136,7 +136,7 @@ def diff_files(
     png: Png = None,
     as_json: Json = False,
 ) -> None:
-    """Compare two files: which layers gained or lost importance or room, and where the anchors moved.
+    """Compare two files: whether their difference matters, which layers it is in, and where the anchors moved.
 
     Exits with 0 if they hold the same, bit for bit, with 1 if they differ or cannot be compared.
 
@@ -151,7 +151,7 @@ def diff_files(
 
             write_report(difference_page(one, other, (os.path.basename(a), os.path.basename(b))), html, png)
     if as_json:
-        say_json(asdict(found))
+        say_json({"extent": found.extent, "sentence": found.sentence, **asdict(found)})
     else:
         print_difference(one, other, found)
     if not found.same:

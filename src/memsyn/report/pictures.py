@@ -13,7 +13,7 @@ from typing import Any
 
 from memsyn.errors import MemsynError
 from memsyn.report.names import file_name, needed
-from memsyn.report.parts import Chart, LegendEntry
+from memsyn.report.parts import Chart, LegendEntry, plain_number
 from memsyn.report.styles import OPEN
 from memsyn.values.display import printable
 
@@ -58,6 +58,7 @@ def _draw(figure: Any, chart: Chart) -> None:
         getattr(axes, f"set_{which}label")(_plain(html.unescape(axis["title"]["text"])))
         if axis.get("type") == "log":
             getattr(axes, f"set_{which}scale")("log")
+            getattr(axes, f"{which}axis").set_major_formatter(lambda value, _: plain_number(value))
         if "ticktext" in axis:
             labels = [_plain(html.unescape(text)) for text in axis["ticktext"]]
             rotation = {"rotation": 90} if which == "x" and max(map(len, labels), default=0) > 3 else {}

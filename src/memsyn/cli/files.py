@@ -62,7 +62,8 @@ def inspect_file(
             from memsyn.report.memory_page import memory_page
             from memsyn.report.page import write_report
 
-            page = memory_page(held, os.path.basename(path), read_weights(weights) if weights else None)
+            name = os.path.basename(path) if weights is None else f"{weights.name} against {os.path.basename(path)}"
+            page = memory_page(held, name, read_weights(weights) if weights else None)
             write_report(page, html, png)
     if as_json:
         say_json(_facts(held))

@@ -60,7 +60,7 @@ def figure(data: list[dict[str, Any]], x: PlotlyAxis, y: PlotlyAxis, height: int
     """A Plotly figure: data and layout."""
     layout = {
         "height": height,
-        "margin": {"l": 48, "r": 12, "t": 32, "b": 44},
+        "margin": {"l": 48, "r": 12, "t": 12, "b": 44},
         "showlegend": False,
         "xaxis": x,
         "yaxis": y,

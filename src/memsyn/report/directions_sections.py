@@ -31,7 +31,7 @@ def room_tree(layers: Sequence[DirectionsSummary]) -> Tree:
         f"{most} has the least room left: {share_text(1 - used[most][0])}",
         list(used),
         lambda own: sum(used[n][0] * used[n][1] for n in own) / max(1, sum(used[n][1] for n in own)),
-        of="in use",
+        of="a layer's directions",
         note="The number is the share of a layer's directions that old tasks use. The rest is room for new ones.",
     )
 
@@ -44,7 +44,7 @@ def overlap_tree(layers: Sequence[DirectionsChange]) -> Tree:
         f"The directions differ most in {most}: {share_text(differ[most])}",
         list(differ),
         lambda own: sum(differ[layer] for layer in own) / len(own),
-        of="of the directions",
+        of="a layer's directions",
         note="The number is 1 minus the overlap of the directions in A and B.",
     )
 

@@ -28,6 +28,7 @@ from memsyn.values.memory import Held, Memory, kind_of
 
 VERDICT_TONES: Final = {SAFE: "good", AT_RISK: "warning", BROKEN: "bad", CANNOT_SAY: "unknown"}
 EXTENT_TONES: Final = {NO_DIFFERENCE: "good", SMALL: "good", LARGE: "warning", UNKNOWN: "unknown"}
+READY: Final = "Ready"
 ON_DATA: Final = "memsyn compare MEMORY STATE --model package.module:build --data FILE"
 NO_INTERVAL: Final = "An estimate without data: it has no interval."
 
@@ -81,20 +82,23 @@ def judge_comparison(found: Comparison, min_agreement: float, max_change: float)
 
 
 def _next_steps(found: Comparison, answer: str, min_agreement: float, max_change: float) -> list[str]:
-    restored, needed = found.with_old_statistics, max(2, samples_needed(min_agreement))
+    """What else to know of the answer, and what to do."""
     if answer == SAFE:
         return ["This holds for inputs like those that were tested."]
     if answer == CANNOT_SAY:
-        return [f"Compare on at least {needed:,} inputs."]
-    if restored is not None and restored.verdict(min_agreement, max_change).answer == SAFE:
-        return [
-            f"The cause is known: {counted(len(found.moved_statistics), 'running statistic')} moved while training. "
-            f"With the old ones put back, {share_text(restored.agreement)} of the answers stay the same: "
-            "model.load_state_dict(memory.statistics, strict=False)."
-        ]
-    if answer == AT_RISK:
-        return ["Compare on more inputs, or treat the model as broken."]
-    return ["Start again from the old model, and train with memsyn.protect."]
+        return [f"Compare on at least {max(2, samples_needed(min_agreement)):,} inputs."]
+    again = "Start again from the old model, and train with memsyn.protect."
+    restored, moved = found.with_old_statistics, counted(len(found.moved_statistics), "running statistic")
+    if restored is not None and (restored.agreement, -restored.mean_change) > (found.agreement, -found.mean_change):
+        better = (
+            f"with the old ones put back, {share_text(restored.agreement)} of the answers stay the same and outputs "
+            f"change by {share_text(restored.mean_change)}."
+        )
+        if restored.verdict(min_agreement, max_change).answer != SAFE:
+            return [f"A part of the cause: {moved} moved in training; {better}", again]
+        put_back = "Put them back: model.load_state_dict(memory.statistics, strict=False)."
+        return [f"The cause: {moved} moved in training; {better}", put_back]
+    return ["Compare on more inputs, or treat the model as broken." if answer == AT_RISK else again]
 
 
 def judge_prediction(found: Prediction | str, max_change: float) -> Judgement:
@@ -116,7 +120,8 @@ def judge_prediction(found: Prediction | str, max_change: float) -> Judgement:
         ),
         BROKEN: (
             "Do not ship: the outputs on old data are predicted to change too much.",
-            f"To see how many answers change, give inputs: {ON_DATA}.",
+            f"To see how many answers change, give inputs: {ON_DATA}."
+            + (f" Also, {moved} moved, which the prediction does not see." if found.moved_statistics else ""),
         ),
         CANNOT_SAY: (
             f"Without data this cannot be told: {moved} moved, which the prediction does not see.",
@@ -151,14 +156,11 @@ def predicted(
 def judge_held(held: Held, curve: Lorenz | None, rooms: Sequence[DirectionsSummary]) -> Judgement:
     """What a file is good for: whether it can judge new weights."""
     answer, tone, headline, step = _readiness(held, bool(curve or rooms))
-    own = Judgement(
-        answer,
-        tone,
-        headline,
-        rule=f"A new model is called safe if at least {_limit(MIN_AGREEMENT)} of its answers stay the same, and its "
-        f"outputs change by at most {_limit(MAX_CHANGE)}.",
-        steps=[step],
+    rule = (
+        f"A new model is called safe if at least {_limit(MIN_AGREEMENT)} of its answers stay the same, and its outputs "
+        f"change by at most {_limit(MAX_CHANGE)}."
     )
+    own = Judgement(answer, tone, headline, rule=rule if answer == READY else "", steps=[step])
     if curve is not None:
         return replace(
             own,
@@ -166,8 +168,8 @@ def judge_held(held: Held, curve: Lorenz | None, rooms: Sequence[DirectionsSumma
             meaning="of the weights hold half of the importance",
             interval="Counted, not estimated: it has no interval.",
             bars=[
-                Bar("One half", f"in {share_text(curve.half)} of the weights", curve.half),
-                Bar("The other", f"in {share_text(1 - curve.half)}", 1 - curve.half),
+                Bar("Half of the importance:", f"{share_text(curve.half)} of the weights", curve.half),
+                Bar("The other half:", f"{share_text(1 - curve.half)} of the weights", 1 - curve.half),
             ],
         )
     if rooms:
@@ -197,11 +199,11 @@ def _readiness(held: Held, is_known: bool) -> tuple[str, str, str, str]:
         return "Empty", "unknown", "Nothing is remembered yet.", make
     if not held.anchor or (held.directions is not None and held.directions.moved(held.anchor)):
         headline = "This memory can judge a new model if the old weights are given too."
-        return "Ready", "warning", headline, "Judge: memsyn compare MEMORY STATE --reference OLD_STATE."
+        return READY, "warning", headline, "Judge: memsyn compare MEMORY STATE --reference OLD_STATE."
     if isinstance(predicted(held, {**held.anchor, **held.statistics}), str):
-        return "Ready", "good", "This memory can judge a new model on inputs without labels.", f"Judge: {ON_DATA}."
+        return READY, "good", "This memory can judge a new model on inputs without labels.", f"Judge: {ON_DATA}."
     headline = "This memory can judge a new model, with or without data."
-    return "Ready", "good", headline, f"Judge: memsyn compare MEMORY STATE. Surer, on inputs without labels: {ON_DATA}."
+    return READY, "good", headline, f"Judge: memsyn compare MEMORY STATE. Surer, on inputs without labels: {ON_DATA}."
 
 
 def judge_difference(found: Difference) -> Judgement:
@@ -211,18 +213,18 @@ def judge_difference(found: Difference) -> Judgement:
         extent
     ]
     headline = {
-        NO_DIFFERENCE: "B protects what A protects.",
-        SMALL: "B protects nearly what A protects.",
-        LARGE: "B protects other things than A.",
+        NO_DIFFERENCE: "B protects the same weights as A.",
+        SMALL: "B protects nearly the same weights as A.",
+        LARGE: "B protects partly other weights than A.",
         UNKNOWN: "One of the two holds nothing that could be compared.",
     }[extent]
     own = Judgement(answer, EXTENT_TONES[extent], "A and B hold the same, bit for bit." if found.same else headline)
     if found.shifted is not None:
         stayed = 1 - found.shifted
         (least, most), (least_small, most_small) = LIMITS.values()
-        ranked = "It cannot be told whether weights are ranked alike."
+        ranked = "The rank correlation of the weights is not defined."
         if found.rank_correlation is not None:
-            ranked = f"Weights are ranked alike to {found.rank_correlation:.2f}, where 1 is the same order (Spearman)."
+            ranked = f"Rank correlation of the weights (Spearman): {found.rank_correlation:.3f}; 1 is the same order."
         if found.rank_interval is not None:
             ranked += " 95% interval: {:.4f} to {:.4f}, from a sample of weights.".format(*found.rank_interval)
         return replace(
@@ -230,13 +232,13 @@ def judge_difference(found: Difference) -> Judgement:
             number=share_text(found.shifted),
             meaning="of the importance moved to other weights",
             interval="Counted over all weights: it has no interval.",
-            rule=f"Same means: at most {_limit(most)} moved, and weights are ranked alike to at least {least:g}. Small "
-            f"means: at most {_limit(most_small)}, and at least {least_small:g}.",
+            rule=f"Same means: at most {_limit(most)} moved, and a rank correlation of at least {least:g}. "
+            f"Small means: at most {_limit(most_small)}, and at least {least_small:g}.",
             bars=[
-                Bar("A", "100%", 1.0),
-                Bar("B", f"{share_text(stayed)} on the same weights", stayed),
+                Bar("A (old)", "100%", 1.0),
+                Bar("B (new)", f"{share_text(stayed)} on the same weights", stayed),
             ],
-            mark=(1 - most_small, f"small: at least {_limit(1 - most_small)}"),
+            mark=(1 - most_small, f"a small difference: at least {_limit(1 - most_small)}"),
             steps=[ranked],
         )
     if found.overlap is not None:
@@ -247,8 +249,8 @@ def judge_difference(found: Difference) -> Judgement:
             interval="Counted over all layers: it has no interval.",
             rule=f"Same means: an overlap of at least {_limit(OVERLAPS[NO_DIFFERENCE])}. Small means: at least "
             f"{_limit(OVERLAPS[SMALL])}.",
-            bars=[Bar("A", "100%", 1.0), Bar("B", share_text(found.overlap), found.overlap)],
-            mark=(OVERLAPS[SMALL], f"small: at least {_limit(OVERLAPS[SMALL])}"),
+            bars=[Bar("A (old)", "100%", 1.0), Bar("B (new)", share_text(found.overlap), found.overlap)],
+            mark=(OVERLAPS[SMALL], f"a small difference: at least {_limit(OVERLAPS[SMALL])}"),
         )
     return own
 

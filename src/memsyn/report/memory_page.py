@@ -138,7 +138,7 @@ def _importance_tree(layers: Sequence[LayerSummary]) -> Tree:
         f"{most} holds {share_text(shares[most])} of all importance",
         list(shares),
         lambda own: sum(shares[layer] for layer in own),
-        of="of all importance",
+        of="all importance",
         note="The number is a layer's share of all importance: how much the outputs on old data depend on its weights.",
     )
 
@@ -150,7 +150,7 @@ def _shift_tree(layers: Sequence[LayerChange], whole: float) -> Tree:
         f"Most moved in {most}: {share_text(shifts[most])} of all importance",
         list(shifts),
         lambda own: sum(shifts[layer] for layer in own),
-        of="of what moved",
+        of="what moved",
         note="The number is the share of all importance that left or reached the weights of a layer. The layers add up "
         "to the number at the top.",
         whole=whole,

@@ -33,9 +33,9 @@ def layer_tree(title: str, layers: Sequence[str], measure: Measure, *, of: str, 
         whole: the number of which the steps of the colours are shares.
     """
     ends = [f"{100 * step:g}%" for step in STEPS]
-    key = [f"under {ends[0]}", *(f"{a} to {b}" for a, b in pairwise(ends)), f"{ends[-1]} and more"]
+    key = [f"under {ends[0]}", *(f"{a} to {b}" for a, b in pairwise(ends)), f"over {ends[-1]}"]
     parts = [(tuple(layer.split(".", DEEPEST)), layer) for layer in layers]
-    return Tree(title, _branches(parts, measure, whole), [*key[:-1], f"{key[-1]} {of}"], note)
+    return Tree(title, _branches(parts, measure, whole), key, of, note)
 
 
 def _branches(named: Sequence[tuple[tuple[str, ...], str]], measure: Measure, whole: float) -> list[Branch]:

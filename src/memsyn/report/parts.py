@@ -139,13 +139,14 @@ class Branch:
 
 @dataclass(frozen=True)
 class Tree:
-    """The layers of a model, folded by block. `key` says what each colour stands for, from level 0 on."""
+    """The layers of a model, folded by block. `key` says what share of `of` each colour stands for, from level 0 on."""
 
     kind: ClassVar[str] = "tree"
     title: str
     branches: Sequence[Branch]
     key: Sequence[str]
-    note: str = ""
+    of: str
+    note: str
 
 
 Part = str | Table | Chart | Panels | Lines | Scenes | Tree

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from memsyn.comparing.prediction import Prediction
 from memsyn.comparing.verdict import Comparison
-from memsyn.errors import MismatchError, OptionError
-from memsyn.parameters import renaming
+from memsyn.errors import MismatchError
+from memsyn.parameters import layer_of, renaming
 from memsyn.report.charts import Series, axis, bars, lines
 from memsyn.report.judgements import judge_comparison, judge_prediction, predicted
 from memsyn.report.module_tree import layer_tree
@@ -94,16 +94,14 @@ def change_tree(
 ) -> list[Part]:
     """Which layers changed where it matters: the predicted change, or else the changes weighted by importance."""
     if isinstance(prediction, Prediction):
-        return _predicted_tree(prediction, max_change)
+        places = {layer_of(name): place for place, name in enumerate(memory.anchor)}
+        layers = sorted(prediction.layers, key=lambda layer: places.get(layer, len(places)))
+        return _predicted_tree(prediction, layers, max_change)
     own = _under_the_memorys_names(memory, weights)
-    values = {move.layer: move.weighted for move in layer_moves(memory, own, before)}
-    note = "The number is a layer's share of all changes, where each change of a weight counts by its importance."
+    old = None if before is None else _under_the_memorys_names(memory, before)
+    values = {move.layer: move.weighted for move in layer_moves(memory, own, old)}
     if not values:
-        note = "The number is a layer's share of the predicted change of outputs, whose length the memory cannot tell."
-        try:
-            values = memory.predicted_change(own, before)
-        except (OptionError, MismatchError):
-            return ["The memory does not hold what would tell where the change matters."]
+        return ["The memory does not hold what would tell where the change matters."]
     total = sum(values.values())
     if not total:
         return ["No weight that matters has changed."]
@@ -114,25 +112,27 @@ def change_tree(
             f"{share_text(shares[most])} of the change that matters is in {most}",
             list(shares),
             lambda layers: sum(shares[layer] for layer in layers),
-            of="of it",
-            note=note,
+            of="the change that matters",
+            note="The number is a layer's share of all changes, where the change of a weight counts by its importance.",
         )
     ]
 
 
-def _predicted_tree(prediction: Prediction, max_change: float) -> list[Part]:
+def _predicted_tree(prediction: Prediction, order: Sequence[str], max_change: float) -> list[Part]:
     values = prediction.layers
     most = max(values, key=lambda layer: values[layer])
+    unseen = " Running statistics moved too; the numbers do not see them." if prediction.moved_statistics else ""
     if not values[most]:
-        return ["No weight that matters has changed."]
+        return [f"No weight that matters has changed.{unseen}"]
     return [
         layer_tree(
             f"{most} changes the outputs most: by {share_text(values[most])}",
-            list(values),
+            order,
             lambda layers: math.sqrt(sum(values[layer] ** 2 for layer in layers)),
             whole=max_change or values[most],
-            of="of the allowed change" if max_change else "of the largest change",
-            note="The number is how far the change of this layer alone is predicted to move the outputs on old data.",
+            of="the allowed change" if max_change else "the largest change",
+            note="The number is how far the change of this layer alone is predicted to move the outputs on old data."
+            + unseen,
         )
     ]
 
@@ -181,15 +181,16 @@ def _worst(found: Comparison) -> Table:
 
 
 def _under_the_memorys_names(memory: Memory, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    fit = renaming(memory.anchor.keys(), weights.keys()).names
+    fit = renaming(memory.names, weights.keys()).names
     return dict(weights) | {name: weights[new] for name, new in fit.items() if new in weights}
 
 
 def _moved_since(memory: Memory, weights: Mapping[str, Tensor], before: Mapping[str, Tensor] | None) -> list[Part]:
     """How far the model's weights are from the old ones, and what cannot be compared."""
-    fit = renaming(memory.anchor.keys(), weights.keys()).names
+    fit = renaming(memory.names, weights.keys()).names
     own = _under_the_memorys_names(memory, weights)
-    present = {name for name, old in memory.anchor.items() if name in own and own[name].shape == old.shape}
+    old = None if before is None else _under_the_memorys_names(memory, before)
+    present = {n for n, anchor in memory.anchor.items() if n in own and own[n].shape == anchor.shape}
     missing = [name for name in memory.anchor if name not in own]
     if memory.anchor and len(missing) == len(memory.anchor):
         raise MismatchError(
@@ -205,7 +206,7 @@ def _moved_since(memory: Memory, weights: Mapping[str, Tensor], before: Mapping[
         )
         if names
     ]
-    return [*said, *moved_parts(layer_moves(memory, own, before), "the model", "the anchor")]
+    return [*said, *moved_parts(layer_moves(memory, own, old), "the model", "the anchor")]
 
 
 def moved_parts(layers: Sequence[LayerChange | LayerMove], what: str, whose: str) -> list[Part]:

@@ -249,6 +249,9 @@ def test_without_directions_changes_count_by_importance(shipped: tuple[story.Cla
     page = weights_page(importance, state, comparison(400, 400), ("memory", "new"), None, LIMITS)
     assert tree_of(page).title == "100% of the change that matters is in body.0"
     assert "Predicted change of outputs" not in [own.heading for own in page.behind]
+    odd = {**state, "body.3.bias": torch.full((16,), torch.nan)}
+    page = weights_page(importance, odd, comparison(400, 400), ("memory", "new"), None, LIMITS)
+    assert page.sections[0].parts == ["These layers hold weights that are not finite: body.3."]
     # The old weights may be given: nothing changed from these.
     page = weights_page(importance, state, comparison(400, 400), ("memory", "new"), state, LIMITS)
     assert page.sections[0].parts == ["No weight that matters has changed."]

@@ -60,8 +60,10 @@ class Prediction:
         return Verdict(SAFE, sentence)
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers as a dict for JSON."""
-        return {"change": self.change, "layers": self.layers, "moved_statistics": list(self.moved_statistics)}
+        """The numbers as a dict for JSON; None stands for what is infinite."""
+        layers = {layer: change if math.isfinite(change) else None for layer, change in self.layers.items()}
+        change = self.change if math.isfinite(self.change) else None
+        return {"change": change, "layers": layers, "moved_statistics": list(self.moved_statistics)}
 
 
 def predict(memory: Memory, state: Mapping[str, Tensor], reference: Mapping[str, Tensor] | None = None) -> Prediction:
@@ -111,5 +113,10 @@ def predict(memory: Memory, state: Mapping[str, Tensor], reference: Mapping[str,
         for name, values in memory.statistics.items()
         if not same_values(values, state.get(known.own(name) if known.names else name, values.new_empty(0)))
     ]
-    layers = {layer: math.sqrt(max(0.0, change) / scale) for layer, change in changes.items()}
-    return Prediction(math.sqrt(max(0.0, sum(changes.values())) / scale), layers, tuple(moved))
+    layers = {layer: _relative(change, scale) for layer, change in changes.items()}
+    return Prediction(_relative(sum(changes.values()), scale), layers, tuple(moved))
+
+
+def _relative(change: float, scale: float) -> float:
+    """The square root of change / scale; infinite if a weight is NaN or infinite."""
+    return math.sqrt(max(0.0, change) / scale) if math.isfinite(change) else math.inf

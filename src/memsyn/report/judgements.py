@@ -74,7 +74,7 @@ def judge_comparison(found: Comparison, min_agreement: float, max_change: float)
             own,
             headline=headline,
             number=share_text(found.mean_change),
-            meaning=f"is how far the outputs for {inputs} change on average",
+            meaning=f"average change of the outputs for {inputs}",
             interval=f"95% interval: {_ends(change)}",
         )
         own = _with_change(own, found.mean_change, max_change, change)
@@ -133,7 +133,7 @@ def judge_prediction(found: Prediction | str, max_change: float) -> Judgement:
         VERDICT_TONES[answer],
         headline,
         share_text(found.change),
-        "is how far the outputs on old data are predicted to change",
+        "predicted change of the outputs on old data",
         NO_INTERVAL,
         f"Safe means: outputs are predicted to change by at most {_limit(max_change)}, and no running statistic moved.",
         steps=[step],

@@ -58,12 +58,13 @@ def _draw(figure: Any, chart: Chart) -> None:
         getattr(axes, f"set_{which}label")(_plain(html.unescape(axis["title"]["text"])))
         if axis.get("type") == "log":
             getattr(axes, f"set_{which}scale")("log")
-            getattr(axes, f"{which}axis").set_major_formatter(lambda value, _: plain_number(value))
         if "ticktext" in axis:
             labels = [_plain(html.unescape(text)) for text in axis["ticktext"]]
             rotation = {"rotation": 90} if which == "x" and max(map(len, labels), default=0) > 3 else {}
             getattr(axes, f"set_{which}ticks")(axis["tickvals"], labels, **rotation)
-        elif "range" in axis:
+            continue
+        getattr(axes, f"{which}axis").set_major_formatter(lambda value, _: plain_number(value, 6))
+        if "range" in axis:
             getattr(axes, f"set_{which}lim")(*axis["range"])
     if layout["yaxis"].get("autorange") == "reversed" and not axes.yaxis_inverted():
         axes.invert_yaxis()

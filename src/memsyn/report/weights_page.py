@@ -102,6 +102,9 @@ def change_tree(
     values = {move.layer: move.weighted for move in layer_moves(memory, own, old)}
     if not values:
         return ["The memory does not hold what would tell where the change matters."]
+    odd = [layer for layer, value in values.items() if not math.isfinite(value)]
+    if odd:
+        return [f"These layers hold weights that are not finite: {', '.join(odd)}."]
     total = sum(values.values())
     if not total:
         return ["No weight that matters has changed."]

@@ -180,7 +180,7 @@ def test_without_importance_the_directions_decide() -> None:
     found = diff(one, kronecker.memory(0, 1))  # overlaps 0.707 x 1 and 1 x 1
     assert found.overlap == pytest.approx((0.5**0.5 + 1) / 2)
     assert (found.extent, found.shifted) == ("small", None)
-    assert "the directions overlap by 0.854. Asked for is at least 0.95; for a small difference 0.85" in found.sentence
+    assert "the directions overlap by 0.854. Asked for is at least 0.95; for a small difference 0.8." in found.sentence
     other = diff(one, kronecker.memory(1))
     assert (other.overlap, other.extent) == (0.5, "large")
     inputs = diff(kronecker.memory(0, outputs=False), kronecker.memory(0, 1, outputs=False))

@@ -87,7 +87,7 @@ def test_rooms_side_by_side():
     # Overlaps of 0.707 x 1 and 1 x 1.
     assert (page.judgement.answer, page.judgement.number) == ("Small difference", "85.4%")
     assert page.judgement.meaning == "of the directions that matter are the same"
-    assert page.judgement.mark == (0.85, "a small difference: at least 85%")
+    assert page.judgement.mark == (0.8, "a small difference: at least 80%")
     (tree,) = section(page, "Where the directions differ").parts
     assert tree.title == "The directions differ most in 0: 29.3%"
     assert [(row.name, row.text, row.level) for row in tree.branches] == [("0", "29.3%", 3), ("1", "0%", 0)]

@@ -28,7 +28,7 @@ UNKNOWN: Final = "cannot say"
 
 LIMITS: Final = {SAME: (0.95, 0.05), SMALL: (0.9, 0.15)}
 """Extent -> the least rank correlation, and the largest share of importance that moved. Reasons: docs/decisions.md."""
-OVERLAPS: Final = {SAME: 0.95, SMALL: 0.85}
+OVERLAPS: Final = {SAME: 0.95, SMALL: 0.8}
 """Extent -> the least overlap of directions."""
 
 

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import memsyn
-from memsyn.live.segment_sums import spearman
+from memsyn.values.ranks import spearman
 from memsyn_bench.data.mixed import among_drawings
 from memsyn_bench.methods.method import Method
 from memsyn_bench.methods.rehearsal import Rehearsal

@@ -218,7 +218,7 @@ def test_weights_need_an_anchor(folder) -> None:
 
 def test_the_options_write_pages_and_pictures(folder) -> None:
     call("inspect", "n", "--html", "n.html", "--png", "png")
-    assert "The least room is left in 1: 0% of its directions." in Path("n.html").read_text()
+    assert "1 has the least room left: 0%" in Path("n.html").read_text()
     assert Path("png/room.png").read_bytes().startswith(b"\x89PNG")
     result = call("diff", "f", "g", "--html", "d.html", "--json", code=1)
     assert json.loads(result.stdout)["same"] is False

@@ -171,8 +171,10 @@ def test_diff(folder) -> None:
     # half a unit in one weight of (1, 1), whose norm is sqrt(2)
     assert ["0", "42.9%", "42.9%", "+0.0", "24", "24", "0.5", "0.354"] in rows(output)
     assert ["1", "57.1%", "57.1%", "+0.0", "32", "32", "0", "0"] in rows(output)
-    assert output.endswith("They differ.\n")
-    assert max(map(len, output.splitlines())) <= 80
+    *table, judged, last = output.splitlines()
+    assert judged.startswith("No difference that matters: 0.0% of the importance moved to other weights, and the rank")
+    assert last == "They differ."
+    assert max(map(len, table)) <= 80
     assert call("diff", "m", "m").output.endswith("The same, bit for bit.\n")
 
 
@@ -194,10 +196,13 @@ def test_diff_as_json(folder) -> None:
         "total_b": 24.0,
         "moved": 0.5,
         "moved_relative": pytest.approx(0.5 / 2**0.5),
+        "shifted": 0.0,
     }
     assert [layer["layer"] for layer in found.pop("layers")] == ["0", "1"]
-    nothing = {"only_in_a": [], "only_in_b": [], "reshaped": [], "directions": [], "statistics": []}
-    assert found == {"same": False, **nothing}
+    assert found.pop("sentence").startswith("No difference that matters: 0.0% of the importance moved")
+    nothing = {"only_in_a": [], "only_in_b": [], "reshaped": [], "directions": [], "statistics": [], "overlap": None}
+    judged = {"extent": "same", "shifted": 0.0, "rank_correlation": 1.0, "rank_interval": None}
+    assert found == {"same": False, **judged, **nothing}
     assert as_json("diff", "i", "i")["same"] is True
 
 
@@ -209,7 +214,8 @@ def test_statistics_are_shown_compared_and_converted(folder) -> None:
     assert "Statistics beside the weights: 2, the first is 1.running_mean\n" in call("inspect", "one").output
     assert as_json("inspect", "one")["statistics"] == ["1.running_mean", "1.running_var"]
     output = call("diff", "one", "two", code=1).output
-    assert output.endswith("Statistics that differ: 1, the first is 1.running_var\nThey differ.\n")
+    assert "Statistics that differ: 1, the first is 1.running_var\nNo difference that matters: " in output
+    assert output.endswith("\nThey differ.\n")
     assert as_json("diff", "one", "two", code=1)["statistics"] == ["1.running_var"]
     assert as_json("diff", "one", "m", code=1)["statistics"] == ["1.running_mean", "1.running_var"]
     assert call("verify", "one").output == "OK      one: memory\n"
@@ -367,9 +373,13 @@ def test_no_option_comes_or_goes_unnoticed():
         "diff": ["a", "b", "--html", "--png", "--json"],
         "merge": ["paths", "--out", "-o", "--json"],
         "convert": ["path", "--out", "-o", "--samples", "--exact", "--rename", "--json"],
+        "compare": [
+            "memory_path", "state_path", "--model", "--data", "--reference", "--min-agreement", "--max-change",
+            "--kind", "--html", "--png", "--json",
+        ],
         "gate": [
             "memory_path", "state_path", "--model", "--data", "--reference", "--min-agreement", "--max-change",
-            "--kind", "--json",
+            "--kind", "--html", "--json",
         ],
     }  # fmt: skip
 
@@ -382,6 +392,7 @@ def test_no_option_comes_or_goes_unnoticed():
         (["diff"], "memsyn diff january.memsyn.safetensors february.memsyn.safetensors"),
         (["merge"], "memsyn merge replica1.safetensors replica2.safetensors -o all.safetensors"),
         (["convert"], "memsyn convert reg_params.pt -o old.memsyn.safetensors --samples 5000"),
+        (["compare"], "memsyn compare old.memsyn.safetensors new.safetensors --html page.html"),
         (
             ["gate"],
             "memsyn gate old.memsyn.safetensors new.safetensors --model package.module:build --data inputs.safetensors",

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from memsyn.report.distribution import DECADES, histograms, lorenz, top_units
+from memsyn.report.distribution import lorenz, top_units
 
 
 @pytest.mark.parametrize(
@@ -44,21 +44,6 @@ def test_the_curve_goes_through_the_points_of_the_definition():
 def test_nothing_important_has_no_curve():
     assert lorenz({"w": torch.zeros(3)}) is None
     assert lorenz({}) is None
-
-
-def test_a_histogram_counts_by_half_decades_below_the_largest():
-    # log10: 1.04 -> [1, 1.5), 0.3 -> [0, 0.5), 0.6 -> [0.5, 1); zero and 1e-30 are below all classes.
-    found = histograms({"a.weight": torch.tensor([[11.0, 2.0], [4.0, 0.0]]), "a.bias": torch.tensor([1e-30, 2.0])})
-    assert found.exponents == tuple(1 - place / 2 for place in range(2 * DECADES))[::-1]
-    below, *classes = found.shares["a"]
-    assert below == pytest.approx(2 / 6)
-    counted = {exponent: share for exponent, share in zip(found.exponents, classes, strict=True) if share}
-    assert counted == pytest.approx({0.0: 2 / 6, 0.5: 1 / 6, 1.0: 1 / 6})
-
-
-def test_a_power_of_ten_begins_its_class():
-    found = histograms({"w": torch.tensor([0.1, 1.0, 100.0])})
-    assert [e for e, share in zip(found.exponents, found.shares["w"][1:], strict=True) if share] == [-1.0, 0.0, 2.0]
 
 
 def test_a_unit_is_a_row_of_weights_and_its_bias():

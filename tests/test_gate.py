@@ -280,3 +280,18 @@ def test_a_model_that_ends_otherwise_tells_no_length() -> None:
     memory = Memory.empty().consolidate(model, factors)
     with pytest.raises(memsyn.OptionError, match="does not end in a linear layer: compare on data"):
         predict(memory, model.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_broken(old: story.Classifier, value: float) -> None:
+    with torch.no_grad():
+        old.body[0].weight[0, 0] = value
+    state = saved(old)
+    assert call("gate", "memory", state, code=2).output.startswith("Broken. From the memory alone, outputs on the old ")
+    facts = as_json("memory", state, code=2)["predicted"]
+    assert (facts["change"], facts["layers"]["body.0"], facts["layers"]["old"]) == (None, None, 0.0)
+    call("compare", "memory", state, "--html", "page.html")
+    assert "<strong>any amount</strong> predicted change" in Path("page.html").read_text()
+    assert as_json("memory", state, *DATA, code=2)["comparison"]["mean_change"] is None
+    call("compare", "memory", state, *DATA, "--html", "page.html", "--png", "png")
+    assert "Do not ship: " in Path("page.html").read_text()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -11,11 +12,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from memsyn import Importance, Memory, MismatchError
-from memsyn.report.memory_page import MOST_ROWS, difference_page, memory_page
+from memsyn.report.memory_page import difference_page, memory_page
 from memsyn.report.names import inert, json_in_html, shortened
-from memsyn.report.parts import Table, number_cell
+from memsyn.report.parts import MOST_ROWS, Table, number_cell, plain_number, share_text
 from memsyn.values.display import printable
 from tests.commands import call
+
+MOVED = "What moved since the anchor"
 
 
 def make(values=(4.0, 1.0, 3.0, 2.0), label=None, anchor=1.0):
@@ -32,33 +35,52 @@ def cells(table):
 
 
 def tables(page):
-    return {s.heading: [part for part in s.parts if isinstance(part, Table)] for s in page.sections}
+    sections = (*page.sections, *page.behind)
+    return {s.heading: [part for part in s.parts if isinstance(part, Table)] for s in sections}
 
 
 def chart(page, name):
     return next(chart for chart in page.charts() if chart.name == name)
 
 
+def section(page, heading):
+    return next(own for own in (*page.sections, *page.behind) if own.heading == heading)
+
+
 def test_the_page_of_a_memory_says_what_it_holds():
     page = memory_page(make(label="faces"), "m")
-    assert page.headline == "50.0% of the weights hold half of the importance; 50% of it lies in 0."
-    assert page.lead == "Memory of 4 weights in 2 layers, measured on 1 samples: abs of squared_l2_norm."
+    assert page.judgement.answer == "Ready"
+    assert page.headline == page.judgement.headline == "This memory can judge a new model on inputs without labels."
+    assert (page.judgement.number, page.judgement.meaning) == ("50.0%", "of the weights hold half of the importance")
+    assert [bar.length for bar in page.judgement.bars] == [0.5, 0.5]
+    assert page.lead == "Memory of 4 weights, measured on 1 sample."
+    (tree,) = section(page, "Where the importance is").parts
+    assert tree.title == "0 holds 50.0% of all importance"
+    assert [(row.name, row.text, row.level) for row in tree.branches] == [("0", "50.0%", 4), ("1", "50.0%", 4)]
+    assert [own.heading for own in page.behind] == [
+        "Layers", "How the importance is spread", "The most important units", "Consolidations",
+    ]  # fmt: skip
+    assert section(page, "Layers").parts[0] == "Measured: abs of squared_l2_norm."
+    # 4 1 | 3 2: the average weight of all has 2.5
     assert cells(tables(page)["Layers"][0]) == [
-        ["0", "2", "50.0", "2.5", "4", "80.0"],
-        ["1", "2", "50.0", "2.5", "3", "60.0"],
+        ["0", "2", "50.0%", "1", "1.6", "80.0%"],
+        ["1", "2", "50.0%", "1", "1.2", "60.0%"],
     ]
     (entry,) = cells(tables(page)["Consolidations"][0])
     assert entry[1:5] == ["1", "sum", "faces", "abs of squared_l2_norm"]
     assert chart(page, "units").figure["data"][0]["x"] == pytest.approx([50.0, 30.0, 20.0])
-    assert cells(chart(page, "lorenz").table) == [["all weights", "0.250", "50.00", "70.0", "16.0", "1.6"]]
+    assert cells(chart(page, "lorenz").table) == [["all weights", "0.250", "50.0%", "70.0%", "16.0%", "1.6%"]]
 
 
 def test_an_importance_has_a_page_and_an_empty_memory_too():
     page = memory_page(Importance({"a.weight": torch.ones(2, 2)}, 7), "i")
-    assert page.lead.startswith("Importance of 4 weights in 1 layers, measured on 7 samples")
+    assert page.lead == "Importance of 4 weights, measured on 7 samples."
+    assert page.judgement.answer == "Not yet a memory"
+    assert page.headline == "This file holds a measured importance: a memory is made from it."
     assert "Consolidations" not in tables(page)
     empty = memory_page(Memory.empty(), "e")
-    assert (empty.headline, empty.charts()) == ("Nothing in it is important yet.", [])
+    assert (empty.judgement.answer, empty.headline, empty.charts()) == ("Empty", "Nothing is remembered yet.", [])
+    assert empty.sections == []
 
 
 def test_what_moved_since_the_anchor():
@@ -67,7 +89,7 @@ def test_what_moved_since_the_anchor():
     assert cells(found.table) == [["0", "3", f"{100 * 3 / math.sqrt(2):.3g}"], ["1", "0", "0"]]
     assert "farthest off in 0: 212.1%" in found.title
     page = memory_page(make(), "m", {"0.weight": torch.ones(1, 2)})
-    assert "Not among the weights, and left out: 1.weight." in page.sections[3].parts
+    assert "Not among the weights, and left out: 1.weight." in section(page, MOVED).parts
     with pytest.raises(
         MismatchError, match=r"0\.weight is missing, for example\. Give the state_dict of the same model"
     ):
@@ -76,7 +98,7 @@ def test_what_moved_since_the_anchor():
 
 def test_weights_of_another_shape_are_left_out_and_named():
     page = memory_page(make(), "m", {"0.weight": torch.ones(1, 3), "1.weight": torch.full((2, 1), 3.0)})
-    assert "Of another shape, and left out: 0.weight." in page.sections[3].parts
+    assert "Of another shape, and left out: 0.weight." in section(page, MOVED).parts
     assert cells(chart(page, "moved").table) == [["1", f"{8**0.5:.3g}", "200"]]
 
 
@@ -89,49 +111,77 @@ def test_a_layer_is_compared_by_those_of_its_parameters_that_are_there():
     memory = Memory.empty().consolidate(nn.Sequential(model), Importance(sums, 1))
     page = memory_page(memory, "m", {"0.weight": torch.full((1, 2), 3.0)})
     assert cells(chart(page, "moved").table) == [["0", f"{8**0.5:.3g}", "200"]]
-    assert "Not among the weights, and left out: 0.bias." in page.sections[3].parts
+    assert "Not among the weights, and left out: 0.bias." in section(page, MOVED).parts
 
 
 def test_nothing_is_compared_with_an_empty_memory():
     page = memory_page(Memory.empty(), "m", {"0.weight": torch.ones(1)})
-    assert page.sections[3].parts == ["There is nothing to compare."]
+    assert page.judgement.answer == "Cannot say"
+    assert page.sections[0].parts == ["The memory does not hold what would tell where the change matters."]
+    assert MOVED not in tables(page)
 
 
-def test_a_layer_without_weights_is_empty_in_every_chart():
-    page = memory_page(Importance({"a.weight": torch.ones(2, 2), "b.weight": torch.ones(0, 5)}, 1), "m")
-    assert chart(page, "histogram").figure["data"][0]["z"][-1] == [0.0]
-
-
-@pytest.mark.parametrize(
-    ("values", "span"), [((2.0, 2e-3, 0, 0), "3"), ((2.0, 2.0, 2e-3, 2e-4), "1"), ((2.0, 5.0, 2.0, 2.0), "0.5")]
-)
-def test_the_histogram_says_how_far_apart_the_classes_are(values, span):
-    assert f"lie up to {span} powers of ten apart" in chart(memory_page(make(values), "m"), "histogram").title
+def test_changes_count_where_they_matter():
+    weights = {"0.weight": torch.tensor([[1.0, 4.0]]), "1.weight": torch.tensor([[0.0], [1.0]])}
+    page = memory_page(make(), "m", weights)  # 1 * 3 and 3 * 1 of 6
+    (tree,) = section(page, "Where the change is").parts
+    assert tree.title == "50.0% of the change that matters is in 0"
+    assert [(row.name, row.text) for row in tree.branches] == [("0", "50.0%"), ("1", "50.0%")]
+    same = memory_page(make(), "m", {"0.weight": torch.ones(1, 2), "1.weight": torch.ones(2, 1)})
+    assert same.sections[0].parts == ["No weight that matters has changed."]
 
 
 def test_two_memories_side_by_side():
+    # Shares 4 1 3 2 of 10, and 1 1 4 4 of 10: 3 of 10 leave the first weight, and 1 + 2 reach the others.
     page = difference_page(make(), make((1.0, 1.0, 4.0, 4.0), anchor=2.0), ("a", "b"))
-    assert page.headline == "From A to B the importance shifts most in 1: +30.0 points of its share."
+    assert (page.judgement.answer, page.judgement.number) == ("Large difference", "30.0%")
+    assert page.headline == "B protects partly other weights than A."
+    assert page.judgement.steps == ["Rank correlation of the weights (Spearman): 0.000; 1 is the same order."]
+    assert [(bar.text, bar.length) for bar in page.judgement.bars] == [
+        ("100%", 1.0), ("70.0% on the same weights", pytest.approx(0.7)),
+    ]  # fmt: skip
+    assert page.judgement.mark[0] == 0.85
+    assert page.judgement.rule == (
+        "Same means: at most 5% moved, and a rank correlation of at least 0.95. Small means: at most 15%, and at least "
+        "0.9."
+    )
+    (tree,) = section(page, "Where the importance moved").parts
+    assert [(row.name, row.text) for row in tree.branches] == [("0", "15.0%"), ("1", "15.0%")]
     assert cells(tables(page)["Layers"][0]) == [
-        ["0", "50.0", "20.0", "-30.0", "5", "2"],
-        ["1", "50.0", "80.0", "+30.0", "5", "8"],
+        ["0", "50.0%", "20.0%", "-30.0", "15.0%", "0.4"],
+        ["1", "50.0%", "80.0%", "+30.0", "15.0%", "1.6"],
     ]
     assert [row[2] for row in cells(chart(page, "moved").table)] == ["100", "100"]
-    assert chart(page, "units B").title.startswith("B: The 3 most important units hold 100.0%")
-    assert {one.name for one in page.charts()} >= {"histogram A", "histogram B", "units A", "units B", "lorenz"}
+    assert chart(page, "shares").title == "The share of 1 goes from 50.0% to 80.0%"
     empty = difference_page(Memory.empty(), make(), ("a", "b"))
-    assert {one.name for one in empty.charts()} >= {"histogram B", "units B"}
+    assert (empty.judgement.answer, empty.judgement.tone) == ("Cannot say", "unknown")
     same = difference_page(make(), make(), ("a", "b"))
     assert same.headline == "A and B hold the same, bit for bit."
+    assert (same.judgement.answer, same.sections) == ("Same", [])
+
+
+def test_other_quantities_are_said():
+    one = Importance({"a.weight": torch.tensor([1.0, 2.0])}, 1)
+    other = Importance({"a.weight": torch.tensor([1.0, 2.0])}, 1, magnitude="square")
+    page = difference_page(one, other, ("a", "b"))
+    assert page.judgement.steps[-1] == "A and B were measured in different ways, so a difference was to be expected."
 
 
 def test_charts_show_the_layers_with_most_and_tables_all():
     memory = Importance({f"l{n}.w": torch.full((2,), float(n)) for n in range(MOST_ROWS + 5)}, 1)
-    page = memory_page(memory, "m")
+    page = difference_page(memory, Importance({**memory.sums, "l0.w": torch.ones(2)}, 1), ("a", "b"))
     assert len(tables(page)["Layers"][0].rows) == MOST_ROWS + 5
-    shares = chart(page, "layers-share")
-    assert [row[0] for row in cells(shares.table)] == [f"l{n}" for n in range(5, MOST_ROWS + 5)]
-    assert f"The charts show the {MOST_ROWS} layers with the largest share; 5 are left out." in page.sections[0].parts
+    assert [row[0] for row in cells(chart(page, "shares").table)] == [f"l{n}" for n in range(5, MOST_ROWS + 5)]
+
+
+def test_no_number_has_an_exponent():
+    memory = make((4e-9, 1e-12, 3e7, 2.0))
+    for page in (memory_page(memory, "m"), difference_page(memory, make(), ("a", "b"))):
+        written = [cell for own in tables(page).values() for table in own for row in cells(table) for cell in row]
+        written += [cell for one in page.charts() for row in cells(one.table) for cell in row]
+        assert not [cell for cell in written if re.search(r"\de[+-]?\d", cell)]
+        assert not any(axis.get("exponentformat") for one in page.charts() for axis in one.figure["layout"].values()
+                       if isinstance(axis, dict))  # fmt: skip
 
 
 def test_every_chart_is_one_of_plotlys_with_units_and_numbers():
@@ -151,6 +201,30 @@ def test_names_are_made_harmless():
     assert json_in_html({"a": "</script>&"}) == '{"a":"\\u003c/script\\u003e\\u0026"}'
     assert shortened("x" * 24) == "x" * 24
     assert shortened("encoder.layer.11.attention.query") == "encoder.lay…tention.query"[:11] + "…" + "ention.query"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"), (5160.4, "5,160"), (0.05441, "0.0544"), (1.0, "1"), (12.3456, "12.3"), (-0.25, "-0.25"),
+        (1e-9, "less than 0.0001"), (-1e-9, "above -0.0001"), (3.98e12, "3,980,000,000,000"), (1e-4, "0.0001"),
+        (math.inf, "not finite"), (0.9996, "1"),
+    ],
+)  # fmt: skip
+def test_numbers_are_written_out(value, text):
+    assert plain_number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0.0, "0%"), (1.0, "100%"), (0.012, "1.2%"), (0.0004, "less than 0.1%"), (0.0005, "0.1%"),
+        (0.9996, "over 99.9%"), (0.9994, "99.9%"), (1.408, "140.8%"), (12.4, "12 times"), (2e7, "over a million times"),
+        (math.inf, "any amount"),
+    ],
+)  # fmt: skip
+def test_shares_are_written_for_people(share, text):
+    assert share_text(share) == text
 
 
 def test_a_cell_is_sorted_by_the_number_it_starts_with():
@@ -184,11 +258,11 @@ def test_the_options_write_pages_and_pictures(folder):
     call("inspect", "a", "--html", "a.html", "--weights", "w.safetensors")
     assert "farthest off in 1: 200.0%" in (folder / "a.html").read_text()
     pictures = sorted(path.name for path in (folder / "png").iterdir())
-    assert pictures == [f"{n}.png" for n in ("histogram", "layers-share", "layers-size", "lorenz", "moved", "units")]
+    assert pictures == [f"{n}.png" for n in ("lorenz", "moved", "units")]
     assert all((folder / "png" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     result = call("diff", "a", "b", "--html", "d.html", "--json", code=1)
     assert json.loads(result.stdout)["same"] is False
-    assert "shifts most in 1" in (folder / "d.html").read_text()
+    assert "B protects partly other weights than A." in (folder / "d.html").read_text()
 
 
 def test_what_cannot_be_written_or_read_says_so(folder):

@@ -29,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "comparing": BASE | {"measuring", "values", "batches", "parameters", "progress"},
     "live": BASE | {"measuring", "values", "storage", "kernels", "batches", "parameters"},
     "__init__": BASE | {"measuring", "comparing", "values", "protecting", "live", "parameters"},
-    "report": BASE | {"values", "storage", "parameters"},
+    "report": BASE | {"comparing", "values", "storage", "parameters"},
     "cli": BASE | {"__init__", "comparing", "batches", "parameters", "values", "storage", "report"},
     "integrations": {"__init__"},
 }

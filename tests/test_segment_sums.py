@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import memsyn
-from memsyn.live.segment_sums import spearman
 from memsyn.measuring.factor_scorer import traces
+from memsyn.values.ranks import spearman
 from tests.serving import TwoPaths, a_model, assert_same, assert_same_factors, begin, factors_of, measured, requests
 
 
@@ -229,15 +229,6 @@ def test_a_model_that_cannot_be_measured_is_given_up_until_its_weights_change(st
 
 def test_convergence_is_the_rank_correlation_of_halves(store: Path) -> None:
     """Near 0 for halves that share nothing, 1 for the same, and growing with the number of samples."""
-
-    def ranks(values: Any) -> list[float]:
-        return [sum(other < own for other in values) + sum(other == own for other in values) / 2 for own in values]
-
-    generator = np.random.default_rng(0)
-    for _ in range(5):
-        one, two = generator.integers(0, 9, 50).astype(float), generator.normal(size=50)
-        assert spearman(one, two) == pytest.approx(np.corrcoef(ranks(one), ranks(two))[0, 1])
-    assert math.isnan(spearman(np.ones(3), np.arange(3.0)))
     model, found = a_model(), []
     with begin(model, store, max_batch=1) as observer:
         assert math.isnan(observer.converged())

@@ -21,6 +21,7 @@ app.command("verify")(files.verify_files)
 app.command("diff")(files.diff_files)
 app.command("merge")(files.merge_files)
 app.command("convert")(files.convert_file)
+app.command("compare")(gate.compare_weights)
 app.command("gate", cls=gate.GateCommand)(gate.gate_weights)
 
 

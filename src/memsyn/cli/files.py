@@ -44,7 +44,7 @@ def inspect_file(
     html: Html = None,
     png: Png = None,
     weights: Annotated[
-        Path | None, typer.Option(help="A model's state_dict: the page also shows how far it is from the anchor.")
+        Path | None, typer.Option(help="A model's state_dict: the page says whether it is safe.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -62,7 +62,8 @@ def inspect_file(
             from memsyn.report.memory_page import memory_page
             from memsyn.report.page import write_report
 
-            page = memory_page(held, os.path.basename(path), read_weights(weights) if weights else None)
+            name = os.path.basename(path) if weights is None else f"{weights.name} against {os.path.basename(path)}"
+            page = memory_page(held, name, read_weights(weights) if weights else None)
             write_report(page, html, png)
     if as_json:
         say_json(_facts(held))
@@ -136,7 +137,7 @@ def diff_files(
     png: Png = None,
     as_json: Json = False,
 ) -> None:
-    """Compare two files: which layers gained or lost importance or room, and where the anchors moved.
+    """Compare two files: whether their difference matters, which layers it is in, and where the anchors moved.
 
     Exits with 0 if they hold the same, bit for bit, with 1 if they differ or cannot be compared.
 
@@ -151,7 +152,7 @@ def diff_files(
 
             write_report(difference_page(one, other, (os.path.basename(a), os.path.basename(b))), html, png)
     if as_json:
-        say_json(asdict(found))
+        say_json({"extent": found.extent, "sentence": found.sentence, **asdict(found)})
     else:
         print_difference(one, other, found)
     if not found.same:

@@ -1,22 +1,24 @@
-"""The command gate: a verdict on new weights, before they ship.
+"""The commands gate and compare: a verdict on new weights, before they ship; for machines and for people.
 
-Owns its exit codes: 0 safe, 2 forgot too much, 1 could not say, also after wrong usage.
+Owns the exit codes of gate: 0 safe, 2 forgot too much, 1 could not say, also after wrong usage.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NamedTuple
 
 import typer
+from torch import Tensor
 from typer.core import TyperCommand
 
-from memsyn import Memory, OptionError, Verdict, compare
-from memsyn.cli.files import Json
+from memsyn import Comparison, Memory, OptionError, Verdict, compare
+from memsyn.cli.files import Html, Json, Png
 from memsyn.cli.inputs import build_model, load_weights, read_batches
 from memsyn.cli.screen import plain_errors, say, say_json
 from memsyn.comparing.answers import AUTO_KIND
-from memsyn.comparing.prediction import predict
+from memsyn.comparing.prediction import Prediction, predict
 from memsyn.comparing.verdict import BROKEN, MAX_CHANGE, MIN_AGREEMENT, SAFE, check_thresholds
 from memsyn.values.conversion import read_weights
 
@@ -40,21 +42,28 @@ class GateCommand(TyperCommand):
             raise
 
 
+MemoryPath = Annotated[str, typer.Argument(metavar="MEMORY", help="A memory file of memsyn, or its URL.")]
+StatePath = Annotated[Path, typer.Argument(metavar="STATE", help="The new weights: a state_dict.")]
+Model = Annotated[str | None, typer.Option(metavar="package.module:build", help="The function that builds the model.")]
+Data = Annotated[Path | None, typer.Option(metavar="FILE", help="Inputs without labels: safetensors, .npz or .jsonl.")]
+OldState = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="The old weights, for a memory that holds no anchor.")
+]
+MinAgreement = Annotated[float, typer.Option(help="The least share of same answers, 0 to 1.")]
+MaxChange = Annotated[float, typer.Option(help="The largest relative change of outputs.")]
+Kind = Annotated[str, typer.Option(help="Answers: auto, classes, tokens, values or embeddings.")]
+
+
 def gate_weights(
-    memory_path: Annotated[str, typer.Argument(metavar="MEMORY", help="A memory file of memsyn, or its URL.")],
-    state_path: Annotated[Path, typer.Argument(metavar="STATE", help="The new weights: a state_dict.")],
-    model: Annotated[
-        str | None, typer.Option(metavar="package.module:build", help="The function that builds the model.")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Inputs without labels: safetensors, .npz or .jsonl.")
-    ] = None,
-    reference: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The old weights, for a memory that holds no anchor.")
-    ] = None,
-    min_agreement: Annotated[float, typer.Option(help="The least share of same answers, 0 to 1.")] = MIN_AGREEMENT,
-    max_change: Annotated[float, typer.Option(help="The largest relative change of outputs.")] = MAX_CHANGE,
-    kind: Annotated[str, typer.Option(help="Answers: auto, classes, tokens, values or embeddings.")] = AUTO_KIND,
+    memory_path: MemoryPath,
+    state_path: StatePath,
+    model: Model = None,
+    data: Data = None,
+    reference: OldState = None,
+    min_agreement: MinAgreement = MIN_AGREEMENT,
+    max_change: MaxChange = MAX_CHANGE,
+    kind: Kind = AUTO_KIND,
+    html: Html = None,
     as_json: Json = False,
 ) -> None:
     """Say whether new weights still answer as the old ones did, without labels; for CI and nightly jobs.
@@ -65,31 +74,100 @@ def gate_weights(
 
     Example: memsyn gate old.memsyn.safetensors new.safetensors --model package.module:build --data inputs.safetensors
     """
+    found = _judged(memory_path, state_path, model, data, reference, (min_agreement, max_change), kind)
+    _report(found, memory_path, state_path, html, None)
+    _print(found, as_json=as_json)
+    raise typer.Exit(EXIT_CODES.get(found.verdict.answer, 1))
+
+
+def compare_weights(
+    memory_path: MemoryPath,
+    state_path: StatePath,
+    model: Model = None,
+    data: Data = None,
+    reference: OldState = None,
+    min_agreement: MinAgreement = MIN_AGREEMENT,
+    max_change: MaxChange = MAX_CHANGE,
+    kind: Kind = AUTO_KIND,
+    html: Html = None,
+    png: Png = None,
+    as_json: Json = False,
+) -> None:
+    """Compare new weights with the old model of a memory, for people: the verdict, its numbers, and a page.
+
+    It says what `gate` says, and exits with 0 whatever the verdict is. The page shows in which layers the change is.
+
+    Example: memsyn compare old.memsyn.safetensors new.safetensors --html page.html
+    """
+    found = _judged(memory_path, state_path, model, data, reference, (min_agreement, max_change), kind)
+    _report(found, memory_path, state_path, html, png)
+    _print(found, as_json=as_json)
+
+
+class Judged(NamedTuple):
+    """A verdict, what it was found by, and what it was found from."""
+
+    verdict: Verdict
+    found: Comparison | Prediction
+    memory: Memory
+    state: dict[str, Tensor]
+    before: dict[str, Tensor] | None
+    limits: tuple[float, float]
+    """The least agreement and the largest change."""
+
+
+def _judged(
+    memory_path: str,
+    state_path: Path,
+    model: str | None,
+    data: Path | None,
+    reference: Path | None,
+    limits: tuple[float, float],
+    kind: str,
+) -> Judged:
+    min_agreement, max_change = limits
     with plain_errors():
         check_thresholds(min_agreement, max_change)
         if (data is None) != (model is None):
             raise OptionError("--data and --model belong together: give both, or none for a prediction without data.")
         memory, state = Memory.load(memory_path), read_weights(state_path)
         before = None if reference is None else read_weights(reference)
-        facts: dict[str, Any] = {"comparison": None, "predicted": None}
+        found: Comparison | Prediction
         if data is not None and model is not None:
             built, batches = build_model(model), read_batches(data)
             load_weights(built, state, state_path)
             found = compare(built, memory if before is None else before, batches, kind=kind, progress=False)
-            verdict, lines = found.verdict(min_agreement, max_change), str(found)
-            facts["comparison"] = found.to_json()
+            verdict = found.verdict(min_agreement, max_change)
         else:
-            predicted = predict(memory, state, before)
-            verdict, lines = predicted.verdict(max_change), ""
-            facts["predicted"] = predicted.to_json()
-    _print(verdict, lines, {**facts, "min_agreement": min_agreement, "max_change": max_change}, as_json=as_json)
-    raise typer.Exit(EXIT_CODES.get(verdict.answer, 1))
+            found = predict(memory, state, before)
+            verdict = found.verdict(max_change)
+        return Judged(verdict, found, memory, state, before, limits)
 
 
-def _print(verdict: Verdict, lines: str, facts: dict[str, Any], *, as_json: bool) -> None:
+def _report(judged: Judged, memory_path: str, state_path: Path, html: Path | None, png: Path | None) -> None:
+    if html is None and png is None:
+        return
+    with plain_errors():
+        from memsyn.report.page import write_report
+        from memsyn.report.weights_page import weights_page
+
+        _, found, memory, state, before, limits = judged
+        names = os.path.basename(memory_path), state_path.name
+        write_report(weights_page(memory, state, found, names, before, limits), html, png)
+
+
+def _print(judged: Judged, *, as_json: bool) -> None:
+    verdict, found = judged.verdict, judged.found
+    is_on_data = isinstance(found, Comparison)
     if as_json:
-        say_json({"verdict": verdict.answer, "sentence": verdict.sentence, **facts})
+        facts = {
+            "verdict": verdict.answer,
+            "sentence": verdict.sentence,
+            "comparison": found.to_json() if is_on_data else None,
+            "predicted": None if is_on_data else found.to_json(),
+        }
+        say_json({**facts, "min_agreement": judged.limits[0], "max_change": judged.limits[1]})
         return
     say(str(verdict))
-    for line in lines.splitlines():
+    for line in str(found).splitlines() if is_on_data else ():
         say(line)

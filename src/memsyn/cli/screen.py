@@ -203,6 +203,8 @@ def print_difference(a: Held, b: Held, found: Difference) -> None:
             say(f"{where[0].upper()}{where[1:]}: {', '.join(names)}")
     if found.statistics:
         say(f"Statistics that differ: {_some(found.statistics)}")
+    if not found.same:
+        say(found.sentence)
     say("The same, bit for bit." if found.same else "They differ.")
 
 

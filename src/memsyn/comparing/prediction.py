@@ -19,7 +19,7 @@ from memsyn.values.display import percent, printable
 from memsyn.values.memory import Memory
 from memsyn.values.relative_change import NO_LENGTH, relative_change, why_unknown
 
-ON_DATA: Final = "compare on data, with --model and --data"
+_ON_DATA: Final = "compare on data, with --model and --data"
 
 
 @final
@@ -88,7 +88,7 @@ def predict(memory: Memory, state: Mapping[str, Tensor], reference: Mapping[str,
     directions, unknown = memory.directions, why_unknown(memory.directions)
     if directions is None or unknown:
         also = " and consolidate that too" if directions is None else ""
-        raise OptionError(f"{unknown}: {ON_DATA}; or measure with estimator='kronecker'{also}.")
+        raise OptionError(f"{unknown}: {_ON_DATA}; or measure with estimator='kronecker'{also}.")
     before = anchor_of(memory) if reference is None else dict(reference)
     names = fitted(directions.names(), before, stacklevel=3).names
     old = {**before, **{name: before[new] for name, new in names.items() if new in before}}
@@ -100,7 +100,7 @@ def predict(memory: Memory, state: Mapping[str, Tensor], reference: Mapping[str,
         )
     scale = directions.squared_outputs(old)
     if not scale:
-        raise OptionError(f"{NO_LENGTH}: {ON_DATA}.")
+        raise OptionError(f"{NO_LENGTH}: {_ON_DATA}.")
     changes = memory.predicted_change(state, before)
     known = fitted(memory.names, state, stacklevel=3)
     moved = [

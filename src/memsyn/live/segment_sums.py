@@ -29,12 +29,10 @@ from memsyn.parameters import trainable_parameters
 from memsyn.storage.reading_and_writing import FACTORS, IMPORTANCE
 from memsyn.values.factors import KroneckerFactors
 from memsyn.values.importance import Importance
+from memsyn.values.ranks import MAX_RANKED, spearman
 
 MAX_SEGMENTS: Final = 64
 """The most segments. Each has sums of its own, so a segment for each user would take all memory."""
-
-MAX_RANKED: Final = 2**20
-"""The most weights that are ranked to see whether their order still changes."""
 
 FIRST_MULTIPLE: Final = 10
 """Until there are FIRST_MULTIPLE / cap samples, one sample may have at most FIRST_MULTIPLE times their mean."""
@@ -394,18 +392,6 @@ class AlternateHalves:
         step = -(-sum(map(len, halves[0])) // MAX_RANKED)
         one, two = (torch.cat([total[::step] for total in half]).double().cpu().numpy() for half in halves)
         return one, two
-
-
-def spearman(one: np.ndarray[Any, Any], two: np.ndarray[Any, Any]) -> float:
-    """The correlation of ranks, -1 to 1; equal numbers share the mean of their ranks. NaN if a side is constant."""
-    ranks = []
-    for values in (one, two):
-        _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
-        # For 5 5 7: counts 2 and 1, cumulative 2 and 3, so the ranks are 1.5, 1.5 and 3.
-        own = (np.cumsum(counts) - (counts - 1) / 2)[where]
-        ranks.append(own - own.mean())
-    size = math.sqrt(float(ranks[0] @ ranks[0]) * float(ranks[1] @ ranks[1]))
-    return float(ranks[0] @ ranks[1]) / size if size else math.nan
 
 
 def _share(totals: Mapping[str, float], limits: Mapping[str, float]) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from memsyn.report.names import inert, shortened
-from memsyn.report.parts import Cell, Chart, LegendEntry, Table, brief
+from memsyn.report.parts import Cell, Chart, LegendEntry, Table, brief, plain_number
 from memsyn.report.styles import INK, OPEN, Style
 
 PlotlyAxis = dict[str, Any]
@@ -46,8 +46,8 @@ def axis(title: str, **more: Any) -> PlotlyAxis:
 
 
 def logarithmic(title: str) -> PlotlyAxis:
-    """An axis of powers of ten."""
-    return axis(title, type="log", dtick=1, exponentformat="power")
+    """An axis of powers of ten, which are written out: 0.01, 1, 1,000."""
+    return axis(title, type="log", dtick=1, tickformat=",~r")
 
 
 def finite(values: Sequence[float]) -> list[float | None]:
@@ -60,7 +60,7 @@ def figure(data: list[dict[str, Any]], x: PlotlyAxis, y: PlotlyAxis, height: int
     """A Plotly figure: data and layout."""
     layout = {
         "height": height,
-        "margin": {"l": 48, "r": 12, "t": 32, "b": 44},
+        "margin": {"l": 48, "r": 12, "t": 12, "b": 44},
         "showlegend": False,
         "xaxis": x,
         "yaxis": y,
@@ -86,7 +86,7 @@ def lines(
     data, legend = [], []
     shifts = _shifts([one.shown for one in series]) if dodge else [0.0] * len(series)
     for place, (one, shift) in enumerate(zip(series, shifts, strict=True)):
-        before = f"{'%{text}, ' if one.words else ''}%{{x:{'.0f' if dodge else '.4~g'}}}, "
+        before = f"{'%{text}, ' if one.words else ''}%{{x:{'.0f' if dodge else '.4~r'}}}, "
         trace: dict[str, Any] = {
             "type": "scatter",
             "mode": mode,
@@ -97,7 +97,7 @@ def lines(
             "y": finite(one.y),
             "line": {"color": one.style.colour, "dash": one.style.dash, "width": 2},
             "marker": {"color": one.style.colour, "symbol": one.style.marker, "size": 7},
-            "hovertemplate": f"{before}%{{y:.4~g}}<extra>%{{fullData.name}}</extra>",
+            "hovertemplate": f"{before}%{{y:.4~r}}<extra>%{{fullData.name}}</extra>",
         }
         if one.words:
             trace["text"] = [inert(word) for word in one.words]
@@ -171,7 +171,7 @@ def bars(
             "x": finite(one.x),
             "y": list(range(len(labels))),
             "customdata": [inert(label) for label in labels],
-            "hovertemplate": "%{customdata}: %{x:.4~g}<extra>%{fullData.name}</extra>",
+            "hovertemplate": "%{customdata}: %{x:.4~r}<extra>%{fullData.name}</extra>",
             "marker": {"color": colours, **({"symbol": symbols, "size": 10} if marks else {})},
         }
         trace |= {"mode": "markers"} if marks else {"orientation": "h"}
@@ -261,4 +261,4 @@ def _words(found: PlotlyAxis) -> str:
 def _cell(value: float, half: float = math.nan) -> Cell:
     if not math.isfinite(value):
         return Cell("")
-    return Cell(f"{value:.4g}" + (f" ± {half:.2g}" if math.isfinite(half) else ""), value)
+    return Cell(plain_number(value, 4) + (f" ± {plain_number(half, 2)}" if math.isfinite(half) else ""), value)

@@ -9,14 +9,13 @@ import math
 from collections.abc import Sequence
 
 from memsyn.report.charts import Series, axis, bars
-from memsyn.report.parts import Cell, Part, Table, number_cell
+from memsyn.report.module_tree import layer_tree
+from memsyn.report.parts import MOST_ROWS, Cell, Part, Table, Tree, number_cell, plain_cell, share_text
 from memsyn.report.styles import FIRST_STYLE, SECOND_STYLE
 from memsyn.values.comparison import DirectionsChange
 from memsyn.values.directions import STRENGTH, Directions, DirectionsSummary
 from memsyn.values.factors import FactorSummary
 
-MOST_ROWS = 40
-"""The most layers in a chart; tables have all layers."""
 ROOM_AXIS = "room: share of directions (%)"
 ROOM_NOTE = (
     "Room is the share of a layer's directions in which more than half of a training step remains, at the default "
@@ -24,16 +23,29 @@ ROOM_NOTE = (
 )
 
 
-def room_headline(layers: Sequence[DirectionsSummary]) -> str:
-    """The layers with the most and the least room, in a sentence."""
-    if not layers:
-        return "Nothing in it is important yet."
-    least, most = (pick(layers, key=lambda layer: layer.room) for pick in (min, max))
-    if len(layers) == 1:
-        return f"{100 * least.room:.0f}% of the directions of {least.layer} have room left."
-    return (
-        f"The least room is left in {least.layer}: {100 * least.room:.0f}% of its directions. The most is left in "
-        f"{most.layer}: {100 * most.room:.0f}%."
+def room_tree(layers: Sequence[DirectionsSummary]) -> Tree:
+    """How much of each layer is in use; of a block the mean over its weights."""
+    used = {layer.layer: (1 - layer.room, layer.num_weights) for layer in layers}
+    most = max(used, key=lambda layer: used[layer][0])
+    return layer_tree(
+        f"{most} has the least room left: {share_text(1 - used[most][0])}",
+        list(used),
+        lambda own: sum(used[n][0] * used[n][1] for n in own) / max(1, sum(used[n][1] for n in own)),
+        of="a layer's directions",
+        note="The number is the share of a layer's directions that old tasks use. The rest is room for new ones.",
+    )
+
+
+def overlap_tree(layers: Sequence[DirectionsChange]) -> Tree:
+    """How much the directions of each layer differ; of a block the mean over its layers."""
+    differ = {layer.layer: 1 - layer.overlap for layer in layers if layer.overlap is not None}
+    most = max(differ, key=lambda layer: differ[layer])
+    return layer_tree(
+        f"The directions differ most in {most}: {share_text(differ[most])}",
+        list(differ),
+        lambda own: sum(differ[layer] for layer in own) / len(own),
+        of="a layer's directions",
+        note="The number is 1 minus the overlap of the directions in A and B.",
     )
 
 
@@ -58,7 +70,7 @@ def room_parts(directions: Directions) -> list[Part]:
             number_cell(f"{layer.kept_inputs:,}"),
             number_cell("" if layer.kept_outputs is None else f"{layer.kept_outputs:,}"),
             Cell(f"{100 * layer.room:.1f}", layer.room),
-            number_cell(f"{layer.mass:.3g}"),
+            plain_cell(layer.mass),
             number_cell(f"{layer.num_positions:,}"),
             number_cell(f"{layer.num_samples:,}"),
         ]
@@ -117,8 +129,10 @@ def room_changes(layers: Sequence[DirectionsChange]) -> list[Part]:
     rooms = [[_percent(layer.room_a), _percent(layer.room_b)] for layer in layers]
     places = _least([min((room for room in pair if not math.isnan(room)), default=100.0) for pair in rooms])
     shown = [(layers[place].layer, rooms[place]) for place in places]
+    known = [(one, other, layer.layer) for (one, other), layer in zip(rooms, layers, strict=True) if one + other >= 0]
+    one, other, most = max(known, key=lambda own: abs(own[1] - own[0]), default=(0.0, 0.0, ""))
     chart = bars(
-        room_change_headline(layers).rstrip(".") or "No layer is in both",
+        f"The room of {most} goes from {one:.1f}% to {other:.1f}%" if known else "No layer is in both",
         [layer for layer, _ in shown],
         [
             Series("A", FIRST_STYLE, [r[0] for _, r in shown], []),
@@ -128,15 +142,6 @@ def room_changes(layers: Sequence[DirectionsChange]) -> list[Part]:
         name="rooms",
     )
     return [ROOM_NOTE, *_left_out(len(layers) - len(shown)), chart, Table(columns, rows, caption)]
-
-
-def room_change_headline(layers: Sequence[DirectionsChange]) -> str:
-    """The layer whose room changed most, in a sentence; empty if no layer is in both files."""
-    both = [layer for layer in layers if layer.room_a is not None and layer.room_b is not None]
-    if not both:
-        return ""
-    most = max(both, key=lambda layer: abs(_percent(layer.room_b) - _percent(layer.room_a)))
-    return f"The room of {most.layer} goes from {_percent(most.room_a):.1f}% to {_percent(most.room_b):.1f}%."
 
 
 def _percent(share: float | None) -> float:

@@ -1,11 +1,10 @@
-"""How importance is distributed: histograms by layer, the Lorenz curve, and the most important units.
+"""How importance is distributed: the Lorenz curve, and the most important units.
 
 Owns these numbers. Must not know pages.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,19 +12,6 @@ import torch
 from torch import Tensor
 
 from memsyn.parameters import layer_of
-
-DECADES = 10
-"""The powers of ten below the largest importance that a histogram covers."""
-
-
-@dataclass(frozen=True)
-class Histograms:
-    """For each layer, the share of its weights in each class of importance."""
-
-    exponents: tuple[float, ...]
-    """The classes' lower ends as log10 Omega, half a decade wide; lower values and zeros are in a class below them."""
-    shares: dict[str, tuple[float, ...]]
-    """Layer -> shares of its weights, 0 to 1: first below all classes, then class by class."""
 
 
 @dataclass(frozen=True)
@@ -56,24 +42,6 @@ class Unit:
     """The sum of Omega over its weights."""
     share: float
     """Of the total importance of the model."""
-
-
-def histograms(omega: Mapping[str, Tensor]) -> Histograms:
-    """Histograms by layer over half decades of Omega, from the largest down."""
-    highest = max((float(values.max()) for values in omega.values() if values.numel()), default=0.0)
-    if not highest:
-        return Histograms((), {layer_of(name): (1.0,) for name in omega})
-    top = math.floor(2 * math.log10(highest)) + 1  # the end of the last class, in half decades
-    lowest = top - 2 * DECADES
-    counts: dict[str, Tensor] = {}
-    for name, values in omega.items():
-        places = (2 * values.detach().flatten().double().log10()).floor().clamp(lowest - 1, top - 1) - (lowest - 1)
-        found = torch.bincount(places.long(), minlength=2 * DECADES + 1)
-        counts[layer_of(name)] = counts.get(layer_of(name), torch.zeros_like(found)) + found
-    return Histograms(
-        tuple(place / 2 for place in range(lowest, top)),
-        {layer: tuple((found / max(1, int(found.sum()))).tolist()) for layer, found in counts.items()},
-    )
 
 
 def lorenz(omega: Mapping[str, Tensor], num_points: int = 201) -> Lorenz | None:

@@ -1,10 +1,12 @@
-"""The parts of a page as plain values: tables, charts and sections.
+"""The parts of a page as plain values: the judgement, the tree of layers, tables, charts and sections.
 
-Owns their fields. A chart also holds its numbers as a table, for readers who cannot see it and pages without scripts.
+Owns their fields, and how numbers are written for people. A chart also holds its numbers as a table, for readers who
+cannot see it and pages without scripts.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +16,10 @@ from memsyn.report.styles import Style
 
 SHOWN = (".4g", ".1f", ".0f")
 """The formats in which charts write a number."""
+MOST_ROWS = 40
+"""The most rows in a chart; tables have all."""
+LEAST = 1e-4
+"""Numbers below are not written out."""
 BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 """Unit -> bytes."""
 
@@ -118,7 +124,32 @@ class Scenes:
     scenes: Sequence[Scene]
 
 
-Part = str | Table | Chart | Panels | Lines | Scenes
+@dataclass(frozen=True)
+class Branch:
+    """One row of a tree: a layer, or a block with the rows of its layers."""
+
+    name: str
+    text: str
+    """Its number, in words."""
+    level: int
+    """The colour: 0 (hardly anything) to 4 (most)."""
+    branches: Sequence[Branch] = ()
+    num_layers: int = 1
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The layers of a model, folded by block. `key` says what share of `of` each colour stands for, from level 0 on."""
+
+    kind: ClassVar[str] = "tree"
+    title: str
+    branches: Sequence[Branch]
+    key: Sequence[str]
+    of: str
+    note: str
+
+
+Part = str | Table | Chart | Panels | Lines | Scenes | Tree
 
 
 @dataclass(frozen=True)
@@ -137,21 +168,109 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """One bar of a judgement. Lengths are shares of the longest possible bar, 0 to 1."""
+
+    label: str
+    text: str
+    length: float
+    interval: tuple[float, float] | None = None
+    """The ends of the 95% interval."""
+
+
+TONES = {"good": "✓", "warning": "!", "bad": "✕", "unknown": "?"}
+"""Tone of an answer -> its sign, so that it is not told by its colour alone."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a page begins with, for a reader who decides and does not know the method.
+
+    Attributes:
+        answer: one or two words, such as "Safe".
+        tone: a key of `TONES`.
+        headline: one sentence: what it means.
+        number: the one number that decides; empty if there is none.
+        meaning: the words after the number.
+        interval: its 95% interval in words, or why it has none.
+        rule: the thresholds.
+        bars: one for old and one for new.
+        mark: where the threshold is on the bars, and its words.
+        steps: what else to know, and what to do next.
+    """
+
+    answer: str
+    tone: str
+    headline: str
+    number: str = ""
+    meaning: str = ""
+    interval: str = ""
+    rule: str = ""
+    bars: Sequence[Bar] = ()
+    mark: tuple[float, str] | None = None
+    steps: Sequence[str] = ()
+
+    @property
+    def sign(self) -> str:
+        """The sign beside the answer."""
+        return TONES[self.tone]
+
+
+@dataclass(frozen=True)
 class Page:
-    """A page: title, headline, lead and sections."""
+    """A page: title, headline, lead and sections.
+
+    A page with a judgement begins with it, and its headline is the judgement's. Sections in `behind` are folded.
+    """
 
     title: str
     headline: str
     lead: str
     sections: Sequence[Section]
+    judgement: Judgement | None = None
+    behind: Sequence[Section] = ()
 
     def charts(self) -> list[Chart]:
         """All charts, in order."""
         found: list[Chart] = []
-        for section in self.sections:
+        for section in (*self.sections, *self.behind):
             for part in section.parts:
                 found += part.charts if isinstance(part, Panels) else [part] if isinstance(part, Chart) else []
         return found
+
+
+def plain_number(value: float, digits: int = 3) -> str:
+    """A number for people, without an exponent: "5,160", "0.0544"."""
+    if not math.isfinite(value):
+        return "not finite"
+    if value and abs(value) < LEAST:
+        return f"less than {LEAST:.4f}" if value > 0 else f"above -{LEAST:.4f}"
+    places = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
+    text = f"{value:,.{places}f}"
+    return text.rstrip("0").rstrip(".") if places else text
+
+
+def share_text(share: float) -> str:
+    """A share for people: "1.2%", "less than 0.1%", "over 99.9%"; a large one in times."""
+    if not math.isfinite(share):
+        return "any amount"
+    if 0 < share < 0.0005:
+        return "less than 0.1%"
+    if 0.9995 <= share < 1:
+        return "over 99.9%"
+    if share >= 10:
+        return f"{share:,.0f} times" if share < 1e6 else "over a million times"
+    return "0%" if share == 0 else "100%" if share == 1 else f"{100 * share:.1f}%"
+
+
+def share_cell(share: float | None) -> Cell:
+    """A cell with a share in words; None is an empty cell."""
+    return Cell("") if share is None else Cell(share_text(share), share)
+
+
+def plain_cell(value: float | None) -> Cell:
+    """A cell with a number in words; None and NaN are empty cells."""
+    return Cell("") if value is None or math.isnan(value) else Cell(plain_number(value), value)
 
 
 def brief(value: float) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 from memsyn.errors import MemsynError
 from memsyn.report.names import file_name, needed
-from memsyn.report.parts import Chart, LegendEntry
+from memsyn.report.parts import Chart, LegendEntry, plain_number
 from memsyn.report.styles import OPEN
 from memsyn.values.display import printable
 
@@ -62,7 +62,9 @@ def _draw(figure: Any, chart: Chart) -> None:
             labels = [_plain(html.unescape(text)) for text in axis["ticktext"]]
             rotation = {"rotation": 90} if which == "x" and max(map(len, labels), default=0) > 3 else {}
             getattr(axes, f"set_{which}ticks")(axis["tickvals"], labels, **rotation)
-        elif "range" in axis:
+            continue
+        getattr(axes, f"{which}axis").set_major_formatter(lambda value, _: plain_number(value, 6))
+        if "range" in axis:
             getattr(axes, f"set_{which}lim")(*axis["range"])
     if layout["yaxis"].get("autorange") == "reversed" and not axes.yaxis_inverted():
         axes.invert_yaxis()

@@ -41,21 +41,19 @@
     layout.yaxis.title.text = wrapped(layout.yaxis.title.text, Math.floor((layout.height - 70) / 6.5));
     layout.height += 16 * (layout.xaxis.title.text.split("<br>").length - 1);
     plot.style.height = layout.height + "px";
-    layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: night ? "#8b919b" : "#7b828c", activecolor: ink };
     const font = { color: ink, family: 'system-ui, "Segoe UI", "DejaVu Sans", sans-serif', size: 12 };
     Object.assign(layout, { font, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", width: plot.clientWidth });
-    Plotly.react(plot, data, layout, {
-      displaylogo: false, displayModeBar: "hover",
-      modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
-    });
+    Plotly.react(plot, data, layout, { displayModeBar: false });
   };
-  const drawAll = () => plots.forEach(draw);
+  // In a closed fold a chart has no width: it is drawn when the fold opens.
+  const drawAll = () => plots.filter((plot) => !plot.closest("details:not([open])")).forEach(draw);
   const print = (now) => { printing = now; drawAll(); };
   if (plots.length) {
     drawAll();
     dark.addEventListener("change", drawAll);
     let waiting = 0;
     addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(drawAll, 200); });
+    document.querySelector(".behind")?.addEventListener("toggle", drawAll);
     addEventListener("beforeprint", () => print(true));
     addEventListener("afterprint", () => print(false));
   }

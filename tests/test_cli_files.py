@@ -367,6 +367,7 @@ def test_no_option_comes_or_goes_unnoticed():
         "diff": ["a", "b", "--html", "--png", "--json"],
         "merge": ["paths", "--out", "-o", "--json"],
         "convert": ["path", "--out", "-o", "--samples", "--exact", "--rename", "--json"],
+        "merge-models": ["paths", "--memory", "--out", "-o", "--json"],
         "gate": [
             "memory_path", "state_path", "--model", "--data", "--reference", "--min-agreement", "--max-change",
             "--kind", "--json",
@@ -382,6 +383,7 @@ def test_no_option_comes_or_goes_unnoticed():
         (["diff"], "memsyn diff january.memsyn.safetensors february.memsyn.safetensors"),
         (["merge"], "memsyn merge replica1.safetensors replica2.safetensors -o all.safetensors"),
         (["convert"], "memsyn convert reg_params.pt -o old.memsyn.safetensors --samples 5000"),
+        (["merge-models"], "memsyn merge-models a.safetensors b.safetensors --memory a.memsyn.safetensors"),
         (
             ["gate"],
             "memsyn gate old.memsyn.safetensors new.safetensors --model package.module:build --data inputs.safetensors",

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from memsyn.cli import files, gate
+from memsyn.cli import files, gate, merge_models
 
 __all__ = ["app"]
 
@@ -21,6 +21,7 @@ app.command("verify")(files.verify_files)
 app.command("diff")(files.diff_files)
 app.command("merge")(files.merge_files)
 app.command("convert")(files.convert_file)
+app.command("merge-models")(merge_models.merge_model_files)
 app.command("gate", cls=gate.GateCommand)(gate.gate_weights)
 
 

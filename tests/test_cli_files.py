@@ -377,6 +377,7 @@ def test_no_option_comes_or_goes_unnoticed():
             "memory_path", "state_path", "--model", "--data", "--reference", "--min-agreement", "--max-change",
             "--kind", "--html", "--png", "--json",
         ],
+        "merge-models": ["paths", "--memory", "--out", "-o", "--json"],
         "gate": [
             "memory_path", "state_path", "--model", "--data", "--reference", "--min-agreement", "--max-change",
             "--kind", "--html", "--json",
@@ -393,6 +394,7 @@ def test_no_option_comes_or_goes_unnoticed():
         (["merge"], "memsyn merge replica1.safetensors replica2.safetensors -o all.safetensors"),
         (["convert"], "memsyn convert reg_params.pt -o old.memsyn.safetensors --samples 5000"),
         (["compare"], "memsyn compare old.memsyn.safetensors new.safetensors --html page.html"),
+        (["merge-models"], "memsyn merge-models a.safetensors b.safetensors --memory a.memsyn.safetensors"),
         (
             ["gate"],
             "memsyn gate old.memsyn.safetensors new.safetensors --model package.module:build --data inputs.safetensors",

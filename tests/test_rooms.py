@@ -138,6 +138,7 @@ def test_public_names_are_sorted_and_there() -> None:
         "fingerprint",
         "freeze_statistics",
         "measure",
+        "merge_models",
         "penalty",
         "protect",
         "tune",

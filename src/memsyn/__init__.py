@@ -40,6 +40,7 @@ from memsyn.values.consolidation import Consolidation
 from memsyn.values.factors import FactorSummary, KroneckerFactors
 from memsyn.values.importance import Importance, LayerSummary
 from memsyn.values.memory import Memory
+from memsyn.values.model_merging import merge_models
 
 __all__ = [
     "BatchError",
@@ -87,6 +88,7 @@ __all__ = [
     "fingerprint",
     "freeze_statistics",
     "measure",
+    "merge_models",
     "penalty",
     "protect",
     "tune",

@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -36,7 +37,15 @@ from torch import Tensor
 
 from memsyn.errors import MemoryFileError, MissingFileError
 from memsyn.storage.atomic_files import open_file, replace_file
-from memsyn.storage.safetensors_header import MAX_HEADER, StoredTensor, arranged, header_bytes, laid_out, parse
+from memsyn.storage.safetensors_header import (
+    MAX_HEADER,
+    StoredTensor,
+    arranged,
+    header_bytes,
+    laid_out,
+    num_bytes,
+    parse,
+)
 
 FORMAT: Final = 2
 """The format that is written; see the rule above."""
@@ -105,7 +114,7 @@ def write(
     }
     try:
         stored = arranged(path, tensors)
-        head = header_bytes(path, json.dumps(entry, sort_keys=True, allow_nan=False), stored)
+        head = header_bytes(path, {"memsyn": json.dumps(entry, sort_keys=True, allow_nan=False)}, stored)
         with _replace(path) as file:
             # The checksum stands inside the bytes it covers. So the file is hashed with a blank in its place:
             #   written and hashed   ..."checksum": "sha256:0000...0000"...tensors
@@ -130,7 +139,9 @@ def write(
         ) from error
 
 
-def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[str, Any], Groups]:
+def read(
+    path: str | os.PathLike[str], kind: str | None = None, *, mapped: bool = False
+) -> tuple[dict[str, Any], Groups]:
     """Read and check a file, in one pass: format, kind, names, shapes, checksum, finite values.
 
     Memory needed: the tensors' own, and about 50 bytes for each byte of the header, whatever is in the file.
@@ -138,6 +149,8 @@ def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[st
     Args:
         path: the file, or its URL.
         kind: the kind that is expected; None for any.
+        mapped: leave the tensors of a local file on the disk: a page is read when it is used, and given up when memory
+            is needed. The file must not be cut short while they are in use.
 
     Returns:
         The header, and the tensors by group and parameter name, on the CPU. The groups are named as `write` takes them.
@@ -150,7 +163,10 @@ def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[st
             head, header, stored = _read_header(path, file, size)
             _check_header(path, header, kind)
             digest = hashlib.sha256(head.replace(header["checksum"].encode(), _BLANK.encode(), 1))
-            tensors = {each.key: _read_tensor(path, each, file, digest) for each in stored}
+            if mapped and "://" not in str(path):
+                tensors = _mapped_tensors(file, len(head), stored, digest)
+            else:
+                tensors = {each.key: _read_tensor(path, each, file, digest) for each in stored}
         if header["checksum"] != f"{_PREFIX}{digest.hexdigest()}":
             raise MemoryFileError(
                 f"{path} is damaged: its checksum does not match its content. Restore it from a copy."
@@ -285,6 +301,21 @@ def _read_tensor(path: object, stored: StoredTensor, file: BinaryIO, digest: Any
             raise MemoryFileError(f"{path} became shorter while it was read. Read it again.")
         digest.update(data)
     return tensor
+
+
+def _mapped_tensors(file: BinaryIO, start: int, stored: list[StoredTensor], digest: Any) -> dict[str, Tensor]:
+    """The tensors of a file as views of its bytes on the disk; the bytes are added to `digest`."""
+    # Private pages: nothing is written back to the file. torch warns of buffers that are read-only.
+    whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    found = {}
+    for each in stored:
+        count = math.prod(each.shape)
+        flat = torch.frombuffer(whole, dtype=each.dtype, count=count, offset=start) if count else torch.empty(0)
+        found[each.key] = flat.to(each.dtype).reshape(each.shape)
+        start += num_bytes(each)
+        for piece in _pieces(found[each.key]):
+            digest.update(_bytes_of(piece))
+    return found
 
 
 def _grouped(path: object, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Groups:

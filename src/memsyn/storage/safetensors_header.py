@@ -68,9 +68,9 @@ def arranged(path: object, tensors: Mapping[str, Tensor]) -> list[StoredTensor]:
     return [StoredTensor(key, tensors[key].dtype, list(tensors[key].shape)) for key in keys]
 
 
-def header_bytes(path: object, entry: str, stored: list[StoredTensor]) -> bytes:
-    """The bytes before the tensors: the header's length, then the header with the metadata `entry`."""
-    header: dict[str, Any] = {"__metadata__": {"memsyn": entry}}
+def header_bytes(path: object, metadata: Mapping[str, str], stored: list[StoredTensor]) -> bytes:
+    """The bytes before the tensors: the header's length, then the header with its metadata."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
     for each in stored:
         end = start + num_bytes(each)

@@ -144,6 +144,23 @@ class LayerDirections:
             total += rest * float(by_inputs[group].sum()) if vectors is not None else 0.0
         return total * self.scales[0] * self.scales[1] / self.mass
 
+    def gradient(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """S D A, half the gradient of tr(S D A D^T), by name: for the weight, and for the bias if it is a column."""
+        layout = self.matrix.layout
+        weight = weights[self.matrix.weight]
+        change = layout.matrix(weight)
+        if self.matrix.bias is not None:
+            bias = weights[self.matrix.bias]
+            change = torch.cat([change, bias.reshape(layout.groups, -1, 1)], 2)
+        found = self.inputs.product(change.transpose(1, 2)).transpose(1, 2)
+        if self.outputs is not None:
+            found = self.outputs.product(found)
+        found = found * (self.scales[0] * self.scales[1] / self.mass)
+        pulls = {self.matrix.weight: layout.weight(found[:, :, : layout.inputs], weight.shape)}
+        if self.matrix.bias is not None:
+            pulls[self.matrix.bias] = found[:, :, -1].reshape(bias.shape)
+        return pulls
+
 
 def _weighted(rows: Tensor, inputs: Spectrum) -> Tensor:
     """d_i A d_i^T for each row of (G, rows, n): (G, rows)."""

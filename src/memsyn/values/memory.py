@@ -760,6 +760,15 @@ def directions_of(held: Held) -> Directions | None:
     return held.directions if isinstance(held, Memory) else None
 
 
+def load_mapped(path: str | os.PathLike[str]) -> Memory:
+    """A memory whose tensors stay on the disk until they are used, for memories that are larger than memory.
+
+    Raises:
+        MemoryFileError: the file is missing, damaged, no memory, or of a newer format.
+    """
+    return Memory.from_file(path, *read(path, MEMORY, mapped=True))
+
+
 def load(path: str | os.PathLike[str]) -> Held:
     """Read a memory, an importance or factors, whichever the file holds; tensors are on the CPU.
 

@@ -72,6 +72,14 @@ class Spectrum:
         values, rest = (own.to(device, dtype).contiguous() for own in (self.values, self.rest))
         return Spectrum(values, None if self.vectors is None else self.vectors.to(device, dtype).contiguous(), rest)
 
+    def product(self, columns: Tensor) -> Tensor:
+        """M x for the columns of x, (G, n, k); no matrix (n, n) is formed."""
+        values, rest = self.values.to(columns), self.rest.to(columns).view(-1, 1, 1)
+        if self.vectors is None:
+            return values.unsqueeze(2) * columns
+        vectors = self.vectors.to(columns)
+        return vectors @ ((values.unsqueeze(2) - rest) * (vectors.transpose(1, 2) @ columns)) + rest * columns
+
     def wider(self, width: int) -> Spectrum:
         """The same with further directions of eigenvalue 0, which come last. They are kept vectors."""
         added = width - self.width

@@ -109,7 +109,7 @@ def main() -> None:
         raise SystemExit("the first version could not be trained.")
     ports = [free_port(), free_port()]
     with replicas(given.folder, ports):
-        nights = (("objects", given.lr, 0.01), ("people", 3 * given.lr, 0.0))  # the second one is careless
+        nights = (("objects", given.lr, 100.0), ("people", 3 * given.lr, 0.0))  # the second one is careless
         for number, (learned, lr, strength) in enumerate(nights, start=1):
             sections = list(json.loads(get(ports[0], "/healthz"))["sections"])
             right = day(given.folder, ports, sections, given.requests, given.side, seed=number)

@@ -43,10 +43,10 @@ def model_of_folder(folder: Path) -> nn.Module:
             f"{folder / CONFIG} names the architecture {architecture!r}, which is no model of transformers "
             f"{transformers.__version__}. For a class of your own, {_STATE_INSTEAD}."
         )
-    built: Any
+    load: Any = builder.from_pretrained
     try:
         with _silent(transformers):
-            built, found = builder.from_pretrained(
+            built, found = load(
                 folder,
                 local_files_only=True,
                 use_safetensors=True,

@@ -116,8 +116,7 @@ def main() -> int:
     parser.add_argument("--reload", nargs="*", default=[], metavar="URL", help="of the replicas")
     parser.add_argument("--min-agreement", type=float, default=0.97, help="the least share of same answers")
     parser.add_argument("--max-change", type=float, default=0.05, help="the largest relative change of outputs")
-    usual = memsyn.Relative().value
-    parser.add_argument("--strength", type=float, default=usual, help="of the protection, as memsyn.Relative takes it")
+    parser.add_argument("--strength", type=float, default=10.0, help="of the protection, as memsyn.Relative takes it")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--lr", type=float, default=1e-4, help="of the body")
     given = parser.parse_args()

@@ -139,9 +139,7 @@ def test_what_cannot_predict_says_what_to_give(old: story.Classifier) -> None:
     ],
 )
 def test_errors_exit_with_1(old: story.Classifier, arguments: list[str], message: str) -> None:
-    result = call("gate", *arguments, code=1)
-    assert message in result.stderr
-    assert result.stdout == ""
+    assert_one_line(call("gate", *arguments, code=1), message)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +162,78 @@ def test_a_memory_of_another_model_is_an_error(old: story.Classifier) -> None:
     other = nn.Sequential(OrderedDict(first=nn.Linear(6, 3)))
     importance = memsyn.measure(other, [story.requests(9)], progress=False)
     Memory.empty().consolidate(other, importance).save("other")
-    assert "of another architecture" in call("gate", "other", "old.safetensors", *DATA, code=1).stderr
+    assert_one_line(call("gate", "other", "old.safetensors", *DATA, code=1), "of another architecture")
+
+
+BAD_MODELS = """
+import torch
+from torch import nn
+from tests import story
+
+class Noisy(story.Classifier):
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.5)
+
+class Batchwise(story.Classifier):
+    def forward(self, x):
+        y = super().forward(x)
+        return y - y.mean(0)
+
+class Summed(story.Classifier):
+    def forward(self, x):
+        return super().forward(x).sum(0)
+
+class Named(story.Classifier):
+    def forward(self, x):
+        return super().forward(x).argmax(1)
+
+class Grown(story.Classifier):
+    def __init__(self):
+        super().__init__()
+        self.old = nn.Linear(story.WIDTH, story.OLD + 2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "Noisy",
+            "batch 0: the old model gives other outputs for the same batch when it is run again, so a comparison",
+        ),
+        ("Batchwise", "batch 0: the old model gives another output for 2 samples alone than in their batch"),
+        ("Summed", "batch 0: the output's first dimension must be the samples"),
+        ("Named", "the output is torch.int64"),
+        ("Grown", "old.weight has 10 rows in the model and 8 in the memory: a part of the model has grown"),
+    ],
+)
+def test_models_without_a_comparison_are_one_line(old: story.Classifier, name: str, message: str) -> None:
+    Path("bad_models.py").write_text(BAD_MODELS)
+    if name == "Grown":
+        old.old = nn.Linear(story.WIDTH, story.OLD + 2)
+    arguments = ("--model", f"bad_models:{name}", "--data", "inputs.safetensors")
+    assert_one_line(call("gate", "memory", saved(old), *arguments, code=1), message)
+
+
+def assert_one_line(result: Any, message: str) -> None:
+    """Of text, on stderr."""
+    assert message in result.stderr
+    assert (result.stdout, result.stderr.count("\n")) == ("", 1)
+
+
+def test_data_that_the_model_cannot_take_are_one_line(old: story.Classifier) -> None:
+    save_file({"inputs": torch.zeros(0, 6)}, "empty.safetensors")
+    Path("empty.jsonl").touch()
+    save_file({"inputs": torch.zeros(3, 7)}, "wide.safetensors")
+    save_file({"inputs": torch.full((3, 6), torch.nan)}, "nan.safetensors")
+    for path, message in (
+        ("empty.safetensors", "there are no samples: the loader is empty"),
+        ("empty.jsonl", "there are no samples: the loader is empty"),
+        ("wide.safetensors", "batch 0: the model failed on it"),
+        ("nan.safetensors", "batch 0, sample 0: an output of the old model is NaN or infinite"),
+    ):
+        result = call("gate", "memory", "old.safetensors", *DATA[:3], path, code=1)
+        assert_one_line(result, message)
 
 
 def test_the_working_folder_holds_models(old: story.Classifier, tmp_path: Path) -> None:
@@ -203,9 +272,9 @@ def test_data_come_in_three_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.jsonl", "[1, 2]\n[3]\n"),
+        ("a.jsonl", "[1, [2]]\n"),
         ("b.jsonl", '[1, 2]\n{"x": 1}\n'),
-        ("c.jsonl", '{"x": [1]}\n{"y": [1]}\n'),
+        ("c.jsonl", '{"x": [1]}\n{"x": [1], "y": [1]}\n'),
         ("d.jsonl", '"text"\n'),
         ("e.jsonl", "[1, 2\n"),
         ("f.npz", "no archive"),
@@ -216,6 +285,21 @@ def test_data_that_cannot_be_read(name: str, content: str, tmp_path: Path) -> No
     (tmp_path / name).write_text(content)
     with pytest.raises(memsyn.BatchError, match=r"could not be read: .*Give inputs as safetensors, \.npz, or \.jsonl"):
         read_batches(tmp_path / name)
+
+
+def test_samples_of_other_shapes_are_in_batches_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("[1, 2]\n[3, 4]\n[5]\n[6, 7.5]\n")
+    assert [batch.tolist() for batch in read_batches(path)] == [[[1, 2], [3, 4]], [[5]], [[6, 7.5]]]
+    assert {batch.dtype for batch in read_batches(path)} == {torch.float32}
+    path.write_text('{"x": [1], "y": [1]}\n{"x": [1], "y": [1, 2]}\n{"y": [3, 4], "x": [1]}\n')
+    assert [{name: own.tolist() for name, own in batch.items()} for batch in read_batches(path)] == [
+        {"x": [[1]], "y": [[1]]},
+        {"x": [[1], [1]], "y": [[1, 2], [3, 4]]},
+    ]
+    path.write_text('{"x": [1]}\n{"y": [1]}\n')
+    with pytest.raises(memsyn.BatchError, match=r"sample 2 has the keys \['y'\], the first has \['x'\]"):
+        read_batches(path)
 
 
 @pytest.mark.parametrize("content", ["", "1\n2\n"])

@@ -12,7 +12,7 @@ PYPROJECTS = {"memsyn": ROOT / "pyproject.toml", "memsyn-bench": ROOT / "bench" 
 TEXTS = [
     ROOT / "README.md",
     ROOT / "bench" / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("benchmark", "commands", "live", "serve")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmark", "commands", "did-it-work", "live", "serve")),
     *(ROOT / "src").rglob("*.py"),
     *(ROOT / "bench" / "memsyn_bench").rglob("*.py"),
 ]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 import threading
 import time
@@ -12,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bench.tests import tiny
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import memsyn
@@ -157,7 +160,11 @@ def test_a_damaged_version_is_not_loaded(own, folder, replica):
     assert call(replica, "GET", "/healthz")[1]["version"] == 1
 
 
-def test_the_night_accepts_what_keeps_to_the_budget(own, folder, replica, monkeypatch, capsys):
+LENIENT = ("--min-agreement", 0.9, "--max-change", 0.2)
+"""For days of 60 requests."""
+
+
+def test_the_night_accepts_what_answers_as_before(own, folder, replica, monkeypatch, capsys):
     """And all replicas' sums are in the memory; the observer goes on in another file."""
     right = own.users.day(folder, [replica.port], ["one", "two"], 60, SIDE, seed=1)
     assert right > 0.8
@@ -168,10 +175,14 @@ def test_the_night_accepts_what_keeps_to_the_budget(own, folder, replica, monkey
         assert other.flush()
     first = (folder / "traffic-1.safetensors").read_bytes()
 
-    assert night(own, replica, folder, monkeypatch, "--learn", "three", "--strength", 100) == 0
+    assert night(own, replica, folder, monkeypatch, "--learn", "three", "--strength", 100, *LENIENT) == 0
     output = capsys.readouterr().out
     assert "72 samples from 2 replicas" in output
-    assert "accepted" in output
+    assert "Compared: 60 samples. Answers are classes" in output
+    assert re.search(r"^Same answer by segment: one \d+\.\d%, two \d+\.\d%\.$", output, re.MULTILINE)
+    assert re.search(r"^Safe\. \d+\.\d% of 60 samples give the same answer", output, re.MULTILINE)
+    assert re.search(r"^  one: \d+ of \d+ right before, \d+ now$", output, re.MULTILINE)
+    assert "accepted: version 2 is served." in output
     (entry,) = memsyn.Memory.load(folder / "memory-1.safetensors").history
     assert entry.num_samples == 72
     assert own.model.load(folder / "model-1.safetensors").version == 1
@@ -187,22 +198,40 @@ def test_the_night_accepts_what_keeps_to_the_budget(own, folder, replica, monkey
     assert found.num_samples == 30 - stale > 0
     assert "heads.2.weight" in found.sums
 
-    assert night(own, replica, folder, monkeypatch, "--learn", "four", "--strength", 100, "--budget", 100) == 0
+    fewer = ("--min-agreement", 0.8, "--max-change", 0.2)
+    assert night(own, replica, folder, monkeypatch, "--learn", "four", "--strength", 100, *fewer) == 0
     assert f"{30 - stale} samples from 1 replicas" in capsys.readouterr().out, "of the present version alone"
     assert [entry.rule for entry in memsyn.Memory.load(folder / "memory-2.safetensors").history] == ["ema", "ema"]
 
 
-def test_the_night_refuses_what_forgets_too_much(own, folder, replica, monkeypatch, capsys):
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_night_refuses_what_forgets_too_much(own, folder, replica, monkeypatch, capsys, labels):
     own.users.day(folder, [replica.port], ["one", "two"], 60, SIDE, seed=1)
+    if not labels:  # as a real service has it
+        with safe_open(folder / own.users.YESTERDAY, framework="pt") as file:
+            kept, facts = {name: file.get_tensor(name) for name in ("pixels", "places")}, file.metadata()
+        save_file(kept, folder / own.users.YESTERDAY, facts)
     assert replica.observer.flush()
     before = (folder / own.model.FILE).read_bytes()
-    assert night(own, replica, folder, monkeypatch, "--learn", "three", "--strength", 0) == 1
+    assert night(own, replica, folder, monkeypatch, "--learn", "three", "--strength", 0, *LENIENT) == 1
     output = capsys.readouterr().out
-    assert "REFUSED" in output
-    assert "Try a larger --strength" in output
+    assert re.search(r"^Broken\. \d+\.\d% of 60 samples give the same answer", output, re.MULTILINE)
+    assert ("right before" in output) == labels
+    assert "REFUSED: version 1 goes on. Try a larger --strength" in output
     assert (folder / own.model.FILE).read_bytes() == before
     assert call(replica, "GET", "/healthz")[1]["version"] == 1
     assert not (folder / "model-1.safetensors").exists()
+
+
+def test_the_night_refuses_what_cannot_be_said(own, folder, replica, monkeypatch, capsys):
+    """60 requests are too few for the thresholds that nobody set."""
+    own.users.day(folder, [replica.port], ["one", "two"], 60, SIDE, seed=1)
+    assert replica.observer.flush()
+    assert night(own, replica, folder, monkeypatch, "--learn", "three", "--strength", 1e6) == 1
+    output = capsys.readouterr().out
+    assert "Cannot say. 100.0% of 60 samples give the same answer" in output
+    assert "There are too few samples: give at least 125." in output
+    assert call(replica, "GET", "/healthz")[1]["version"] == 1
 
 
 def test_the_night_needs_traffic(own, folder, replica, monkeypatch):

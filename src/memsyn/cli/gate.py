@@ -6,20 +6,23 @@ Owns the exit codes of gate: 0 safe, 2 forgot too much, 1 could not say, also af
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple
 
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 from typer.core import TyperCommand
 
 from memsyn import Comparison, Memory, OptionError, Verdict, compare
 from memsyn.cli.files import Html, Json, Png
 from memsyn.cli.inputs import build_model, load_weights, read_batches
+from memsyn.cli.model_folders import model_of_folder
 from memsyn.cli.screen import plain_errors, say, say_json
 from memsyn.comparing.answers import AUTO_KIND
 from memsyn.comparing.prediction import Prediction, predict
 from memsyn.comparing.verdict import BROKEN, MAX_CHANGE, MIN_AGREEMENT, SAFE, check_thresholds
+from memsyn.parameters import canonical_name
 from memsyn.values.conversion import read_weights
 
 EXIT_CODES: Final = {SAFE: 0, BROKEN: 2}
@@ -43,11 +46,13 @@ class GateCommand(TyperCommand):
 
 
 MemoryPath = Annotated[str, typer.Argument(metavar="MEMORY", help="A memory file of memsyn, or its URL.")]
-StatePath = Annotated[Path, typer.Argument(metavar="STATE", help="The new weights: a state_dict.")]
+StatePath = Annotated[
+    Path, typer.Argument(metavar="STATE", help="The new weights: a state_dict, or a folder of Hugging Face.")
+]
 Model = Annotated[str | None, typer.Option(metavar="package.module:build", help="The function that builds the model.")]
 Data = Annotated[Path | None, typer.Option(metavar="FILE", help="Inputs without labels: safetensors, .npz or .jsonl.")]
 OldState = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="The old weights, for a memory that holds no anchor.")
+    Path | None, typer.Option(metavar="FILE", help="The old weights, as STATE, if the memory has no anchor.")
 ]
 MinAgreement = Annotated[float, typer.Option(help="The least share of same answers, 0 to 1.")]
 MaxChange = Annotated[float, typer.Option(help="The largest relative change of outputs.")]
@@ -68,9 +73,9 @@ def gate_weights(
 ) -> None:
     """Say whether new weights still answer as the old ones did, without labels; for CI and nightly jobs.
 
-    With --data and --model both models run on the inputs. Without, the memory's directions predict the change of
-    outputs, and --max-change alone decides. Exits with 0 if the weights are safe, with 2 if they forgot too much, and
-    with 1 if that cannot be said, or after an error.
+    With --data and --model both models run on the inputs; a folder of Hugging Face needs no --model. Without data, the
+    memory's directions predict the change of outputs, and --max-change alone decides. Exits with 0 if the weights are
+    safe, with 2 if they forgot too much, and with 1 if that cannot be said, or after an error.
 
     Example: memsyn gate old.memsyn.safetensors new.safetensors --model package.module:build --data inputs.safetensors
     """
@@ -110,8 +115,8 @@ class Judged(NamedTuple):
     verdict: Verdict
     found: Comparison | Prediction
     memory: Memory
-    state: dict[str, Tensor]
-    before: dict[str, Tensor] | None
+    state: Mapping[str, Tensor]
+    before: Mapping[str, Tensor] | None
     limits: tuple[float, float]
     """The least agreement and the largest change."""
 
@@ -128,20 +133,39 @@ def _judged(
     min_agreement, max_change = limits
     with plain_errors():
         check_thresholds(min_agreement, max_change)
-        if (data is None) != (model is None):
+        if state_path.is_dir():
+            if model is not None:
+                raise OptionError(
+                    f"{state_path} is a folder: with --model, give a state_dict in a file. A folder of Hugging Face is "
+                    "loaded without --model."
+                )
+        elif (data is None) != (model is None):
             raise OptionError("--data and --model belong together: give both, or none for a prediction without data.")
-        memory, state = Memory.load(memory_path), read_weights(state_path)
-        before = None if reference is None else read_weights(reference)
+        memory = Memory.load(memory_path)
+        built, state = _state_of(state_path, model)
+        before = None if reference is None else _state_of(reference, None)[1]
         found: Comparison | Prediction
-        if data is not None and model is not None:
-            built, batches = build_model(model), read_batches(data)
-            load_weights(built, state, state_path)
-            found = compare(built, memory if before is None else before, batches, kind=kind, progress=False)
+        if data is not None and built is not None:
+            old = memory if before is None else before
+            found = compare(built, old, read_batches(data), kind=kind, progress=False)
             verdict = found.verdict(min_agreement, max_change)
         else:
             found = predict(memory, state, before)
             verdict = found.verdict(max_change)
         return Judged(verdict, found, memory, state, before, limits)
+
+
+def _state_of(path: Path, named: str | None) -> tuple[nn.Module | None, Mapping[str, Tensor]]:
+    """The model of a folder, or of `--model`, and its weights."""
+    if path.is_dir():
+        built = model_of_folder(path)
+        return built, {canonical_name(name): values for name, values in built.state_dict().items()}
+    state = read_weights(path)
+    if named is None:
+        return None, state
+    built = build_model(named)
+    load_weights(built, state, path)
+    return built, state
 
 
 def _report(judged: Judged, memory_path: str, state_path: Path, html: Path | None, png: Path | None) -> None:

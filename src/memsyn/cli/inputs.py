@@ -9,6 +9,8 @@ import importlib
 import json
 import sys
 from collections.abc import Mapping
+from functools import reduce
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -85,27 +87,43 @@ def read_batches(path: Path) -> list[Any]:
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
-                found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+                parts = [{name: torch.from_numpy(arrays[name]) for name in arrays.files}]
         elif path.suffix in (".jsonl", ".json", ".ndjson"):
-            found = _from_lines(path.read_text(encoding="utf-8").splitlines())
+            parts = _from_lines(path.read_text(encoding="utf-8").splitlines())
         else:
-            found = load_file(path)
+            parts = [load_file(path)]
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError, EOFError) as error:
         raise BatchError(
             f"{path} could not be read: {error}. Give inputs as safetensors, .npz, or .jsonl with a line of numbers "
             "for each sample."
         ) from error
-    sizes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    if not found or any(not shape for shape in sizes.values()) or len({shape[0] for shape in sizes.values()}) > 1:
-        raise BatchError(f"{path} must hold tensors with one first dimension, the samples; got {sizes}.")
-    batch: Any = next(iter(found.values())) if len(found) == 1 else found
-    total = next(iter(sizes.values()))[0]
-    return [take(batch, start, start + BATCH) for start in range(0, total, BATCH)]
+    batches: list[Any] = []
+    for found in parts:
+        sizes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        if not found or any(not shape for shape in sizes.values()) or len({shape[0] for shape in sizes.values()}) > 1:
+            raise BatchError(f"{path} must hold tensors with one first dimension, the samples; got {sizes}.")
+        batch: Any = next(iter(found.values())) if len(found) == 1 else found
+        total = next(iter(sizes.values()))[0]
+        batches += [take(batch, start, start + BATCH) for start in range(0, total, BATCH)]
+    return batches
 
 
-def _from_lines(lines: list[str]) -> dict[str, Tensor]:
-    """Tensors from lines of JSON: of lists of numbers one tensor, of objects of such lists a tensor for each key."""
+def _from_lines(lines: list[str]) -> list[dict[str, Tensor]]:
+    """Tensors from lines of JSON: of lists of numbers one tensor, of objects of such lists a tensor for each key.
+
+    Samples of other shapes than the one before, such as longer texts, begin a part of their own: nothing is padded.
+    """
     samples = [json.loads(line) for line in lines if line.strip()]
-    if all(isinstance(sample, Mapping) for sample in samples) and samples:
-        return {name: torch.tensor([sample.get(name) for sample in samples]) for name in samples[0]}
-    return {"inputs": torch.tensor(samples)}
+    if not (samples and all(isinstance(sample, Mapping) for sample in samples)):
+        samples = [{"inputs": sample} for sample in samples]
+    rows = []
+    for number, sample in enumerate(samples, start=1):
+        if sample.keys() != samples[0].keys():
+            raise ValueError(f"sample {number} has the keys {list(sample)}, the first has {list(samples[0])}")
+        rows.append({name: torch.tensor(values) for name, values in sample.items()})
+    # A whole number among others is written without a point.
+    dtypes = {name: reduce(torch.promote_types, (row[name].dtype for row in rows)) for name in rows[0]} if rows else {}
+    return [
+        {name: torch.stack([row[name] for row in part]).to(dtype) for name, dtype in dtypes.items()}
+        for part in (list(group) for _, group in groupby(rows, lambda row: [row[name].shape for name in dtypes]))
+    ]

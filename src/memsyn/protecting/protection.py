@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memsyn.errors import NotProtectedWarning, ProtectionError
-from memsyn.parameters import named_parameters, unwrap, wide_dtype
+from memsyn.parameters import unwrap, wide_dtype
 from memsyn.protecting.optimizers import PROJECTED, Stepping, known_kind
 from memsyn.protecting.statistics import WatchedStatistics
 from memsyn.torch_private import num_steps_in_progress
 from memsyn.values.display import LayerRow, counted, html_table, html_text, short_name
+from memsyn.weights_in_effect import moving_parameters
 
 _protected: "WeakSet[Optimizer]" = WeakSet()
 """The optimizers with a handle that was not removed."""
@@ -34,14 +35,14 @@ def is_protected(optimizer: Optimizer) -> bool:
     return optimizer in _protected
 
 
-def check_optimizer(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], names: Collection[str]) -> Set[int]:
+def check_optimizer(optimizer: Optimizer, model: nn.Module, names: Collection[str]) -> Set[int]:
     """The ids of an optimizer's parameters, after a check that an optimizer holds a parameter of the memory.
 
     Raises:
         ProtectionError: it holds none.
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    own = [parameters[name] for name in names if name in parameters]
+    own = moving_parameters(model, names).values()
     if any(id(parameter) in held for parameter in own):
         return held
     cure = "Was it made from another model, or before the model was copied or moved?"
@@ -209,8 +210,7 @@ class Protection(ABC):
         self._acted = False
         """Whether the optimizer has stepped; also set once it is said that it has not."""
         self._model = model
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self._held = [name for name, p in named_parameters(model).items() if name in names and id(p) in held]
+        self._names = set(names)
         own = unwrap(model)
         self._guards = [
             own.register_state_dict_pre_hook(Guard(self._before_saving)),
@@ -293,8 +293,10 @@ class Protection(ABC):
 
         Moved to another device or dtype, a parameter has another key: its norm is another by rounding.
         """
-        parameters = named_parameters(self._model)
-        local = {name: _local(parameters[name].detach()) for name in self._held if name in parameters}
+        optimizer = self._optimizer()
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
+        moving = moving_parameters(self._model, self._names)
+        local = {name: _local(p.detach()) for name, p in moving.items() if id(p) in held}
         return {
             (name, p.dtype, p.device): torch.linalg.vector_norm(p, dtype=wide_dtype(p)) for name, p in local.items()
         }

@@ -25,12 +25,12 @@ from memsyn.errors import ModelError
 class _Classes(NamedTuple):
     """The classes of PEFT that are recognised."""
 
-    models: tuple[type, ...]
-    tuners: tuple[type, ...]
-    layers: tuple[type, ...]
-    wrappers: tuple[type, ...]
-    lora: tuple[type, ...]
-    others: tuple[type, ...]
+    models: tuple[Any, ...]
+    tuners: tuple[Any, ...]
+    layers: tuple[Any, ...]
+    wrappers: tuple[Any, ...]
+    lora: tuple[Any, ...]
+    others: tuple[Any, ...]
     """Layers of LoRA whose factors are not those of a weight."""
 
 
@@ -50,7 +50,7 @@ def _classes() -> _Classes | None:
     if "peft" not in sys.modules:
         return None
 
-    def found(places: tuple[tuple[str, str], ...]) -> tuple[type, ...]:
+    def found(places: tuple[tuple[str, str], ...]) -> tuple[Any, ...]:
         classes = (getattr(sys.modules.get(module), name, None) for module, name in places)
         return tuple(one for one in classes if one is not None)
 
@@ -128,7 +128,7 @@ def speaks_of_adapters(model: nn.Module, names: Collection[str]) -> bool:
     """Whether names are those of adapters themselves, such as `q_proj.lora_A.default.weight`, or of a model's own."""
     known = _classes()
     layers = [m for m in model.modules() if isinstance(m, known.layers)] if known is not None else []
-    parts = {part for layer in layers for part in layer.adapter_layer_names}  # type: ignore[union-attr, operator]
+    parts = {part for layer in layers for part in layer.adapter_layer_names}
     return any(parts & set(name.split(".")) for name in names)
 
 
@@ -185,7 +185,7 @@ class AdaptedLayer:
     @property
     def is_quantised(self) -> bool:
         """Whether the weight holds no floating point numbers of its own."""
-        return _is_quantised(self.base.weight)
+        return is_quantised(self.base.weight)
 
     def changes(self, own: str) -> bool:
         """Whether adapters may change the `weight`, or change the `bias` now."""
@@ -257,7 +257,8 @@ class AdaptedLayer:
         return self.base.weight  # type: ignore[no-any-return]
 
 
-def _is_quantised(weight: Tensor) -> bool:
+def is_quantised(weight: Tensor) -> bool:
+    """Whether a weight holds no floating point numbers of its own: integers, or a class of tensors of a library."""
     plain = type(weight.data) is Tensor or hasattr(weight.data, "full_tensor")
     return not (plain and weight.is_floating_point())
 
@@ -285,14 +286,14 @@ def _by_running(layer: Any, base: Any, kind: str, path: str) -> tuple[Tensor, Te
     # A quantised layer may round its inputs.
     if float((found - expected).norm()) > _NOT_LINEAR * float(expected.norm()):
         raise ModelError(
-            f"{path}.weight is adapted by PEFT's {kind}, which is not linear in its inputs: it has no weight in effect. "
-            f"Use LoRA for this layer, or leave it out: exclude='{path}.*'."
+            f"{path}.weight is adapted by PEFT's {kind}, which is not linear in its inputs, so that there is no weight in "
+            f"effect. Use LoRA for this layer, or leave it out: exclude='{path}.*'."
         )
     return weight, None if getattr(base, "bias", None) is None and not bias.any() else bias
 
 
 _NOT_LINEAR: Final = 0.02
-"""By how much the output of a layer may differ from that of its weight, relative to it: rounding of quantised layers."""
+"""By how much the output of a layer may differ from that of its weight, relative to it: quantised layers round."""
 
 
 @contextmanager
@@ -317,7 +318,7 @@ def plain_model(model: nn.Module) -> nn.Module:
     known = _known()
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        shared = parameter if _is_quantised(parameter) else nn.Parameter(parameter.detach())
+        shared = parameter if is_quantised(parameter) else nn.Parameter(parameter.detach())
         memo[id(parameter)] = shared
     return _without_adapters(copy.deepcopy(model, memo), known, {})
 

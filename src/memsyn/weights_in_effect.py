@@ -74,7 +74,7 @@ class WeightsInEffect(Mapping[str, Tensor]):
 
 
 def weights_by_name(model: nn.Module, names: Collection[str]) -> Mapping[str, Tensor]:
-    """The parameters of a model; the weights in effect of its base model, if it has adapters and names are not theirs."""
+    """The parameters of a model; the weights in effect of its base, if it has adapters and the names are not theirs."""
     if has_adapters(model) and not speaks_of_adapters(model, names):
         return WeightsInEffect(model)
     return named_parameters(model)

@@ -231,10 +231,10 @@ class AdapterPenalty:
 
     def _add_gradients(self, optimizer: Optimizer, strength: float, maximized: Mapping[int, bool]) -> None:
         scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler when a fused optimizer unscales
-        total = 0.0
+        total = torch.zeros(())
         for slot in self.slots:
             value, gradients = _gradients(slot, strength)
-            total = total + value.to(slot.anchor.device)
+            total = total.to(value) + value
             for parameter, gradient in gradients:
                 if id(parameter) in maximized and parameter.grad is not None:
                     sign = -1.0 if maximized[id(parameter)] else 1.0
@@ -278,6 +278,6 @@ def check_low_rank(slots: Sequence[AdapterSlot], error: type[MemsynError]) -> No
     others = [slot for slot in slots if not slot.layer.is_low_rank()]
     if others:
         raise error(
-            f"form='proximal' is for LoRA, whose weight in effect is W + s B A, and {others[0].name} is adapted by PEFT's "
-            f"{others[0].layer.kind} in another way: use form='gradient' or 'auto'."
+            f"form='proximal' is for LoRA, whose weight in effect is W + s B A, and {others[0].name} is adapted in "
+            f"another way, by PEFT's {others[0].layer.kind}: use form='gradient' or 'auto'."
         )

@@ -1,20 +1,20 @@
-"""The projected form on adapters of LoRA: A by the inputs of the weight that it changes, B by the inputs A x and outputs.
+"""The projected form on adapters of LoRA: A by the inputs x of the weight, B by its own inputs A x and the outputs.
 
 Owns the directions of A and B. They are two linear layers, so each is projected as one. Must not know optimizers.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Final, NamedTuple, final
+from typing import Final, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from memsyn.adapters import AdaptedLayer, LowRank
 from memsyn.errors import ProtectionError
 from memsyn.matrices import Layout, Matrix
 from memsyn.values.directions import Directions, LayerDirections
-from memsyn.values.spectra import Spectrum, spectrum_of
+from memsyn.values.spectra import spectrum_of
 from memsyn.weights_in_effect import adapted_weights
 
 USUAL_SIZE: Final = 1 / 3

@@ -74,7 +74,7 @@ class Penalising(Protection):
         watched: WatchedStatistics,
     ) -> None:
         self.strength, self.form = strength, form
-        self._device, self._importance_dtype = device, importance_dtype
+        self._held_as = device, importance_dtype
         self._take(memory)
         self._stepped: list[_Slot] = []
         """What the step in progress moves: the parameters that had a gradient before it."""
@@ -93,7 +93,7 @@ class Penalising(Protection):
         """How far the weights have moved, layer by layer, and the share that is held in place."""
         self._check_acted()
         slots, optimizer = self._now(), self._optimizer()
-        names = [slot.name for slot in (*slots, *self._adapted.slots)]
+        names = [*(slot.name for slot in slots), *(slot.name for slot in self._adapted.slots)]
         penalty, stiff, important = 0.0, math.nan, 0
         layers: dict[str, float] = {}
         for index, moved, omega in distances(weights for _, weights in self._protected_now()):
@@ -146,7 +146,7 @@ class Penalising(Protection):
         self._watched.take(memory.statistics if "statistics" in state else self._watched.remembered)
 
     def _take(self, memory: Memory) -> None:
-        dtype = self._importance_dtype
+        dtype = self._held_as[1]
         importance = {name: omega.to(dtype or omega.dtype) for name, omega in memory.importance.items()}
         self._memory = Memory(dict(memory.anchor), importance)
         self._slots: list[_Slot] = []
@@ -174,7 +174,7 @@ class Penalising(Protection):
         if seen == self._seen:
             return
         known = self._memory.importance.keys()
-        slots = adapter_slots(self._model, self._memory, self._device, self._importance_dtype)
+        slots = adapter_slots(self._model, self._memory, *self._held_as)
         if self.form == PROXIMAL:
             check_low_rank(slots, OptionError)
         self._adapted = AdapterPenalty(slots)
@@ -196,8 +196,8 @@ class Penalising(Protection):
         """Anchor and importance in float32 at least, on the parameter's device or on `device`."""
         check_tensors({name: parameter})
         check_fit({name: self._memory.importance[name]}, {name: parameter}, "the memory", may_change=True)
-        device, dtype = self._device or parameter.device, wide_dtype(parameter)
-        omega = self._memory.importance[name].to(device, self._importance_dtype or dtype)
+        device, dtype = self._held_as[0] or parameter.device, wide_dtype(parameter)
+        omega = self._memory.importance[name].to(device, self._held_as[1] or dtype)
         anchor = self._memory.anchor[name].to(device, dtype)
         if anchor.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr():
             anchor = anchor.clone()  # a memory made by hand may hold the weights themselves, which move

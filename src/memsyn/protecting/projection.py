@@ -402,7 +402,9 @@ class Projecting(Protection):
         self._directions.check(weights_by_name(self._model, names))
         made = [self._layer(key, own, parameters) for key, own in self._directions.layers.items()]
         made += [self._single(name, own, parameters) for name, own in self._directions.diagonal.items()]
-        made += [part for own in adapted_matrices(self._model, self._directions) for part in self._adapter(own, learning)]
+        made += [
+            part for own in adapted_matrices(self._model, self._directions) for part in self._adapter(own, learning)
+        ]
         self._layers = [layer for layer in made if layer is not None]
         self._seen = seen
         for layer in self._layers:

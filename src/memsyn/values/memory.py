@@ -318,7 +318,7 @@ class Memory:
             if isinstance(parameters, WeightsInEffect):
                 present = parameters.with_buffers(model)
             if fit.names:
-                known = weights(model) if present is model else present
+                known = weights(model) if isinstance(present, nn.Module) else present
                 present = {fit.known(name): tensor for name, tensor in known.items()}
             if importance.fingerprint != fingerprint(present):
                 warnings.warn(
@@ -407,9 +407,7 @@ class Memory:
             raise OptionError("the memory holds no anchor: give the weights that were measured as reference=.")
         before = self.anchor if reference is None else reference
         names = self.directions.names()
-        sides = [
-            dict(side if isinstance(side, Mapping) else weights_by_name(side, names)) for side in (before, model)
-        ]
+        sides = [dict(side if isinstance(side, Mapping) else weights_by_name(side, names)) for side in (before, model)]
         for side in sides:
             new = fitted(names, side).names
             side |= {name: side[new[name]] for name in names if new.get(name) in side}

@@ -199,7 +199,8 @@ class AdaptedLayer:
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters of the adapters that act."""
-        held = [getattr(self.layer, part) for part in self.layer.adapter_layer_names]
+        # A layer with DoRA names its magnitudes twice.
+        held = [getattr(self.layer, part) for part in dict.fromkeys(self.layer.adapter_layer_names)]
         own = [one[name] for one in held for name in self.adapters() if name in one]
         found = [p for one in own for p in ([one] if isinstance(one, nn.Parameter) else one.parameters())]
         return [p for p in found if p.requires_grad]
@@ -268,7 +269,7 @@ def _by_running(layer: Any, base: Any, kind: str, path: str) -> tuple[Tensor, Te
 
     The output for 0 is the bias b, and that for the unit vector e_j is b + W e_j.
     """
-    with _in_evaluation(layer):
+    with _without_dropout(layer, base):
         if isinstance(base, nn.Embedding):
             return layer.forward(torch.arange(base.num_embeddings, device=base.weight.device)), None
         if isinstance(base, nn.modules.conv._ConvNd) or not isinstance(getattr(base, "in_features", None), int):
@@ -286,7 +287,7 @@ def _by_running(layer: Any, base: Any, kind: str, path: str) -> tuple[Tensor, Te
     # A quantised layer may round its inputs.
     if float((found - expected).norm()) > _NOT_LINEAR * float(expected.norm()):
         raise ModelError(
-            f"{path}.weight is adapted by PEFT's {kind}, which is not linear in its inputs, so that there is no weight in "
+            f"{path}.weight is adapted by PEFT's {kind}, which is not linear in its inputs: there is no weight in "
             f"effect. Use LoRA for this layer, or leave it out: exclude='{path}.*'."
         )
     return weight, None if getattr(base, "bias", None) is None and not bias.any() else bias
@@ -297,12 +298,15 @@ _NOT_LINEAR: Final = 0.02
 
 
 @contextmanager
-def _in_evaluation(layer: nn.Module) -> Iterator[None]:
-    """Without dropout, and with every flag as it was afterwards."""
+def _without_dropout(layer: nn.Module, base: nn.Module) -> Iterator[None]:
+    """In evaluation, and with every flag as it was afterwards.
+
+    Not the base layer: one of bitsandbytes may pack its weight in evaluation, for good.
+    """
     flags = [(module, module.training) for module in layer.modules()]
     try:
         for module, _ in flags:
-            module.training = False
+            module.training = module is base
         yield
     finally:
         for module, flag in flags:

@@ -609,7 +609,7 @@ def check_model(memory: Memory, model: nn.Module, known: Collection[str] = (), s
         lost = memory.directions.names() - parameters.keys() - memory.importance.keys()
         warn_of_lost(sorted(lost), "the memory", stacklevel + 1)
     names = memory.names
-    new = [name for name in free_names(model, names) if name not in known]
+    new = free_names(model, names | set(known))
     if new and names:
         warnings.warn(
             f"{len(new)} parameters of the model are not in the memory and stay free to change: {', '.join(new)}",

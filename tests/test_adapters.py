@@ -6,15 +6,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import lightning.pytorch as pl
 import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 import memsyn
 from memsyn.adapters import plain_model
+from memsyn.integrations.lightning import MemsynCallback as LightningCallback
+from memsyn.integrations.transformers import MemsynCallback as TrainerCallback
 from memsyn.weights_in_effect import WeightsInEffect
 
 DATA = torch.randn(24, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -629,9 +632,7 @@ def test_a_moved_adapter_is_said_when_its_importance_is_consolidated() -> None:
 
 def test_models_are_compared_by_the_weights_in_effect() -> None:
     model = network()
-    memory = learned(model).consolidate(
-        model, memsyn.measure(model, [DATA], estimator="kronecker", progress=False)
-    )
+    memory = learned(model).consolidate(model, memsyn.measure(model, [DATA], estimator="kronecker", progress=False))
     wrapped = adapted(model)
     plain = copy.deepcopy(wrapped).merge_and_unload()
     for reference in (memory, model, model.state_dict()):
@@ -698,7 +699,9 @@ def test_what_the_projected_form_cannot_hold_is_said() -> None:
     memory = learned(model, "kronecker")
     for kind in ("dora", "ia3", "oft", "lora with biases"):
         wrapped = adapted(model, CONFIGS[kind])
-        with pytest.raises(memsyn.ProtectionError, match=r"0\.weight is adapted by PEFT's .*projected form is for LoRA"):
+        with pytest.raises(
+            memsyn.ProtectionError, match=r"0\.weight is adapted by PEFT's .*projected form is for LoRA"
+        ):
             memsyn.protect(sgd(wrapped), wrapped, memory)
 
 
@@ -756,11 +759,15 @@ def test_a_penalty_that_diverges_is_an_error() -> None:
     wrapped = adapted(model)
     optimizer = sgd(wrapped)
     memsyn.protect(optimizer, wrapped, memory, strength=3e3, form="gradient")
-    with pytest.raises(memsyn.ProtectionError, match="strength 3000 makes the penalty on the weights of adapters diverge"):
+
+    def train() -> None:
         for _ in range(100):
             optimizer.zero_grad()
             wrapped(DATA).square().mean().backward()
             optimizer.step()
+
+    with pytest.raises(memsyn.ProtectionError, match="strength 3000 makes the penalty on the weights of adapters"):
+        train()
 
 
 def test_a_penalty_that_does_not_diverge_is_none() -> None:
@@ -796,7 +803,63 @@ def test_adapters_of_weights_outside_of_the_memory_are_named() -> None:
     model = network()
     memory = learned(model).select(only="0.*")
     wrapped = adapted(model)
-    with pytest.warns(memsyn.NewParametersWarning, match=r"1 parameters of the model are not in the memory.*: 2\.weight"):
+    with pytest.warns(
+        memsyn.NewParametersWarning, match=r"1 parameters of the model are not in the memory.*: 2\.weight"
+    ):
         handle = memsyn.protect(sgd(wrapped), wrapped, memory, strength=1.0)
     expected = (memory.importance["0.weight"] * (merged(wrapped)["0.weight"] - memory.anchor["0.weight"]) ** 2).sum()
     assert handle.value() == pytest.approx(expected.item(), rel=1e-9)
+
+
+class OfLightning(pl.LightningModule):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        return (self(batch[0]) - batch[1]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(adapters(self), lr=0.02)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the trainer: many, and not ours
+@pytest.mark.parametrize("estimator", ["mas", "kronecker"])
+def test_the_callback_of_lightning_protects_and_extends_a_memory_of_the_base(estimator: str, tmp_path: Any) -> None:
+    model = network()
+    memory = learned(model, estimator)
+    module = OfLightning(adapted(model, moved=False))
+    data = torch.utils.data.TensorDataset(DATA, torch.ones(24, 4, dtype=torch.float64))
+    loader = torch.utils.data.DataLoader(data, batch_size=8)
+    callback = LightningCallback(memory, strength=1e9)
+    silent = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(
+        max_epochs=2, logger=False, accelerator="cpu", callbacks=[callback], default_root_dir=tmp_path, **silent
+    )
+    with pytest.warns(memsyn.RenamedParametersWarning, match=r"is net\.0"):
+        trainer.fit(module, loader)
+    weights = merged(module.net)
+    held = max((weights[n] - model.get_parameter(n)).abs().max().item() for n in memory.names)
+    assert held < 1e-3
+    assert callback.memory.num_samples == 48
+    assert callback.memory.names == {f"net.{name}" for name in memory.names}
+
+
+@pytest.mark.filterwarnings("ignore")  # of the trainer: many, and not ours
+def test_the_callback_of_transformers_protects_and_extends_a_memory_of_the_base(tmp_path: Any) -> None:
+    model = llama().float()
+    memory = learned(model, "mas", TOKENS)
+    wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["v_proj"]))
+    data = [{"input_ids": row, "labels": row} for row in TOKENS["input_ids"]]
+    callback = TrainerCallback(memory, strength=1e9)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), num_train_epochs=2, report_to=[], use_cpu=True, learning_rate=0.02, disable_tqdm=True
+    )
+    Trainer(model=wrapped, args=arguments, train_dataset=data, callbacks=[callback]).train()
+    name = "model.layers.0.self_attn.v_proj.weight"
+    assert (merged(wrapped)[name] - model.get_parameter(name)).abs().max().item() < 1e-3
+    assert callback.memory.num_samples == 12
+    assert callback.memory.names == memory.names

@@ -124,9 +124,7 @@ def test_output_gradients_of_a_quantised_base_are_those_of_its_weights(kind: str
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_memory_of_the_whole_model_holds_the_same_model_quantised(kind: str, estimator: str) -> None:
     model = network()
-    memory = memsyn.Memory.empty().consolidate(
-        model, memsyn.measure(model, [OLD], estimator=estimator, progress=False)
-    )
+    memory = memsyn.Memory.empty().consolidate(model, memsyn.measure(model, [OLD], estimator=estimator, progress=False))
     wrapped = quantised(kind)
     optimizer = torch.optim.AdamW(adapters(wrapped), lr=0.02)
     handle = memsyn.protect(optimizer, wrapped, memory, strength=1e9)

@@ -131,8 +131,7 @@ class MemsynCallback(pl.Callback):
             assert self._training is not None
             kept = self._training.before
         kept = self._settings.kept(kept, pl_module)
-        free = kept.directions.free if kept.directions is not None else frozenset()
-        held = {id(p) for name, p in pl_module.named_parameters() if name in kept.names - free}
+        held = {id(parameter) for parameter in kept.held_parameters(pl_module).values()}
         for optimizer in trainer.optimizers:
             if any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
                 self.protections.append(self._settings.protect(optimizer, pl_module, kept))

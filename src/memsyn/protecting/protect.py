@@ -88,7 +88,9 @@ def protect(
             so are new rows of a parameter. If a head that all classes share grows, protection does not save the old
             classes: the new ones compete with them in the same outputs, and take their answers. Parameters that the
             model has lost are left out, with a warning. If names differ by a prefix (`net.`, `module.`), they are
-            found, with a warning.
+            found, with a warning. With adapters of PEFT, the weights in effect are held, W + s B A. "auto" takes the
+            gradient form if adapters are not of LoRA alone. The projected form damps A of an adapter that adds nothing
+            yet (B = 0) once, in place: see docs/adapters.md.
         memory: what is protected, as it is now; protect again after consolidating.
         strength: for the projected form c, a number without a unit, 10 by default; from 1 to 100 it changes little. For
             the penalty forms lambda as in the paper, which uses 1, untuned, or `Relative`, in units of the mean

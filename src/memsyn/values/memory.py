@@ -62,7 +62,7 @@ from memsyn.values.importance import (
     html_by_layer,
     summarize,
 )
-from memsyn.weights_in_effect import WeightsInEffect, free_names, weights_by_name
+from memsyn.weights_in_effect import WeightsInEffect, free_names, moving_parameters, weights_by_name
 
 Fold = Callable[[Tensor, Tensor, int, int, float], Tensor]
 
@@ -188,6 +188,14 @@ class Memory:
             directions,
             only_those(self.statistics, beside),
         )
+
+    def held_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of a model by which what the memory holds can move, for a memory under the model's names.
+
+        With adapters of PEFT these are the weights of the base model, and the adapters that change them.
+        """
+        free = frozenset[str]() if self.directions is None else self.directions.free
+        return moving_parameters(model, self.names - free)
 
     def renamed(self, names: Mapping[str, str]) -> Memory:
         """The same memory with other names: old name -> new name; names that are not given stay.

@@ -18,7 +18,7 @@ ROOMS: dict[str, set[str]] = {
     "torch_private": set(),
     "matrices": set(),
     "progress": set(),
-    "adapters": {"errors"},
+    "adapters": {"errors", "torch_private"},
     "parameters": BASE | {"adapters"},
     "weights_in_effect": {"adapters", "parameters"},
     "batches": BASE,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from memsyn.errors import ModelError
+from memsyn.torch_private import modules_of
 
 
 class _Classes(NamedTuple):
@@ -111,9 +112,10 @@ def _inside(module: Any, known: _Classes) -> nn.Module | None:
         return None
     if module.disable_adapters:
         return module.original_module  # type: ignore[no-any-return]
-    copies = module._modules.get("modules_to_save")
+    parts = dict(module.named_children())
+    copies = parts.get("modules_to_save")
     if copies is None:
-        return module._modules.get("token_adapter", module.original_module)  # type: ignore[no-any-return]
+        return parts.get("token_adapter", module.original_module)  # type: ignore[no-any-return]
     used = [name for name in module.active_adapters if name in copies]
     return copies[used[0]] if used else module.original_module  # type: ignore[no-any-return]
 
@@ -195,7 +197,8 @@ class AdaptedLayer:
         """The adapters that act beside the weight: not those that are switched off, or merged into it."""
         if self.layer.disable_adapters or self.layer.merged:
             return []
-        return [name for name in self.layer.active_adapters if name in self.layer._get_available_adapters()]
+        held = [getattr(self.layer, part) for part in self.layer.adapter_layer_names]
+        return [name for name in self.layer.active_adapters if any(name in one for one in held)]
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters of the adapters that act."""
@@ -272,7 +275,7 @@ def _by_running(layer: Any, base: Any, kind: str, path: str) -> tuple[Tensor, Te
     with _without_dropout(layer, base):
         if isinstance(base, nn.Embedding):
             return layer.forward(torch.arange(base.num_embeddings, device=base.weight.device)), None
-        if isinstance(base, nn.modules.conv._ConvNd) or not isinstance(getattr(base, "in_features", None), int):
+        if not isinstance(getattr(base, "in_features", None), int):
             raise ModelError(
                 f"{path}.weight is adapted by PEFT's {kind}: what weight it has in effect is not known. Use LoRA or "
                 f"DoRA for this layer, or leave it out: exclude='{path}.*'."
@@ -337,9 +340,10 @@ def _without_adapters(module: nn.Module, known: _Classes, done: dict[int, nn.Mod
         done[id(module)] = _without_adapters(inner, known, done)
     else:
         done[id(module)] = module
-        for name, child in module._modules.items():
+        children = modules_of(module)
+        for name, child in children.items():
             if child is not None:
-                module._modules[name] = _without_adapters(child, known, done)
+                children[name] = _without_adapters(child, known, done)
     return done[id(module)]
 
 

@@ -221,7 +221,7 @@ class Projecting(Protection):
         """id of a parameter -> schedule-free's `z` before the step."""
         super().__init__(found, model, directions.names(), watched)
         self._find_layers(found.optimizer)
-        self._norms = self._norms_now()  # fresh adapters were damped
+        self._take_norms()  # fresh adapters were damped
 
     def value(self) -> float:
         """0: a projection adds no penalty to the loss."""

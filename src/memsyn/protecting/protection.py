@@ -288,6 +288,9 @@ class Protection(ABC):
         """The weights were replaced, so that how large they were says nothing of steps."""
         self._norms = None
 
+    def _take_norms(self) -> None:
+        self._norms = self._norms_now()
+
     def _norms_now(self) -> dict[tuple[str, torch.dtype, torch.device], Tensor]:
         """By values and not by versions: fused optimizers do not count them up.
 

@@ -237,26 +237,28 @@ def test_weights_in_other_layouts_are_held(kind: str, form: str) -> None:
     assert moved[1e9] < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
-def test_merged_weights_stay_at_a_huge_strength(optimizer: Any) -> None:
+def test_merged_weights_stay_at_a_huge_strength(optimizer: Any, dtype: torch.dtype) -> None:
     """It ran with a value of 0 while the weights in effect moved."""
-    model = network()
-    memory = learned(model)
-    target = torch.randn(24, 4, dtype=torch.float64)
+    model, data = network().to(dtype), DATA.to(dtype)
+    memory = learned(model, data=data)
+    target = torch.randn(24, 4, dtype=dtype)
     moved = {}
-    for strength in (0.0, 1e9):
-        wrapped = adapted(model, moved=False)
+    for strength in (0.0, 1e9, 1e37):
+        wrapped = adapted(model, moved=False).to(dtype)
         own = optimizer(adapters(wrapped), lr=0.05)
         handle = memsyn.protect(own, wrapped, memory, strength=strength)
         for _ in range(50):
             own.zero_grad()
-            (wrapped(DATA) - target).square().mean().backward()
+            (wrapped(data) - target).square().mean().backward()
             own.step()
         handle.remove()
         weights = merged(wrapped)
         moved[strength] = max((weights[n] - model.get_parameter(n)).abs().max().item() for n in memory.names)
     assert moved[0.0] > 0.1
     assert moved[1e9] < 1e-6
+    assert moved[1e37] < 1e-6
 
 
 def test_the_proximal_step_is_the_minimum_over_b_then_over_a() -> None:

@@ -192,7 +192,7 @@ def _pull_rows_(problem: _Problem, index: int, factor: float | Tensor, divisor: 
     step = max(1, BUCKET // max(down.shape[1], rank**2))
     for start in range(0, len(up), step):
         moved, omega = problem.rows(start, start + step)
-        gradient = factor * scale * (moved.mul_(omega) @ wide.T).double()
+        gradient = (moved.mul_(omega) @ wide.T).double().mul_(factor * scale)
         curvature = torch.stack([omega @ (wide * row).T for row in wide], 1).double().mul_(factor * scale**2)
         diagonal = curvature.diagonal(dim1=1, dim2=2)
         diagonal += divisor[start : start + len(moved)] + _JITTER * diagonal.mean(1, keepdim=True)
@@ -210,7 +210,7 @@ class AdapterPenalty:
 
     def __init__(self, slots: Sequence[AdapterSlot]) -> None:
         self.slots = slots
-        self._stepped: dict[int, StepSize | None] = {}
+        self._stepped: set[int] = set()
         """id of a parameter of adapters that the step in progress moves."""
         self._before, self._num_grown = 0.0, 0
 
@@ -222,7 +222,7 @@ class AdapterPenalty:
         """
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         moving = [p for slot in self.slots for p in slot.layer.parameters() if p.grad is not None and id(p) in groups]
-        self._stepped = {id(p): None for p in moving}
+        self._stepped = {id(p) for p in moving}
         if form == PROXIMAL:
             check_low_rank(self.slots, ProtectionError)
         elif moving:
@@ -245,7 +245,7 @@ class AdapterPenalty:
 
     def _check_growth(self, value: float, strength: float) -> None:
         """A penalty that grows by more than a fifth in each of many steps in a row diverges."""
-        # A weight that drifts away evenly has a penalty of t^2: it grows by less than a fifth from the tenth step on.
+        # The penalty on weights that drift away evenly grows as t^2: by less than a fifth from step 11 on.
         self._num_grown = self._num_grown + 1 if value > _GROWTH * self._before > 0 else 0
         self._before = value
         if self._num_grown >= _TOO_MANY or not math.isfinite(value):
@@ -266,7 +266,10 @@ class AdapterPenalty:
 
 
 _GROWTH: Final = 1.2
+"""A penalty that is so many times as large as before the last step may diverge."""
+
 _TOO_MANY: Final = 20
+"""After so many of such steps in a row it does."""
 
 
 def check_low_rank(slots: Sequence[AdapterSlot], error: type[MemsynError]) -> None:

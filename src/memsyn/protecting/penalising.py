@@ -238,7 +238,7 @@ class Penalising(Protection):
     def _begin(self, optimizer: Optimizer) -> None:
         """Gradients are there, and the update comes next. A step may end in `zero_grad()`: later is too late."""
         self._stepped = self._with_gradients(optimizer)
-        has_moved = self._adapted.begin(optimizer, self.form, self.strength)
+        has_moved = bool(self._adapted.slots) and self._adapted.begin(optimizer, self.form, self.strength)
         self._versions = None if self._stepped or has_moved else self._versions
         if self.form == GRADIENT and self._stepped:
             self._add_gradients(optimizer, self._stepped)
@@ -262,7 +262,8 @@ class Penalising(Protection):
         strength = self.strength if found_inf is None else self.strength * (1 - found_inf)
         for pulls in self._pulls(optimizer, self._stepped, strength):
             pull_(*pulls)
-        self._adapted.pull(optimizer, strength)
+        if self._adapted.slots:
+            self._adapted.pull(optimizer, strength)
 
     def _check_gradients(self, optimizer: Optimizer) -> None:
         """Warn once if the first steps move weights without a gradient, so that nothing holds them."""

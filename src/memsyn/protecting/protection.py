@@ -133,7 +133,7 @@ class Report:
             f"anchor. The other {1 - self.held:.1%} have room to move."
         )
         if math.isnan(self.held):
-            held = "Held: not known. How far a step of this optimizer moves a weight is not known."
+            held = "Held: not known. How far a step moves these weights is not known."
         if not self.bound:
             return [held, "Moved: nothing. All weights stand at the anchor."]
         moved = (

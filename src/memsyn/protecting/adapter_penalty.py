@@ -190,10 +190,14 @@ def _pull_rows_(problem: _Problem, index: int, factor: float | Tensor, divisor: 
     up, down, scale = problem.factors[index]
     wide, rank = down.to(problem.anchor.dtype), down.shape[0]
     step = max(1, BUCKET // max(down.shape[1], rank**2))
+    pairs = torch.triu_indices(rank, rank, device=down.device).split(max(1, BUCKET // down.shape[1]), 1)
     for start in range(0, len(up), step):
         moved, omega = problem.rows(start, start + step)
         gradient = (moved.mul_(omega) @ wide.T).double().mul_(factor * scale)
-        curvature = torch.stack([omega @ (wide * row).T for row in wide], 1).double().mul_(factor * scale**2)
+        curvature = torch.empty(len(moved), rank, rank, dtype=torch.float64, device=down.device)
+        for one, other in pairs:  # A diag(Omega) A^T, of which one half is computed
+            part = (omega @ (wide[one] * wide[other]).T).double().mul_(factor * scale**2)
+            curvature[:, one, other] = curvature[:, other, one] = part
         diagonal = curvature.diagonal(dim1=1, dim2=2)
         diagonal += divisor[start : start + len(moved)] + _JITTER * diagonal.mean(1, keepdim=True)
         lower = torch.linalg.cholesky_ex(curvature).L

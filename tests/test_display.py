@@ -240,7 +240,7 @@ def test_a_report_says_what_is_not_known_and_what_is_not_protected() -> None:
         1.0, 2.0, {"0": 2.0}, math.nan, moved_statistics=2, form="gradient", strength=1.0, num_weights=9
     )
     lines = str(report).splitlines()
-    assert lines[1] == "Held: not known. How far a step of this optimizer moves a weight is not known."
+    assert lines[1] == "Held: not known. How far a step moves these weights is not known."
     assert lines[-1] == (
         "Not protected: 2 statistics, such as running means. Their values are not those that the memory remembers, and "
         "the outputs on old data have changed with them."

@@ -269,3 +269,13 @@ def test_the_steps_of_an_optimizer_that_are_in_progress_are_counted() -> None:
     other.step(closure)
     closure()
     assert seen == [(2, 0), (0, 1), (0, 0)]
+
+
+def test_the_submodules_of_a_module_are_those_it_reads() -> None:
+    shared = torch.nn.Linear(1, 1)
+    model = torch.nn.Sequential(shared, shared)
+    children = torch_private.modules_of(model)
+    assert list(children) == ["0", "1"]
+    children["1"] = torch.nn.Identity()
+    assert isinstance(model[1], torch.nn.Identity)
+    assert model[0] is shared

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 from torch.optim.swa_utils import AveragedModel
 
+from memsyn.adapters import modules_in_use
 from memsyn.errors import MismatchError, OptionError, RenamedParametersWarning
 from memsyn.torch_private import compiled_original, persistent_buffers, uncompiled_name
 
@@ -298,7 +299,7 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
     Buffers without values (lazy, or on the meta device) and sparse ones are left out.
     """
     found: dict[int, tuple[str, Tensor]] = {}
-    for prefix, module in unwrap(model).named_modules():
+    for prefix, module, _ in modules_in_use(unwrap(model)):
         for name, buffer in persistent_buffers(module):
             has_values = not isinstance(buffer, UninitializedBuffer) and not buffer.is_meta
             if has_values and buffer.is_floating_point() and buffer.layout == torch.strided:

@@ -114,6 +114,11 @@ def remove_backward_hooks(module: nn.Module) -> None:
     module._backward_pre_hooks.clear()
 
 
+def modules_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Name -> submodule of a module itself, the dict that the module reads: a shared submodule has all of its names."""
+    return module._modules
+
+
 def named_slots(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
     """(dictionary, name, value) for each submodule, parameter and buffer that the module itself holds."""
     for owner in (module._modules, module._parameters, module._buffers):

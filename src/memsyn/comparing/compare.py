@@ -24,7 +24,7 @@ from memsyn.batches import (
     model_input,
 )
 from memsyn.comparing.answers import AUTO_KIND, Answers, Output, check_kind, check_shape, kind_of_answers
-from memsyn.comparing.old_model import Reference, moved_buffers, old_model, with_statistics_of
+from memsyn.comparing.old_model import Reference, moved_buffers, old_model, with_statistics_of, without_adapters
 from memsyn.comparing.verdict import Comparison
 from memsyn.errors import BatchError, MemsynError, OptionError, OutputError, SamplesInteractError
 from memsyn.measuring.measure import length_of, untouched_generators
@@ -118,6 +118,7 @@ def compare(
     check_measurable(model)
     names = None if segments is None else _checked_segments(segments)
     users = [own for own in (model, reference) if isinstance(own, nn.Module)]
+    model = without_adapters(model, reference)
     device = _device_of(model)
     with ExitStack() as stack:
         stack.enter_context(untouched_generators())

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from memsyn.adapters import has_adapters, plain_model, speaks_of_adapters
 from memsyn.errors import MismatchError, OptionError
 from memsyn.measuring.model_copy import check_measurable, model_copy
 from memsyn.parameters import canonical_name, fitted, named_parameters, same_values, statistics, unwrap
@@ -69,6 +70,17 @@ def old_model(model: nn.Module, reference: Reference) -> OldModel:
     held = {id(places[name]) for name in values if name in places}
     mine = {**named_parameters(clone), **statistics(clone)}
     return OldModel(clone, tuple(name for name, tensor in mine.items() if id(tensor) not in held))
+
+
+def without_adapters(model: nn.Module, reference: Reference) -> nn.Module:
+    """The model under the names of a reference: if it has adapters of PEFT and the reference has none, the base model.
+
+    Its weights are those in effect.
+    """
+    names = () if isinstance(reference, nn.Module) else reference.names if isinstance(reference, Memory) else reference
+    if isinstance(reference, nn.Module) or not has_adapters(model) or speaks_of_adapters(model, names):
+        return model
+    return plain_model(unwrap(model))
 
 
 def anchor_of(memory: Memory) -> dict[str, Tensor]:

@@ -147,8 +147,7 @@ class MemsynCallback(pl.Callback):
             assert self._training is not None
             kept = self._training.before
         own = self._settings.kept(kept, pl_module)
-        free = own.directions.free if own.directions is not None else frozenset()
-        held = {id(p) for name, p in pl_module.named_parameters() if name in own.names - free}
+        held = {id(parameter) for parameter in own.held_parameters(pl_module).values()}
         for optimizer in trainer.optimizers:
             if any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
                 self.protections.append(self._settings.protect(optimizer, pl_module, kept))

@@ -324,6 +324,7 @@ def _measured(
         max_samples=settings.max_samples,
         group=dist.group.WORLD if dist.is_available() and dist.is_initialized() else None,
         progress=progress,
+        weights="effective",
     )
 
 

@@ -27,6 +27,7 @@ from memsyn.batches import (
 )
 from memsyn.errors import MemsynError, ModelError, OptionError, SlowParametersWarning
 from memsyn.measuring.distributed import ProcessGroup, fail_together, group_of, rank_and_size
+from memsyn.measuring.in_effect import in_base_names, model_to_measure
 from memsyn.measuring.measurement import Measurement
 from memsyn.measuring.model_copy import check_measurable
 from memsyn.measuring.objectives import Estimator, Forward, find_estimator
@@ -53,6 +54,7 @@ def measure(  # type: ignore[overload-overlap]
     every: float = ...,
     rank: int | None = ...,
     split: BatchSplit | None = ...,
+    weights: str | None = ...,
 ) -> KroneckerFactors: ...
 
 
@@ -71,6 +73,7 @@ def measure(
     every: float = ...,
     rank: int | None = ...,
     split: BatchSplit | None = ...,
+    weights: str | None = ...,
 ) -> Importance: ...
 
 
@@ -88,6 +91,7 @@ def measure(
     every: float = 60.0,
     rank: int | None = None,
     split: BatchSplit | None = None,
+    weights: str | None = None,
 ) -> Importance | KroneckerFactors:
     """Measure what a model relies on, from unlabelled data: an importance per weight, or directions per weight matrix.
 
@@ -148,6 +152,11 @@ def measure(
             sketch lost is known: see `KroneckerFactors.lost`.
         split: batch -> a list of batches of one sample each, for batches that memsyn cannot take apart. They are
             measured one at a time.
+        weights: what is measured of a model with adapters of PEFT, which must be said. "effective": the weights of the
+            base model in effect, W + s B A, under the names of the base model, also those that PEFT has frozen. The
+            model is measured with its adapters merged, on a copy. Of a quantised base, "inputs" and "kronecker" are
+            measured at A and B, without W: the weights that are not adapted are then left out. "adapters": A, B and
+            what else trains, under its own names. Other models have their weights in effect, and it may be left out.
 
     Returns:
         The importance of every parameter that requires a gradient, as sums and a count; `KroneckerFactors` for
@@ -176,11 +185,12 @@ def measure(
     chosen = find_estimator(estimator)
     _check_options(chosen, batched=batched, checkpoint=checkpoint, rank=rank)
     check_measurable(model)
+    group, given = group or group_of(model), model
+    model = model_to_measure(model, weights, chosen)
     trainable = trainable_parameters(model)
     if not trainable:
         raise ModelError("the model has no parameter that requires a gradient: there is nothing to measure.")
     device = next(iter(trainable.values())).device
-    group = group or group_of(model)
     resumable = None if checkpoint is None else Checkpoint(checkpoint, every)
     # The order matters. `fail_together` ends before `write_on_failure`, so that a process also writes its file if only
     # another process has failed.
@@ -207,7 +217,7 @@ def measure(
     result = measurement.result(group)
     if resumable is not None:
         resumable.finish()
-    return result
+    return in_base_names(result, given, weights)
 
 
 def _check_options(estimator: Estimator, *, batched: bool, checkpoint: object, rank: object) -> None:

@@ -98,6 +98,10 @@ def model_copy(
         # These options change the gradient or its layout. Importance needs the plain derivative.
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             module.scale_grad_by_freq = module.sparse = False
+        # In evaluation, on some processors, a 4-bit layer of bitsandbytes packs its weight in another way, and writes
+        # that into a state that the clone shares with the user's model.
+        if "support_avx512bf16_for_cpu" in vars(module):
+            vars(module)["support_avx512bf16_for_cpu"] = False
         # With frozen parameters it would use nested tensors, which have no backward pass.
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memsyn.errors import NotProtectedWarning, OptionError, ProtectionError, StrengthWarning
-from memsyn.parameters import layer_of, named_parameters, same_values, wide_dtype
+from memsyn.parameters import layer_of, same_values, wide_dtype
+from memsyn.protecting.adapter_penalty import AdapterPenalty, adapter_slots, check_low_rank
 from memsyn.protecting.optimizers import (
     GRADIENT,
     PROJECTED,
@@ -41,6 +42,7 @@ from memsyn.protecting.protection import Protection, Report, is_protected
 from memsyn.protecting.strength import checked_strength
 from memsyn.torch_private import version_of
 from memsyn.values.memory import Memory, check_fit, check_model
+from memsyn.weights_in_effect import parameters_by_name
 
 
 class _Slot(NamedTuple):
@@ -72,7 +74,7 @@ class Penalising(Protection):
         watched: Watched,
     ) -> None:
         self.strength, self.form = strength, form
-        self._device, self._importance_dtype = device, importance_dtype
+        self._held_as = device, importance_dtype
         self._take(memory)
         self._stepped: list[_Slot] = []
         """What the step in progress moves: the parameters that had a gradient before it."""
@@ -83,22 +85,23 @@ class Penalising(Protection):
 
     def value(self) -> float:
         """The penalty now: lambda sum Omega (theta - theta*)^2 over the protected parameters."""
-        slots = self._now()
-        terms = (float((omega * moved.square_()).sum()) for _, moved, omega in distances([s.protected for s in slots]))
+        protected = (weights for _, weights in self._protected_now())
+        terms = (float((omega * moved.square_()).sum()) for _, moved, omega in distances(protected))
         return self.strength * sum(terms)
 
     def report(self) -> Report:
         """How far outputs are predicted to have changed, how far the weights have moved, and the share that is held."""
         self._check_acted()
         slots, optimizer = self._now(), self._optimizer()
+        names = [*(slot.name for slot in slots), *(slot.name for slot in self._adapted.slots)]
         penalty, stiff, important = 0.0, math.nan, 0
         layers: dict[str, float] = {}
-        for index, moved, omega in distances([slot.protected for slot in slots]):
-            layer = layer_of(slots[index].name)
+        for index, moved, omega in distances(weights for _, weights in self._protected_now()):
+            layer = layer_of(names[index])
             layers[layer] = layers.get(layer, 0.0) + float((omega * moved.abs()).sum())
             penalty += float((omega * moved.square_()).sum())
             important += int(omega.count_nonzero())
-        if optimizer is not None and known_kind(optimizer) is not None:
+        if optimizer is not None and known_kind(optimizer) is not None and not self._adapted.slots:
             stiff = sum(num_held(*pulls) for pulls in self._pulls(optimizer, slots, self.strength))
         count = sum(slot.protected.omega.numel() for slot in slots)
         report = Report(
@@ -133,7 +136,7 @@ class Penalising(Protection):
             raise OptionError(f"expected the state of a Protection, got the keys {', '.join(map(str, state))}.")
         own, remembered = dict(state["importance"]), dict(state.get("statistics", {}))
         memory = Memory(dict(state["anchor"]), own, statistics=remembered).fitted(self._model)
-        check_model(memory, self._model, named_parameters(self._model))  # `protect` has said what is free
+        check_model(memory, self._model, parameters_by_name(self._model, memory.names))  # `protect` said what is free
         optimizer = self._optimizer()
         form = str(state["form"]) if optimizer is None else checked_form(state["form"], optimizer)
         if form == PROJECTED:
@@ -147,7 +150,7 @@ class Penalising(Protection):
         )
 
     def _take(self, memory: Memory) -> None:
-        dtype = self._importance_dtype
+        dtype = self._held_as[1]
         importance = {name: omega.to(dtype or omega.dtype) for name, omega in memory.importance.items()}
         self._memory = Memory(dict(memory.anchor), importance)
         self._slots: list[_Slot] = []
@@ -159,6 +162,11 @@ class Penalising(Protection):
             self._find_slots(optimizer)
         return self._slots
 
+    def _protected_now(self) -> Iterator[tuple[str, ProtectedWeights]]:
+        """The protected weights by name; those in effect are computed one at a time."""
+        yield from ((slot.name, slot.protected) for slot in self._now())
+        yield from ((slot.name, slot.protected()) for slot in self._adapted.slots)
+
     def _find_slots(self, optimizer: Optimizer) -> None:
         """Look for the protected parameters again if the optimizer's parameters have changed.
 
@@ -169,7 +177,14 @@ class Penalising(Protection):
         seen = [key for group in groups for p in group["params"] for key in (id(p), p.data_ptr(), p.shape, id(group))]
         if seen == self._seen:
             return
-        names = {id(p): name for name, p in named_parameters(self._model).items() if name in self._memory.importance}
+        known = self._memory.importance.keys()
+        slots = adapter_slots(self._model, self._memory, *self._held_as)
+        if self.form == PROXIMAL:
+            check_low_rank(slots, OptionError)
+        self._adapted = AdapterPenalty(slots)
+        through = {slot.name for slot in slots}
+        own = parameters_by_name(self._model, known)
+        names = {id(p): name for name, p in own.items() if name in known and name not in through}
         self._slots = []
         for group in groups:
             for parameter in group["params"]:
@@ -185,8 +200,8 @@ class Penalising(Protection):
         """Anchor and importance in float32 at least, on the parameter's device or on `device`."""
         check_tensors({name: parameter})
         check_fit({name: self._memory.importance[name]}, {name: parameter}, "the memory", may_change=True)
-        device, dtype = self._device or parameter.device, wide_dtype(parameter)
-        omega = self._memory.importance[name].to(device, self._importance_dtype or dtype)
+        device, dtype = self._held_as[0] or parameter.device, wide_dtype(parameter)
+        omega = self._memory.importance[name].to(device, self._held_as[1] or dtype)
         anchor = self._memory.anchor[name].to(device, dtype)
         if anchor.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr():
             anchor = anchor.clone()  # a memory made by hand may hold the weights themselves, which move
@@ -227,7 +242,8 @@ class Penalising(Protection):
     def _begin(self, optimizer: Optimizer) -> None:
         """Gradients are there, and the update comes next. A step may end in `zero_grad()`: later is too late."""
         self._stepped = self._with_gradients(optimizer)
-        self._versions = None if self._stepped else self._versions
+        has_moved = bool(self._adapted.slots) and self._adapted.begin(optimizer, self.form, self.strength)
+        self._versions = None if self._stepped or has_moved else self._versions
         if self.form == GRADIENT and self._stepped:
             self._add_gradients(optimizer, self._stepped)
 
@@ -242,7 +258,7 @@ class Penalising(Protection):
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._versions is not None and self.strength:
             self._check_gradients(optimizer)
-        if self.form != PROXIMAL or not self._stepped:
+        if self.form != PROXIMAL:
             return
         # GradScaler sets it to 1 if a fused optimizer must skip this step: then the pull is skipped too. A product does
         # not wait for the GPU, as a comparison would.
@@ -250,6 +266,8 @@ class Penalising(Protection):
         strength = self.strength if found_inf is None else self.strength * (1 - found_inf)
         for pulls in self._pulls(optimizer, self._stepped, strength):
             pull_(*pulls)
+        if self._adapted.slots:
+            self._adapted.pull(optimizer, strength)
 
     def _check_gradients(self, optimizer: Optimizer) -> None:
         """Warn once if the first steps move weights without a gradient, so that nothing holds them."""

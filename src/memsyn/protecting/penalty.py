@@ -4,14 +4,14 @@ Owns the formulas, as plain functions on tensors. Must not know optimizers. Work
 that the temporary tensors stay small, whatever the size of the model.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from memsyn.errors import OptionError, ProtectionError
-from memsyn.parameters import Patterns, named_parameters, only_those, wide_dtype
+from memsyn.parameters import Patterns, only_those, wide_dtype
 from memsyn.protecting import compiled
 from memsyn.torch_private import (
     foreach_add,
@@ -25,6 +25,7 @@ from memsyn.torch_private import (
     foreach_sub,
 )
 from memsyn.values.memory import Memory, check_fit
+from memsyn.weights_in_effect import parameters_by_name, weights_by_name
 
 BUCKET: Final = 2**19
 """How many weights are updated at a time: 2 MiB of float32 for each temporary tensor."""
@@ -64,7 +65,8 @@ def penalty(
         only, exclude: names or patterns of the memory's parameters that count, as `Memory.select` takes them.
 
     Returns:
-        A scalar on the device of the parameters, differentiable; 0 for an empty memory.
+        A scalar on the device of the parameters, differentiable; 0 for an empty memory. With adapters of PEFT it is of
+        the weights in effect, differentiable with respect to the adapters; `protect` needs less memory.
 
     Raises:
         MismatchError: the memory is of another architecture.
@@ -87,8 +89,8 @@ def penalty(
             "the memory holds directions alone, which have no penalty: use protect, or measure 'mas' too."
         )
     memory = memory.fitted(model).select(only=only, exclude=exclude)
-    parameters = named_parameters(model)
-    check_tensors(only_those(parameters, memory.importance))
+    check_tensors(only_those(parameters_by_name(model, memory.names), memory.importance))
+    parameters = weights_by_name(model, memory.names)
     check_fit(memory.importance, parameters, "the memory", may_change=True)
     terms = []
     for name, omega in memory.importance.items():
@@ -131,7 +133,7 @@ def known_rows(parameter: Tensor, held: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def distances(protected: Sequence[ProtectedWeights]) -> Iterator[tuple[int, Tensor, Tensor]]:
+def distances(protected: Iterable[ProtectedWeights]) -> Iterator[tuple[int, Tensor, Tensor]]:
     """theta - theta* and Omega, bucket by bucket, each with the index of its parameter in `protected`."""
     for index, weights in enumerate(protected):
         for theta, anchor, omega in _split(*weights):

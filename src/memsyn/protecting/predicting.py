@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from memsyn.errors import MismatchError, OptionError
-from memsyn.parameters import canonical_name, fitted, named_parameters
+from memsyn.parameters import canonical_name, fitted
 from memsyn.protecting.statistics import WatchedStatistics
 from memsyn.values.directions import Directions
 from memsyn.values.memory import Memory
 from memsyn.values.relative_change import NO_LENGTH, RelativeChange, relative_change, why_unknown
+from memsyn.weights_in_effect import weights_by_name
 
 OldWeights = nn.Module | Mapping[str, Tensor]
 """The model that was measured, or its weights by name."""
@@ -84,12 +85,12 @@ def change_predictor(memory: Memory, whole: Memory, model: nn.Module, reference:
     if memory.directions is None or whole.directions is None or why:
         also = " and consolidate that too" if memory.importance else ""
         return ChangePredictor(unknown=f"{why}. Measure with estimator='kronecker'{also}, or {CURE}")
-    parameters = named_parameters(model)
+    parameters = weights_by_name(model, whole.names)
     found: dict[str, Tensor] = {}
     for source in (given, whole.anchor, parameters):
         moved = set(whole.directions.moved(source))
         found |= {n: source[n].detach() for n in whole.directions.names() - found.keys() - moved if n in source}
-    directions = memory.directions.only(parameters.keys())
+    directions = memory.directions.only(parameters)
     lost = sorted(directions.names() - found.keys())
     if lost:
         return ChangePredictor(
@@ -99,7 +100,7 @@ def change_predictor(memory: Memory, whole: Memory, model: nn.Module, reference:
     squared_outputs = whole.directions.squared_outputs(found)
     if not squared_outputs:
         return ChangePredictor(unknown=f"{NO_LENGTH}, or its last layer was replaced: {CURE}")
-    own = {p.untyped_storage().data_ptr() for p in parameters.values()}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     before = {
         name: found[name].clone() if found[name].untyped_storage().data_ptr() in own else found[name]
         for name in directions.names()
@@ -110,7 +111,7 @@ def change_predictor(memory: Memory, whole: Memory, model: nn.Module, reference:
 def _given(reference: OldWeights, memory: Memory) -> dict[str, Tensor]:
     """The weights of a reference under the memory's names, after a check that they are those that were measured."""
     if isinstance(reference, nn.Module):
-        values: dict[str, Tensor] = dict(named_parameters(reference))
+        values: dict[str, Tensor] = dict(weights_by_name(reference, memory.names))
     elif isinstance(reference, Mapping) and all(isinstance(value, Tensor) for value in reference.values()):
         values = {canonical_name(name): value for name, value in reference.items()}
     else:

@@ -7,7 +7,7 @@ Gradients are damped before the step too. An optimizer such as Adam divides them
 in protected directions would make its steps in the free directions small.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from memsyn.errors import OptionError
 from memsyn.matrices import Matrix
-from memsyn.parameters import fitted, layer_of, named_parameters, wide_dtype
+from memsyn.parameters import fitted, layer_of, wide_dtype
+from memsyn.protecting.adapter_projection import AdaptedMatrix, adapted_matrices, is_fresh
 from memsyn.protecting.optimizers import PROJECTED, Stepping
 from memsyn.protecting.predicting import Watched
 from memsyn.protecting.protection import Protection, Report, check_optimizer, is_protected
@@ -31,6 +32,7 @@ from memsyn.values.directions import (
     diagonal_damping,
 )
 from memsyn.values.spectra import Spectrum
+from memsyn.weights_in_effect import parameters_by_name, weights_by_name
 
 EVERY: Final = 10
 """Steps between two projections by default; the measurements are in docs/decisions.md."""
@@ -86,6 +88,23 @@ class Damping:
         return result
 
 
+@final
+class UpDamping:
+    """The damping of B of an adapter, by A as it is when it is called.
+
+    Args:
+        own: the adapter, and the directions of its weight.
+        strength: c.
+    """
+
+    def __init__(self, own: AdaptedMatrix, strength: float) -> None:
+        self._own, self._strength = own, strength
+
+    def __call__(self, change: Tensor) -> Tensor:
+        """The damped change, (1, m, r)."""
+        return Damping(self._own.of_up(), self._strength, change.device, change.dtype)(change)
+
+
 def _with_rest(spectrum: Spectrum) -> Tensor:
     """The eigenvalues that are kept and that of the rest, (G, r + 1); of a table, all n."""
     if spectrum.vectors is None:
@@ -102,7 +121,7 @@ class _Protected:
     """The weight, and its bias if both are protected together."""
     matrix: Matrix | None
     """None for a parameter that is no matrix."""
-    damping: Damping | Tensor
+    damping: Damping | UpDamping | Tensor
     """Of a parameter that is no matrix, the factor of each weight."""
     num_rows: int
     """The rows of the weight that the memory knows."""
@@ -197,11 +216,12 @@ class Projecting(Protection):
         """Steps that are not projected yet."""
         self._removed: dict[str, tuple[Tensor, Tensor]] = {}
         """Layer -> ||change||^2 before and after its last projection."""
-        check_optimizer(found.optimizer, named_parameters(model), directions.names())
+        check_optimizer(found.optimizer, model, directions.names())
         self._averaged: dict[int, Tensor] = {}
         """id of a parameter -> schedule-free's `z` before the step."""
         super().__init__(found, model, directions.names(), watched)
         self._find_layers(found.optimizer)
+        self._take_norms()  # fresh adapters were damped
 
     def value(self) -> float:
         """0: a projection adds no penalty to the loss."""
@@ -252,7 +272,7 @@ class Projecting(Protection):
             directions = Directions.from_file(state["directions"], dict(state["groups"]))
         except (LookupError, TypeError, ValueError) as error:
             raise OptionError(f"the state holds no directions: {error}.") from error
-        parameters = named_parameters(self._model)
+        parameters = weights_by_name(self._model, directions.names() | directions.free)
         fit = fitted(directions.names() | directions.free, parameters)
         directions = directions.renamed(fit.names)
         directions.check(parameters)
@@ -389,10 +409,14 @@ class Projecting(Protection):
             self.flush()
         self._num_waiting = 0
         learning = {id(p) for p in held if p.requires_grad}
-        parameters = {name: p for name, p in named_parameters(self._model).items() if id(p) in learning}
-        self._directions.check(named_parameters(self._model))
+        names = self._directions.names()
+        parameters = {name: p for name, p in parameters_by_name(self._model, names).items() if id(p) in learning}
+        self._directions.check(weights_by_name(self._model, names))
         made = [self._layer(key, own, parameters) for key, own in self._directions.layers.items()]
         made += [self._single(name, own, parameters) for name, own in self._directions.diagonal.items()]
+        made += [
+            part for own in adapted_matrices(self._model, self._directions) for part in self._adapter(own, learning)
+        ]
         self._layers = [layer for layer in made if layer is not None]
         self._seen = seen
         for layer in self._layers:
@@ -415,6 +439,22 @@ class Projecting(Protection):
         alone = own.of_bias()
         damped = Damping(alone, self.strength, bias.device, wide_dtype(bias))
         return _Protected(key, (bias,), alone.matrix, damped, alone.matrix.layout.rows)
+
+    def _adapter(self, own: AdaptedMatrix, learning: Set[int]) -> Iterator[_Protected]:
+        """A and B of an adapter. If it adds nothing yet, A is damped itself, so that B A x is small for old inputs."""
+        down, up = own.term.down, own.term.up
+        matrix = own.of_down()
+        damped = Damping(matrix, self.strength, down.device, wide_dtype(down))
+        if id(down) in learning:
+            part = _Protected(f"{own.path} A", (down,), matrix.matrix, damped, len(down))
+            if id(down) not in self._befores and self.strength and is_fresh(own.term):
+                with torch.no_grad():
+                    part.project({id(down): torch.zeros_like(down)})
+            yield part
+        if id(up) in learning:
+            matrix = own.of_up()
+            rows = matrix.matrix.layout.rows
+            yield _Protected(f"{own.path} B", (up,), matrix.matrix, UpDamping(own, self.strength), rows)
 
     def _single(self, name: str, own: DiagonalDirections, parameters: Mapping[str, nn.Parameter]) -> _Protected | None:
         parameter = parameters.get(name)

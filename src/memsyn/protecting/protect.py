@@ -11,9 +11,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from memsyn.errors import OptionError, ProtectionError
-from memsyn.parameters import Patterns, listed, named_parameters, only_those
+from memsyn.parameters import Patterns, listed, only_those
 from memsyn.protecting.optimizers import (
     AUTO,
+    GRADIENT,
     PROJECTED,
     best_form,
     checked_form,
@@ -30,6 +31,7 @@ from memsyn.protecting.statistics import WatchedStatistics
 from memsyn.protecting.strength import Relative, checked_strength
 from memsyn.values.directions import STRENGTH
 from memsyn.values.memory import Memory, check_model
+from memsyn.weights_in_effect import adapted_weights, parameters_by_name, weights_by_name
 
 IMPORTANCE_DTYPES: Final = (None, torch.bfloat16, torch.float32, torch.float64)
 """float16 is not among them: an importance of 65,520 would be infinite."""
@@ -88,7 +90,9 @@ def protect(
             so are new rows of a parameter. If a head that all classes share grows, protection does not save the old
             classes: the new ones compete with them in the same outputs, and take their answers. Parameters that the
             model has lost are left out, with a warning. If names differ by a prefix (`net.`, `module.`), they are
-            found, with a warning.
+            found, with a warning. With adapters of PEFT, the weights in effect are held, W + s B A. "auto" takes the
+            gradient form if adapters are not of LoRA alone. The projected form damps A of an adapter that adds nothing
+            yet (B = 0) once, in place: see docs/adapters.md.
         memory: what is protected, as it is now; protect again after consolidating.
         strength: for the projected form c, a number without a unit, 10 by default; from 1 to 100 it changes little. For
             the penalty forms lambda as in the paper, which uses 1, untuned, or `Relative`, in units of the mean
@@ -156,14 +160,14 @@ def protect(
         raise OptionError(f"expected protect(optimizer, model, memory), got ({given}).")
     found = stepping_optimizer(optimizer)
     optimizer = found.optimizer
-    form = checked_form(_form_for(optimizer, memory) if form == AUTO else form, optimizer)
+    whole = memory.fitted(model)
+    form = checked_form(_form_for(optimizer, model, whole) if form == AUTO else form, optimizer)
     raw = strength if strength is None or isinstance(strength, Relative) else checked_strength(strength)
     if importance_dtype not in IMPORTANCE_DTYPES:
         allowed = ", ".join(map(str, IMPORTANCE_DTYPES))
         raise OptionError(f"importance_dtype must be one of {allowed}; got {importance_dtype!r}.")
     if is_protected(optimizer):
         raise ProtectionError("this optimizer is protected already: call remove() on its first handle.")
-    whole = memory.fitted(model)
     memory = _chosen(whole, model, form, only, exclude)
     ignored = whole.statistics.keys() - memory.statistics.keys()
     predictor = change_predictor(memory, whole, model, reference)
@@ -182,7 +186,7 @@ def protect(
         return Projecting(found, model, memory.directions, number, every, in_each_step, watched)
     raw = Relative() if raw is None else raw
     raw = checked_strength(raw.of(memory)) if isinstance(raw, Relative) else raw
-    held = check_optimizer(optimizer, named_parameters(model), memory.importance)
+    held = check_optimizer(optimizer, model, memory.importance)
     _check_dense_gradients(model, memory, held)
     where = None if device is None else torch.device(device)
     statistics = WatchedStatistics(model, memory.statistics, freeze=freeze_statistics, ignored=ignored)
@@ -190,17 +194,18 @@ def protect(
     return Penalising(found, model, memory, raw, form, where, importance_dtype, watched)
 
 
-def _form_for(optimizer: Optimizer, memory: Memory) -> str:
+def _form_for(optimizer: Optimizer, model: nn.Module, memory: Memory) -> str:
     """The form for form="auto": projected where the memory has directions and the optimizer allows it."""
     if memory.directions is not None and not (isinstance(optimizer, torch.optim.LBFGS) and memory.importance):
         return PROJECTED
-    return best_form(optimizer)
+    low_rank = all(layer.is_low_rank() for _, layer in adapted_weights(model, memory.importance.keys()))
+    return best_form(optimizer) if low_rank else GRADIENT
 
 
 def _check_dense_gradients(model: nn.Module, memory: Memory, held: Set[int]) -> None:
     """Refuse tables that are known to get sparse gradients: a pull of all their rows would not be sparse."""
     sparse = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse}
-    for name, parameter in named_parameters(model).items():
+    for name, parameter in parameters_by_name(model, memory.names).items():
         if name in memory.importance and id(parameter) in sparse & held and parameter.requires_grad:
             raise ProtectionError(f"{name} gets a sparse gradient: make its embedding with sparse=False.")
 
@@ -211,8 +216,8 @@ def _chosen(memory: Memory, model: nn.Module, form: str, only: Patterns | None, 
     only = None if only is None else listed(only, "only")
     memory = memory.select(only=only, exclude=exclude)
     _check_holds(memory, form)
-    parameters = named_parameters(model)
-    check_tensors(only_those(parameters, memory.names))
+    check_tensors(only_those(parameters_by_name(model, memory.names), memory.names))
+    parameters = weights_by_name(model, memory.names)
     check_model(memory, model, known, stacklevel=4)
     check_replaced(memory, parameters, form, only or [])
     warn_of_grown(memory, parameters)

@@ -6,7 +6,8 @@ Owns the hooks and their removal, and that no optimizer is protected twice.
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 from weakref import WeakMethod, WeakSet, ref
@@ -21,6 +22,7 @@ from memsyn.protecting.optimizers import PROJECTED, Stepping, known_kind
 from memsyn.protecting.predicting import Watched, of_another_memory
 from memsyn.torch_private import num_steps_in_progress
 from memsyn.values.display import LayerRow, counted, html_table, html_text, percent, short_name
+from memsyn.weights_in_effect import WeightsInEffect, moving_parameters, weights_by_name
 
 _protected: "WeakSet[Optimizer]" = WeakSet()
 """The optimizers with a handle that was not removed."""
@@ -34,14 +36,14 @@ def is_protected(optimizer: Optimizer) -> bool:
     return optimizer in _protected
 
 
-def check_optimizer(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], names: Collection[str]) -> Set[int]:
+def check_optimizer(optimizer: Optimizer, model: nn.Module, names: Collection[str]) -> Set[int]:
     """The ids of an optimizer's parameters, after a check that an optimizer holds a parameter of the memory.
 
     Raises:
         ProtectionError: it holds none.
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    own = [parameters[name] for name in names if name in parameters]
+    own = moving_parameters(model, names).values()
     if any(id(parameter) in held for parameter in own):
         return held
     cure = "Was it made from another model, or before the model was copied or moved?"
@@ -184,7 +186,7 @@ class Report:
             f"anchor. The other {1 - self.held:.1%} have room to move."
         )
         if math.isnan(self.held):
-            held = "Held: not known. How far a step of this optimizer moves a weight is not known."
+            held = "Held: not known. How far a step moves these weights is not known."
         if not self.bound:
             return [held, "Moved: nothing. All weights stand at the anchor."]
         moved = (
@@ -261,8 +263,7 @@ class Protection(ABC):
         self._acted = False
         """Whether the optimizer has stepped; also set once it is said that it has not."""
         self._model = model
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self._held = [name for name, p in named_parameters(model).items() if name in names and id(p) in held]
+        self._names = set(names)
         own = unwrap(model)
         self._guards = [
             own.register_state_dict_pre_hook(Guard(self._before_saving)),
@@ -338,7 +339,8 @@ class Protection(ABC):
         report = replace(report, moved_statistics=statistics.num_moved(), unknown=predictor.unknown)
         if predictor.unknown:
             return report
-        found = predictor.change(self._weights_after_flush())
+        with self._weights_after_flush() as weights:
+            found = predictor.change(weights)
         return replace(report, change=found.whole, changes=found.layers)
 
     def _restored(self, *, is_same: bool) -> None:
@@ -346,13 +348,26 @@ class Protection(ABC):
         if not is_same:
             self._watched = self._watched._replace(predictor=of_another_memory())
 
-    def _weights_after_flush(self) -> dict[str, Tensor]:
-        """The parameters, with the values that `flush` of all handles of the model would give them."""
+    @contextmanager
+    def _weights_after_flush(self) -> Iterator[Mapping[str, Tensor]]:
+        """The weights in effect, with the values that `flush` of all handles of the model would give them."""
         waiting: dict[int, Tensor] = {}
         for handle in _handles:
             if unwrap(handle._model) is unwrap(self._model):
                 waiting |= handle._waiting_values()
-        return {name: waiting.get(id(p), p.detach()) for name, p in named_parameters(self._model).items()}
+        weights = weights_by_name(self._model, self._names)
+        if not isinstance(weights, WeightsInEffect):
+            yield {name: waiting.get(id(p), p.detach()) for name, p in weights.items()}
+            return
+        # Adapters are read where they are: in this block, those whose steps wait hold their values after the flush.
+        moved = [(p, p.data, waiting[id(p)]) for p in named_parameters(self._model).values() if id(p) in waiting]
+        try:
+            for parameter, _, after in moved:
+                parameter.data = after
+            yield weights
+        finally:
+            for parameter, now, _ in moved:
+                parameter.data = now
 
     def _waiting_values(self) -> dict[int, Tensor]:
         """id of a parameter -> the values that `flush` would give it; only the projected form delays any."""
@@ -366,13 +381,18 @@ class Protection(ABC):
         """The weights were replaced, so that how large they were says nothing of steps."""
         self._norms = None
 
+    def _take_norms(self) -> None:
+        self._norms = self._norms_now()
+
     def _norms_now(self) -> dict[tuple[str, torch.dtype, torch.device], Tensor]:
         """By values and not by versions: fused optimizers do not count them up.
 
         Moved to another device or dtype, a parameter has another key: its norm is another by rounding.
         """
-        parameters = named_parameters(self._model)
-        local = {name: _local(parameters[name].detach()) for name in self._held if name in parameters}
+        optimizer = self._optimizer()
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
+        moving = moving_parameters(self._model, self._names)
+        local = {name: _local(p.detach()) for name, p in moving.items() if id(p) in held}
         return {
             (name, p.dtype, p.device): torch.linalg.vector_norm(p, dtype=wide_dtype(p)) for name, p in local.items()
         }

@@ -203,9 +203,13 @@ class WatchedStatistics:
     def begin(self, optimizer: Optimizer) -> None:
         """Freeze if that was asked for, and watch after each step until something has moved."""
         if self._freeze:
-            present = {canonical_name(name): module for name, module in unwrap(self._model).named_modules()}
-            owners = {name.rpartition(".")[0] for name in self._before}
-            own = {name: present[name] for name in present if name in owners and _has_running_statistics(present[name])}
+            known = statistics(self._model)
+            watched = {id(known[name]) for name in self._before if name in known}
+            own = {
+                canonical_name(name): module
+                for name, module in unwrap(self._model).named_modules()
+                if _has_running_statistics(module) and any(id(b) in watched for b in module.buffers(recurse=False))
+            }
             self._frozen = FrozenStatistics(own)
             finalize(self, self._frozen.remove).atexit = False  # the optimizer was dropped, and its protection with it
         if self._before:

@@ -29,12 +29,10 @@ from memsyn.parameters import (
     fingerprint,
     fitted,
     moved_statistics,
-    named_parameters,
     only_those,
     same_values,
     statistics,
     statistics_beside,
-    trainable_parameters,
     under_new_names,
     way_out,
     weights,
@@ -64,6 +62,7 @@ from memsyn.values.importance import (
     html_by_layer,
     summarize,
 )
+from memsyn.weights_in_effect import WeightsInEffect, free_names, moving_parameters, weights_by_name
 
 Fold = Callable[[Tensor, Tensor, int, int, float], Tensor]
 
@@ -190,6 +189,14 @@ class Memory:
             only_those(self.statistics, beside),
         )
 
+    def held_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of a model by which what the memory holds can move, for a memory under the model's names.
+
+        With adapters of PEFT these are the weights of the base model, and the adapters that change them.
+        """
+        free = frozenset[str]() if self.directions is None else self.directions.free
+        return moving_parameters(model, self.names - free)
+
     def renamed(self, names: Mapping[str, str]) -> Memory:
         """The same memory with other names: old name -> new name; names that are not given stay.
 
@@ -213,7 +220,7 @@ class Memory:
         Warns:
             RenamedParametersWarning: names differ.
         """
-        fit = fitted(self.names, named_parameters(model), stacklevel=4)
+        fit = fitted(self.names, weights_by_name(model, self.names), stacklevel=4)
         return self.renamed(fit.names | {name: fit.own(name) for name in self.statistics if fit.names})
 
     def consolidate(
@@ -267,7 +274,7 @@ class Memory:
         memory, importance, chosen = self._together(model, importance, only, exclude)
         if isinstance(importance, KroneckerFactors):
             return memory._with_factors(model, importance, rule, decay, label, rank, chosen)
-        parameters = named_parameters(model)
+        parameters = weights_by_name(model, importance.names)
         check_fit(importance.sums, parameters, "the importance")
         check_fit(memory.importance, parameters, "the memory", may_change=True)
         _check_same_quantity(memory.quantity or importance.quantity, importance.quantity, "the importance", "folded")
@@ -312,9 +319,15 @@ class Memory:
 
         Factors are selected later, when they are directions.
         """
-        fit = fitted(importance.names, named_parameters(model), "the importance", stacklevel=4)
+        parameters = weights_by_name(model, importance.names)
+        fit = fitted(importance.names, parameters, "the importance", stacklevel=4)
         if importance.fingerprint is not None:
-            present = {fit.known(name): tensor for name, tensor in weights(model).items()} if fit.names else model
+            present: nn.Module | Mapping[str, Tensor] = model
+            if isinstance(parameters, WeightsInEffect):
+                present = parameters.with_buffers(model)
+            if fit.names:
+                known = weights(model) if isinstance(present, nn.Module) else present
+                present = {fit.known(name): tensor for name, tensor in known.items()}
             if importance.fingerprint != fingerprint(present):
                 warnings.warn(
                     "the importance was measured at other weights than the model has now, or at fewer: the anchor "
@@ -346,7 +359,7 @@ class Memory:
         if rank is not None and (not isinstance(rank, int) or rank < 1):
             raise OptionError(f"rank must be a whole number, at least 1, or None; got {rank!r}.")
         _check_same_quantity(self.directions_quantity or factors.quantity, factors.quantity, "the factors", "folded")
-        parameters = named_parameters(model)
+        parameters = weights_by_name(model, factors.names)
         old = _present(self.directions or Directions(), parameters)
         new = consolidated(Directions(), factors, (0.0, 1.0), rank)
         missing = sorted((new.names() | new.free) - parameters.keys())
@@ -401,8 +414,8 @@ class Memory:
         if reference is None and not self.directions.names() <= self.anchor.keys():
             raise OptionError("the memory holds no anchor: give the weights that were measured as reference=.")
         before = self.anchor if reference is None else reference
-        sides = [dict(side) if isinstance(side, Mapping) else named_parameters(side) for side in (before, model)]
         names = self.directions.names()
+        sides = [dict(side if isinstance(side, Mapping) else weights_by_name(side, names)) for side in (before, model)]
         for side in sides:
             new = fitted(names, side).names
             side |= {name: side[new[name]] for name in names if new.get(name) in side}
@@ -530,7 +543,7 @@ class Memory:
             return memory
         memory = memory.fitted(like)
         check_model(memory, like)
-        parameters = named_parameters(like)
+        parameters = weights_by_name(like, memory.names)
         moved = [n for n, anchor in memory.anchor.items() if n in parameters and not _stands_at(parameters[n], anchor)]
         if not memory.anchor and memory.directions is not None:
             names, mark = sorted(memory.names & parameters.keys()), memory.history[-1].fingerprint
@@ -597,14 +610,14 @@ class Memory:
 
 def check_model(memory: Memory, model: nn.Module, known: Collection[str] = (), stacklevel: int = 3) -> None:
     """`Memory.check`, for a memory under the model's names; without a warning of the parameters in `known`."""
-    parameters = named_parameters(model)
+    parameters = weights_by_name(model, memory.names)
     check_fit(memory.importance, parameters, "the memory", may_change=True, stacklevel=stacklevel + 2)
     if memory.directions is not None:
         memory.directions.check(parameters)
         lost = memory.directions.names() - parameters.keys() - memory.importance.keys()
         warn_of_lost(sorted(lost), "the memory", stacklevel + 1)
     names = memory.names
-    new = [name for name in trainable_parameters(model) if name not in names and name not in known]
+    new = free_names(model, names | set(known))
     if new and names:
         warnings.warn(
             f"{len(new)} parameters of the model are not in the memory and stay free to change: {', '.join(new)}",

@@ -124,6 +124,7 @@ def test_public_names_are_sorted_and_there() -> None:
         "ProtectionError",
         "Relative",
         "RenamedParametersWarning",
+        "Repaired",
         "RepeatedDataWarning",
         "Report",
         "SamplesInteractError",
@@ -139,6 +140,7 @@ def test_public_names_are_sorted_and_there() -> None:
         "measure",
         "penalty",
         "protect",
+        "repair",
         "tune",
     ]
 

@@ -1,6 +1,7 @@
 """memsyn: learn something new without forgetting what the model knows (Memory Aware Synapses, ECCV 2018)."""
 
 from memsyn.comparing.compare import compare
+from memsyn.comparing.repair import Repaired, repair
 from memsyn.comparing.verdict import Comparison, PairedDifference, Verdict
 from memsyn.errors import (
     BatchError,
@@ -72,6 +73,7 @@ __all__ = [
     "ProtectionError",
     "Relative",
     "RenamedParametersWarning",
+    "Repaired",
     "RepeatedDataWarning",
     "Report",
     "SamplesInteractError",
@@ -87,5 +89,6 @@ __all__ = [
     "measure",
     "penalty",
     "protect",
+    "repair",
     "tune",
 ]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from memsyn.cli import files, gate
+from memsyn.cli import files, gate, repair
 
 __all__ = ["app"]
 
@@ -22,6 +22,7 @@ app.command("diff")(files.diff_files)
 app.command("merge")(files.merge_files)
 app.command("convert")(files.convert_file)
 app.command("gate", cls=gate.GateCommand)(gate.gate_weights)
+app.command("repair")(repair.repair_weights)
 
 
 def _print_version(wanted: bool) -> None:

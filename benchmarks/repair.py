@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,7 +164,8 @@ def main() -> None:
     options = parser.parse_args()
     for name in options.sequences:
         sequence = find_sequence(name)
-        settings = Settings(name, sequence.sizes[0], **dict(sequence.training))
+        training: dict[str, Any] = dict(sequence.training)
+        settings = Settings(name, sequence.sizes[0], **training)
         found, said = [], []
         for number in tqdm(range(options.seeds), name):
             seed = number + 100 * options.validation

@@ -392,7 +392,7 @@ def test_no_option_comes_or_goes_unnoticed():
         ),
         (
             ["repair"],
-            "memsyn repair old.memsyn.safetensors new.safetensors -o repaired.safetensors --learned new-task.safetensors",
+            "memsyn repair old.memsyn.safetensors new.safetensors -o repaired.safetensors --learned factors",
         ),
     ],
 )

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,9 @@ def forgot() -> tuple[nn.Module, nn.Module, Memory]:
 # The definition
 
 
-def objective(name: str, old: Directions, new: Directions | None, change: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+def objective(
+    name: str, old: Directions, new: Directions | None, change: Tensor, kept: Tensor
+) -> tuple[Tensor, Tensor]:
     """||D' - D||_N^2 and tr(S D' A D'^T), written out with whole matrices, for a weight with its bias column."""
     own = old.layers[name]
     a, s = (side.dense()[0] for side in (own.inputs, own.outputs))
@@ -133,7 +134,9 @@ def test_a_generic_optimiser_finds_the_same() -> None:
     of_need = 2 * own.scales[0] * own.scales[1] * s @ kept @ a
     multiplier = float((2 * (change - kept) * of_need).sum() / of_need.square().sum())
     best = torch.zeros_like(change).requires_grad_()
-    optimizer = torch.optim.LBFGS([best], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [best], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> Tensor:
         optimizer.zero_grad()
@@ -321,7 +324,7 @@ def test_a_model_that_ends_otherwise_needs_data() -> None:
     torch.manual_seed(0)
     old = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.LayerNorm(6)).double()
     memory, new = remembered(old, inputs(2)), moved(old)
-    with pytest.raises(memsyn.OptionError, match="does not end in a linear layer.*Give batches= of the old kind"):
+    with pytest.raises(memsyn.OptionError, match=r"does not end in a linear layer.*Give batches= of the old kind"):
         memsyn.repair(new, memory)
     found = memsyn.repair(new, memory, batches=[inputs(2)], max_change=0.1, learned=learned_by(new, inputs(3)))
     assert found.measured is not None
@@ -450,9 +453,7 @@ def test_a_layer_that_the_new_task_does_not_use_returns_whole() -> None:
         ({"memory": "importance"}, "cannot be predicted: the memory holds no directions.*Give batches= of the old"),
     ],
 )
-def test_wrong_arguments(
-    forgot: tuple[nn.Module, nn.Module, Memory], options: dict[str, Any], message: str
-) -> None:
+def test_wrong_arguments(forgot: tuple[nn.Module, nn.Module, Memory], options: dict[str, Any], message: str) -> None:
     _, new, memory = forgot
     given: dict[str, Any] = {"model": new, "memory": memory, **options}
     if given["memory"] == "importance":
@@ -474,9 +475,7 @@ def test_a_matrix_that_is_read_otherwise_is_refused(forgot: tuple[nn.Module, nn.
     _, new, memory = forgot
     learned = learned_by(new, inputs(3))
     matrices = {key: replace(own, bias=None) for key, own in learned.matrices.items()}
-    sums = {
-        name: total[:, :-1, :-1] if name.startswith("inputs/") else total for name, total in learned.sums.items()
-    }
+    sums = {name: total[:, :-1, :-1] if name.startswith("inputs/") else total for name, total in learned.sums.items()}
     with pytest.raises(memsyn.MismatchError, match=r"0\.weight is read as .* in the memory, and as .* in learned="):
         memsyn.repair(new, memory, learned=replace(learned, matrices=matrices, sums=sums))
 

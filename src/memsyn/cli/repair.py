@@ -44,7 +44,7 @@ def repair_weights(
 
     Without --data and --model the memory's directions predict the change of the old outputs; with them it is measured.
 
-    Example: memsyn repair old.memsyn.safetensors new.safetensors -o repaired.safetensors --learned new-task.safetensors
+    Example: memsyn repair old.memsyn.safetensors new.safetensors -o repaired.safetensors --learned factors
     """
     with plain_errors():
         if (data is None) != (model is None):
@@ -55,9 +55,7 @@ def repair_weights(
         if data is not None and model is not None:
             built, batches = build_model(model), read_batches(data)
             load_weights(built, state, state_path)
-            found = repair(
-                built, memory, max_change=max_change, learned=factors, reference=before, batches=batches
-            )
+            found = repair(built, memory, max_change=max_change, learned=factors, reference=before, batches=batches)
         else:
             found = repair(state, memory, max_change=max_change, learned=factors, reference=before)
         with replace_file(out) as file:

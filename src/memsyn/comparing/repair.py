@@ -48,7 +48,7 @@ STEP: Final = math.log(10)
 MOST: Final = 60
 """Halvings, if the change is a step of lambda and comes no closer to the bound."""
 
-Weights = nn.Module | Mapping[str, Tensor]
+ModelOrWeights = nn.Module | Mapping[str, Tensor]
 """A model, or its weights by name."""
 
 
@@ -129,12 +129,12 @@ _SIDES: Final = ("before", "after")
 
 
 def repair(
-    model: Weights,
+    model: ModelOrWeights,
     memory: Memory,
     *,
     max_change: float = MAX_CHANGE,
     learned: KroneckerFactors | None = None,
-    reference: Weights | None = None,
+    reference: ModelOrWeights | None = None,
     batches: Iterable[Any] | None = None,
     forward: Forward | None = None,
     max_samples: int | None = None,
@@ -148,8 +148,8 @@ def repair(
     with the memory's A and S (see `KroneckerFactors`). ||X||_N^2 is tr(S_new X A_new X^T) with the factors of the new
     task, `learned`, and ||X||^2 without. So changes that the old outputs do not depend on stay, and with `learned` also
     more of what the new task needs. One lambda serves all layers: the smallest that keeps the change of the old outputs
-    at or below `max_change`. Parameters that are no matrices, and those of which the memory holds an importance alone, are
-    divided by 1 + lambda g, with g their mean squared gradient or importance.
+    at or below `max_change`. Changes of parameters that are no matrices, or of which the memory holds an importance
+    alone, are divided by 1 + lambda g, with g their mean squared gradient or importance.
 
     Running statistics that have moved are put back too, if the outputs change too much. Parameters that the memory does
     not know, such as a new head, stay as they are. The model itself is not changed.
@@ -218,7 +218,7 @@ def repair(
 
 
 def _checked_batches(
-    model: Weights, batches: Iterable[Any] | None, forward: Forward | None, max_samples: int | None
+    model: ModelOrWeights, batches: Iterable[Any] | None, forward: Forward | None, max_samples: int | None
 ) -> Iterable[Any] | None:
     """The batches, which are read more than once.
 
@@ -260,7 +260,7 @@ class _Way:
 
     @classmethod
     def between(
-        cls, model: Weights, memory: Memory, reference: Weights | None, learned: KroneckerFactors | None
+        cls, model: ModelOrWeights, memory: Memory, reference: ModelOrWeights | None, learned: KroneckerFactors | None
     ) -> _Way:
         """Check that all are of one model, and take the differences.
 
@@ -362,7 +362,7 @@ def _place(tensor: Tensor) -> tuple[int, int, torch.Size]:
     return tensor.data_ptr(), tensor.numel(), tensor.shape
 
 
-def _weights(of: Weights) -> dict[str, Tensor]:
+def _weights(of: ModelOrWeights) -> dict[str, Tensor]:
     """Parameters and statistics by name."""
     if isinstance(of, nn.Module):
         return {**named_parameters(of), **statistics(of)}
@@ -399,9 +399,7 @@ def _difference(old: Tensor, new: Tensor, rows: int | None) -> Tensor:
     return other - one
 
 
-def _checked_learned(
-    learned: KroneckerFactors, after: Mapping[str, Tensor], directions: Directions
-) -> Directions:
+def _checked_learned(learned: KroneckerFactors, after: Mapping[str, Tensor], directions: Directions) -> Directions:
     """The directions of the new task.
 
     Raises:

@@ -17,10 +17,8 @@ from memsyn.matrices import Matrix
 from memsyn.values.directions import Directions, LayerDirections
 from memsyn.values.spectra import Spectrum
 
-RIDGE: Final = 0.1
-"""Added to the new task's second moments, in units of their mean eigenvalue (chosen on validation data, docs/log.md)."""
-
-OLD_RIDGE = 0.0
+RIDGE: Final = 1.0
+"""Added to the new task's second moments, in units of their mean eigenvalue (see docs/log.md)."""
 
 Shrink = Callable[[float, dict[str, Tensor]], None]
 """(lambda, parameter -> its change in float64): puts the shrunk changes of one matrix or parameter into the dict."""
@@ -60,10 +58,10 @@ def pencil(old: Spectrum, new: Spectrum | None) -> Pencil:
     """M of the old spectrum and N of the new one with `RIDGE` on its diagonal; N is the identity if there is none."""
     old = old.to(torch.device("cpu"), torch.float64)
     if new is None:
-        return Pencil(old.vectors, old.vectors, old.values + OLD_RIDGE, old.rest + OLD_RIDGE)
+        return Pencil(old.vectors, old.vectors, old.values, old.rest)
     new = new.to(torch.device("cpu"), torch.float64)
     if old.vectors is None or new.vectors is None:
-        return Pencil(None, None, (old.values + OLD_RIDGE) / (new.values[:, : old.width] + RIDGE), old.rest)
+        return Pencil(None, None, old.values / (new.values[:, : old.width] + RIDGE), old.rest)
     # Between the two spans and their complement nothing is mixed: k = r + r' columns are enough.
     spanned = torch.cat([old.vectors, new.vectors], 2)
     if spanned.shape[2] < old.width:
@@ -71,11 +69,11 @@ def pencil(old: Spectrum, new: Spectrum | None) -> Pencil:
     else:
         basis = torch.eye(old.width, dtype=torch.float64, device=spanned.device).expand(len(spanned), -1, -1)
     root = torch.linalg.cholesky(_within(new, basis, RIDGE))
-    half = torch.linalg.solve_triangular(root, _within(old, basis, OLD_RIDGE), upper=False)
+    half = torch.linalg.solve_triangular(root, _within(old, basis, 0.0), upper=False)
     whole = torch.linalg.solve_triangular(root, half.transpose(1, 2), upper=False)
     values, vectors = torch.linalg.eigh((whole + whole.transpose(1, 2)) / 2)
     inverse = torch.linalg.solve_triangular(root.transpose(1, 2), vectors, upper=True)
-    return Pencil(basis @ root @ vectors, basis @ inverse, values.clamp_min(0), (old.rest + OLD_RIDGE) / (new.rest + RIDGE))
+    return Pencil(basis @ root @ vectors, basis @ inverse, values.clamp_min(0), old.rest / (new.rest + RIDGE))
 
 
 def _within(spectrum: Spectrum, basis: Tensor, ridge: float) -> Tensor:

@@ -39,6 +39,7 @@ OLD = 3
 BOUNDS = (0.02, 0.05, 0.1, 0.2)
 SHOWN = 200
 """Training images of each old task, without labels, by which the change is measured."""
+STEPS = 20
 Weights = dict[str, Tensor]
 
 
@@ -88,10 +89,16 @@ def trained(sequence: TaskSequence, settings: Settings, tasks: Sequence[Task], s
     return Forgot(model.eval(), tasks, old, new, memory, learned, sequence.scorings[0])
 
 
+def known(forgot: Forgot) -> list[str]:
+    """The parameters that the memory's outputs rely on."""
+    assert forgot.memory.directions is not None
+    return sorted(forgot.memory.directions.names())
+
+
 def interpolated(forgot: Forgot, shares: Callable[[str], float]) -> Weights:
     """Old weights and a share of their change, for what the memory knows."""
     old, new = forgot.old, forgot.new
-    return {name: old[name] + shares(name) * (new[name] - old[name]) for name in sorted(forgot.memory.names)}
+    return {name: old[name] + shares(name) * (new[name] - old[name]) for name in known(forgot)}
 
 
 def of_all(forgot: Forgot, way: float) -> Weights:
@@ -103,7 +110,7 @@ def of_layers(forgot: Forgot, way: float) -> Weights:
     """One number for each layer, w / (w + lambda q): little of the layers that change the old outputs much."""
     need = forgot.memory.predicted_change(forgot.new, forgot.old)
     sizes = dict.fromkeys(need, 0.0)
-    for name in forgot.memory.names:
+    for name in known(forgot):
         sizes[layer_of(name)] += float((forgot.new[name] - forgot.old[name]).square().sum())
     balance = way / max(1e-12, 1 - way) * sum(sizes.values()) / sum(need.values())
     kept = {layer: size / (size + balance * need[layer]) if size else 1.0 for layer, size in sizes.items()}
@@ -111,8 +118,8 @@ def of_layers(forgot: Forgot, way: float) -> Weights:
 
 
 def path(forgot: Forgot, weights: Callable[[Forgot, float], Weights]) -> list[tuple[float, float]]:
-    """The scores from the new weights to the old ones, in 40 steps."""
-    return [forgot.scores(weights(forgot, step / 40)) for step in range(41)]
+    """The scores from the new weights to the old ones, in steps of a twentieth."""
+    return [forgot.scores(weights(forgot, step / STEPS)) for step in range(STEPS + 1)]
 
 
 def rows(forgot: Forgot) -> dict[tuple[str, float], tuple[float, float]]:
@@ -177,6 +184,7 @@ def main() -> None:
             (before, _), (after, new) = forgot.scores(forgot.old), forgot.scores({})
             said.append((before, after, new))
             found.append(rows(forgot))
+            tqdm.write(f"{name}, seed {seed}: {said[-1]}, {found[-1]}")
         before, after, new = (fmean(own) for own in zip(*said, strict=True))
         print(f"\n{name}: old tasks {before:.1f}%, {after:.1f}% after the new one, which reaches {new:.1f}%\n")
         print("| way back | max_change | comes back | new task loses |\n|---|---:|---:|---:|")

@@ -247,6 +247,8 @@ def test_statistics_come_back_and_a_new_head_stays() -> None:
     )
     found = memsyn.repair(careless, memory, max_change=0.05, learned=learned)
     assert found.statistics == ("body.1.running_mean", "body.1.running_var")
+    assert found.learned is None
+    assert "test it, and train its head again with freeze_statistics=True if it needs that" in str(found)
     assert not any(name.startswith(("new.", "old.")) for name in found.weights)
     assert all(torch.equal(own, before[name]) for name, own in careless.state_dict().items())
     assert "2 running statistics put back, the first is body.1.running_mean." in str(found)
@@ -278,6 +280,25 @@ def test_statistics_alone_are_put_back_if_that_is_enough() -> None:
         assert found.weights.keys() == {"body.1.running_mean"}
         assert torch.equal(found.weights["body.1.running_mean"], model.body[1].running_mean)
         assert found.kept == {}
+
+
+def test_a_parameter_without_dimensions_is_repaired() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.head = nn.Parameter(torch.tensor(1.0)), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.scale * x)
+
+    torch.manual_seed(0)
+    old = Scaled().double()
+    memory, new = remembered(old, inputs(2)), moved(old)
+    for learned in (None, learned_by(new, inputs(3))):
+        found = memsyn.repair(new, memory, max_change=0.1, learned=learned)
+        ends = sorted([1.0, new.scale.item()])
+        assert ends[0] < found.weights["scale"].item() < ends[1]
+        assert change_of(memory, new, found.weights) == pytest.approx(0.1, rel=1e-5)
 
 
 @pytest.mark.parametrize("has_data", [False, True])

@@ -66,7 +66,8 @@ class Repaired:
         predicted: the predicted relative change of the outputs on the old data, before and after, as `memsyn gate`
             gives it without data; None if it cannot be predicted.
         measured: the comparisons with the old model on the batches, before and after; None without batches.
-        learned: the predicted relative change of the new task's outputs by the repair; None without `learned`.
+        learned: the predicted relative change of the new task's outputs by the repair; None without `learned`, and if
+            statistics are put back, which the prediction does not see.
     """
 
     weights: dict[str, Tensor] = field(repr=False)
@@ -100,7 +101,8 @@ class Repaired:
         if self.statistics:
             words.append(
                 f"{counted(len(self.statistics), 'running statistic')} put back, the first is "
-                f"{printable(self.statistics[0])}."
+                f"{printable(self.statistics[0])}. The new task was learned with others: test it, and train its head "
+                "again with freeze_statistics=True if it needs that."
             )
         lines = [" ".join(words)]
         least = sorted(self.kept.items(), key=lambda item: item[1])
@@ -151,8 +153,9 @@ def repair(
     at or below `max_change`. Changes of parameters that are no matrices, or of which the memory holds an importance
     alone, are divided by 1 + lambda g, with g their mean squared gradient or importance.
 
-    Running statistics that have moved are put back too, if the outputs change too much. Parameters that the memory does
-    not know, such as a new head, stay as they are. The model itself is not changed.
+    Running statistics that have moved are put back too, if the outputs change too much. The new task was learned with
+    the other ones, so test it, and train its head again if it needs that. Parameters that the memory does not know,
+    such as a new head, stay as they are. The model itself is not changed.
 
     Args:
         model: the model that forgot, or its weights by name (a state_dict).
@@ -330,8 +333,10 @@ class _Way:
         for name, change in changes.items():
             values = self.after[name].detach().clone()
             known = values[: len(change)] if values.ndim else values
-            known.copy_(self.before[name].detach()[: len(change)].to("cpu", torch.float64) + change)
-            found[name] = values
+            old = self.before[name].detach()
+            known.copy_((old[: len(change)] if old.ndim else old).to("cpu", torch.float64) + change)
+            if not torch.equal(values, self.after[name].detach()):
+                found[name] = values
         places = {_place(self.after[name]): values for name, values in found.items()}
         return found | {name: places[_place(own)] for name, own in self.after.items() if _place(own) in places}
 
@@ -455,10 +460,10 @@ def _found(way: _Way, max_change: float, change: Callable[[Mapping[str, Tensor]]
     return replace(
         whole,
         weights=weights,
-        kept={layer: math.sqrt(own / old) for layer, (own, old) in kept.items()},
+        kept={layer: math.sqrt(own / old) for layer, (own, old) in kept.items() if old},
         statistics=tuple(way.statistics),
         predicted=None if first is None else (first, way.predicted(weights)),
-        learned=way.lost(weights),
+        learned=None if way.statistics else way.lost(weights),
     )
 
 

@@ -13,6 +13,7 @@ mean over seeds and the 95% interval. `--validation` trains on one part of the t
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -122,6 +123,14 @@ def path(forgot: Forgot, weights: Callable[[Forgot, float], Weights]) -> list[tu
     return [forgot.scores(weights(forgot, step / STEPS)) for step in range(STEPS + 1)]
 
 
+def at(steps: Sequence[tuple[float, float]], old: float) -> tuple[float, float]:
+    """The scores where the old tasks first reach an accuracy, between two steps in proportion."""
+    for (low, first), (high, last) in pairwise(steps):
+        if low < old <= high:
+            return old, first + (old - low) / (high - low) * (last - first)
+    return steps[0] if old <= steps[0][0] else steps[-1]
+
+
 def rows(forgot: Forgot) -> dict[tuple[str, float], tuple[float, float]]:
     """(way back, bound) -> the share of what was forgotten that comes back, and the points that the new task loses."""
     before, (after, new) = forgot.scores(forgot.old)[0], forgot.scores({})
@@ -151,7 +160,7 @@ def rows(forgot: Forgot) -> dict[tuple[str, float], tuple[float, float]]:
             note(name, bound, scores)
             if name == "repair, learned=":
                 for other, steps in paths.items():
-                    note(other, bound, next((step for step in steps if step[0] >= scores[0]), steps[-1]))
+                    note(other, bound, at(steps, scores[0]))
     return found
 
 

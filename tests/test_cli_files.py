@@ -382,6 +382,10 @@ def test_no_option_comes_or_goes_unnoticed():
             "memory_path", "state_path", "--model", "--data", "--reference", "--min-agreement", "--max-change",
             "--kind", "--html", "--json",
         ],
+        "repair": [
+            "memory_path", "state_path", "--out", "-o", "--max-change", "--learned", "--model", "--data", "--reference",
+            "--json",
+        ],
     }  # fmt: skip
 
 
@@ -398,6 +402,10 @@ def test_no_option_comes_or_goes_unnoticed():
         (
             ["gate"],
             "memsyn gate old.memsyn.safetensors new.safetensors --model package.module:build --data inputs.safetensors",
+        ),
+        (
+            ["repair"],
+            "memsyn repair old.memsyn.safetensors new.safetensors -o repaired.safetensors --learned factors",
         ),
     ],
 )

@@ -127,6 +127,7 @@ def test_public_names_are_sorted_and_there() -> None:
         "ProtectionError",
         "Relative",
         "RenamedParametersWarning",
+        "Repaired",
         "RepeatedDataWarning",
         "Report",
         "SamplesInteractError",
@@ -143,6 +144,7 @@ def test_public_names_are_sorted_and_there() -> None:
         "merge_models",
         "penalty",
         "protect",
+        "repair",
         "tune",
     ]
 

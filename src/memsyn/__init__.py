@@ -1,6 +1,7 @@
 """memsyn: learn something new without forgetting what the model knows (Memory Aware Synapses, ECCV 2018)."""
 
 from memsyn.comparing.compare import compare
+from memsyn.comparing.repair import Repaired, repair
 from memsyn.comparing.verdict import Comparison, PairedDifference, Verdict
 from memsyn.errors import (
     BatchError,
@@ -75,6 +76,7 @@ __all__ = [
     "ProtectionError",
     "Relative",
     "RenamedParametersWarning",
+    "Repaired",
     "RepeatedDataWarning",
     "Report",
     "SamplesInteractError",
@@ -91,5 +93,6 @@ __all__ = [
     "merge_models",
     "penalty",
     "protect",
+    "repair",
     "tune",
 ]

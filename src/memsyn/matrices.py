@@ -3,6 +3,7 @@
 Owns the layout of a weight as matrices of m outputs and n inputs, y = W x. Must not know operations or files.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -71,6 +72,21 @@ class Matrix:
     def width(self) -> int:
         """The number of inputs, with that of the bias."""
         return self.layout.inputs + (self.bias is not None)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The weight, and the bias if there is one."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def joined(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A tensor like the weight as (G, m, n), with one like the bias as the last column."""
+        split = self.layout.matrix(weight)
+        return split if bias is None else torch.cat([split, bias.reshape(len(split), -1, 1).to(split)], 2)
+
+    def split(self, matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse of `joined`: tensors in the shapes of the weight, and of the bias if it is given."""
+        parts = [self.layout.weight(matrix[:, :, : self.layout.inputs], like[0].shape)]
+        return parts if len(like) == 1 else [*parts, matrix[:, :, -1].reshape(like[1].shape)]
 
 
 def whole_width(rank: int | None) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from memsyn.cli import files, gate, merge_models
+from memsyn.cli import files, gate, merge_models, repair
 
 __all__ = ["app"]
 
@@ -24,6 +24,7 @@ app.command("convert")(files.convert_file)
 app.command("compare")(gate.compare_weights)
 app.command("merge-models")(merge_models.merge_model_files)
 app.command("gate", cls=gate.GateCommand)(gate.gate_weights)
+app.command("repair")(repair.repair_weights)
 
 
 def _print_version(wanted: bool) -> None:

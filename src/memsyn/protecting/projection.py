@@ -142,7 +142,7 @@ class _Protected:
             torch.zeros_like(self.rows(p), dtype=wide_dtype(p)) if g is None else self.rows(g).to(wide_dtype(p))
             for p, g in zip(self.parameters, gradients, strict=True)
         ]
-        damped = _split(self.damping(_joined(self.matrix, rows)), self.matrix, rows)
+        damped = self.matrix.split(self.damping(self.matrix.joined(*rows)), rows)
         for gradient, own in zip(gradients, damped, strict=True):
             if gradient is not None:
                 self.rows(gradient).copy_(own)
@@ -163,27 +163,12 @@ class _Protected:
             damped = [changes[0] * self.damping]
         else:
             assert self.matrix is not None
-            damped = _split(self.damping(_joined(self.matrix, changes)), self.matrix, changes)
+            damped = self.matrix.split(self.damping(self.matrix.joined(*changes)), changes)
         after = torch.stack([change.square().sum() for change in damped]).sum()
         for parameter, change in zip(self.parameters, damped, strict=True):
             old = self.rows(befores[id(parameter)])
             self.rows(parameter).copy_(old.to(change.dtype) + change)
         return before, after
-
-
-def _joined(matrix: Matrix, changes: list[Tensor]) -> Tensor:
-    """The change of a weight, with that of its bias as the last column."""
-    change = matrix.layout.matrix(changes[0])
-    if len(changes) == 1:
-        return change
-    bias = changes[1].reshape(matrix.layout.groups, -1, 1)
-    return torch.cat([change, bias], 2)
-
-
-def _split(change: Tensor, matrix: Matrix, like: list[Tensor]) -> list[Tensor]:
-    """The inverse of `_joined`."""
-    parts = [matrix.layout.weight(change[:, :, : matrix.layout.inputs], like[0].shape)]
-    return parts if len(like) == 1 else [*parts, change[:, :, -1].reshape(like[1].shape)]
 
 
 @final

@@ -399,11 +399,9 @@ class Directions:
     @staticmethod
     def _change(matrix: Matrix, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Tensor:
         layout = matrix.layout
-        change = layout.matrix(_difference(matrix.weight, before, after, layout.rows))
-        if matrix.bias is None:
-            return change
-        bias = _difference(matrix.bias, before, after, layout.groups * layout.outputs).reshape(layout.groups, -1, 1)
-        return torch.cat([change, bias.to(change)], 2)
+        rows = (layout.rows, layout.groups * layout.outputs)
+        known = zip(matrix.names, rows, strict=False)
+        return matrix.joined(*(_difference(name, before, after, count) for name, count in known))
 
     def groups(self) -> Groups:
         """The tensors by group and name, as a file holds them."""

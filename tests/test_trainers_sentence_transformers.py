@@ -13,7 +13,11 @@ import pytest
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss, MultipleNegativesRankingLoss, TripletLoss
+from sentence_transformers.sentence_transformer.losses import (
+    CosineSimilarityLoss,
+    MultipleNegativesRankingLoss,
+    TripletLoss,
+)
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -27,7 +31,7 @@ from tests.test_integrations import change
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the trainers: many, and not ours
 
 EMPTY = memsyn.Memory.empty()
-WORDS = "the a cat dog sat ran far bird fish swims deep in sea red blue house tree small big runs".split()
+WORDS = "the a cat dog sat ran far bird fish swims deep in sea red blue house tree small big runs".split()  # noqa: SIM905
 OLD = [" ".join(WORDS[(3 * k + j * j) % 20] for j in range(2 + k % 5)) for k in range(12)]
 NEW = [" ".join(WORDS[(7 * k + 3 * j) % 20] for j in range(3 + k % 4)) for k in range(12)]
 
@@ -79,10 +83,13 @@ def test_embeddings_of_a_padded_batch_are_those_of_each_text(start: SentenceTran
     expected = plain(start, OLD)
     torch.testing.assert_close(embeddings(start, start.preprocess(OLD)), expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(expected.norm(dim=1), torch.ones(12))
-    pairs = {f"{name}_{key}": v for name, texts in (("b", OLD), ("a", NEW)) for key, v in start.preprocess(texts).items()}
+    columns = {"b": start.preprocess(OLD), "a": start.preprocess(NEW)}
+    pairs = {f"{name}_{key}": value for name, column in columns.items() for key, value in column.items()}
     both = torch.cat([expected, plain(start, NEW)], 1)
     torch.testing.assert_close(embeddings(start, pairs), both, rtol=1e-4, atol=1e-5)
-    found = memsyn.measure(start, [start.preprocess(OLD[:5]), start.preprocess(OLD[5:])], forward=embeddings, progress=False)
+    found = memsyn.measure(
+        start, [start.preprocess(OLD[:5]), start.preprocess(OLD[5:])], forward=embeddings, progress=False
+    )
     alone = memsyn.measure(start, [start.preprocess([text]) for text in OLD], forward=embeddings, progress=False)
     assert found.num_samples == alone.num_samples == 12
     for name, value in found.sums.items():
@@ -92,7 +99,9 @@ def test_embeddings_of_a_padded_batch_are_those_of_each_text(start: SentenceTran
 
 
 def test_a_batch_without_inputs_is_an_error(start: SentenceTransformer) -> None:
-    with pytest.raises(memsyn.BatchError, match=r"expected a batch of the SentenceTransformerTrainer.*keys anchor, label"):
+    with pytest.raises(
+        memsyn.BatchError, match=r"expected a batch of the SentenceTransformerTrainer.*keys anchor, label"
+    ):
         embeddings(start, {"anchor": OLD, "label": 1})
 
 

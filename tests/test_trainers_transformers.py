@@ -69,7 +69,7 @@ class Breaker(transformers.TrainerCallback):
 def run(
     feature: str, start: nn.Module, folder: Path, callback: MemsynCallback | None, kind: type[Trainer] = Trainer
 ) -> tuple[nn.Module, Trainer]:
-    """Train a copy of `start` with a feature. An evaluation gives the rank 0, 1, 2, ..., so that the first one is the best."""
+    """Train a copy of `start` with a feature. The first evaluation is the best: it has the rank 0."""
 
     def trainer(*others: transformers.TrainerCallback) -> Trainer:
         ranks = itertools.count()

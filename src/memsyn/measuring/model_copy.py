@@ -193,8 +193,10 @@ def _rebound(value: Any, replaced: dict[int, Any]) -> Any:
 
 
 def _is_plain_callable(value: Any) -> bool:
-    """Whether `value` is an object of a class that defines `__call__`, and neither a module nor a class."""
-    return isinstance(getattr(type(value), "__call__", None), FunctionType) and not isinstance(value, nn.Module)
+    """Whether `value` is an object that is called, and neither a module nor a class."""
+    return (
+        callable(value) and not isinstance(value, (type, nn.Module)) and isinstance(getattr(value, "__dict__", 0), dict)
+    )
 
 
 def _rebound_object(value: Any, replaced: dict[int, Any]) -> Any:
@@ -209,7 +211,8 @@ def _rebound_object(value: Any, replaced: dict[int, Any]) -> Any:
         return value
     replaced[id(value)] = value  # its attributes may refer to it
     new = {name: _rebound(own, replaced) for name, own in attributes.items()}
-    if type(value).__new__ is not object.__new__ or _are_same([*new.values()], [*attributes.values()]):
+    is_plain = not any("__new__" in vars(kind) for kind in type(value).__mro__[:-1])
+    if not is_plain or _are_same([*new.values()], [*attributes.values()]):
         return value
     copied = object.__new__(type(value))
     copied.__dict__.update(new)

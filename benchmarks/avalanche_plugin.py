@@ -11,7 +11,7 @@ import warnings
 from typing import Any
 
 import torch
-from avalanche.benchmarks import benchmark_from_datasets
+from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline, with_task_labels
 from avalanche.benchmarks.utils.classification_dataset import (
     _make_taskaware_tensor_classification_dataset as as_dataset,
 )
@@ -26,7 +26,7 @@ from memsyn_bench.data.fashion import load_split_fashion
 PLUGINS = {"none": None, "Avalanche": Theirs, "memsyn": MASPlugin}
 
 
-class Heads(MultiTaskModule):
+class Heads(MultiTaskModule):  # type: ignore[misc]
     """One hidden layer, and a head for each task."""
 
     def __init__(self) -> None:
@@ -36,7 +36,8 @@ class Heads(MultiTaskModule):
 
     def forward_single_task(self, x: Tensor, task_label: int) -> Tensor:
         """Run the head of a task."""
-        return self.heads[task_label](self.body(x))
+        output: Tensor = self.heads[task_label](self.body(x))
+        return output
 
     def forward(self, x: Tensor, task_labels: Any) -> Tensor:
         """A batch is of one task."""
@@ -82,7 +83,7 @@ def accuracy_of(name: str, strength: float, seed: int, size: int) -> dict[str, f
             output = model.eval()(tasks[k].test_images, k)
         return float((output.argmax(1) == tasks[k].test_labels).float().mean())
 
-    benchmark = benchmark_from_datasets(train=data)
+    benchmark = with_classes_timeline(with_task_labels(benchmark_from_datasets(train=data)))
     for k, experience in enumerate(benchmark.train_stream):
         strategy.train(experience)
         learned.append(right(k))

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -218,6 +219,38 @@ def check_stop(rank: int) -> None:
     assert scalars["memsyn/predicted_change"] == handle.report().change
 
 
+def check_accelerate(rank: int) -> None:
+    """What `prepare` gives, in `accumulate`: the weights are those of one process with all the data."""
+    model, twin = a_model(), a_model()
+    twin.load_state_dict(model.state_dict())
+    data, targets = torch.randn(8, 1, 6, 6, dtype=torch.float64), torch.randint(3, (8,))
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    other = torch.optim.Adam(twin.parameters(), lr=0.05)
+    ddp, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters(), lr=0.05))
+    assert isinstance(ddp, DistributedDataParallel)
+    found = memsyn.measure(ddp, [data[4 * rank :][:4]], progress=False)
+    memory = memsyn.Memory.empty().consolidate(ddp, found)
+    handles = [memsyn.protect(o, m, memory, strength=0.5) for o, m in ((optimizer, ddp), (other, twin))]
+    for _ in range(4):
+        for part in (0, 2):
+            with accelerator.accumulate(ddp):
+                own = slice(4 * rank + part, 4 * rank + part + 2)
+                accelerator.backward(F.cross_entropy(ddp(data[own]), targets[own]))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(ddp.parameters(), 0.1)
+                optimizer.step()
+                optimizer.zero_grad()
+        F.cross_entropy(twin(data), targets).backward()
+        nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
+        other.step()
+        other.zero_grad()
+    assert handles[0].value() > 0
+    for mine, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(mine, expected, rtol=1e-9, atol=1e-12)
+        dist.all_gather(everyone := [torch.empty_like(mine) for _ in range(2)], mine.detach())
+        assert torch.equal(*everyone)
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
@@ -232,6 +265,7 @@ def main() -> None:
     for form in ("gradient", "proximal", "projected"):
         for kind in (torch.optim.SGD, torch.optim.Adam):
             check_protection(rank, form, kind)
+    check_accelerate(rank)
     dist.barrier()  # else one may be gone while the other still reads from it
     dist.destroy_process_group()
     print(f"process {rank} is done", file=sys.stderr, flush=True)

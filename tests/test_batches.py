@@ -309,6 +309,16 @@ def test_packed_sequences_count_as_samples_each() -> None:
     assert_exact(found, expected, 3)
 
 
+def test_packed_sequences_are_told_apart_in_mixed_precision() -> None:
+    """In bfloat16 the outputs of a row are those of its sequences to three digits: it is not told by them."""
+    model = llama().float()
+    expected = memsyn.measure(model, [{"input_ids": text} for text in TEXTS], progress=False).mean()
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    found = memsyn.measure(model, [row()], progress=False)
+    assert found.num_samples == 3
+    assert max(errors(found.mean(), expected).values()) < 0.05
+
+
 def test_boundaries_without_positions() -> None:
     """Tokens (tokens, width) of all sequences, and where each begins."""
 

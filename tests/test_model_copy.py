@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
 import memsyn
@@ -72,6 +73,54 @@ def by_partial(model: nn.Module) -> None:
 def by_partial_of_a_closure(model: nn.Module) -> None:
     old = model.forward
     model.forward = functools.partial(lambda factor, x, keep: factor * old(x), 2, keep=model)
+
+
+class Doubled:
+    """As Accelerate keeps a `forward` in an object, which cannot be pickled."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+        self.itself = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return 2 * self.function(*args, **kwargs)
+
+    def run(self, x: Tensor) -> Tensor:
+        return self(x)
+
+    def __getstate__(self) -> Any:
+        raise TypeError("not to be pickled")
+
+
+def by_object_in_a_closure(model: nn.Module) -> None:
+    doubled = Doubled(model.forward)
+    model.forward = lambda x: doubled(x)
+
+
+def by_method_of_an_object_in_a_closure(model: nn.Module) -> None:
+    run = Doubled(model.forward).run
+    model.forward = lambda x: run(x)
+
+
+def by_object(model: nn.Module) -> None:
+    class Copied(Doubled):
+        def __getstate__(self) -> Any:
+            return vars(self)
+
+    old = model.forward
+    model.forward = Copied(lambda x: old(x))
+
+
+def by_autocast(model: nn.Module) -> None:
+    by_lambda(model)
+    model.forward = torch.autocast("cpu", enabled=False)(model.forward)
+
+
+def by_mixed_precision(model: nn.Module) -> None:
+    """As Accelerate does with a `forward` that another library has patched before."""
+    by_method(model)
+    wrapped = torch.autocast("cpu", enabled=False)(model.forward.__func__)
+    model.forward = types.MethodType(convert_outputs_to_fp32(wrapped), model)
 
 
 def by_layer(model: nn.Module) -> None:

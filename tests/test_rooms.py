@@ -185,12 +185,14 @@ def test_classes_hold_at_most_a_dozen_attributes() -> None:
 
 def test_the_examples_in_the_docstrings_run() -> None:
     import doctest
-    import importlib
+    import importlib.util
 
     ran = 0
     for path in PACKAGE.rglob("*.py"):
         if ">>> " not in path.read_text():
             continue
+        if path.name == "avalanche.py" and importlib.util.find_spec("avalanche") is None:
+            continue  # it needs an environment of its own
         name = ".".join(("memsyn", *path.relative_to(PACKAGE).with_suffix("").parts))
         result = doctest.testmod(importlib.import_module(name))
         assert result.failed == 0

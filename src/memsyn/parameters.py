@@ -32,14 +32,23 @@ _Value = TypeVar("_Value")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside DataParallel, DistributedDataParallel, AveragedModel or a compiled model."""
+    """The user's own module inside DataParallel, DistributedDataParallel, AveragedModel, Fabric's or a compiled model.
+
+    Fabric's module calls no hooks of its own when it is saved, and its output refuses any backward pass but Fabric's.
+    """
     while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)):
-            model = model.module
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)) or _is_of_fabric(
+            model
+        ):
+            model = model.module  # type: ignore[assignment]
         elif (original := compiled_original(model)) is not None:
             model = original
         else:
             return model
+
+
+def _is_of_fabric(model: nn.Module) -> bool:
+    return type(model).__name__ == "_FabricModule" and "lightning" in type(model).__module__
 
 
 def canonical_name(name: str) -> str:

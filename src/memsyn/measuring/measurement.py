@@ -201,9 +201,9 @@ class Measurement:
             ) from error
         return samples
 
-    def _outputs(self, batches: Sequence[Batch], index: int) -> list[Tensor]:
+    def _outputs(self, batches: Sequence[Batch], index: int, dtype: torch.dtype | None = None) -> list[Tensor]:
         """The outputs of the model, without gradients, by a clone that shares no memory with it."""
-        clone = model_copy(self.model, private=named_parameters(self.model), served=self.private)
+        clone = route_check.private_clone(self.model, dtype, self.private)
         with torch.no_grad(), route_check.unchanged_buffers(self.model, served=self.private):
             return [output_tensor(self.scorer.output(clone, batch.copied().inputs, index)) for batch in batches]
 
@@ -213,7 +213,11 @@ class Measurement:
         Raises:
             SamplesInteractError: its outputs differ.
         """
-        together, *alone = self._outputs([rows.to(self.device), *(own.to(self.device) for own in sequences)], index)
+        given = [rows.to(self.device), *(own.to(self.device) for own in sequences)]
+        try:  # in float64, which mixed precision leaves as it is
+            together, *alone = self._outputs([own.map(route_check.doubled) for own in given], index, torch.float64)
+        except (BatchError, OutputError):
+            together, *alone = self._outputs(given, index)
         width = together.shape[1] if together.ndim > 1 else 0
         found = torch.cat([own.flatten(0, 1) for own in alone]) if all(own.ndim > 1 for own in alone) else None
         expected = together.flatten(0, 1) if width else together

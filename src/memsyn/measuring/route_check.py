@@ -218,14 +218,14 @@ def check(
     measured = list(measured)
     with unchanged_buffers(model, served=served):
         try:
-            clone = _private_clone(model, torch.float64, served)
-            return _Check(model, clone, measured, scorer, position).verdict(batch.map(_double))
+            clone = private_clone(model, torch.float64, served)
+            return _Check(model, clone, measured, scorer, position).verdict(batch.map(doubled))
         except ConstantError:
             # It is an OutputError too, but another precision would not help.
             raise
         except (BatchError, OutputError):
             # The forward pass fails in float64: it has a fixed precision.
-            clone = _private_clone(model, None, served)
+            clone = private_clone(model, None, served)
             return _Check(model, clone, measured, scorer, position).verdict(batch)
 
 
@@ -513,7 +513,7 @@ def _with_interleaved_samples(uses: Uses, num_samples: int) -> list[tuple[Call, 
     return [(calls[id(call)], place) for call, place in uses] if folded else None
 
 
-def _private_clone(model: nn.Module, dtype: torch.dtype | None, served: bool) -> nn.Module:
+def private_clone(model: nn.Module, dtype: torch.dtype | None, served: bool) -> nn.Module:
     """A clone that shares no memory with the model, converted to `dtype` if given."""
     clone = model_copy(model, private=named_parameters(model), dtype=dtype, served=served)
     for buffer in clone.buffers():
@@ -526,7 +526,8 @@ def _private_clone(model: nn.Module, dtype: torch.dtype | None, served: bool) ->
     return clone
 
 
-def _double(tensor: Tensor) -> Tensor:
+def doubled(tensor: Tensor) -> Tensor:
+    """A tensor of floating point numbers in float64, any other as it is."""
     return tensor.double() if tensor.is_floating_point() else tensor
 
 

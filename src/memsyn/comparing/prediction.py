@@ -98,11 +98,11 @@ def predict(memory: Memory, state: Mapping[str, Tensor], reference: Mapping[str,
             f"the reference is not the model that was measured: {len(stale)} parameters differ, the first is "
             f"{stale[0]}. Give the weights at the last consolidation."
         )
-    scale = directions.squared_outputs(old)
-    if not scale:
+    scale = directions.squared_outputs
+    if scale is None:
         raise OptionError(
-            "the memory does not tell how long the outputs are, since the model does not end in a linear layer: "
-            "compare on data, with --model and --data."
+            "the memory does not tell how long the outputs are: they are zero, or a part of it was made by an earlier "
+            "memsyn. Measure the factors again, or compare on data, with --model and --data."
         )
     changes = memory.predicted_change(state, before)
     known = fitted(memory.names, state, stacklevel=3)

@@ -669,7 +669,7 @@ def test_the_report_predicts_the_change_by_the_weights_in_effect(form: str, ever
     assert all(torch.equal(p, old) for p, old in zip(wrapped.parameters(), before, strict=True))
     handle.flush()
     expected = memory.predicted_change(merged(wrapped), model)
-    scale = memory.directions.squared_outputs(dict(model.named_parameters()))
+    scale = memory.directions.squared_outputs
     # Steps that wait count as projected. B is damped by A as it is, which waits too.
     tolerance = 1e-9 if every == 1 else 1e-3
     assert report.change == pytest.approx((sum(expected.values()) / scale) ** 0.5, rel=tolerance)

@@ -541,3 +541,25 @@ def test_a_scalar_without_a_matrix() -> None:
     directions = Directions({}, {"scale": DiagonalDirections(torch.ones(()), 2.0, 3.0)})
     before, after = {"scale": torch.tensor(1.0)}, {"scale": torch.tensor(3.0)}
     assert directions.predicted_change(before, after) == {"scale": pytest.approx(1.0 * 4 * 3 / 2)}
+
+
+@pytest.mark.parametrize(
+    ("rule", "decay", "expected"),
+    [
+        ("sum", None, (2 + 3 + 7) / 3),
+        ("mean", None, (2 + 3 + 2 * 7) / 4),
+        ("ema", 0.25, 2.75 / 4 + 7 * 0.75),
+    ],
+)
+def test_squared_outputs_are_combined_as_output_gradients_are(rule: str, decay: float | None, expected: float) -> None:
+    memory = Memory.empty()
+    for number, (length, samples) in enumerate(((2.0, 6), (3.0, 6), (7.0, 12))):
+        own = factors(number)
+        scale = samples / own.num_samples
+        sums = {name: total * scale for name, total in own.sums.items()}
+        sums["squared_outputs/"] = torch.tensor(length * samples, dtype=torch.float64)
+        found = replace(own, sums=sums, num_samples=samples)
+        memory = memory.consolidate(Weights(), found, rule=rule, decay=decay)
+    assert memory.directions is not None
+    assert memory.directions.squared_outputs == pytest.approx(expected, rel=1e-12)
+    assert memory.directions.mass == memory.directions.layers["a.weight"].mass

@@ -216,6 +216,7 @@ def test_factors_that_do_not_add_up() -> None:
     with pytest.raises(memsyn.MismatchError, match="bias: only one of the two has measured this parameter as a matrix"):
         found + replace(found, sums=squares, matrices={})
     zero = {name: total * 0 for name, total in squares.items()}
+    zero["squared_outputs/"] = found.sums["squared_outputs/"]
     added = found + replace(found, sums=zero, matrices={})
     assert (added.sums.keys(), added.num_samples) == (found.sums.keys(), 10)
     for count in (0, 2.5):
@@ -337,7 +338,8 @@ def test_frozen_parameters_are_left_out() -> None:
     found = memsyn.measure(model, [data], estimator="kronecker", progress=False)
     assert set(found.routes) == {"0.bias", "2.weight"}
     assert {matrix.weight: matrix.bias for matrix in found.matrices.values()} == {"2.weight": None}
-    assert set(found.sums) == {"inputs/2.weight", "outputs/2.weight", "positions/2.weight", "diagonal/0.bias"}
+    of_matrix = {"inputs/2.weight", "outputs/2.weight", "positions/2.weight"}
+    assert set(found.sums) == {*of_matrix, "diagonal/0.bias", "squared_outputs/"}
     assert error(found.sums["inputs/2.weight"], whole.sums["inputs/2.weight"][:, :-1, :-1]) <= 1e-12
     assert error(found.sums["outputs/2.weight"], whole.sums["outputs/2.weight"]) <= 1e-12
 
@@ -409,3 +411,30 @@ def test_a_weight_that_was_no_matrix_at_first_keeps_its_sums(estimator: str) -> 
         score = (model(x.unsqueeze(0)).flatten() * reference.signs(k, 2)).sum()
         expected += torch.autograd.grad(score, model.a.weight)[0].square()
     torch.testing.assert_close(found.sums["diagonal/a.weight"], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_squared_outputs_are_summed_once_however_batches_come() -> None:
+    """Also where a weight is first used in a later batch, so that this batch is run twice."""
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 2), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.first(x)
+            return self.second(y) if x[0, 0] > 0 else y
+
+    torch.manual_seed(0)
+    model, x = Branch().double(), torch.randn(12, 3, dtype=torch.float64)
+    x[:, 0] = torch.tensor([-1.0] * 6 + [1.0] * 6)
+    expected = float(torch.cat([model(x[:6]), model(x[6:])]).detach().square().sum(1).mean())
+    for size in (1, 2, 3, 6):
+        found = memsyn.measure(model, x.split(size), estimator="kronecker", progress=False)
+        assert found.squared_outputs == pytest.approx(expected, rel=1e-12)
+    parts = [memsyn.measure(model, [part], estimator="kronecker", progress=False) for part in (x[:6], x[6:9], x[9:])]
+    assert (parts[0] + parts[1] + parts[2]).squared_outputs == pytest.approx(expected, rel=1e-12)
+    unknown = replace(parts[1], sums={n: own for n, own in parts[1].sums.items() if n != "squared_outputs/"})
+    assert (parts[2] + unknown).squared_outputs is None
+    inputs = memsyn.measure(model, [x[:6]], estimator="inputs", progress=False)
+    assert inputs.squared_outputs is None

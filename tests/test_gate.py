@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import memsyn
 from memsyn import Memory
 from memsyn.cli.inputs import read_batches
-from memsyn.comparing.prediction import predict
+from memsyn.comparing.prediction import TIMES, predict
 from tests import story
 from tests.commands import call
 
@@ -86,7 +86,10 @@ def test_a_protected_training_passes(old: story.Classifier) -> None:
     assert as_json("memory", state, *DATA, "--max-change", "0.01", code=2)["verdict"] == "broken"
     assert as_json("memory", state, *DATA, "--min-agreement", "0.995", code=1)["verdict"] == "cannot say"
     measured = as_json("memory", state, *DATA, code=0)["comparison"]["mean_change"]
-    facts = as_json("memory", state, code=0)
+    facts = as_json("memory", state, code=1)
+    assert facts["verdict"] == "at risk"
+    assert facts["predicted"]["upper"] == pytest.approx(TIMES * facts["predicted"]["change"])
+    assert as_json("memory", state, "--max-change", "0.5", code=0)["verdict"] == "safe"
     assert facts["comparison"] is None
     assert facts["predicted"]["change"] == pytest.approx(measured, rel=0.25)
     assert max(facts["predicted"]["layers"], key=facts["predicted"]["layers"].get) == "body.0"
@@ -332,38 +335,74 @@ def test_the_prediction_is_exact_for_one_output() -> None:
     assert predict(memory, new.state_dict(), old.state_dict()).change == pytest.approx(found.change)
     assert predict(memory, old.state_dict()).change == 0.0
     assert predict(memory, old.state_dict()).verdict(0.0).answer == "safe"
-    assert found.verdict(found.change).answer == "safe"
+    assert found.verdict(found.upper).answer == "safe"
+    assert [found.verdict(own).answer for own in (found.upper * 0.999, found.change)] == ["at risk"] * 2
     assert found.verdict(found.change * 0.999).answer == "broken"
 
 
-@pytest.mark.parametrize("kind", ["head", "tokens", "convolution"])
-def test_the_length_of_outputs_is_read_from_the_last_matrix(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["head", "tokens", "convolution", "norm", "pooling"])
+def test_the_length_of_outputs_is_measured_however_the_model_ends(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     layers: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
         "head": (nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 3)), (40, 4)),
         "tokens": (nn.Sequential(nn.Linear(4, 9), nn.GELU(), nn.Linear(9, 3, bias=False)), (40, 5, 4)),
         "convolution": (nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 2)), (40, 2, 6, 6)),
+        "norm": (nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.LayerNorm(6)), (40, 4)),
+        "pooling": (nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.AvgPool2d(4)), (40, 2, 6, 6)),
     }
     model, shape = layers[kind]
     model, x = model.double(), torch.randn(*shape, dtype=torch.float64)
     memory = Memory.empty()
     for part in (x[:30], x[30:]):  # two tasks count the same, however many samples they have
-        factors = memsyn.measure(model, [part], estimator="kronecker", progress=False)
-        memory = memory.consolidate(model, factors, rank=None)
-    assert memory.directions is not None
-    expected = [float(model(part).detach().square().flatten(1).sum(1).mean()) for part in (x[:30], x[30:])]
-    assert memory.directions.squared_outputs(model.state_dict()) == pytest.approx(sum(expected) / 2, rel=0.1)
-    alone = Memory.empty().consolidate(model, factors, rank=None)
-    assert alone.directions.squared_outputs(model.state_dict()) == pytest.approx(expected[1], rel=1e-9)
+        factors = memsyn.measure(model, part.split(7), estimator="kronecker", progress=False)
+        memory = memory.consolidate(model, factors)
+    memory.save(tmp_path / "m")
+    for own in (memory, Memory.load(tmp_path / "m")):
+        assert own.directions is not None
+        expected = [float(model(part).detach().square().flatten(1).sum(1).mean()) for part in (x[:30], x[30:])]
+        assert own.directions.squared_outputs == pytest.approx(sum(expected) / 2, rel=1e-12)
+        assert predict(own, model.state_dict(), model.state_dict()).change == 0.0
 
 
-def test_a_model_that_ends_otherwise_tells_no_length() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.LayerNorm(6)).double()
-    factors = memsyn.measure(model, [torch.randn(30, 4).double()], estimator="kronecker", progress=False)
+def test_a_memory_that_does_not_tell_the_length_predicts_nothing() -> None:
+    model = nn.Linear(4, 2)
+    factors = memsyn.measure(model, [torch.ones(3, 4)], estimator="kronecker", progress=False)
     memory = Memory.empty().consolidate(model, factors)
-    with pytest.raises(memsyn.OptionError, match="does not end in a linear layer: compare on data"):
-        predict(memory, model.state_dict(), model.state_dict())
+    assert memory.directions is not None
+    earlier = replace(memory, directions=replace(memory.directions, squared_outputs=None))
+    for own in (earlier, earlier.consolidate(model, factors)):
+        with pytest.raises(memsyn.OptionError, match=r"does not tell how long .*Measure the factors again"):
+            predict(own, model.state_dict(), model.state_dict())
+
+
+def test_the_prediction_is_the_change_of_a_linear_network() -> None:
+    """With as many samples as there are random signs to average, it is sqrt(E ||y' - y||^2 / E ||y||^2)."""
+    torch.manual_seed(0)
+    old, x = nn.Linear(6, 5).double(), torch.randn(20_000, 6, dtype=torch.float64)
+    memory = Memory.empty().consolidate(old, memsyn.measure(old, [x], estimator="kronecker", progress=False), rank=None)
+    new = nn.Linear(6, 5).double()
+    y, z = old(x).detach(), new(x).detach()
+    expected = float(((z - y).square().sum(1).mean() / y.square().sum(1).mean()).sqrt())
+    assert predict(memory, new.state_dict(), old.state_dict()).change == pytest.approx(expected, rel=0.02)
+
+
+def test_the_prediction_of_an_average_of_weights_grows_in_proportion() -> None:
+    """(1 - share) old + share new: the change of each weight is share times as large, and so is that of each output."""
+    torch.manual_seed(0)
+    old, new = (nn.Sequential(nn.Linear(4, 7), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, 3)).double() for _ in range(2))
+    with torch.no_grad():
+        new[1].weight.add_(0.3)
+    memory = Memory.empty().consolidate(
+        old, memsyn.measure(old, [torch.randn(40, 4).double()], estimator="kronecker", progress=False), rank=2
+    )
+    whole = predict(memory, new.state_dict(), old.state_dict())
+    for share in (0.01, 0.3, 2.0):
+        mixed = {name: value.lerp(new.state_dict()[name], share) for name, value in old.state_dict().items()}
+        found = predict(memory, mixed, old.state_dict())
+        assert found.change == pytest.approx(share * whole.change, rel=1e-9)
+        assert found.layers == pytest.approx({layer: share * own for layer, own in whole.layers.items()}, rel=1e-9)
+    assert whole.change == pytest.approx(sum(own**2 for own in whole.layers.values()) ** 0.5, rel=1e-12)
+    assert min(whole.layers.values()) > 0
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -113,7 +113,8 @@ def test_moved_statistics_are_named_as_the_cause_or_a_part_of_it() -> None:
 @pytest.mark.parametrize(
     ("change", "moved", "answer", "headline"),
     [
-        (0.042, (), "Safe", "The new model should still answer as the old one did."),
+        (0.042, (), "At risk", "Not shown to be safe: outputs may have changed by more than is allowed."),
+        (0.007, (), "Safe", "The new model should still answer as the old one did."),
         (0.08, (), "Broken", "Do not ship: the outputs on old data are predicted to change too much."),
         (0.08, ("n",), "Broken", "Do not ship: the outputs on old data are predicted to change too much."),
         (0.01, ("n",), "Cannot say", "Without data this cannot be told: 1 running statistic moved, which the "
@@ -125,8 +126,10 @@ def test_a_prediction_begins_with_its_verdict(
 ) -> None:
     own = judge_prediction(Prediction(change, {"a": change}, moved), 0.05)
     assert (own.answer, own.headline, own.number) == (answer, headline, f"{change:.1%}")
-    assert own.interval == "An estimate without data: it has no interval."
-    assert own.rule == "Safe means: outputs are predicted to change by at most 5%, and no running statistic moved."
+    assert (
+        own.interval == f"Nine in ten measured changes are at most 6.3 times the prediction: here {6.3 * change:.1%}."
+    )
+    assert own.rule == "Safe means: 6.3 times the prediction is at most 5%, and no running statistic moved."
     assert own.bars[1].length / own.bars[0].length == pytest.approx(change / 0.05)
     assert max(bar.length for bar in own.bars) == pytest.approx(0.9)
     assert ("1 running statistic moved" in " ".join(own.steps)) == (answer == "Broken" and bool(moved))
@@ -191,7 +194,7 @@ def test_the_command_compares_for_people(folder: Path, shipped: tuple[story.Clas
 def test_the_command_compares_without_data(folder: Path) -> None:
     output = call("compare", "memory", "new.safetensors", "--html", "page.html").output
     assert output.startswith("Safe. From the memory alone, outputs on the old data are predicted to change by ")
-    assert "An estimate without data: it has no interval." in Path("page.html").read_text()
+    assert "Nine in ten measured changes are at most 6.3 times the prediction" in Path("page.html").read_text()
 
 
 def test_errors_of_the_command_exit_with_1(folder: Path) -> None:

@@ -356,7 +356,7 @@ class _Way:
 
     def lost(self, weights: Mapping[str, Tensor]) -> float | None:
         """The predicted relative change of the new task's outputs."""
-        scale = None if self.learned is None else self.learned.squared_outputs(self.after)
+        scale = None if self.learned is None else self.learned.squared_outputs
         if self.learned is None or not scale:
             return None
         changes = self.learned.only(self.changes).predicted_change(self.after, {**self.after, **weights})

@@ -140,7 +140,7 @@ def reported(protections: Sequence[Protection], settings: Settings, step: int) -
         scalars = whole.scalars()
     if bound is None or first.change is None:
         return scalars, False
-    change = _largest_of_processes(first.change)
+    change = _largest_of_processes(first.change, protections[0].optimizer)
     if change <= bound:
         return scalars, False
     warnings.warn(
@@ -153,13 +153,14 @@ def reported(protections: Sequence[Protection], settings: Settings, step: int) -
     return scalars, True
 
 
-def _largest_of_processes(change: float) -> float:
+def _largest_of_processes(change: float, optimizer: Optimizer | None) -> float:
     """The largest value of all processes, so that all decide alike."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not (dist.is_available() and dist.is_initialized()) or optimizer is None:
         return change
-    changes = [change] * dist.get_world_size()
-    dist.all_gather_object(changes, change)
-    return max(changes)
+    # Where the weights are: NCCL knows no tensors of the CPU.
+    largest = torch.tensor(change, dtype=torch.float64, device=optimizer.param_groups[0]["params"][0].device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return float(largest)
 
 
 @final

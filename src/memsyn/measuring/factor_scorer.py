@@ -19,8 +19,17 @@ from memsyn.engine.matrix_tracer import MatrixFinder, MatrixTracer, complete_, z
 from memsyn.engine.passes import gradients
 from memsyn.engine.recorder import Recorder
 from memsyn.matrices import Matrix
-from memsyn.measuring.objectives import Estimator, Forward, OutputScorer, Position, Scorer, check_holds_samples
+from memsyn.measuring.objectives import (
+    Estimator,
+    Forward,
+    OutputScorer,
+    Position,
+    SampleInfo,
+    Scorer,
+    check_holds_samples,
+)
 from memsyn.measuring.padding import layer_mask
+from memsyn.values.factors import SQUARED_OUTPUTS
 
 
 @final
@@ -37,14 +46,26 @@ class FactorScorer(Scorer):
     def __init__(self, forward: Forward | None, estimator: Estimator, rank: int | None = None) -> None:
         super().__init__(forward, estimator)
         self._rank = rank
-        self._output_scorer = OutputScorer(forward, estimator)
+        self._output_scorer = OutputScorer(forward, replace(estimator, objective=self._objective))
+        self._adds_outputs = False
         self.matrices: dict[str, Matrix] = {}
         """Key -> matrix, as `MatrixFinder` names them."""
         self.sums: Mapping[str, Tensor] = {}
         """Where second moments are added: the running sums of the measurement."""
-        self.excluded: Container[str] = ()
-        """The keys whose second moments are not added."""
+        self.excluded: Container[str] | None = None
+        """The keys whose second moments are not added, in a second pass over a batch; None in a first pass."""
         self._parameters: dict[str, nn.Parameter] = {}
+
+    def first_sums(self) -> dict[str, Tensor]:
+        """The sums before the first sample that do not wait for a matrix: sum_k ||y_k||^2, if outputs are looked at."""
+        return {SQUARED_OUTPUTS: torch.zeros((), dtype=torch.float64)} if self.needs_outputs else {}
+
+    def _objective(self, output: Tensor, info: SampleInfo) -> Tensor:
+        """The estimator's objective; the squared outputs are added if the pass adds."""
+        if self._adds_outputs:
+            total = self.sums[SQUARED_OUTPUTS]
+            total += output.detach().double().square().sum().to(total.device)
+        return self.estimator.objective(output, info)
 
     @property
     def needs_outputs(self) -> bool:
@@ -126,8 +147,13 @@ class FactorScorer(Scorer):
         recorder: Recorder | None = None,
     ) -> Tensor:
         """(B, 1), the objective of each sample. With a recorder, second moments of the batch are added."""
-        with nullcontext() if recorder is None else self._tracer(model, batch, recorder.root):
-            return self._output_scorer.scores(model, parameters, batch, position, recorder)
+        # A second pass over a batch, for the matrices that are new, leaves out those that are known.
+        self._adds_outputs = recorder is not None and self.excluded is None
+        try:
+            with nullcontext() if recorder is None else self._tracer(model, batch, recorder.root):
+                return self._output_scorer.scores(model, parameters, batch, position, recorder)
+        finally:
+            self._adds_outputs = False
 
     def add_inputs(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, batch_index: int
@@ -150,7 +176,8 @@ class FactorScorer(Scorer):
         self, model: nn.Module, batch: Batch, root: Tensor | None, others: Mapping[str, nn.Parameter] | None = None
     ) -> MatrixTracer:
         mask = layer_mask(model, batch.inputs) if self.masks_padding else None
-        return MatrixTracer({**self._parameters, **(others or {})}, self.matrices, self.sums, root, mask, self.excluded)
+        parameters = {**self._parameters, **(others or {})}
+        return MatrixTracer(parameters, self.matrices, self.sums, root, mask, self.excluded or ())
 
     def check_complete(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, batch_index: int
@@ -171,6 +198,7 @@ SIDES: Final = (
     "outputs_sketch/",
     "outputs_trace/",
     "positions/",
+    SQUARED_OUTPUTS,
 )
 """The first parts of the names of second moments; all other sums are named like their parameters."""
 
@@ -178,11 +206,11 @@ _SKETCHES: Final = ("inputs_sketch/", "outputs_sketch/")
 
 
 def diagonals(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The diagonal of each second moment, the trace of each sketched one, and every other sum; without positions."""
+    """The diagonal of each second moment, the trace of each sketched one, and every other sum; no counts."""
     return {
         name: total.diagonal(dim1=1, dim2=2) if name.startswith(("inputs/", "outputs/")) and total.ndim == 3 else total
         for name, total in sums.items()
-        if not name.startswith(("positions/", *_SKETCHES))
+        if not name.startswith(("positions/", SQUARED_OUTPUTS, *_SKETCHES))
     }
 
 

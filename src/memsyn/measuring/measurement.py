@@ -278,7 +278,7 @@ class Measurement:
         try:
             yield
         finally:
-            self.scorer.excluded = set()
+            self.scorer.excluded = None
 
     def _take_matrices(self, batch: Batch, position: Position) -> None:
         """Measure the weights that the batch uses as matrices by their second moments, from now on."""
@@ -347,7 +347,8 @@ class Measurement:
         self.parameters = {name: p for name, p in named_parameters(self.copy).items() if name in self.table.routes}
         for parameter in self.parameters.values():
             parameter.requires_grad_()
-        self.sums = RunningSums(_zeros(self.parameters))
+        more = self.scorer.first_sums() if isinstance(self.scorer, FactorScorer) else {}
+        self.sums = RunningSums({**_zeros(self.parameters), **more})
 
     def _scores(
         self, batch_index: int, batch: Batch, first_sample: int = 0, recorder: Recorder | None = None

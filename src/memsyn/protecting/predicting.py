@@ -97,9 +97,9 @@ def change_predictor(memory: Memory, whole: Memory, model: nn.Module, reference:
             unknown=f"{len(lost)} parameters (the first is {lost[0]}) had moved since the last consolidation when "
             "protection began. Give the weights from then: protect(..., reference=old_state_dict)."
         )
-    squared_outputs = whole.directions.squared_outputs(found)
-    if not squared_outputs:
-        return ChangePredictor(unknown=f"{NO_LENGTH}, or its last layer was replaced: {CURE}")
+    squared_outputs = whole.directions.squared_outputs
+    if squared_outputs is None:
+        return ChangePredictor(unknown=f"{NO_LENGTH}. Measure the factors again, or {CURE}")
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     before = {
         name: found[name].clone() if found[name].untyped_storage().data_ptr() in own else found[name]

@@ -15,7 +15,7 @@ from typing import Final
 from torch import Tensor
 
 from memsyn.comparing.intervals import Interval, samples_needed
-from memsyn.comparing.prediction import Prediction, predict
+from memsyn.comparing.prediction import TIMES, Prediction, predict
 from memsyn.comparing.verdict import AT_RISK, BROKEN, CANNOT_SAY, MAX_CHANGE, MIN_AGREEMENT, SAFE, Comparison
 from memsyn.errors import MismatchError, OptionError, RenamedParametersWarning
 from memsyn.report.distribution import Lorenz
@@ -30,7 +30,6 @@ VERDICT_TONES: Final = {SAFE: "good", AT_RISK: "warning", BROKEN: "bad", CANNOT_
 EXTENT_TONES: Final = {NO_DIFFERENCE: "good", SMALL: "good", LARGE: "warning", UNKNOWN: "unknown"}
 READY: Final = "Ready"
 ON_DATA: Final = "memsyn compare MEMORY STATE --model package.module:build --data FILE"
-NO_INTERVAL: Final = "An estimate without data: it has no interval."
 
 
 def judge_comparison(found: Comparison, min_agreement: float, max_change: float) -> Judgement:
@@ -123,6 +122,10 @@ def judge_prediction(found: Prediction | str, max_change: float) -> Judgement:
             f"To see how many answers change, give inputs: {ON_DATA}."
             + (f" Also, {moved} moved, which the prediction does not see." if found.moved_statistics else ""),
         ),
+        AT_RISK: (
+            "Not shown to be safe: outputs may have changed by more than is allowed.",
+            f"Measure it, on inputs without labels: {ON_DATA}.",
+        ),
         CANNOT_SAY: (
             f"Without data this cannot be told: {moved} moved, which the prediction does not see.",
             f"Compare on inputs: {ON_DATA}. Or load the old statistics into the model.",
@@ -134,8 +137,8 @@ def judge_prediction(found: Prediction | str, max_change: float) -> Judgement:
         headline,
         share_text(found.change),
         "predicted change of the outputs on old data",
-        NO_INTERVAL,
-        f"Safe means: outputs are predicted to change by at most {_limit(max_change)}, and no running statistic moved.",
+        f"Nine in ten measured changes are at most {TIMES:g} times the prediction: here {share_text(found.upper)}.",
+        f"Safe means: {TIMES:g} times the prediction is at most {_limit(max_change)}, and no running statistic moved.",
         steps=[step],
     )
     return _with_change(own, found.change, max_change)

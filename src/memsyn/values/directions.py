@@ -41,10 +41,6 @@ FLOOR: Final = 0.1
 """mu: the part of an input direction's weight that does not depend on the output direction."""
 
 
-_IS_LAST: Final = 1e-5
-"""How far the mean eigenvalue of S may be from the number of positions, relative to it, in a last matrix: rounding."""
-
-
 def damping(inputs: Tensor, outputs: Tensor | None, strength: float = STRENGTH) -> Tensor:
     """1 / (1 + c a_j ((1 - mu) s_i + mu)), by which a step's change is multiplied: (G, m, n), or (G, 1, n) without S.
 
@@ -219,6 +215,8 @@ class Directions:
         rank: the number of eigenvectors that are kept of each side; None: all.
         free: the parameters that were measured, and that no output relied on.
         excerpts: protected parameter -> some of its values at the last consolidation, as `excerpt` takes them.
+        squared_outputs: E ||y||^2 of the outputs, the mean over tasks; None if a task did not tell.
+        mass: the number of tasks, as of a layer.
     """
 
     layers: dict[str, LayerDirections] = field(default_factory=dict)
@@ -226,6 +224,8 @@ class Directions:
     rank: int | None = RANK
     free: frozenset[str] = frozenset()
     excerpts: dict[str, Tensor] = field(default_factory=dict)
+    squared_outputs: float | None = None
+    mass: float = 0.0
 
     def __repr__(self) -> str:
         kept = "all eigenvectors" if self.rank is None else f"up to {self.rank} eigenvectors of each side"
@@ -377,25 +377,6 @@ class Directions:
             found[layer_of(name)] = found.get(layer_of(name), 0.0) + own_change
         return found
 
-    def squared_outputs(self, weights: Mapping[str, Tensor]) -> float | None:
-        """E ||y||^2 on the measured data, with the weights that were measured; None if it cannot be told.
-
-        A matrix W whose outputs are the model's outputs has d = v, random signs. So the mean eigenvalue of S is exactly
-        the number P of positions of a sample. Of such a matrix it is P tr(W A W^T); of several heads, their mean. A
-        network that ends otherwise (pooling, a normalisation) has no such matrix.
-        """
-        found = []
-        for own in self.layers.values():
-            positions, samples = own.counts
-            names = (own.matrix.weight, own.matrix.bias)
-            is_last = own.outputs is not None and math.isclose(own.scales[1], positions / samples, rel_tol=_IS_LAST)
-            if is_last and all(name is None or name in weights for name in names):
-                zeros = {name: torch.zeros_like(weights[name]) for name in names if name is not None}
-                # E[v v^T] is the identity, of which S is an estimate.
-                inputs = replace(own, outputs=None)
-                found.append(own.scales[1] * inputs.predicted_change(self._change(own.matrix, zeros, weights)))
-        return sum(found) / len(found) if found else None
-
     @staticmethod
     def _change(matrix: Matrix, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Tensor:
         layout = matrix.layout
@@ -429,6 +410,8 @@ class Directions:
             "diagonal": {name: [own.mass, own.scale] for name, own in self.diagonal.items()},
             "rank": self.rank,
             "free": sorted(self.free),
+            "squared_outputs": self.squared_outputs,
+            "mass": self.mass,
         }
 
     @classmethod
@@ -464,7 +447,11 @@ class Directions:
         if rank == 0:
             raise ValueError("the rank is 0")
         excerpts = groups.get("excerpt", {})
-        found = cls(layers, diagonal, rank, frozenset(str(name) for name in header["free"]), excerpts)
+        free = frozenset(str(name) for name in header["free"])
+        # Files of before do not tell: then nothing is predicted relative to the outputs.
+        length, mass = header.get("squared_outputs"), header.get("mass", 1.0)
+        length = None if length is None else _positive(length)
+        found = cls(layers, diagonal, rank, free, excerpts, length, _positive(mass) if mass else 0.0)
         for name, values in excerpts.items():
             if name not in found.names() or values.ndim != 1 or len(values) > EXCERPT:
                 raise ValueError(f"excerpt/{name} is no part of a parameter")
@@ -585,8 +572,20 @@ def consolidated(
             own = DiagonalDirections(total / mean, 1.0, mean / factors.num_samples)
             before = diagonal.get(parameter)
             diagonal[parameter] = own if before is None else _combined_diagonal(before, own, weights)
-    whole = Directions(layers, diagonal, rank)
+    masses = (weights[0] * old.mass, weights[1]) if old.mass else (0.0, 1.0)
+    length = _mean_length((old.squared_outputs, factors.squared_outputs), masses)
+    whole = Directions(layers, diagonal, rank, squared_outputs=length, mass=sum(masses))
     return replace(whole, free=frozenset((old.free | factors.routes.keys()) - whole.names()))
+
+
+def _mean_length(squares: tuple[float | None, float | None], masses: tuple[float, float]) -> float | None:
+    """The mean of E ||y||^2, weighted by masses; None if one that counts is not known, or all outputs are zero."""
+    total = 0.0
+    for own, mass in zip(squares, masses, strict=True):
+        if mass and own is None:
+            return None
+        total += mass * (own or 0.0)
+    return total / sum(masses) if total > 0 else None
 
 
 def _combined(
@@ -635,7 +634,8 @@ def merged(one: Directions, other: Directions, num_samples: tuple[int, int]) -> 
         squares = singles[0][0] if len(singles) == 1 else singles[0][0] + singles[1][0].to(singles[0][0])
         scale = sum(single.scale * share for single, share in known if single is not None)
         diagonal[name] = DiagonalDirections(squares / scale, 1.0, scale)
-    found = Directions(layers, diagonal, one.rank)
+    length = _mean_length((one.squared_outputs, other.squared_outputs), shares)
+    found = Directions(layers, diagonal, one.rank, squared_outputs=length, mass=1.0)
     return replace(found, free=(one.free | other.free) - found.names(), excerpts=other.excerpts | one.excerpts)
 
 

@@ -23,6 +23,9 @@ from memsyn.values.spectra import Spectrum, spectrum_of, spectrum_of_sketch
 BOTH: Final = "second moments of inputs and output gradients"
 INPUTS_ALONE: Final = "second moments of inputs"
 
+SQUARED_OUTPUTS: Final = "squared_outputs/"
+"""The name of sum_k ||y_k||^2 among the sums: it is of no matrix."""
+
 MOMENTS: Final = "moments"
 """The group of a file that holds the sums."""
 
@@ -60,7 +63,7 @@ class KroneckerFactors:
         sums: name -> sum over samples. `inputs/<key>` (G, n, n) and `outputs/<key>` (G, m, m) for G groups of a matrix;
             (n,) the counts of a table's rows; `inputs_sketch/<key>` (G, n, l) with `inputs_trace/<key>` in place of a
             matrix that is too wide, and so for outputs; `positions/<key>` the number of x; `diagonal/<parameter>` sums
-            of squared gradients, for parameters that are no matrices.
+            of squared gradients, for parameters that are no matrices; `squared_outputs/` that of ||y||^2.
         num_samples: the number of samples.
         matrices: key -> which parameter is read as a matrix, and how. A key is the weight's name.
         routes: parameter name -> how it was computed.
@@ -151,6 +154,12 @@ class KroneckerFactors:
         """
         return self._whole("outputs", key) / self.num_samples
 
+    @property
+    def squared_outputs(self) -> float | None:
+        """E ||y||^2, the mean over samples; None if outputs were not looked at."""
+        total = self.sums.get(SQUARED_OUTPUTS)
+        return None if total is None else float(total) / self.num_samples
+
     def _whole(self, side: str, key: str) -> Tensor:
         if f"{side}/{key}" not in self.sums:
             raise MismatchError(f"there is no whole second moment of the {side} of {key!r}.")
@@ -208,6 +217,8 @@ class KroneckerFactors:
         check_same_shapes(_only(self.sums, both), _only(other.sums, both), "the first factors", "the second factors")
         sums = {**other.sums, **self.sums}
         sums |= {name: self.sums[name] + other.sums[name].to(self.sums[name].device) for name in both}
+        if SQUARED_OUTPUTS not in both:  # the other samples are not known
+            sums.pop(SQUARED_OUTPUTS, None)
         every = (self.matrices | other.matrices).values()
         taken = {f"diagonal/{name}" for matrix in every for name in (matrix.weight, matrix.bias)} & sums.keys()
         mixed = sorted(name.removeprefix("diagonal/") for name in taken if bool(sums[name].any()))
@@ -370,7 +381,8 @@ def _check_sums(sums: Mapping[str, Tensor], matrices: Mapping[str, Matrix]) -> N
         side, _, key = name.partition("/")
         if not total.is_floating_point():
             raise ValueError(f"{name} is {total.dtype}; expected a floating point type")
-        fits = side == "diagonal" or tuple(total.shape) in _shapes(side, matrices[key], total)
+        free = side == "diagonal" or (name == SQUARED_OUTPUTS and not total.ndim)
+        fits = free or tuple(total.shape) in _shapes(side, matrices[key], total)
         if not fits or not _can_be_moment(total, side):
             raise ValueError(f"{name} is no sum of second moments")
     for key in matrices:

@@ -9,7 +9,9 @@ from typing import Final, NamedTuple
 
 from memsyn.values.directions import Directions
 
-NO_LENGTH: Final = "the memory does not tell how long the outputs are, since the model does not end in a linear layer"
+NO_LENGTH: Final = (
+    "the memory does not tell how long the outputs are: they are zero, or a part of it was made by an earlier memsyn"
+)
 
 
 class RelativeChange(NamedTuple):

@@ -56,13 +56,22 @@ def test_the_gate_refuses_the_careless_training_and_accepts_the_protected_one(
     assert re.search(r"\nSafe\. \d+\.\d% of 800 samples give the same answer", output)
     assert "running statistic" not in output
 
-    company.show_accuracy(tmp_path, ("shipped.safetensors", "careless.safetensors", "protected.safetensors"))
+    assert company.mend(tmp_path, "careless.safetensors", epochs=EPOCHS // 4) == 0
+    output = capfd.readouterr().out
+    assert "Outputs on the old data change by 1.0% in place of" in output
+    assert "8 running statistics put back, the first is body.1.running_mean" in output
+    assert company.gate(tmp_path, "repaired.safetensors") == 0
+    capfd.readouterr()
+
+    names = ("shipped.safetensors", "careless.safetensors", "protected.safetensors", "repaired.safetensors")
+    company.show_accuracy(tmp_path, names)
     shares = re.findall(
         r"  \w+\.safetensors: (\d+\.\d)% of the 80 old classes, (\d+\.\d)% of the 40", capfd.readouterr().out
     )
-    (_, untrained), (_, careless), (_, protected) = (tuple(map(float, own)) for own in shares)
+    (shipped, untrained), (_, careless), (_, protected), repaired = (tuple(map(float, own)) for own in shares)
     assert untrained < 10
-    assert min(careless, protected) > 30
+    assert min(careless, protected, repaired[1]) > 30
+    assert repaired[0] > shipped - 2
     memory = memsyn.Memory.load(tmp_path / company.MEMORY)
     assert memory.anchor
     assert memory.directions is not None

@@ -4,8 +4,11 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from benchmarks import prediction_page as own
+
+from memsyn.comparing.prediction import TIMES
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -54,6 +57,13 @@ def test_the_lines_are_of_four_sequences_and_of_every_kind():
     }  # fmt: skip
     keys = [(one["sequence"], one["checkpoint"]) for one in own.read(DOCS / "prediction.jsonl")]
     assert len(set(keys)) == len(keys)
+
+
+def test_nine_in_ten_measured_changes_are_within_what_a_verdict_allows_for():
+    lines = own.moved(own.read(DOCS / "prediction.jsonl"))
+    times = np.array([one["measured"]["change"] / one["predicted"] for one in lines])
+    assert len(times) == 97
+    assert np.quantile(times, 0.9) == pytest.approx(TIMES, abs=0.05)
 
 
 def test_correlations_are_of_ranks_within_sequences_and_over_all():

@@ -71,7 +71,7 @@ def test_manual_optimisation_of_two_optimizers_equals_the_loss_term(tmp_path: Pa
     trainer = fit(mine, tmp_path, [callback])
     fit(twin, tmp_path, [])
     assert_close(mine, twin, rtol=1e-6)
-    assert float(trainer.callback_metrics["penalty"]) > 0
+    assert float(trainer.callback_metrics["memsyn/penalty"]) > 0
     assert callback.protections == []
     assert [entry.num_samples for entry in callback.memory.history] == [10, 24]
 

@@ -91,7 +91,11 @@ import memsyn
 
 def import_all_of(package):
     for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        importlib.import_module(found.name)
+        try:
+            importlib.import_module(found.name)
+        except ModuleNotFoundError as error:
+            if error.name != "avalanche":  # it needs torchvision, which is not beside every torch
+                raise
 
 
 def be_windows():

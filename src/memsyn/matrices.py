@@ -3,6 +3,7 @@
 Owns the layout of a weight as matrices of m outputs and n inputs, y = W x. Must not know operations or files.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -71,6 +72,11 @@ class Matrix:
     def width(self) -> int:
         """The number of inputs, with that of the bias."""
         return self.layout.inputs + (self.bias is not None)
+
+
+def num_weights_of(matrices: Iterable[Matrix]) -> int:
+    """The weights of all matrices, each once: a table that is the head too is read as two matrices."""
+    return sum({matrix.weight: matrix.num_weights for matrix in matrices}.values())
 
 
 def whole_width(rank: int | None) -> int:

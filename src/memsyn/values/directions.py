@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from memsyn.errors import MismatchError
-from memsyn.matrices import EXACT_WIDTH, Layout, Matrix
+from memsyn.matrices import EXACT_WIDTH, Layout, Matrix, num_weights_of
 from memsyn.parameters import gathered, layer_of, only_those, under_new_names, way_out
 from memsyn.storage.reading_and_writing import Groups, checked_count
 from memsyn.values.display import LayerRow, counted_matrices, html_table, size_in_memory
@@ -234,7 +234,7 @@ class Directions:
 
     def in_words(self) -> str:
         """How many matrices, other parameters and weights there are."""
-        weights = sum(own.matrix.num_weights for own in self.layers.values())
+        weights = num_weights_of(own.matrix for own in self.layers.values())
         weights += sum(own.squares.numel() for own in self.diagonal.values())
         return counted_matrices(len(self.layers), len(self.diagonal), weights)
 

@@ -4,6 +4,7 @@ import json
 import math
 from copy import deepcopy
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from memsyn_bench.language.questions import all_questions
 from memsyn_bench.language.scoring import ANSWER_TOKENS, answers, text_loss, token_loss
 from memsyn_bench.language.texts import Domain, Text, domain_text, fortunes, own_text, standard_library
 
+DOCS = Path(__file__).parents[2] / "docs"
 SMALL = LanguageSettings(
     steps=3, batch_size=2, length=16, num_measured=4, num_held_out=3, precision="float32"
 )  # fmt: skip
@@ -475,3 +477,8 @@ def test_smollm2_knows_a_capital():
     (answer,) = answers(frozen, smollm2.tokenizer, [question])
     assert "Paris" in answer
     assert texts.DOMAINS.keys() == {"german", "code", "spanish"}
+
+
+def test_the_page_of_the_project_is_written_from_its_file():
+    page = (DOCS / "language.md").read_text(encoding="utf-8")
+    assert page == language_page(DOCS / "language" / "results.jsonl")

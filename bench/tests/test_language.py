@@ -307,8 +307,14 @@ def test_the_peak_is_counted_anew_where_the_kernel_can(monkeypatch, tmp_path):
 # --- the experiment
 
 
+def run_all(prepared, methods, out, *, domains=("abc", "digits", "dots"), seed=0, settings=SMALL, **options):
+    chosen = replace(prepared, domains={name: prepared.domains[name] for name in domains})
+    return run_language(chosen, methods, [seed], settings, out, **options)
+
+
 def test_a_run_writes_a_line_for_each_method_and_domain_and_does_not_repeat_them(prepared, tmp_path):
-    made = run_language(prepared, ["finetune", "projected-inputs@strength=30"], [0], SMALL, tmp_path)
+    methods = ["finetune", "projected-inputs@strength=30"]
+    made = run_all(prepared, methods, tmp_path, domains=("abc", "digits"))
     assert [(one.method, one.domains) for one in made] == [
         ("before", ()),
         ("finetune", ("abc",)),
@@ -317,7 +323,7 @@ def test_a_run_writes_a_line_for_each_method_and_domain_and_does_not_repeat_them
         ("projected-inputs", ("abc", "digits")),
     ]
     assert read_language(tmp_path / LANGUAGE_FILE) == made
-    assert run_language(prepared, ["finetune", "projected-inputs@strength=30"], [0], SMALL, tmp_path) == []
+    assert run_all(prepared, methods, tmp_path, domains=("abc", "digits")) == []
     assert not list((tmp_path / "checkpoints").iterdir())
     assert made[2].settings.strength == 30
     assert made[1].settings.strength is None
@@ -328,28 +334,37 @@ def test_a_run_writes_a_line_for_each_method_and_domain_and_does_not_repeat_them
     assert (made[1].kept_bytes, made[2].kept_bytes > 0) == (0, True)
 
 
-def test_a_run_that_was_cut_off_ends_with_the_same_numbers(prepared, tmp_path):
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_run_that_was_cut_off_learns_only_what_is_left_and_ends_with_the_same_numbers(
+    prepared, tmp_path, monkeypatch, number
+):
     methods = ["projected", "lora"]
-    whole = run_language(prepared, methods, [1], SMALL, tmp_path / "whole")
+    whole = run_all(prepared, methods, tmp_path / "whole", seed=1)
 
     def stop(record):
-        if record.method == "lora":
+        if record.method == "lora" and len(record.domains) == number + 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_language(prepared, methods, [1], SMALL, tmp_path / "cut", stop)
+        run_all(prepared, methods, tmp_path / "cut", seed=1, say=stop)
     assert len(list((tmp_path / "cut" / "checkpoints").iterdir())) == 2
-    run_language(prepared, methods, [1], SMALL, tmp_path / "cut")
+    calls = []
+    monkeypatch.setattr(experiments, "learn", lambda *given: calls.append(given) or learn(*given))
+    run_all(prepared, methods, tmp_path / "cut", seed=1)
+    assert len(calls) == 2 * (2 - number)
     found = read_language(tmp_path / "cut" / LANGUAGE_FILE)
     assert [(one.key, one.losses, one.right) for one in found] == [(one.key, one.losses, one.right) for one in whole]
 
 
 def test_a_longer_run_learns_again_what_left_no_checkpoint_and_writes_only_what_is_new(prepared, tmp_path):
-    first = replace(prepared, domains={"abc": prepared.domains["abc"]})
-    run_language(first, ["finetune"], [0], SMALL, tmp_path)
-    made = run_language(prepared, ["finetune"], [0], SMALL, tmp_path)
-    assert [one.domains for one in made if one.method == "finetune"] == [("abc", "digits")]
-    whole = run_language(prepared, ["finetune"], [0], SMALL, tmp_path / "other")
+    run_all(prepared, ["finetune"], tmp_path, domains=("abc",))
+    made = run_all(prepared, ["finetune"], tmp_path)
+    assert [(one.method, one.domains) for one in made] == [
+        ("before", ()),  # it was scored on one domain alone
+        ("finetune", ("abc", "digits")),
+        ("finetune", ("abc", "digits", "dots")),
+    ]
+    whole = run_all(prepared, ["finetune"], tmp_path / "other")
     assert made[-1].losses == whole[-1].losses
 
 
@@ -362,11 +377,14 @@ def test_own_text_is_written_once_and_read_again(prepared, assistant, tmp_path, 
 
 
 def test_the_memory_may_be_of_english(prepared, tmp_path):
-    settings = replace(SMALL, memory_text="english")
-    own, english = (
-        run_language(prepared, ["projected-inputs"], [0], one, tmp_path)[-1].losses for one in (SMALL, settings)
-    )
-    assert own != english
+    english = replace(SMALL, memory_text="english")
+    for method in ("projected-inputs", "replay"):
+        losses = [
+            run_all(prepared, [method], tmp_path, domains=("abc",), settings=one)[-1].losses for one in (SMALL, english)
+        ]
+        assert losses[0] != losses[1]
+    run_all(prepared, ["finetune"], tmp_path, domains=("abc",))
+    assert run_all(prepared, ["finetune"], tmp_path, domains=("abc",), settings=english) == []  # it needs no such text
 
 
 def test_methods_with_options_are_parsed():

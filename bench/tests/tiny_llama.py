@@ -18,6 +18,7 @@ QUESTIONS = [
 DOMAINS = {
     "abc": Domain("the alphabet", lambda: ["abcdefgh " * 20, "hgfedcba " * 20, "aabbccdd " * 20]),
     "digits": Domain("digits", lambda: ["0123456789 " * 20, "9876543210 " * 20, "1133557799 " * 20]),
+    "dots": Domain("marks", lambda: [".,.,:; " * 20, ";:.,!? " * 20, "!!??.. " * 20]),
 }
 ENGLISH = Domain("English", lambda: ["the quick brown fox " * 10, "jumps over the lazy dog " * 10])
 

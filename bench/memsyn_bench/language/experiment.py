@@ -199,10 +199,11 @@ def run_language(
     chosen = [parse_method(method, settings) for method in methods]
     out.mkdir(parents=True, exist_ok=True)
     path = out / LANGUAGE_FILE
-    known = {record.key: record for record in (read_language(path) if path.exists() else [])}
-    before = _before(experiment, settings)
+    old = read_language(path) if path.exists() else []
+    known = {record.key for record in old}
+    before = _before(settings)
     made = []
-    if before.key not in known:
+    if not any(one.key == before.key and experiment.domains.keys() <= one.losses.keys() for one in old):
         losses, right = experiment.scored(experiment.assistant.network, settings.precision)
         made.append(replace(before, losses=losses, right=right))
         _append_language(path, made[-1])
@@ -235,10 +236,12 @@ def parse_method(text: str, settings: LanguageSettings) -> tuple[str, LanguageSe
             given[key] = float(value) if key in given else given[key]
         except (ValueError, KeyError):
             raise OptionError(f"{text!r} must be METHOD, METHOD@lr=NUMBER or METHOD@strength=NUMBER.") from None
-    return name, replace(settings, lr=given["lr"], strength=given["strength"])
+    needs_text = own.estimator is not None or own.extra == "replay"
+    text = settings.memory_text if needs_text else OWN_TEXT
+    return name, replace(settings, lr=given["lr"], strength=given["strength"], memory_text=text)
 
 
-def _before(experiment: Experiment, settings: LanguageSettings) -> LanguageRecord:
+def _before(settings: LanguageSettings) -> LanguageRecord:
     """The line about the model as it was; without numbers."""
     plain = LanguageSettings(
         steps=1, batch_size=settings.batch_size, length=settings.length, num_held_out=settings.num_held_out,
@@ -266,12 +269,10 @@ class Course:
         return self.out / "checkpoints" / f"{self.key(index)}.safetensors"
 
     def learn_one(self, index: int, known: Container[str]) -> LanguageRecord | None:
-        """Learn domain `index` and score; None if that is known, and what comes next needs no checkpoint of it."""
-        is_last = index + 1 == len(self.experiment.domains)
-        later = [self.key(one) for one in range(index + 1, len(self.experiment.domains))]
-        is_needed = any(key not in known for key in later) and not self.checkpoint(index).exists()
-        if self.key(index) in known and not is_needed:
+        """Learn domain `index` and score; None if that is known, and nothing that is not known begins there."""
+        if index < self._first(known):
             return None
+        is_last = index + 1 == len(self.experiment.domains)
         method, settings, start = LANGUAGE_METHODS[self.name], self.settings, time.perf_counter()
         network, memory = self._state(index)
         spent = time.perf_counter() - start
@@ -280,7 +281,7 @@ class Course:
         generator = torch.Generator().manual_seed(1000 * self.seed + index)
         lesson = Lesson(method, settings.lr or 0.0, settings.strength, settings.steps, settings.batch_size,
                         settings.precision)  # fmt: skip
-        done = learn(network, memory, training, self.experiment.own, lesson, generator)
+        done = learn(network, memory, training, self._old_text, lesson, generator)
         losses, right = self.experiment.scored(done.network, settings.precision)
         kept = _bytes_of(memory)
         if not is_last:
@@ -299,14 +300,24 @@ class Course:
         _append_language(self.out / LANGUAGE_FILE, record)
         return record
 
+    def _first(self, known: Container[str]) -> int:
+        """Which domain is learned first: the one after the newest checkpoint that the first unknown record needs."""
+        number = len(self.experiment.domains)
+        unknown = next((index for index in range(number) if self.key(index) not in known), None)
+        if unknown is None:
+            return number
+        return max((index + 1 for index in range(unknown) if self.checkpoint(index).exists()), default=0)
+
+    @property
+    def _old_text(self) -> Text:
+        return self.experiment.own if self.settings.memory_text == OWN_TEXT else self.experiment.english
+
     def _state(self, index: int) -> tuple[nn.Module, Memory]:
         """The network and the memory before domain `index`."""
         network = deepcopy(self.experiment.assistant.network)
         if index:
             return network, _load(self.checkpoint(index - 1), network)
-        of_own = self.settings.memory_text == OWN_TEXT
-        text = self.experiment.own if of_own else self.experiment.english
-        blocks = text.training[: self.settings.num_measured]
+        blocks = self._old_text.training[: self.settings.num_measured]
         method = LANGUAGE_METHODS[self.name]
         return network, remembered(Memory.empty(), network, blocks, method, self.settings.memory_text)
 

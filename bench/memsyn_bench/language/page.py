@@ -134,7 +134,7 @@ def _label(record: LanguageRecord) -> str:
     words = [record.method, f"lr {settings.lr:g}"]
     if settings.strength is not None:
         words.append(f"strength {settings.strength:g}")
-    if LANGUAGE_METHODS[record.method].estimator is not None and settings.memory_text != LanguageSettings().memory_text:
+    if settings.memory_text != LanguageSettings().memory_text:
         words.append(f"memory of {settings.memory_text}")
     return ", ".join(words)
 

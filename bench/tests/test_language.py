@@ -477,7 +477,7 @@ def test_the_commands_run_and_write_the_page(assistant, tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     assert call("language-page", out / LANGUAGE_FILE, "-o", page).output == f"Wrote {page}.\n"
     assert page.read_text() == call("language-page", out / LANGUAGE_FILE).output == language_page(out / LANGUAGE_FILE)
-    assert "## After abc: 1 steps each" in page.read_text()
+    assert "## After abc: 1 steps each, of 4 x 64 tokens, in float32" in page.read_text()
 
 
 def test_the_command_refuses_before_it_loads_the_model(monkeypatch):

@@ -53,7 +53,7 @@ def language_page(path: Path) -> str:
     for (settings, domains), own in sorted(groups.items(), key=lambda item: (item[0][0].steps, len(item[0][1]))):
         before = next((one for one in befores if _fits(one, own[0])), None)
         if before is not None:
-            parts += [f"## {_heading(domains, settings)}", _scores(own, before)]
+            parts += [f"## {_heading(domains, settings)}", _score_table(own, before)]
     machines = list(dict.fromkeys(escape(record.machine) for record in records))
     return "\n\n".join([*parts, f"Made with {'; '.join(machines)}."]) + "\n"
 
@@ -71,17 +71,18 @@ def _fits(before: LanguageRecord, record: LanguageRecord) -> bool:
 
 
 def _heading(domains: Sequence[str], settings: LanguageSettings) -> str:
-    return f"After {', then '.join(domains)}: {settings.steps} steps each"
+    size = f"{settings.steps} steps each, of {settings.batch_size} x {settings.length} tokens, in {settings.precision}"
+    return f"After {', then '.join(domains)}: {size}"
 
 
 def _summaries(records: Sequence[LanguageRecord]) -> str:
     names = [name for name in LANGUAGE_METHODS if any(record.method == name for record in records)]
-    domains = [name for name in DOMAINS if any(name in record.domains for record in records)]
+    domains = [name for name in DOMAINS if any(name in record.losses for record in records)]
     lines = [f"- {name}: {LANGUAGE_METHODS[name].summary}." for name in names]
     return "\n".join([*lines, *(f"- {name}: {DOMAINS[name].summary}." for name in domains)])
 
 
-def _scores(records: Sequence[LanguageRecord], before: LanguageRecord) -> str:
+def _score_table(records: Sequence[LanguageRecord], before: LanguageRecord) -> str:
     texts = list(before.losses)
     columns = [
         "Method", "Seeds", *(f"Loss, {name}" for name in texts), "Learned (%)", "Right (%)", "Lost (points)",

@@ -143,6 +143,22 @@ def test_a_notebook_shows_a_table_by_layer(values: dict[str, Any]) -> None:
     assert "Memory(empty)" in Memory.empty()._repr_html_()
 
 
+def test_a_tied_weight_is_two_matrices_and_counts_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(7, 5)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.table(tokens) @ self.table.weight.T
+
+    model = Tied()
+    factors = memsyn.measure(model, [torch.tensor([[1, 2], [3, 4]])], estimator="kronecker", progress=False)
+    memory = Memory.empty().consolidate(model, factors)
+    for value in (factors, memory, memory.directions):
+        assert re.search(r"2 matrices, 0 other parameters, 35 weights", repr(value)), repr(value)
+
+
 def test_a_table_shows_the_thirty_largest_layers_and_counts_the_others() -> None:
     sums = {f"block{index}.weight": torch.full((10,), float(index)) for index in range(100)}
     rows = Cells(memsyn.Importance(sums, 1)._repr_html_()).rows

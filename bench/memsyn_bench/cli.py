@@ -15,6 +15,19 @@ from rich.console import Console
 from memsyn import MemsynError, OptionError
 from memsyn.cli.screen import plain_errors, say
 from memsyn_bench.extensions import NamedEntries
+from memsyn_bench.language.experiment import (
+    MEMORY_TEXTS,
+    Experiment,
+    LanguageRecord,
+    LanguageSettings,
+    parse_method,
+    run_language,
+)
+from memsyn_bench.language.methods import LANGUAGE_METHODS
+from memsyn_bench.language.model import PRECISIONS, load_smollm2
+from memsyn_bench.language.page import language_page
+from memsyn_bench.language.questions import all_questions
+from memsyn_bench.language.texts import DOMAINS
 from memsyn_bench.methods.registry import METHODS, MethodEntry
 from memsyn_bench.optimizers import OPTIMIZERS
 from memsyn_bench.pages.export import write_mlflow, write_tensorboard
@@ -165,3 +178,62 @@ def results_(
         typer.echo(page, nl=False)
     else:
         typer.echo(f"Wrote {out} from {len(files)} file{'s' * (len(files) > 1)}.")
+
+
+@app.command("language")
+def language_(
+    methods: Annotated[
+        str,
+        typer.Option(help=f"Of {', '.join(LANGUAGE_METHODS)}; each with @lr=NUMBER or @strength=NUMBER, if wanted."),
+    ] = "finetune,lora,projected-inputs",
+    domains: Annotated[str, typer.Option(help=f"In this order: of {', '.join(DOMAINS)}.")] = ",".join(DOMAINS),
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, ...")] = 1,
+    steps: Annotated[int, typer.Option(help="Steps for each domain.")] = LanguageSettings().steps,
+    memory: Annotated[str, typer.Option(help=f"The memory's text: {' or '.join(MEMORY_TEXTS)}.")] = MEMORY_TEXTS[0],
+    precision: Annotated[
+        str, typer.Option(help=f"Of products: {' or '.join(PRECISIONS)}.")
+    ] = LanguageSettings().precision,
+    out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/language"),
+) -> None:
+    """Let SmolLM2-135M learn domains in a row, and ask it what it knew before.
+
+    Prints a line after each domain. The folder then holds language.jsonl, and lines of other options go into the same
+    file. The same command continues a run that was cut off. On 2 cores, a step takes 1 to 3 seconds.
+
+    Example: memsyn-bench language --methods finetune,finetune@lr=1e-4,lora,projected-inputs@strength=30
+    """
+    with plain_errors():
+        settings = LanguageSettings(steps=steps, memory_text=memory, precision=precision)
+        names = [name.strip() for name in methods.split(",")]
+        for name in names:
+            parse_method(name, settings)
+        chosen = [name.strip() for name in domains.split(",")]
+        experiment = Experiment.prepared(load_smollm2(), all_questions(), chosen, settings, out)
+        run_language(experiment, names, range(seeds), settings, out, _print_language)
+
+
+def _print_language(record: LanguageRecord) -> None:
+    losses = ", ".join(f"{name} {loss:.3f}" for name, loss in record.losses.items())
+    right = f"{record.flags.count('1')}/{len(record.flags)} right"
+    options = [f"lr {record.settings.lr:g}"] if record.settings.lr is not None else []
+    options += [f"strength {record.settings.strength:g}"] if record.settings.strength is not None else []
+    where = f"seed {record.seed}, after {', '.join(record.domains)}: " if record.domains else ""
+    typer.echo(f"{' '.join([record.method, *options])}, {where}{losses}, {right}")
+
+
+@app.command("language-page")
+def language_page_(
+    file: Annotated[Path, typer.Argument(help="The language.jsonl of a run, or a copy.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page to write.", show_default="printed")] = None,
+) -> None:
+    """Make one Markdown page of the results of `memsyn-bench language`.
+
+    Example: memsyn-bench language-page docs/language/results.jsonl -o docs/language.md
+    """
+    with plain_errors():
+        page = language_page(file)
+    if out is None:
+        typer.echo(page, nl=False)
+    else:
+        out.write_text(page, encoding="utf-8")
+        typer.echo(f"Wrote {out}.")

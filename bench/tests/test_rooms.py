@@ -25,8 +25,9 @@ ROOMS: dict[str, set[str]] = {
     "running": LOWEST - {"extras", "extensions"} | {"methods", "sequences"},
     "results": {"settings", "methods", "sequences", "running"},
     "pages": {"settings", "extras", "running", "results"},
+    "language": {"extras", "results"},
     "__init__": LOWEST - {"extras", "extensions", "optimizers"} | {"methods", "sequences", "running"},
-    "cli": {"settings", "optimizers", "extensions", "methods", "sequences", "running", "results", "pages"},
+    "cli": {"settings", "optimizers", "extensions", "methods", "sequences", "running", "results", "pages", "language"},
 }
 """Room -> the rooms that it may import, beside itself. `__init__` has the public names."""
 
@@ -36,7 +37,7 @@ MEMSYN: dict[str, set[str]] = {
     "memsyn.values.directions": {"methods"},  # the default strength of a projection
     "memsyn.values.display": {"results"},  # names out of files
     "memsyn.values.spectra": {"methods"},
-    "memsyn.storage.reading_and_writing": {"running"},  # checkpoints
+    "memsyn.storage.reading_and_writing": {"running", "language"},  # checkpoints
     "memsyn.storage.atomic_files": {"running"},  # examples.json
     "memsyn.report.names": {"pages"},  # names out of files
     "memsyn.report.page": {"pages"},

@@ -3,7 +3,7 @@
 Owns the layout of a weight as matrices of m outputs and n inputs, y = W x. Must not know operations or files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -87,6 +87,11 @@ class Matrix:
         """The inverse of `joined`: tensors in the shapes of the weight, and of the bias if it is given."""
         parts = [self.layout.weight(matrix[:, :, : self.layout.inputs], like[0].shape)]
         return parts if len(like) == 1 else [*parts, matrix[:, :, -1].reshape(like[1].shape)]
+
+
+def num_weights_of(matrices: Iterable[Matrix]) -> int:
+    """The weights of all matrices, each once: a table that is the head too is read as two matrices."""
+    return sum({matrix.weight: matrix.num_weights for matrix in matrices}.values())
 
 
 def whole_width(rank: int | None) -> int:

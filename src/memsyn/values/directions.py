@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from memsyn.errors import MismatchError
-from memsyn.matrices import EXACT_WIDTH, Layout, Matrix
+from memsyn.matrices import EXACT_WIDTH, Layout, Matrix, num_weights_of
 from memsyn.parameters import gathered, layer_of, only_those, under_new_names, way_out
 from memsyn.storage.reading_and_writing import Groups, checked_count
 from memsyn.values.display import LayerRow, counted_matrices, html_table, size_in_memory
@@ -142,20 +142,12 @@ class LayerDirections:
 
     def gradient(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """S D A, half the gradient of tr(S D A D^T), by name: for the weight, and for the bias if it is a column."""
-        layout = self.matrix.layout
-        weight = weights[self.matrix.weight]
-        change = layout.matrix(weight)
-        if self.matrix.bias is not None:
-            bias = weights[self.matrix.bias]
-            change = torch.cat([change, bias.reshape(layout.groups, -1, 1)], 2)
-        found = self.inputs.product(change.transpose(1, 2)).transpose(1, 2)
+        like = [weights[name] for name in self.matrix.names]
+        found = self.inputs.product(self.matrix.joined(*like).transpose(1, 2)).transpose(1, 2)
         if self.outputs is not None:
             found = self.outputs.product(found)
         found = found * (self.scales[0] * self.scales[1] / self.mass)
-        pulls = {self.matrix.weight: layout.weight(found[:, :, : layout.inputs], weight.shape)}
-        if self.matrix.bias is not None:
-            pulls[self.matrix.bias] = found[:, :, -1].reshape(bias.shape)
-        return pulls
+        return dict(zip(self.matrix.names, self.matrix.split(found, like), strict=True))
 
 
 def _weighted(rows: Tensor, inputs: Spectrum) -> Tensor:
@@ -251,7 +243,7 @@ class Directions:
 
     def in_words(self) -> str:
         """How many matrices, other parameters and weights there are."""
-        weights = sum(own.matrix.num_weights for own in self.layers.values())
+        weights = num_weights_of(own.matrix for own in self.layers.values())
         weights += sum(own.squares.numel() for own in self.diagonal.values())
         return counted_matrices(len(self.layers), len(self.diagonal), weights)
 

@@ -13,7 +13,7 @@ from typing import Any, Final, final
 from torch import Tensor
 
 from memsyn.errors import MismatchError
-from memsyn.matrices import Layout, Matrix
+from memsyn.matrices import Layout, Matrix, num_weights_of
 from memsyn.parameters import layer_of, under_new_names
 from memsyn.storage.reading_and_writing import FACTORS, Groups, checked_count, read, well_formed, write
 from memsyn.values.display import LayerRow, counted, counted_matrices, html_table, size_in_memory
@@ -85,7 +85,7 @@ class KroneckerFactors:
 
     def __repr__(self) -> str:
         others = [total.numel() for name, total in self.sums.items() if name.startswith("diagonal/")]
-        weights = sum(matrix.num_weights for matrix in self.matrices.values()) + sum(others)
+        weights = num_weights_of(self.matrices.values()) + sum(others)
         held = counted_matrices(len(self.matrices), len(others), weights)
         of = f"{self.magnitude} of {self.objective}"
         size = size_in_memory(self.sums.values())

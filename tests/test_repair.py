@@ -550,3 +550,30 @@ def test_the_command_writes_whole_weights(tmp_path: Path, monkeypatch: pytest.Mo
     error = call("repair", "memory", "new.safetensors", "-o", "c", "--max-change", "0", code=1).stderr
     assert "max_change must be a number above 0" in error
     assert not Path("c").exists()
+
+
+def test_the_command_does_not_write_over_what_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = network().float()
+    remembered(model, inputs(0).float()).save("memory")
+    before = Path("memory").read_bytes()
+    save_file(moved(model, size=1.0).state_dict(), "new")
+    assert "-o memory is memory, which is only read" in call("repair", "memory", "new", "-o", "memory", code=1).stderr
+    assert Path("memory").read_bytes() == before
+    error = call("repair", "memory", "new", "-o", "nowhere/out", code=1).stderr
+    assert "nowhere/out could not be written" in error
+    call("repair", "memory", "new", "-o", "new")  # the new weights themselves may be replaced
+    assert load_file("new").keys() == model.state_dict().keys()
+
+
+def test_the_command_repairs_each_copy_of_a_tied_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = network().float()
+    remembered(model, inputs(0).float()).save("memory")
+    state = moved(model, size=1.0).state_dict()
+    save_file({**state, "again.weight": state["0.weight"].clone(), "head.weight": torch.ones(2, 6)}, "new")
+    call("repair", "memory", "new", "-o", "out")
+    written = load_file("out")
+    assert torch.equal(written["again.weight"], written["0.weight"])
+    assert not torch.equal(written["0.weight"], state["0.weight"])
+    assert torch.equal(written["head.weight"], torch.ones(2, 6))

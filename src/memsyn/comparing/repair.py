@@ -60,7 +60,8 @@ class Repaired:
     Attributes:
         weights: name -> repaired values, of the parameters and statistics that differ from the model's alone. Load them
             with `model.load_state_dict(repaired.weights, strict=False)`.
-        kept: layer that has moved -> the share of its change that stays, ||D'|| / ||D||, from 0 to 1.
+        kept: layer that has moved -> the share of its change that stays, ||D'|| / ||D||. With `learned` it may be above
+            1: where the new task needs both, more of one weight makes up for what is taken from another.
         statistics: names of the statistics that are put back, such as running means.
         max_change: the bound.
         predicted: the predicted relative change of the outputs on the old data, before and after, as `memsyn gate`

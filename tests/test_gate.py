@@ -519,3 +519,10 @@ def test_weights_of_another_model_without_data(old: story.Classifier) -> None:
 
 def test_an_infinite_threshold_is_null_in_json(old: story.Classifier) -> None:
     assert as_json("memory", "old.safetensors", "--max-change", "inf", code=0)["max_change"] is None
+
+
+def test_weights_that_are_not_finite_are_broken_at_any_threshold(old: story.Classifier) -> None:
+    with torch.no_grad():
+        old.body[0].weight[0, 0] = torch.nan
+    state = saved(old)
+    assert as_json("memory", state, "--max-change", "inf", code=2)["verdict"] == "broken"

@@ -577,3 +577,21 @@ def test_the_command_repairs_each_copy_of_a_tied_weight(tmp_path: Path, monkeypa
     assert torch.equal(written["again.weight"], written["0.weight"])
     assert not torch.equal(written["0.weight"], state["0.weight"])
     assert torch.equal(written["head.weight"], torch.ones(2, 6))
+
+
+def test_a_change_of_weights_with_an_importance_alone_takes_data() -> None:
+    model = network()
+    memory = remembered(model, inputs(0))
+    assert memory.directions is not None
+    part = replace(memory, directions=memory.directions.only({"2.weight", "2.bias"}))
+    new = copy.deepcopy(model)
+    with torch.no_grad():
+        new[0].weight += 1
+    with pytest.raises(
+        memsyn.OptionError, match=r"first is 0.weight\) moved or may have moved.* Give batches= of the old"
+    ):
+        memsyn.repair(new, part)
+    repaired = memsyn.repair(new, part, batches=[inputs(0)])
+    assert repaired.predicted is None
+    assert repaired.measured is not None
+    assert repaired.measured[1].mean_change <= 0.05 < repaired.measured[0].mean_change

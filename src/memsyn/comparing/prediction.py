@@ -5,6 +5,7 @@ Owns the verdict of a prediction, and when it cannot decide. Must not run models
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, final
@@ -28,9 +29,13 @@ from memsyn.values.display import counted, percent, printable
 from memsyn.values.memory import Memory
 from memsyn.values.relative_change import NO_LENGTH, relative_change, why_unknown
 
+BASE_LAYER: Final = "base_layer"
+"""The part of a name that PEFT gives the weights around which there are adapters."""
+
 _ON_DATA: Final = "compare on data, with --model and --data"
 
-WHOLE: Final = "Give all old weights as reference: what they hold with the same values, or not at all, does not count"
+GIVE_ALL: Final = "Give all old weights as reference: then only what moved since counts"
+"""What to do about weights that the memory does not know."""
 
 TIMES: Final = 6.3
 """Nine in ten of 97 checkpoints of four networks had a measured change of at most this many times the predicted one.
@@ -64,8 +69,8 @@ class Prediction:
     def verdict(self, max_change: float = MAX_CHANGE) -> Verdict:
         """Whether the weights may ship.
 
-        broken: the predicted change is above `max_change`. cannot say: statistics or unseen weights moved. safe: 6.3
-        times the predicted change is at or below `max_change`. at risk: all else.
+        broken: the predicted change is above `max_change`, or a weight is not finite. cannot say: statistics or unseen
+        weights moved. safe: 6.3 times the predicted change is at or below `max_change`. at risk: all else.
 
         Raises:
             OptionError: the threshold is out of range.
@@ -78,7 +83,7 @@ class Prediction:
             f"times the prediction, here {percent(self.upper)}. Most of the change is by {printable(largest)}. This is "
             "an estimate, without data: whether answers stay the same was not tested."
         )
-        if self.change > max_change:
+        if self.change > max_change or not math.isfinite(self.change):
             return Verdict(BROKEN, sentence)
         if self.moved_statistics:
             return Verdict(
@@ -88,7 +93,7 @@ class Prediction:
                 "the old ones with model.load_state_dict(memory.statistics, strict=False).",
             )
         if self.unseen:
-            return Verdict(CANNOT_SAY, f"{sentence} {self.words_of_unseen()} {WHOLE}, or {_ON_DATA}.")
+            return Verdict(CANNOT_SAY, f"{sentence} {self.words_of_unseen()} {GIVE_ALL}, or {_ON_DATA}.")
         if self.upper > max_change:
             return Verdict(AT_RISK, f"{sentence} To know, {_ON_DATA}.")
         return Verdict(SAFE, sentence)
@@ -126,12 +131,13 @@ def predict(memory: Memory, state: Mapping[str, Tensor], reference: Mapping[str,
 
     Raises:
         OptionError: the memory does not hold what it takes.
-        MismatchError: a weight is missing.
+        MismatchError: a weight is missing, or the new weights are of a model with adapters that are not merged.
     """
     directions, unknown = memory.directions, why_unknown(memory.directions)
     if directions is None or unknown:
         also = " and consolidate that too" if directions is None else ""
         raise OptionError(f"{unknown}: {_ON_DATA}; or measure with estimator='kronecker'{also}.")
+    _check_merged(state, directions.names())
     before = anchor_of(memory) if reference is None else dict(reference)
     names = fitted(directions.names(), before, stacklevel=3).names
     old = {**before, **{name: before[new] for name, new in names.items() if new in before}}
@@ -156,6 +162,23 @@ def predict(memory: Memory, state: Mapping[str, Tensor], reference: Mapping[str,
     seen = directions.names() | directions.free | memory.statistics.keys()
     unseen = _unseen(after, old, seen | set(known.names.values()), may_be_new=reference is not None)
     return Prediction(*relative_change(changes, scale), tuple(moved), unseen)
+
+
+def _check_merged(state: Mapping[str, Tensor], names: Collection[str]) -> None:
+    """Refuse the state_dict of a model with adapters of PEFT: its base weights have not moved, and outputs have.
+
+    `0.weight` is `base_model.model.0.base_layer.weight` there. A memory of the adapters themselves has other names.
+
+    Raises:
+        MismatchError: says how to merge them.
+    """
+    plain = {name: name.replace(f"{BASE_LAYER}.", "") for name in state if BASE_LAYER in name.split(".")}
+    wrapped = [name for name, own in plain.items() if any(f".{own}".endswith(f".{known}") for known in names)]
+    if wrapped:
+        raise MismatchError(
+            f"the weights are of a model with adapters of PEFT ({wrapped[0]} is one): the memory holds the weights in "
+            "effect. Give those: model.merge_and_unload().state_dict()."
+        )
 
 
 def _unseen(

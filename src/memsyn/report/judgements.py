@@ -15,7 +15,7 @@ from typing import Final
 from torch import Tensor
 
 from memsyn.comparing.intervals import Interval, samples_needed
-from memsyn.comparing.prediction import TIMES, WHOLE, Prediction, predict
+from memsyn.comparing.prediction import GIVE_ALL, TIMES, Prediction, predict
 from memsyn.comparing.verdict import AT_RISK, BROKEN, CANNOT_SAY, MAX_CHANGE, MIN_AGREEMENT, SAFE, Comparison
 from memsyn.errors import MismatchError, OptionError, RenamedParametersWarning
 from memsyn.report.distribution import Lorenz
@@ -136,7 +136,7 @@ def judge_prediction(found: Prediction | str, max_change: float) -> Judgement:
         CANNOT_SAY: (
             f"Without data this cannot be told: {moved}, which the prediction does not see.",
             f"Compare on inputs: {ON_DATA}. "
-            + ("Or load the old statistics into the model." if found.moved_statistics else f"{WHOLE}."),
+            + ("Or load the old statistics into the model." if found.moved_statistics else f"{GIVE_ALL}."),
         ),
     }[answer]
     own = Judgement(

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 import memsyn
 from memsyn.adapters import plain_model
+from memsyn.comparing.prediction import predict
 from memsyn.integrations.lightning import MemsynCallback as LightningCallback
 from memsyn.integrations.transformers import MemsynCallback as TrainerCallback
 from memsyn.weights_in_effect import WeightsInEffect
@@ -893,3 +894,20 @@ def test_the_callback_of_transformers_protects_and_extends_a_memory_of_the_base(
     assert (merged(wrapped)[name] - model.get_parameter(name)).abs().max().item() < 1e-3
     assert callback.memory.num_samples == 12
     assert callback.memory.names == memory.names
+
+
+def test_weights_around_which_there_are_adapters_are_not_taken_for_those_in_effect() -> None:
+    model = network()
+    memory = learned(model).consolidate(model, memsyn.measure(model, [DATA], estimator="kronecker", progress=False))
+    wrapped = adapted(model)
+    for reference in (None, model.state_dict()):
+        with pytest.raises(
+            memsyn.MismatchError, match=r"adapters of PEFT \(base_model.model.0.base_layer.weight is one"
+        ):
+            predict(memory, wrapped.state_dict(), reference)
+    with pytest.raises(memsyn.OptionError, match="has adapters of PEFT, and the memory holds the weights in effect"):
+        memsyn.repair(wrapped, memory, batches=[DATA])
+    assert memsyn.compare(wrapped, memory, [DATA], kind="classes", progress=False).mean_change > 0.1
+    whole = copy.deepcopy(wrapped).merge_and_unload()
+    assert predict(memory, whole.state_dict()).change > 0.1
+    assert memsyn.repair(whole, memory, batches=[DATA]).measured[1].mean_change <= 0.05

@@ -340,6 +340,17 @@ def test_a_model_its_state_and_its_memory_are_one_reference() -> None:
     assert_same(found(compiled, {f"_orig_mod.{name}": value for name, value in state.items()}, x), expected, 0.0)
 
 
+def test_embeddings_that_became_one_vector_have_no_neighbour_in_common() -> None:
+    torch.manual_seed(0)
+    old, x = nn.Linear(4, 6), [torch.randn(40, 4)]
+    for value in (0.0, math.nan):
+        new = copy.deepcopy(old)
+        with torch.no_grad():
+            new.weight.fill_(value)
+        # The first of all ties is the nearest: by chance it is the old one.
+        assert found(new, old, x, kind="embeddings").agreement <= 0.1
+
+
 def test_what_a_memory_does_not_hold_is_taken_from_the_model_and_said() -> None:
     old = a_model()
     memory = consolidated(old).select(only="0.*")

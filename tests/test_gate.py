@@ -418,3 +418,111 @@ def test_weights_that_are_not_finite_are_broken(old: story.Classifier, value: fl
     assert as_json("memory", state, *DATA, code=2)["comparison"]["mean_change"] is None
     call("compare", "memory", state, *DATA, "--html", "page.html", "--png", "png")
     assert "Do not ship: " in Path("page.html").read_text()
+
+
+# What must never be called safe
+
+
+def frozen_then_trained(old: story.Classifier) -> story.Classifier:
+    """The memory is made while the body is frozen; then the body moves. Writes the memory and the weights."""
+    old.body.requires_grad_(False)
+    story.remembered(old).save("memory")
+    old.body.requires_grad_(True)
+    with torch.no_grad():
+        old.body[3].weight += torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    saved(old)
+    return old
+
+
+def test_weights_that_were_frozen_when_the_memory_was_made(old: story.Classifier) -> None:
+    shipped = copy.deepcopy(old)
+    new = frozen_then_trained(old)
+    facts = as_json("memory", "new.safetensors", *DATA, code=1)
+    assert facts["verdict"] == "cannot say"
+    assert (
+        "outputs depend on tensors that the reference does not hold (6 are not held, the first is body.0.weight)"
+        in (facts["sentence"])
+    )
+    assert facts["comparison"]["agreement"] == 1.0
+    assert facts["comparison"]["depends_on_taken"] is True
+    assert as_json("memory", "new.safetensors", *DATA, "--reference", "old.safetensors", code=2)["verdict"] == "broken"
+    page = call("gate", "memory", "new.safetensors", *DATA, "--html", "page.html", code=1)
+    assert page.exit_code == 1
+    assert "Outputs depend on weights whose old values are not known." in Path("page.html").read_text(encoding="utf-8")
+    # Frozen still: then they have not moved.
+    new.body.requires_grad_(False)
+    found = memsyn.compare(new, Memory.load("memory"), [story.requests()], progress=False)
+    assert not found.depends_on_taken
+    assert memsyn.compare(shipped, Memory.load("memory"), [story.requests()], progress=False).depends_on_taken
+
+
+def test_a_new_head_that_the_memory_does_not_hold_does_not_count(old: story.Classifier) -> None:
+    memory = Memory.load("memory").select(exclude="new.*")
+    with torch.no_grad():
+        old.new.weight += 1
+    found = memsyn.compare(old, memory, [story.requests()], progress=False)
+    assert found.taken == ("new.weight", "new.bias")
+    assert not found.depends_on_taken
+    assert found.verdict().answer == "safe"
+
+
+def test_a_prediction_says_what_it_does_not_see(old: story.Classifier) -> None:
+    frozen_then_trained(old)
+    found = as_json("memory", "new.safetensors", code=1)
+    assert found["verdict"] == "cannot say"
+    assert "body.0.weight" in found["predicted"]["unseen"]
+    assert "6 tensors of the new weights (the first is body.0.bias) moved or may have moved" in found["sentence"]
+    # With the old weights it is known which.
+    found = as_json("memory", "new.safetensors", "--reference", "old.safetensors", code=1)
+    assert found["predicted"]["unseen"] == ["body.3.weight"]
+    call("gate", "memory", "new.safetensors", "--reference", "old.safetensors", "--html", "page.html", code=1)
+    assert "Without data this cannot be told: 1 weight tensor moved or may have moved" in Path("page.html").read_text()
+    assert as_json("memory", "old.safetensors", "--reference", "old.safetensors", code=0)["predicted"]["unseen"] == []
+
+
+def test_a_weight_with_an_importance_alone_is_not_seen(shipped: tuple[story.Classifier, Memory]) -> None:
+    model, memory = copy.deepcopy(shipped[0]), shipped[1]
+    assert memory.directions is not None
+    part = replace(memory, directions=memory.directions.only({"old.weight", "old.bias"}))
+    assert predict(part, model.state_dict()).unseen == ()
+    with torch.no_grad():
+        model.body[0].weight += 1.0
+    found = predict(part, model.state_dict())
+    assert (found.change, found.unseen, found.verdict().answer) == (0.0, ("body.0.weight",), "cannot say")
+
+
+def test_a_tied_name_is_seen(shipped: tuple[story.Classifier, Memory]) -> None:
+    model, memory = shipped
+    state = {**model.state_dict(), "tied.weight": model.old.weight.detach().clone()}
+    assert predict(memory, state).unseen == ()
+    assert predict(memory, {**state, "tied.weight": state["tied.weight"] + 1}).unseen == ("tied.weight",)
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_code_of_the_model_does_not_choose_the_exit_code(old: story.Classifier, code: int) -> None:
+    Path(f"script{code}.py").write_text(f"import sys\nsys.exit({code})\n")
+    for command, more in (("gate", ()), ("repair", ("-o", "out"))):
+        error = call(command, "memory", "old.safetensors", "--model", f"script{code}:build", *DATA[2:], *more, code=1)
+        assert f"the code of --model ended the process, with exit code {code}" in error.stderr
+    assert not Path("out").exists()
+
+
+def test_weights_of_another_model_without_data(old: story.Classifier) -> None:
+    state = old.state_dict()
+    save_file({**state, "old.weight": state["old.weight"][:3].clone()}, "fewer.safetensors")
+    assert "another architecture: old.weight (expected" in call("gate", "memory", "fewer.safetensors", code=1).stderr
+    torch.save({"model": state}, "nested.pt")
+    assert "the model has none of its parameters" in call("gate", "memory", "nested.pt", code=1).stderr
+    torch.save({name: values.to_sparse() for name, values in state.items()}, "sparse.pt")
+    assert "sparse.pt holds sparse tensors, the first is" in call("gate", "memory", "sparse.pt", code=1).stderr
+
+
+def test_an_infinite_threshold_is_null_in_json(old: story.Classifier) -> None:
+    assert as_json("memory", "old.safetensors", "--max-change", "inf", code=0)["max_change"] is None
+
+
+def test_weights_that_are_not_finite_are_broken_at_any_threshold(old: story.Classifier) -> None:
+    with torch.no_grad():
+        old.body[0].weight[0, 0] = torch.nan
+    state = saved(old)
+    assert as_json("memory", state, "--max-change", "inf", code=2)["verdict"] == "broken"

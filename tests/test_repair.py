@@ -550,3 +550,48 @@ def test_the_command_writes_whole_weights(tmp_path: Path, monkeypatch: pytest.Mo
     error = call("repair", "memory", "new.safetensors", "-o", "c", "--max-change", "0", code=1).stderr
     assert "max_change must be a number above 0" in error
     assert not Path("c").exists()
+
+
+def test_the_command_does_not_write_over_what_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = network().float()
+    remembered(model, inputs(0).float()).save("memory")
+    before = Path("memory").read_bytes()
+    save_file(moved(model, size=1.0).state_dict(), "new")
+    assert "-o memory is memory, which is only read" in call("repair", "memory", "new", "-o", "memory", code=1).stderr
+    assert Path("memory").read_bytes() == before
+    error = call("repair", "memory", "new", "-o", "nowhere/out", code=1).stderr
+    assert "nowhere/out could not be written" in error
+    call("repair", "memory", "new", "-o", "new")  # the new weights themselves may be replaced
+    assert load_file("new").keys() == model.state_dict().keys()
+
+
+def test_the_command_repairs_each_copy_of_a_tied_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = network().float()
+    remembered(model, inputs(0).float()).save("memory")
+    state = moved(model, size=1.0).state_dict()
+    save_file({**state, "again.weight": state["0.weight"].clone(), "head.weight": torch.ones(2, 6)}, "new")
+    call("repair", "memory", "new", "-o", "out")
+    written = load_file("out")
+    assert torch.equal(written["again.weight"], written["0.weight"])
+    assert not torch.equal(written["0.weight"], state["0.weight"])
+    assert torch.equal(written["head.weight"], torch.ones(2, 6))
+
+
+def test_a_change_of_weights_with_an_importance_alone_takes_data() -> None:
+    model = network()
+    memory = remembered(model, inputs(0))
+    assert memory.directions is not None
+    part = replace(memory, directions=memory.directions.only({"2.weight", "2.bias"}))
+    new = copy.deepcopy(model)
+    with torch.no_grad():
+        new[0].weight += 1
+    with pytest.raises(
+        memsyn.OptionError, match=r"first is 0.weight\) moved or may have moved.* Give batches= of the old"
+    ):
+        memsyn.repair(new, part)
+    repaired = memsyn.repair(new, part, batches=[inputs(0)])
+    assert repaired.predicted is None
+    assert repaired.measured is not None
+    assert repaired.measured[1].mean_change <= 0.05 < repaired.measured[0].mean_change

@@ -21,7 +21,7 @@ from memsyn.cli.model_folders import model_of_folder
 from memsyn.cli.screen import plain_errors, say, say_json
 from memsyn.comparing.answers import AUTO_KIND
 from memsyn.comparing.prediction import Prediction, predict
-from memsyn.comparing.verdict import BROKEN, MAX_CHANGE, MIN_AGREEMENT, SAFE, check_thresholds
+from memsyn.comparing.verdict import BROKEN, MAX_CHANGE, MIN_AGREEMENT, SAFE, check_thresholds, finite_or_none
 from memsyn.parameters import canonical_name
 from memsyn.values.conversion import read_weights
 
@@ -190,7 +190,7 @@ def _print(judged: Judged, *, as_json: bool) -> None:
             "comparison": found.to_json() if is_on_data else None,
             "predicted": None if is_on_data else found.to_json(),
         }
-        say_json({**facts, "min_agreement": judged.limits[0], "max_change": judged.limits[1]})
+        say_json({**facts, "min_agreement": judged.limits[0], "max_change": finite_or_none(judged.limits[1])})
         return
     say(str(verdict))
     for line in str(found).splitlines() if is_on_data else ():

@@ -5,14 +5,17 @@ Owns what is written: all tensors of the new weights, with the repaired ones in 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from safetensors.torch import save
+from torch import Tensor
 
-from memsyn import KroneckerFactors, Memory, OptionError, repair
+from memsyn import KroneckerFactors, Memory, MemoryFileError, OptionError, repair
 from memsyn.cli.files import Json, Out
 from memsyn.cli.inputs import build_model, load_weights, read_batches
 from memsyn.cli.screen import plain_errors, say, say_json
@@ -49,6 +52,7 @@ def repair_weights(
     with plain_errors():
         if (data is None) != (model is None):
             raise OptionError("--data and --model belong together: give both, or none for a prediction without data.")
+        _check_out(out, [memory_path, learned, data, reference])
         memory, state = Memory.load(memory_path), read_weights(state_path)
         factors = None if learned is None else KroneckerFactors.load(learned)
         before = None if reference is None else read_weights(reference)
@@ -58,13 +62,44 @@ def repair_weights(
             found = repair(built, memory, max_change=max_change, learned=factors, reference=before, batches=batches)
         else:
             found = repair(state, memory, max_change=max_change, learned=factors, reference=before)
-        with replace_file(out) as file:
-            # A tied weight has all of its names here, each with its own copy.
-            whole = {**state, **found.weights}
-            file.write(save({name: whole[name].clone(memory_format=torch.contiguous_format) for name in state}))
+        repaired = _with_tied(state, found.weights)
+        # A tied weight has all of its names here, each with its own copy.
+        whole = {name: repaired[name].clone(memory_format=torch.contiguous_format) for name in state}
+        try:
+            with replace_file(out) as file:
+                file.write(save(whole, {"format": "pt"}))
+        except OSError as error:
+            raise MemoryFileError(
+                f"{out} could not be written: {error}. A file that was there before is whole."
+            ) from error
     if as_json:
         say_json({"out": out, **found.to_json()})
         return
     for line in str(found).splitlines():
         say(line)
     say(f"Written to {out}.")
+
+
+def _check_out(out: str, others: Iterable[str | Path | None]) -> None:
+    """Refuse to write over what is only read. The new weights themselves may be replaced.
+
+    Raises:
+        OptionError: says which.
+    """
+    for path in others:
+        if path is not None and os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out):
+            raise OptionError(f"-o {out} is {path}, which is only read: give another file.")
+
+
+def _with_tied(state: Mapping[str, Tensor], repaired: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with the repaired ones, also under the other names of a tied weight.
+
+    A file may hold a copy for each name. Two weights that have been trained and are equal bit for bit are tied.
+    """
+    found = {**state, **repaired}
+    for name, values in repaired.items():
+        before = state[name]
+        for other in state.keys() - repaired.keys():
+            if state[other].shape == before.shape and torch.equal(state[other], before):
+                found[other] = values
+    return found

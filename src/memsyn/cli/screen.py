@@ -27,13 +27,26 @@ from memsyn.values.memory import Held, kind_of, omega_of
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Print an error of ours in red and exit with 1."""
+    """Print an error of ours in red and exit with 1. Code of the user's does not choose the exit code.
+
+    A training script that is imported may end with `sys.exit(0)`, or parse the arguments of our command.
+    """
     try:
         yield
-    except MemsynError as error:
-        lines = "\n".join(printable(line) for line in str(error).splitlines())
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {lines}", style="red", markup=False)
+    except SystemExit as error:
+        _print_error(
+            f"the code of --model ended the process, with exit code {error.code!r}: nothing was said of the weights. "
+            'Keep what a script runs under `if __name__ == "__main__":`.'
+        )
         raise typer.Exit(1) from None
+    except MemsynError as error:
+        _print_error(str(error))
+        raise typer.Exit(1) from None
+
+
+def _print_error(message: str) -> None:
+    lines = "\n".join(printable(line) for line in message.splitlines())
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {lines}", style="red", markup=False)
 
 
 def say(line: str) -> None:

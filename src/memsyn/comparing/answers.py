@@ -254,7 +254,12 @@ def _same_neighbours(old: Tensor, new: Tensor) -> Tensor:
         cosines = [own[rows] @ own.T for own in (old, new)]
         for own in cosines:
             own[rows - start, rows] = -2.0
-        nearest = cosines[0].argmax(1, keepdim=True)
-        # Of samples that are in the data twice, rounding decides which one is the nearest.
-        found.append(cosines[1].gather(1, nearest).squeeze(1) >= cosines[1].amax(1) - _TIED)
+        nearest = [own.argmax(1, keepdim=True) for own in cosines]
+        # Of samples that are in the data twice, rounding decides which one is the nearest. Both models must be tied
+        # there: if all new outputs are one vector, each sample is tied with all others.
+        ties = [
+            own.gather(1, other).squeeze(1) >= own.amax(1) - _TIED
+            for own, other in zip(cosines, nearest[::-1], strict=True)
+        ]
+        found.append(ties[0] & ties[1])
     return torch.cat(found).double()

@@ -28,7 +28,7 @@ from memsyn.comparing.old_model import Reference, moved_buffers, old_model, with
 from memsyn.comparing.verdict import Comparison
 from memsyn.errors import BatchError, MemsynError, OptionError, OutputError, SamplesInteractError
 from memsyn.measuring.measure import length_of, untouched_generators
-from memsyn.measuring.model_copy import check_measurable
+from memsyn.measuring.model_copy import check_measurable, model_copy
 from memsyn.measuring.objectives import (
     ESTIMATORS,
     Forward,
@@ -38,7 +38,7 @@ from memsyn.measuring.objectives import (
     refuse_users_own,
 )
 from memsyn.measuring.route_check import unchanged_buffers
-from memsyn.parameters import trainable_parameters
+from memsyn.parameters import named_parameters, statistics, trainable_parameters
 from memsyn.progress import progress_bar
 
 _INTERACT: Final = 0.01
@@ -164,9 +164,13 @@ class _Side:
     """A clone that is run: the new model, the old one, or the new one with old statistics."""
 
     def __init__(self, model: nn.Module, whose: str, forward: Forward | None) -> None:
-        self.model, self.whose = model, whose
+        self.model, self.whose, self._forward = model, whose, forward
         self._device = _device_of(model)
         self._scorer = OutputScorer(forward, ESTIMATORS["mas"])
+
+    def with_model(self, model: nn.Module) -> _Side:
+        """The same with another clone."""
+        return _Side(model, self.whose, self._forward)
 
     def output(self, batch: Batch, index: int) -> Output:
         """Run the model on a copy of the batch.
@@ -215,6 +219,9 @@ class _Running:
         self._users, self._kind, self._reason = users, kind, "kind="
         self._sides = [_Side(old.model, "the old model", forward), _Side(new, "the new model", forward)]
         self._taken, self._moved = old.taken, moved_buffers(old.model, new)
+        could_move = trainable_parameters(model).keys() | statistics(model).keys()
+        self._unheld = [name for name in old.taken if name in could_move]
+        self._depends_on_taken = False
         if self._moved:
             restored = with_statistics_of(old.model, model, self._moved)
             self._sides.append(_Side(restored, "the new model with old statistics", forward))
@@ -252,6 +259,7 @@ class _Running:
                 )
         if not self._answers:
             self._check(batch, index, [old, *others])
+            self._depends_on_taken = bool(self._unheld) and self._depends_on_unheld(batch, index, old)
             self._begin(old, batch)
         for answers, output in zip(self._answers, others, strict=True):
             answers.add(old.values, output.values, old.mask, index)
@@ -264,6 +272,18 @@ class _Running:
         check_shape(kind, output.values)
         self._kind = kind, tolerance
         self._answers = [Answers(kind, tolerance) for _ in self._sides[1:]]
+
+    def _depends_on_unheld(self, batch: Batch, index: int, old: Output) -> bool:
+        """Whether other values of the tensors that the reference does not hold give other outputs.
+
+        A new head gives the same ones. A backbone that was frozen when the memory was made does not.
+        """
+        clone = model_copy(self._sides[0].model, private=self._unheld)
+        places, generator = {**named_parameters(clone), **statistics(clone)}, torch.Generator().manual_seed(0)
+        for name in self._unheld:
+            places[name].add_(torch.rand(places[name].shape, generator=generator).add(0.5).to(places[name]))
+        other = self._sides[0].with_model(clone).output(batch, index).values
+        return not _are_close(other, old.values, math.sqrt(torch.finfo(old.values.dtype).eps))
 
     def _check(self, batch: Batch, index: int, outputs: Sequence[Output]) -> None:
         """Run the first batch again, and its first samples alone.
@@ -328,6 +348,7 @@ class _Running:
                 self._taken,
                 self._moved if own is found[0] else (),
                 restored,
+                self._depends_on_taken,
             )
         assert restored is not None
         return restored

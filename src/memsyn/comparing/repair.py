@@ -14,6 +14,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 
+from memsyn.adapters import has_adapters, speaks_of_adapters
 from memsyn.comparing.compare import compare
 from memsyn.comparing.old_model import anchor_of
 from memsyn.comparing.prediction import predict
@@ -59,8 +60,10 @@ class Repaired:
 
     Attributes:
         weights: name -> repaired values, of the parameters and statistics that differ from the model's alone. Load them
-            with `model.load_state_dict(repaired.weights, strict=False)`.
-        kept: layer that has moved -> the share of its change that stays, ||D'|| / ||D||, from 0 to 1.
+            with `model.load_state_dict(repaired.weights, strict=False)`, of a wrapped model (DistributedDataParallel,
+            torch.compile, AveragedModel) into the model inside: strict=False leaves out other names without a word.
+        kept: layer that has moved -> the share of its change that stays, ||D'|| / ||D||. With `learned` it may be above
+            1: where the new task needs both, more of one weight makes up for what is taken from another.
         statistics: names of the statistics that are put back, such as running means.
         max_change: the bound.
         predicted: the predicted relative change of the outputs on the old data, before and after, as `memsyn gate`
@@ -270,6 +273,7 @@ class _Way:
         Raises:
             OptionError, MismatchError: see `repair`.
         """
+        _check_merged(model, memory)
         after = _weights(model)
         memory = _under_names_of(memory, after)
         before = anchor_of(memory) if reference is None else {**memory.statistics, **_weights(reference)}
@@ -313,7 +317,10 @@ class _Way:
             OptionError: it cannot be predicted from this memory.
         """
         try:
-            return predict(self.memory, {**self.after, **weights}, self.before).change
+            found = predict(self.memory, {**self.after, **weights}, self.before)
+            if self.memory.importance.keys() & set(found.unseen):
+                raise OptionError(found.words_of_unseen())
+            return found.change
         except OptionError as error:
             raise OptionError(
                 f"the change of the old outputs cannot be predicted: {error} Give batches= of the old kind, without "
@@ -374,6 +381,20 @@ def _weights(of: ModelOrWeights) -> dict[str, Tensor]:
     if not isinstance(of, Mapping) or not all(isinstance(value, Tensor) for value in of.values()):
         raise OptionError(f"expected a model, or its weights by name; got a {type(of).__name__}.")
     return {canonical_name(name): value for name, value in of.items()}
+
+
+def _check_merged(model: ModelOrWeights, memory: Memory) -> None:
+    """Refuse a model with adapters of PEFT: no adapters give the repaired weights in effect.
+
+    Raises:
+        OptionError: says how to merge them.
+    """
+    names = memory.names if isinstance(memory, Memory) else ()
+    if isinstance(model, nn.Module) and has_adapters(model) and not speaks_of_adapters(model, names):
+        raise OptionError(
+            "the model has adapters of PEFT, and the memory holds the weights in effect. Merge the adapters first: "
+            "repair(model.merge_and_unload(), ...)."
+        )
 
 
 def _under_names_of(memory: Memory, after: Mapping[str, Tensor]) -> Memory:

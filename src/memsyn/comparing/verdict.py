@@ -89,6 +89,8 @@ class Comparison:
         segments: the segment of each sample; None if none was given.
         taken: parameters and statistics of the old model that the reference does not hold. They are those of the new.
         moved_statistics: names of buffers, such as running means, that differ between the two models.
+        depends_on_taken: whether outputs depend on tensors of `taken` that training could move. Then what changed
+            there is not seen, and the verdict is not "safe".
         with_old_statistics: the same comparison, with the old statistics put back into the new model; None if they did
             not move.
     """
@@ -103,6 +105,7 @@ class Comparison:
     taken: tuple[str, ...] = ()
     moved_statistics: tuple[str, ...] = ()
     with_old_statistics: Comparison | None = field(default=None, repr=False)
+    depends_on_taken: bool = False
 
     @property
     def num_samples(self) -> int:
@@ -213,8 +216,8 @@ class Comparison:
 
         safe: the whole interval of the agreement is at or above `min_agreement`, that of the mean change at or below
         `max_change`. broken: one of the intervals lies wholly on the wrong side. cannot say: the means are on the right
-        side, but samples are so few that not even full agreement would be safe. at risk: all else, so that an interval
-        contains its threshold.
+        side, but samples are so few that not even full agreement would be safe; or the outputs depend on tensors that
+        the reference does not hold. at risk: all else, so that an interval contains its threshold.
 
         Args:
             min_agreement: the share of same answers that is asked for, from 0 to below 1.
@@ -240,6 +243,13 @@ class Comparison:
         ]
         if answer == CANNOT_SAY:
             words.append(f"There are too few samples: give at least {needed:,}.")
+        if answer == SAFE and self.depends_on_taken:
+            answer = CANNOT_SAY
+            words.append(
+                f"But outputs depend on tensors that the reference does not hold ({len(self.taken):,} are not held, "
+                f"the first is {printable(self.taken[0])}), and what changed there is not seen. Give the old model or "
+                "its state_dict as reference."
+            )
         if answer == AT_RISK:
             words.append("An interval contains its threshold: give more samples, or treat it as forgotten.")
         if answer in (BROKEN, AT_RISK) and self.moved_statistics:
@@ -320,6 +330,7 @@ class Comparison:
             "divergence_interval": [finite_or_none(end) for end in self.divergence_interval or (None, None)],
             "worst": self.worst(),
             "taken": list(self.taken),
+            "depends_on_taken": self.depends_on_taken,
             "moved_statistics": list(self.moved_statistics),
         }
         restored = self.with_old_statistics

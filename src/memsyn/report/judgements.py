@@ -15,7 +15,7 @@ from typing import Final
 from torch import Tensor
 
 from memsyn.comparing.intervals import Interval, samples_needed
-from memsyn.comparing.prediction import TIMES, Prediction, predict
+from memsyn.comparing.prediction import GIVE_ALL, TIMES, Prediction, predict
 from memsyn.comparing.verdict import AT_RISK, BROKEN, CANNOT_SAY, MAX_CHANGE, MIN_AGREEMENT, SAFE, Comparison
 from memsyn.errors import MismatchError, OptionError, RenamedParametersWarning
 from memsyn.report.distribution import Lorenz
@@ -47,7 +47,9 @@ def judge_comparison(found: Comparison, min_agreement: float, max_change: float)
         SAFE: "The new model still answers as the old one did.",
         BROKEN: f"Do not ship: the new model answers {share_text(1 - found.agreement)} of the inputs differently.",
         AT_RISK: "Not shown to be safe: the new model may have forgotten too much.",
-        CANNOT_SAY: "There are too few inputs to tell.",
+        CANNOT_SAY: "Outputs depend on weights whose old values are not known."
+        if found.depends_on_taken
+        else "There are too few inputs to tell.",
     }[verdict.answer]
     inputs = counted(found.num_samples, "input")
     other = f"Outputs change by {share_text(found.mean_change)} on average ({_ends(change)})."
@@ -84,6 +86,8 @@ def _next_steps(found: Comparison, answer: str, min_agreement: float, max_change
     """What else to know of the answer, and what to do."""
     if answer == SAFE:
         return ["This holds for inputs like those that were tested."]
+    if answer == CANNOT_SAY and found.depends_on_taken:
+        return ["Give the old weights: memsyn compare MEMORY STATE --reference OLD_STATE."]
     if answer == CANNOT_SAY:
         return [f"Compare on at least {max(2, samples_needed(min_agreement)):,} inputs."]
     again = "Start again from the old model, and train with memsyn.protect."
@@ -111,7 +115,10 @@ def judge_prediction(found: Prediction | str, max_change: float) -> Judgement:
             steps=[f"Why: {found}", f"Compare on inputs, without labels: {ON_DATA}."],
         )
     answer = found.verdict(max_change).answer
-    moved = counted(len(found.moved_statistics), "running statistic")
+    moved = f"{counted(len(found.moved_statistics), 'running statistic')} moved"
+    if not found.moved_statistics:
+        moved = f"{counted(len(found.unseen), 'weight tensor')} moved or may have moved"
+    unseen = found.moved_statistics or found.unseen
     headline, step = {
         SAFE: (
             "The new model should still answer as the old one did.",
@@ -120,15 +127,16 @@ def judge_prediction(found: Prediction | str, max_change: float) -> Judgement:
         BROKEN: (
             "Do not ship: the outputs on old data are predicted to change too much.",
             f"To see how many answers change, give inputs: {ON_DATA}."
-            + (f" Also, {moved} moved, which the prediction does not see." if found.moved_statistics else ""),
+            + (f" Also, {moved}, which the prediction does not see." if unseen else ""),
         ),
         AT_RISK: (
             "Not shown to be safe: outputs may have changed by more than is allowed.",
             f"Measure it, on inputs without labels: {ON_DATA}.",
         ),
         CANNOT_SAY: (
-            f"Without data this cannot be told: {moved} moved, which the prediction does not see.",
-            f"Compare on inputs: {ON_DATA}. Or load the old statistics into the model.",
+            f"Without data this cannot be told: {moved}, which the prediction does not see.",
+            f"Compare on inputs: {ON_DATA}. "
+            + ("Or load the old statistics into the model." if found.moved_statistics else f"{GIVE_ALL}."),
         ),
     }[answer]
     own = Judgement(

@@ -137,7 +137,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """A model's weights by parameter name, from a state_dict in a file of safetensors or of torch.
 
     Raises:
-        MemoryFileError: the file is missing, damaged, or not a state_dict.
+        MemoryFileError: the file is missing, damaged, or not a state_dict of dense tensors.
     """
     if is_plain(path):
         state: Mapping[Any, Any] = _load(path)
@@ -146,11 +146,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             state = load_file(path)
         except (OSError, SafetensorError) as error:
             raise MemoryFileError(f"{path} could not be read: {error}. Give a file of the model's weights.") from error
-    return {
+    found = {
         canonical_name(name): values
         for name, values in state.items()
         if isinstance(name, str) and isinstance(values, Tensor)
     }
+    sparse = [name for name, values in found.items() if values.layout != torch.strided]
+    if sparse:
+        raise MemoryFileError(f"{path} holds sparse tensors, the first is {sparse[0]}: write them with .to_dense().")
+    return found
 
 
 def read_plain(path: Path, *, num_samples: int | None = None, exact: bool = False) -> tuple[Held, str]:

@@ -600,6 +600,19 @@ def test_what_is_measured_in_effect_is_what_the_merged_model_gives(kind: str, es
     memory.check(plain)
 
 
+def test_a_forward_that_was_replaced_under_the_adapters_runs_the_weights_in_effect() -> None:
+    wrapped = adapted(network())
+    old = wrapped.get_base_model().forward
+    wrapped.get_base_model().forward = lambda x: 2 * old(x)  # as TRL does
+    plain = copy.deepcopy(wrapped).merge_and_unload(safe_merge=True).requires_grad_(True)
+    del plain.forward
+    found = memsyn.measure(wrapped, [DATA], weights="effective", progress=False).mean()
+    expected = memsyn.measure(plain, [DATA], forward=lambda model, x: 2 * model(x), progress=False).mean()
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], value, rtol=1e-9) for name, value in expected.items())
+    assert min(float(value.sum()) for value in found.values()) > 0
+
+
 def test_what_is_measured_of_adapters_is_never_chosen_by_accident() -> None:
     model = network()
     wrapped = adapted(model)

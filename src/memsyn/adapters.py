@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
+from memsyn.closures import rebind_closures
 from memsyn.errors import ModelError
 from memsyn.torch_private import modules_of
 
@@ -327,7 +328,9 @@ def plain_model(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         shared = parameter if is_quantised(parameter) else nn.Parameter(parameter.detach())
         memo[id(parameter)] = shared
-    return _without_adapters(copy.deepcopy(model, memo), known, {})
+    copied = copy.deepcopy(model, memo)
+    rebind_closures(model, copied)  # TRL replaces the `forward` of the model under the adapters
+    return _without_adapters(copied, known, {})
 
 
 def _without_adapters(module: nn.Module, known: _Classes, done: dict[int, nn.Module]) -> nn.Module:

@@ -11,7 +11,12 @@ LINE = re.compile(r"^(fine-tuned|with memsyn): old ([\d.]+)(?:%| pixels) -> ([\d
 
 
 def test_no_example_is_forgotten() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"detection", "entities", "retrieval", "sft"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} - {"company"} == {
+        "detection",
+        "entities",
+        "retrieval",
+        "sft",
+    }  # company: test_company.py
 
 
 @pytest.mark.parametrize("name", ["entities", "retrieval", "sft"])

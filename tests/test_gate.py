@@ -526,3 +526,17 @@ def test_weights_that_are_not_finite_are_broken_at_any_threshold(old: story.Clas
         old.body[0].weight[0, 0] = torch.nan
     state = saved(old)
     assert as_json("memory", state, "--max-change", "inf", code=2)["verdict"] == "broken"
+
+
+def test_a_head_that_only_later_batches_use_counts(old: story.Classifier) -> None:
+    memory = Memory.load("memory").select(exclude="new.*")
+    with torch.no_grad():
+        old.new.weight += 1
+    batches = [{"x": story.requests(60), "head": head} for head in ("old", "new")]
+
+    def forward(model: Any, batch: Any) -> Tensor:
+        found = model(batch["x"]) if batch["head"] == "old" else model.new_answers(batch["x"])
+        return found[:, : story.NEW]
+
+    assert memsyn.compare(old, memory, batches, forward=forward, progress=False).depends_on_taken
+    assert not memsyn.compare(old, memory, batches[:1], forward=forward, progress=False).depends_on_taken

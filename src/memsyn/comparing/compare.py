@@ -164,13 +164,9 @@ class _Side:
     """A clone that is run: the new model, the old one, or the new one with old statistics."""
 
     def __init__(self, model: nn.Module, whose: str, forward: Forward | None) -> None:
-        self.model, self.whose, self._forward = model, whose, forward
+        self.model, self.whose = model, whose
         self._device = _device_of(model)
         self._scorer = OutputScorer(forward, ESTIMATORS["mas"])
-
-    def with_model(self, model: nn.Module) -> _Side:
-        """The same with another clone."""
-        return _Side(model, self.whose, self._forward)
 
     def output(self, batch: Batch, index: int) -> Output:
         """Run the model on a copy of the batch.
@@ -220,7 +216,8 @@ class _Running:
         self._sides = [_Side(old.model, "the old model", forward), _Side(new, "the new model", forward)]
         self._taken, self._moved = old.taken, moved_buffers(old.model, new)
         could_move = trainable_parameters(model).keys() | statistics(model).keys()
-        self._unheld = [name for name in old.taken if name in could_move]
+        unheld = [name for name in old.taken if name in could_move]
+        self._perturbed = _Side(_perturbed(old.model, unheld), "the old model", forward) if unheld else None
         self._depends_on_taken = False
         if self._moved:
             restored = with_statistics_of(old.model, model, self._moved)
@@ -259,8 +256,10 @@ class _Running:
                 )
         if not self._answers:
             self._check(batch, index, [old, *others])
-            self._depends_on_taken = bool(self._unheld) and self._depends_on_unheld(batch, index, old)
             self._begin(old, batch)
+        if self._perturbed is not None and not self._depends_on_taken:
+            other = self._perturbed.output(batch, index).values
+            self._depends_on_taken = not _are_close(other, old.values, _rounding(old.values))
         for answers, output in zip(self._answers, others, strict=True):
             answers.add(old.values, output.values, old.mask, index)
 
@@ -272,18 +271,6 @@ class _Running:
         check_shape(kind, output.values)
         self._kind = kind, tolerance
         self._answers = [Answers(kind, tolerance) for _ in self._sides[1:]]
-
-    def _depends_on_unheld(self, batch: Batch, index: int, old: Output) -> bool:
-        """Whether other values of the tensors that the reference does not hold give other outputs.
-
-        A new head gives the same ones. A backbone that was frozen when the memory was made does not.
-        """
-        clone = model_copy(self._sides[0].model, private=self._unheld)
-        places, generator = {**named_parameters(clone), **statistics(clone)}, torch.Generator().manual_seed(0)
-        for name in self._unheld:
-            places[name].add_(torch.rand(places[name].shape, generator=generator).add(0.5).to(places[name]))
-        other = self._sides[0].with_model(clone).output(batch, index).values
-        return not _are_close(other, old.values, math.sqrt(torch.finfo(old.values.dtype).eps))
 
     def _check(self, batch: Batch, index: int, outputs: Sequence[Output]) -> None:
         """Run the first batch again, and its first samples alone.
@@ -298,7 +285,7 @@ class _Running:
                 again = side.output(batch, index).values
                 if again.requires_grad:
                     refuse_users_own(again, own)
-            if not _are_close(again, first.values, math.sqrt(torch.finfo(first.values.dtype).eps)):
+            if not _are_close(again, first.values, _rounding(first.values)):
                 raise SamplesInteractError(
                     f"batch {index}: {side.whose} gives other outputs for the same batch when it is run again, so a "
                     "comparison says nothing. Look for random numbers in the forward pass (dropout by "
@@ -352,6 +339,22 @@ class _Running:
             )
         assert restored is not None
         return restored
+
+
+def _perturbed(old: nn.Module, names: Sequence[str]) -> nn.Module:
+    """The old model with other values of the tensors that the reference does not hold.
+
+    A new head changes no old output. A backbone that was frozen when the memory was made changes them all.
+    """
+    clone, generator = model_copy(old, private=names), torch.Generator().manual_seed(0)
+    places = {**named_parameters(clone), **statistics(clone)}
+    for name in names:
+        places[name].add_(torch.rand(places[name].shape, generator=generator).add(0.5).to(places[name]))
+    return clone
+
+
+def _rounding(values: Tensor) -> float:
+    return math.sqrt(torch.finfo(values.dtype).eps)
 
 
 def _are_close(one: Tensor, other: Tensor, tolerance: float) -> bool:

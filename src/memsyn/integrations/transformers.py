@@ -65,7 +65,7 @@ class MemsynCallback(TrainerCallback):
         report_every: after how many steps a report is made and logged; by default as often as the Trainer logs.
         max_change: training stops once the predicted change of outputs on the remembered data is above it: 0.05 is 5%.
             It is looked at in each report, and at the end of each epoch. The model keeps what it has learned so far.
-            Measured changes are up to 6.3 times the predicted ones in nine of ten cases: give a fraction of what you allow.
+            In nine of ten cases the measured change is at most 6.3 times that: give a fraction of what you allow.
         rule, decay, label, rank: as `Memory.consolidate` takes them.
 
     Raises:

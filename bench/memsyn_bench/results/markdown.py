@@ -6,7 +6,7 @@ Owns the syntax; knows nothing of results.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def escape(text: str) -> str:
@@ -35,6 +35,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose first column is words and whose others are numbers; the cells are Markdown already."""
     lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def meanings(heading: str, words: Mapping[str, str]) -> str:
+    """A table of words and what they mean; the cells are Markdown already."""
+    return "\n".join([f"| {heading} | Meaning |", "|---|---|", *(f"| {word} | {own} |" for word, own in words.items())])
 
 
 def details(summary: str, content: str) -> str:

@@ -28,7 +28,7 @@ number on it is typed.
 The linear layers learn, by AdamW with a constant learning rate. The table of tokens, which is also the head, stays. So
 do the normalisations. The memory is measured on conversations that the model wrote itself, its user's part too. No
 question, no label and no old training data is used. After each domain, the memory takes in text of that domain."""
-COLUMNS = {
+COLUMN_MEANINGS = {
     "Loss": "mean cross-entropy on held-out text, in nats a token",
     "Loss, own": "the same on conversations that the model wrote before it learned anything",
     "Learned": "how far the loss of the last domain fell, in percent of plain fine-tuning at its default learning rate",
@@ -88,7 +88,7 @@ def _summaries(records: Sequence[LanguageRecord]) -> str:
     domains = [name for name in DOMAINS if any(name in record.losses for record in records)]
     return "\n\n".join(
         [
-            meanings("Column", COLUMNS),
+            meanings("Column", COLUMN_MEANINGS),
             meanings("Method", {name: LANGUAGE_METHODS[name].summary for name in names}),
             meanings("Domain", {name: DOMAINS[name].summary for name in domains}),
         ]

@@ -184,7 +184,7 @@ def results_(
 def language_(
     methods: Annotated[
         str,
-        typer.Option(help=f"Of {', '.join(LANGUAGE_METHODS)}; each with @lr=NUMBER or @strength=NUMBER, if wanted."),
+        typer.Option(help=f"Of {', '.join(LANGUAGE_METHODS)}; each with @lr=, @strength=, @blocks=NUMBER, if wanted."),
     ] = "finetune,lora,projected-inputs",
     domains: Annotated[str, typer.Option(help=f"In this order: of {', '.join(DOMAINS)}.")] = ",".join(DOMAINS),
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, ...")] = 1,
@@ -217,6 +217,9 @@ def _print_language(record: LanguageRecord) -> None:
     right = f"{record.flags.count('1')}/{len(record.flags)} right"
     options = [f"lr {record.settings.lr:g}"] if record.settings.lr is not None else []
     options += [f"strength {record.settings.strength:g}"] if record.settings.strength is not None else []
+    options += (
+        [f"{number} blocks"] if (number := record.settings.num_measured) != LanguageSettings().num_measured else []
+    )
     where = f"seed {record.seed}, after {', '.join(record.domains)}: " if record.domains else ""
     typer.echo(f"{' '.join([record.method, *options])}, {where}{losses}, {right}")
 

@@ -13,6 +13,7 @@ from bench.tests import tiny_llama
 from bench.tests.commands import call
 
 from memsyn import Memory, MemsynError, OptionError
+from memsyn.storage.reading_and_writing import read
 from memsyn_bench.language import experiment as experiments
 from memsyn_bench.language import learning, model, texts
 from memsyn_bench.language.experiment import (
@@ -387,14 +388,29 @@ def test_the_memory_may_be_of_english(prepared, tmp_path):
     assert run_all(prepared, ["finetune"], tmp_path, domains=("abc",), settings=english) == []  # it needs no such text
 
 
+def test_a_larger_memory_is_of_more_text_and_is_scored_on_the_same(prepared, tmp_path):
+    records = run_all(prepared, ["mas", "mas@blocks=9"], tmp_path, domains=("abc",))
+    few, many = (record for record in records if record.method == "mas")
+    assert (few.settings.num_measured, many.settings.num_measured) == (4, 9)
+    assert few.losses["abc"] != many.losses["abc"], "another memory holds other weights"
+    (further,) = tmp_path.glob("own-text-16-5-0-*.safetensors")
+    first = next(iter(tmp_path.glob("own-text-16-4-3-*.safetensors")))
+    rows = [read(path, experiments.WRITTEN)[1]["text"]["measured"] for path in (first, further)]
+    assert [len(row) for row in rows] == [4, 5]
+    assert len({tuple(row.tolist()) for row in torch.cat(rows)}) == 9, "no block is there twice"
+
+
 def test_methods_with_options_are_parsed():
     name, settings = parse_method("mas@strength=2@lr=1e-4", SMALL)
     assert (name, settings.lr, settings.strength, settings.steps) == ("mas", 1e-4, 2.0, 3)
     assert parse_method("lora", SMALL)[1].lr == 1e-3
+    assert parse_method("mas@blocks=9", SMALL)[1] == replace(SMALL, lr=5e-4, num_measured=9)
+    with pytest.raises(OptionError, match="'lora@blocks=9': lora measures no memory, so it takes no blocks"):
+        parse_method("lora@blocks=9", SMALL)
     with pytest.raises(OptionError, match="unknown method 'nothing': use one of finetune, lora"):
         parse_method("nothing@lr=1", SMALL)
     for wrong in ("lora@rank=3", "lora@lr=x", "lora@"):
-        with pytest.raises(OptionError, match="must be METHOD, METHOD@lr=NUMBER or METHOD@strength=NUMBER"):
+        with pytest.raises(OptionError, match="must be METHOD, METHOD@lr=NUMBER, METHOD@strength=NUMBER or"):
             parse_method(wrong, SMALL)
 
 
@@ -434,7 +450,8 @@ def test_a_file_that_is_not_ours_is_refused(tmp_path):
 
 
 def record(method, losses, flags, *, domains=("abc",), seed=0, **settings):
-    own = replace(SMALL, lr=LANGUAGE_METHODS[method].lr if method in LANGUAGE_METHODS else None, **settings)
+    lr = LANGUAGE_METHODS[method].lr if method in LANGUAGE_METHODS else None
+    own = replace(SMALL, **{"lr": lr, "num_measured": LanguageSettings().num_measured, **settings})
     return LanguageRecord(method, seed, domains, own, losses, {"letters": flags}, 2.0, 1.0, 10**9, 2 * 10**6, "here")
 
 
@@ -444,6 +461,7 @@ def test_the_page_counts_what_was_lost_gained_and_learned(tmp_path):
         record("finetune", {"abc": 3.0, "own": 2.0, "english": 4.0}, "0010"),
         record("mas", {"abc": 4.0, "own": 1.5, "english": 3.5}, "1101", strength=0.5),
         record("mas", {"abc": 3.5, "own": 1.3, "english": 3.5}, "0111", seed=1, strength=0.5),
+        record("mas", {"abc": 3.5, "own": 1.3, "english": 3.5}, "0111", strength=0.5, num_measured=400),
     ]
     assert learned_share(records[2], records, records[0]) == pytest.approx(50)
     assert learned_share(records[3], records, records[0]) is None  # fine-tuning of seed 1 is not there
@@ -451,6 +469,7 @@ def test_the_page_counts_what_was_lost_gained_and_learned(tmp_path):
     path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in records))
     rows = {line.split(" | ")[0].strip("| "): line for line in language_page(path).splitlines() if line.startswith("|")}
     assert rows["before"] == "| before |  | 5.000 | 1.000 | 3.000 |  | 75.0 |  |  |  |  |  |  |"
+    assert "mas, lr 0.0005, strength 0.5, memory of 400 blocks" in rows
     assert rows["finetune, lr 0.0005"] == (
         "| finetune, lr 0.0005 | 1 | 3.000 | 2.000 | 4.000 | 100 | 25.0 | 75.0 | 25.0 | 2 | 1 | 1.0 | 2 |"
     )

@@ -28,7 +28,7 @@ from memsyn_bench.language.methods import LANGUAGE_METHODS
 from memsyn_bench.language.model import PRECISIONS, Assistant, Frozen
 from memsyn_bench.language.questions import Question
 from memsyn_bench.language.scoring import right_answers, text_loss
-from memsyn_bench.language.texts import DOMAINS, ENGLISH, Text, domain_text, own_text
+from memsyn_bench.language.texts import DOMAINS, ENGLISH, OWN_SEED, Text, domain_text, own_text
 
 LANGUAGE_FILE = "language.jsonl"
 CHECKPOINT, WRITTEN = "language checkpoint", "text written by a model"
@@ -161,14 +161,34 @@ class Experiment:
 
 def _kept_own_text(assistant: Assistant, settings: LanguageSettings, out: Path) -> Text:
     """What the model writes, out of a file if it was written before with these settings: it takes a while."""
-    sizes = (settings.length, settings.num_measured, settings.num_held_out)
-    path = out / f"own-text-{'-'.join(map(str, sizes))}-{settings.precision}.safetensors"
+    return _kept_text(assistant, settings, (settings.num_measured, settings.num_held_out), OWN_SEED, out)
+
+
+def _kept_longer_text(own: Text, assistant: Assistant, settings: LanguageSettings, out: Path) -> Text:
+    """The model's own text with further blocks to measure on, if the settings want more. What is scored stays."""
+    number = settings.num_measured - len(own.training)
+    if number <= 0:
+        return own
+    further = _kept_text(assistant, settings, (number, 0), OWN_SEED + 1, out)
+    return replace(own, training=torch.cat([own.training, further.training]))
+
+
+def _kept_text(
+    assistant: Assistant, settings: LanguageSettings, numbers: tuple[int, int], seed: int, out: Path
+) -> Text:
+    num_measured, num_held_out = numbers
+    sizes = "-".join(map(str, (settings.length, *numbers, seed)))
+    path = out / f"own-text-{sizes}-{settings.precision}.safetensors"
     if path.exists():
         header, groups = read(path, WRITTEN)
         return Text(groups["text"]["measured"], groups["text"]["held_out"], header["skipped"])
-    length, num_measured, num_held_out = sizes
     text = own_text(
-        assistant, length=length, num_measured=num_measured, num_held_out=num_held_out, precision=settings.precision
+        assistant,
+        length=settings.length,
+        num_measured=num_measured,
+        num_held_out=num_held_out,
+        precision=settings.precision,
+        seed=seed,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"measured": text.training, "held_out": text.held_out}
@@ -220,7 +240,7 @@ def run_language(
 
 
 def parse_method(text: str, settings: LanguageSettings) -> tuple[str, LanguageSettings]:
-    """The name and the settings of a method such as "lora", "finetune@lr=1e-4" or "mas@strength=1@lr=1e-4".
+    """The name and the settings of a method such as "lora", "finetune@lr=1e-4" or "mas@strength=1@blocks=400".
 
     Raises:
         OptionError: the method is unknown, or an option is.
@@ -229,16 +249,22 @@ def parse_method(text: str, settings: LanguageSettings) -> tuple[str, LanguageSe
     if name not in LANGUAGE_METHODS:
         raise OptionError(f"unknown method {name!r}: use one of {', '.join(LANGUAGE_METHODS)}.")
     own = LANGUAGE_METHODS[name]
-    given: dict[str, float | None] = {"lr": own.lr, "strength": own.strength}
+    given: dict[str, Any] = {"lr": own.lr, "strength": own.strength, "blocks": settings.num_measured}
+    needs_text = own.estimator is not None or own.extra == "replay"
     for option in options:
         key, _, value = option.partition("=")
         try:
-            given[key] = float(value) if key in given else given[key]
+            given[key] = type(given[key] or 0.0)(value)
         except (ValueError, KeyError):
-            raise OptionError(f"{text!r} must be METHOD, METHOD@lr=NUMBER or METHOD@strength=NUMBER.") from None
-    needs_text = own.estimator is not None or own.extra == "replay"
+            raise OptionError(
+                f"{text!r} must be METHOD, METHOD@lr=NUMBER, METHOD@strength=NUMBER or METHOD@blocks=NUMBER."
+            ) from None
+        if key == "blocks" and not needs_text:
+            raise OptionError(f"{text!r}: {name} measures no memory, so it takes no blocks.")
     text = settings.memory_text if needs_text else OWN_TEXT
-    return name, replace(settings, lr=given["lr"], strength=given["strength"], memory_text=text)
+    return name, replace(
+        settings, lr=given["lr"], strength=given["strength"], memory_text=text, num_measured=given["blocks"]
+    )
 
 
 def _before(settings: LanguageSettings) -> LanguageRecord:
@@ -310,16 +336,20 @@ class Course:
 
     @property
     def _old_text(self) -> Text:
-        return self.experiment.own if self.settings.memory_text == OWN_TEXT else self.experiment.english
+        """What the memory is measured on, and what is replayed."""
+        if self.settings.memory_text == ENGLISH_TEXT:
+            text = self.experiment.english
+        else:
+            text = _kept_longer_text(self.experiment.own, self.experiment.assistant, self.settings, self.out)
+        return replace(text, training=text.training[: self.settings.num_measured])
 
     def _state(self, index: int) -> tuple[nn.Module, Memory]:
         """The network and the memory before domain `index`."""
         network = deepcopy(self.experiment.assistant.network)
         if index:
             return network, _load(self.checkpoint(index - 1), network)
-        blocks = self._old_text.training[: self.settings.num_measured]
         method = LANGUAGE_METHODS[self.name]
-        return network, remembered(Memory.empty(), network, blocks, method, self.settings.memory_text)
+        return network, remembered(Memory.empty(), network, self._old_text.training, method, self.settings.memory_text)
 
 
 def _save(path: Path, network: nn.Module, memory: Memory) -> None:

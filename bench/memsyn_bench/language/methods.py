@@ -66,5 +66,8 @@ LANGUAGE_METHODS: dict[str, LanguageMethod] = {
     "replay": LanguageMethod("cross-entropy of the memory's text in each step", strength=1.0, extra="replay"),
     "mas": LanguageMethod("MAS: an importance of each weight", estimator="mas"),
     "projected-inputs": LanguageMethod("projection, directions of inputs alone", estimator="inputs"),
+    "projected-inputs-whole": LanguageMethod(
+        "projection, all directions of inputs, not 64 and the rest alike", estimator="inputs", rank=None
+    ),
     "projected": LanguageMethod("projection, directions of inputs and outputs", estimator="kronecker"),
 }

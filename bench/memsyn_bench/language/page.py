@@ -68,7 +68,10 @@ def language_page(path: Path) -> str:
 
 def _plain(record: LanguageRecord) -> LanguageSettings:
     """The settings without what differs from method to method."""
-    return replace(record.settings, lr=None, strength=None, memory_text=LanguageSettings().memory_text)
+    plain = LanguageSettings()
+    return replace(
+        record.settings, lr=None, strength=None, memory_text=plain.memory_text, num_measured=plain.num_measured
+    )
 
 
 def _fits(before: LanguageRecord, record: LanguageRecord) -> bool:
@@ -150,6 +153,8 @@ def _label(record: LanguageRecord) -> str:
         words.append(f"strength {settings.strength:g}")
     if settings.memory_text != LanguageSettings().memory_text:
         words.append(f"memory of {settings.memory_text}")
+    if settings.num_measured != LanguageSettings().num_measured:
+        words.append(f"memory of {settings.num_measured} blocks")
     return ", ".join(words)
 
 

@@ -96,14 +96,21 @@ def _blocks(assistant: Assistant, documents: Iterable[str], length: int) -> Tens
 
 
 def own_text(
-    assistant: Assistant, *, length: int, num_measured: int, num_held_out: int, precision: str, batch_size: int = 32
+    assistant: Assistant,
+    *,
+    length: int,
+    num_measured: int,
+    num_held_out: int,
+    precision: str,
+    seed: int = OWN_SEED,
+    batch_size: int = 32,
 ) -> Text:
     """Conversations that the model writes by itself, its user's part too (as Xu et al. 2024, Magpie).
 
     Only `opening()` is given. Nothing of any question is used.
     """
     start = assistant.tokens(opening())
-    generator = torch.Generator().manual_seed(OWN_SEED)
+    generator = torch.Generator().manual_seed(seed)
     frozen, rows = Frozen(assistant.network, precision), []
     number = num_measured + num_held_out
     for first in range(0, number, batch_size):

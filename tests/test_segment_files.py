@@ -69,7 +69,7 @@ def test_a_restart_keeps_what_is_of_others(store: Path) -> None:
     new.write_bytes(b"damaged")
     with begin(a_model(1), store, last=timedelta(days=1)) as observer:
         observer.observe(batches[0])
-        assert observer.flush()
+        assert not observer.flush()
         assert "are damaged, or were written with other weights or settings" in str(observer.stats().last_error)
         assert (observer.stats().measured, observer.stats().dropped) == (0, 1)
 
@@ -87,7 +87,7 @@ def test_a_store_that_cannot_be_read_for_a_while(store: Path, monkeypatch: pytes
         with monkeypatch.context() as patch:
             patch.setattr(memsyn.storage.reading_and_writing, "_read_header", failing)
             observer.observe(batches[1])
-            assert observer.flush()
+            assert not observer.flush()
         assert "Too many open files" in str(observer.stats().last_error)
         assert (observer.stats().measured, observer.stats().dropped) == (0, len(batches[1]))
         observer.observe(batches[2])
@@ -106,7 +106,7 @@ def test_a_store_that_fails_for_a_while(store: Path, monkeypatch: pytest.MonkeyP
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", failing)
             observer.observe(batches[0])
-            assert observer.flush()
+            assert not observer.flush()
             assert "No space left on device" in str(observer.stats().last_error)
             assert observer.stats().stored is None
         observer.observe(batches[1])
@@ -198,7 +198,7 @@ def test_killed_at_any_moment_it_loses_an_interval_at_most(store: Path, soak: bo
         found = memsyn.Importance.load(store)
         assert finished <= found.num_samples <= finished + 3
         middle += found.num_samples > finished
-        middle += len(list(store.parent.iterdir())) > 1
+        middle += len(list(store.parent.glob("*.tmp"))) + len(list(store.parent.glob(".*.tmp"))) > 0
         for name, total in found.sums.items():
             assert torch.allclose(total, one.sums[name] * found.num_samples, rtol=1e-9), name
         stored = found.num_samples
@@ -287,7 +287,7 @@ def test_a_store_that_reads_a_weight_in_another_way_is_refused(store: Path) -> N
     for turned in (False, True):
         with begin(model, store, estimator="inputs") as observer:
             observer.observe(batch)
-            assert observer.flush()
+            assert observer.flush() is not turned
             stats = observer.stats()
             if turned:
                 assert (stats.measured, stats.dropped) == (0, 1)

@@ -198,7 +198,7 @@ def test_a_failing_look_leaves_the_served_model_alone(store: Path) -> None:
 
     with begin(model, store, forward=forward) as observer:
         observer.observe(torch.randn(4, 2))
-        assert observer.flush()
+        assert not observer.flush()
         assert looked.is_set()
         assert "SamplesInteractError" in str(observer.stats().last_error)
     assert model[1].running_mean.tolist() == [1.0, 1.0]
@@ -231,7 +231,7 @@ def test_a_reload_that_cannot_be_followed_ends_nothing(store: Path, monkeypatch:
         model.requires_grad_(False)
         for _ in range(10):
             observer.observe(batch)
-            assert observer.flush()
+            assert not observer.flush()
         stats = observer.stats()
         assert (stats.measured, stats.dropped, stats.versions) == (1, 10, 1)
         assert "no parameter that requires a gradient any more" in str(stats.last_error)
@@ -296,7 +296,7 @@ def test_what_it_draws_is_not_taken_from_others(store: Path) -> None:
 def test_outputs_that_are_drawn_are_still_refused(store: Path) -> None:
     with begin(a_model(), store, forward=lambda model, batch: model(batch) * torch.rand(1)) as observer:
         observer.observe(requests(2)[1])
-        assert observer.flush()
+        assert not observer.flush()
         assert "SamplesInteractError" in str(observer.stats().last_error)
 
 

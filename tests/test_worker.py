@@ -78,7 +78,7 @@ def test_who_waits_is_told_of_the_end(store: Path) -> None:
     assert busy.wait(10)
     waiting = threading.Thread(target=lambda: answers.append(observer.flush(60)))
     waiting.start()
-    while not observer._worker._signals._num_asked:
+    while not observer._worker._signals._flushes:
         time.sleep(0.001)
     observer.close(0.0)
     began = time.monotonic()

@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from typing import Any, Final, final
 
-from memsyn.values.display import printable
+from memsyn.values.display import counted, printable
 
 LINE_EVERY: Final = 60.0
 """Seconds between two lines of one kind."""
@@ -64,13 +64,13 @@ class ErrorLog:
             self._write(level, printable(message)[:LONGEST_LINE] + more, {"event": event, **fields}, suppressed)
 
     def grown(self, event: str, total: int, message: str) -> None:
-        """Log by how much a count has grown since the last line about it; `message` holds `{}` for the number."""
+        """Log by how much a count has grown since the last line about it; `message` holds `{}` for the samples."""
         more = total - self._totals.get(event, 0)
         if more:
             if time.monotonic() - self._lines.get(event, (-math.inf, 0))[0] < LINE_EVERY:
                 return
             self._totals[event] = total
-            self.event(event, message.format(f"{more:,}"), count=more)
+            self.event(event, message.format(counted(more, "sample")), count=more)
 
     def end(self) -> None:
         """Say how many lines were left out and not counted in a later line."""

@@ -27,7 +27,7 @@ MAX_FAILURES: Final = 8
 """After this many batches that fail one after the other, further ones are dropped unmeasured, all but a few."""
 
 MAX_HALVED: Final = 3
-"""After this many, one sample is measured before the rest of its batch is."""
+"""After this many that were halved down to single samples, one sample is measured before the rest of its batch is."""
 
 LONGEST_PAUSE: Final = 64
 """The most batches that are dropped before another one is tried."""
@@ -43,6 +43,7 @@ class FailedBatches:
         batch     1 to 3      4 to 8        10    13    18 ...
         passes    2n - 1      1 each        1     1     1         the others, and the rests of these, are dropped
 
+    A batch that fails with an error about the model, not about samples, is not halved: it costs one pass as a whole.
     The pauses are 1, 2, 4 ... 64 batches. So a model that works again is measured again after as long a time as it had
     failed, or sooner. Other weights are tried at once.
     """
@@ -50,19 +51,27 @@ class FailedBatches:
     def __init__(self, version: Hashable) -> None:
         self.version = version
         self.num_failed = self._pause = 0
+        self._is_halved = False
+        """Whether the last one was halved."""
 
     @property
     def has_given_up(self) -> bool:
         """Whether only few batches are tried."""
         return self.num_failed >= MAX_FAILURES
 
+    @property
+    def should_try_one(self) -> bool:
+        """Whether to measure one sample first."""
+        return self.num_failed >= MAX_HALVED and self._is_halved
+
     def should_try(self) -> bool:
         """Whether to measure the next batch."""
         self._pause -= 1
         return self._pause < 0
 
-    def add(self) -> None:
-        """Count a batch that failed."""
+    def add(self, is_halved: bool) -> None:
+        """Count a batch that failed, after it was halved or at once."""
+        self._is_halved = is_halved
         self.num_failed += 1
         self._pause = min(2 ** (self.num_failed - MAX_FAILURES), LONGEST_PAUSE) if self.has_given_up else 0
 
@@ -179,7 +188,7 @@ class VersionedSums:
         except OptionError:  # a segment too many: nothing was measured
             raise
         except BaseException:
-            self._fail()
+            self._fail(is_halved=False)
             raise
         self._note_result(problem, before)
 
@@ -209,9 +218,7 @@ class VersionedSums:
     def _parts(self, batch: Batch) -> list[Batch]:
         """A batch whole; or, after several batches that failed, one sample of it and the rest."""
         size = batch.num_samples or 0
-        if self._failed.num_failed < MAX_HALVED or size < 2:
-            return [batch]
-        return [batch.take(0, 1), batch.take(1, size)]
+        return [batch.take(0, 1), batch.take(1, size)] if self._failed.should_try_one and size > 1 else [batch]
 
     def _note_result(self, problem: Exception | None, before: SampleCounts) -> None:
         """Count a batch that was tried as failed if none of its samples was added, though its weights are there."""
@@ -222,10 +229,10 @@ class VersionedSums:
                 self._log.event("recovered", "the model can be measured again.", logging.INFO)
             self._failed = FailedBatches(self._failed.version)
         elif problem is not None:
-            self._fail()
+            self._fail(is_halved=True)
 
-    def _fail(self) -> None:
-        self._failed.add()
+    def _fail(self, *, is_halved: bool) -> None:
+        self._failed.add(is_halved)
         if self._failed.num_failed == MAX_FAILURES:
             self._log.event(
                 "given_up",

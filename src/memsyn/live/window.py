@@ -27,6 +27,8 @@ RESCALE_AFTER: Final = 16
 ZERO_AFTER: Final = 64
 """Half-lives after which a sample counts 0: float32 could hold little less."""
 
+LONGEST_LATE: Final = 3600.0
+"""Seconds by which a sample may be late, whatever the window: the queue may have been full."""
 
 LATEST: Final = 250_000_000_000.0
 """The latest time that a file may bear, in seconds since 1970: the year 9892. Python's dates end at 9999."""
@@ -96,10 +98,10 @@ class Window:
     product with a power of two changes the exponent only: nothing is rounded.
 
     Time never runs backwards in a window: a time before the latest one counts as that one, and a sample that was served
-    before it is late. So no weight is above 1. A file may bear a time after now: it was written, or is read, while the
-    clock was wrong. Then the window's time begins there, and runs on as fast as the given times do. For example, a file
-    of 2036 is restored in 2026. A sample of a day later belongs to 2036 and a day, and weighs twice as much as the last
-    one in the file, if the half-life is a day.
+    before it is late. So no weight is above 1. If a sample is so late that it would hardly count (16 half-lives, or the
+    whole of `last`, and an hour at least), the clock was set back: the window's time goes on from the latest one, as fast
+    as the clock runs. The same holds for a file of the future, which was written or is read while the clock was wrong.
+    For example, a file of 2036 is restored in 2026: a sample of a day later belongs to 2036 and a day.
 
     Attributes:
         width: of a bucket in seconds; None if the window does not slide.
@@ -123,8 +125,10 @@ class Window:
         self.origin = 0.0
         self._latest = -math.inf
         """The latest time so far, in the window's time."""
-        self._ahead: float | None = 0.0
-        """By how much the window's time is ahead of given times; None until the first time after `restore`."""
+        self._ahead = 0.0
+        """By how much the window's time is ahead of given times."""
+        self._is_restored = False
+        """Whether `restore` was called, and no time was given since."""
 
     @property
     def rule(self) -> str:
@@ -159,8 +163,12 @@ class Window:
 
         A sum that is not in the window yet was zero until now.
         """
-        self._rescale(self._pass(served_at))
-        served_at += self._ahead or 0.0
+        now = self._pass(served_at)
+        longest = self.half_life * RESCALE_AFTER if self.half_life else (self.width or math.inf) * BUCKETS
+        if served_at + self._ahead < now - max(longest, LONGEST_LATE):
+            self._ahead = now - served_at
+        self._rescale(now)
+        served_at += self._ahead
         bucket = self._bucket(sums, served_at)
         weight, known = 1 / self._factor(served_at), bucket.sums.recent
         bucket.sums.replace((), {name: torch.zeros_like(own) for name, own in sums.items() if name not in known})
@@ -239,7 +247,7 @@ class Window:
         self.origin, device = float(header["at"]), next(iter(zeros.values())).device
         if not 0 <= self.origin <= LATEST:
             raise ValueError(f"at is {self.origin}")
-        self._latest, self._ahead = self.origin, None
+        self._latest, self._is_restored = self.origin, True
         for values in header["buckets"]:
             own = record(BucketHeader, values)
             stored = groups["importance" if self.width is None else str(own.place)]
@@ -266,8 +274,8 @@ class Window:
 
     def _pass(self, given: float) -> float:
         """Let time pass until a given time, and drop samples that are too old; returns the window's time."""
-        if self._ahead is None:
-            self._ahead = max(0.0, self._latest - given)
+        if self._is_restored:
+            self._ahead, self._is_restored = max(0.0, self._latest - given), False
         self._latest = max(self._latest, given + self._ahead)
         if self.width is not None:
             place = math.floor(self._latest / self.width)

@@ -260,7 +260,9 @@ class Worker:
 
     def _store(self) -> bool:
         self._due = time.monotonic() + self._interval
-        self._log.grown("dropped", self._queue.num_dropped, "{} samples were dropped unmeasured.")
+        self._log.grown(
+            "dropped", self._queue.num_dropped, "{} not measured: there was no room in the queue, or an error."
+        )
         return self._sums.store()
 
 

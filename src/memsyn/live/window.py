@@ -99,7 +99,7 @@ class Window:
 
     Time never runs backwards in a window: a time before the latest one counts as that one, and a sample that was served
     before it is late. So no weight is above 1. If a sample is so late that it would hardly count (16 half-lives, or the
-    whole of `last`, and an hour at least), the clock was set back: the window's time goes on from the latest one, as fast
+    whole of `last`, and an hour at least), the clock was set back: the time goes on from the latest one, as fast
     as the clock runs. The same holds for a file of the future, which was written or is read while the clock was wrong.
     For example, a file of 2036 is restored in 2026: a sample of a day later belongs to 2036 and a day.
 

@@ -3,11 +3,9 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -34,21 +32,29 @@ def held(path: str | Path) -> Iterator[WriterLocks]:
 
 
 @contextmanager
-def holder(path: Path, then: str = "0") -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds the lock, and prints a number when it does: what `then` is."""
-    code = (
-        "import os, sys, time\nfrom memsyn.storage.writer_locks import WriterLocks\n"
-        f"locks = WriterLocks()\nlocks.hold(sys.argv[1])\nfound = {then}\n"
-        "if found is not None: print(found, flush=True)\ntime.sleep(60)"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) as process:
-        yield process
-        process.kill()
+def child(work: Callable[[], object]) -> Iterator[tuple[int, int]]:
+    """A forked process that does some work, says so by a byte, and sleeps: its number, and a pipe to read from."""
+    read, write = os.pipe()
+    process_id = os.fork()
+    if not process_id:
+        with suppress(BaseException):
+            work()
+            os.write(write, b"1")
+            time.sleep(60)
+        os._exit(0)
+    os.close(write)
+    assert os.read(read, 1) == b"1"
+    try:
+        yield process_id, read
+    finally:
+        os.close(read)
+        with suppress(ChildProcessError, ProcessLookupError):
+            killed(process_id)
 
 
-def line(process: "subprocess.Popen[str]") -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
+def killed(process_id: int) -> None:
+    os.kill(process_id, signal.SIGKILL)
+    os.waitpid(process_id, 0)
 
 
 def test_a_second_writer_of_one_process_is_refused(path: Path) -> None:
@@ -81,12 +87,10 @@ def test_other_names_of_a_file_are_the_same(path: Path) -> None:
 
 
 def test_another_process_is_refused_until_it_is_killed(path: Path) -> None:
-    with holder(path) as process:
-        line(process)
+    with child(lambda: WriterLocks().hold(path)) as (process_id, _):
         with IN_USE:
             WriterLocks().hold(path)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        killed(process_id)
         assert (path.parent / ".it.st.lock").exists()
         with held(path):
             pass
@@ -94,19 +98,26 @@ def test_another_process_is_refused_until_it_is_killed(path: Path) -> None:
 
 
 def test_a_fork_that_lives_on_does_not_keep_a_dead_writers_lock(path: Path) -> None:
-    with holder(path, "os.fork() or None") as process:  # only the parent prints its child's number
-        child = int(line(process))
+    def work() -> None:
+        WriterLocks().hold(path)
+        fork = os.fork()
+        if not fork:
+            time.sleep(60)
+            os._exit(0)
+        (path.parent / "fork").write_text(str(fork))
+
+    with child(work) as (process_id, _):
+        fork = int((path.parent / "fork").read_text())
         try:
             with IN_USE:
                 WriterLocks().hold(path)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            os.kill(child, 0)  # it lives
-            assert not [f for f in Path(f"/proc/{child}/fd").iterdir() if os.readlink(f).endswith(".lock")]
+            killed(process_id)
+            os.kill(fork, 0)  # it lives
+            assert not [f for f in Path(f"/proc/{fork}/fd").iterdir() if os.readlink(f).endswith(".lock")]
             with held(path):
                 pass
         finally:
-            os.kill(child, signal.SIGKILL)
+            os.kill(fork, signal.SIGKILL)
 
 
 def test_a_fork_holds_nothing_and_releases_nothing(path: Path) -> None:
@@ -167,27 +178,30 @@ def test_urls_are_known_in_one_process() -> None:
         pass
 
 
+def take_and_release(path: Path, times: int) -> None:
+    for _ in range(times):
+        locks = WriterLocks()
+        while True:
+            try:
+                locks.hold(path)
+                break
+            except memsyn.MemoryFileError:
+                time.sleep(0.0005)
+        inside = os.open(path.with_suffix(".inside"), os.O_CREAT | os.O_EXCL)  # an error if another one is inside
+        os.close(inside)
+        os.unlink(path.with_suffix(".inside"))
+        locks.release()
+
+
 def test_never_two_at_once(path: Path) -> None:
     """Processes that take the lock, and remove its file, over and over."""
-    code = """
-import os, random, sys, time
-from memsyn.errors import MemoryFileError
-from memsyn.storage.writer_locks import WriterLocks
-taken = 0
-while taken < 30:
-    locks = WriterLocks()
-    try:
-        locks.hold(sys.argv[1])
-    except MemoryFileError:
-        time.sleep(0.0005)
-        continue
-    handle = os.open(sys.argv[1] + ".inside", os.O_CREAT | os.O_EXCL)  # an error if another one is inside
-    os.close(handle)
-    time.sleep(0.0002 * random.random())
-    os.unlink(sys.argv[1] + ".inside")
-    taken += 1
-    locks.release()
-"""
-    processes = [subprocess.Popen([sys.executable, "-c", code, str(path)]) for _ in range(3)]
-    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    processes = []
+    for _ in range(3):
+        processes.append(os.fork())
+        if not processes[-1]:
+            with suppress(BaseException):
+                take_and_release(path, 100)
+                os._exit(0)
+            os._exit(1)
+    assert [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes] == [0, 0, 0]
     assert not list(path.parent.iterdir())

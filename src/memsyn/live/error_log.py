@@ -39,8 +39,8 @@ class ErrorLog:
         self.last: str | None = None
         self._store = str(store)
         self._lock = threading.Lock()
-        self._lines: dict[str, tuple[float, int]] = {}
-        """Kind -> when its last line was written, by `time.monotonic`, and how many were left out since."""
+        self._lines: dict[str, tuple[float, int, int]] = {}
+        """Kind -> when its last line was written, by `time.monotonic`; how many were left out since; their level."""
         self._totals: dict[str, int] = {}
 
     def note(self, error: BaseException) -> None:
@@ -56,9 +56,9 @@ class ErrorLog:
         """Log what happened, unless the last line of its kind is younger than a minute."""
         kind, now = str(fields.get("error_type", event)), time.monotonic()
         with self._lock:
-            since, suppressed = self._lines.get(kind, (-math.inf, 0))
+            since, suppressed, _ = self._lines.get(kind, (-math.inf, 0, level))
             is_due = now - since >= LINE_EVERY
-            self._lines[kind] = (now, 0) if is_due else (since, suppressed + 1)
+            self._lines[kind] = (now, 0, level) if is_due else (since, suppressed + 1, level)
         if is_due:
             more = f" ({suppressed:,} more of this kind since the last such line)" if suppressed else ""
             self._write(level, printable(message)[:LONGEST_LINE] + more, {"event": event, **fields}, suppressed)
@@ -67,7 +67,7 @@ class ErrorLog:
         """Log by how much a count has grown since the last line about it; `message` holds `{}` for the samples."""
         more = total - self._totals.get(event, 0)
         if more:
-            if time.monotonic() - self._lines.get(event, (-math.inf, 0))[0] < LINE_EVERY:
+            if time.monotonic() - self._lines.get(event, (-math.inf,))[0] < LINE_EVERY:
                 return
             self._totals[event] = total
             self.event(event, message.format(counted(more, "sample")), count=more)
@@ -75,10 +75,10 @@ class ErrorLog:
     def end(self) -> None:
         """Say how many lines were left out and not counted in a later line."""
         with self._lock:
-            left = {kind: suppressed for kind, (_, suppressed) in self._lines.items() if suppressed}
-            self._lines = {}
-        for kind, suppressed in left.items():
-            self._write(logging.WARNING, f"{kind}: {suppressed:,} more until the end", {"event": kind}, suppressed)
+            lines, self._lines = self._lines, {}
+        for kind, (_, suppressed, level) in lines.items():
+            if suppressed:
+                self._write(level, f"{kind}: {suppressed:,} more until the end", {"event": kind}, suppressed)
 
     def _write(self, level: int, text: str, fields: dict[str, Any], suppressed: int) -> None:
         with suppress(Exception):  # a handler or a filter of the service may fail

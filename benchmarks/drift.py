@@ -108,7 +108,7 @@ def observed(model: Network, tasks: Sequence[Task], seed: int) -> list[memsyn.Im
     found = []
     store = Path(tempfile.mkdtemp()) / "traffic.safetensors"
     with (
-        patch("time.time", lambda: clock[0]),
+        patch("memsyn.live.window._elapsed", lambda: clock[0]),
         memsyn.Observer(
             model, store, rate=1.0, half_life=HALF_LIFE, room=2 * REQUESTS * DRAWINGS, interval=1e6
         ) as observer,

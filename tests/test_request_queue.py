@@ -153,3 +153,15 @@ def test_what_is_picked_is_a_copy_without_a_graph() -> None:
         whole.data.add_(1)
         assert own.max() < whole.min()
         assert not own.requires_grad
+
+
+def test_nothing_waits_after_the_end() -> None:
+    own = queue_of(10)
+    for _ in range(3):
+        own.choose(2)
+    own.put(samples(torch.zeros(2, 3)))
+    own.close()
+    assert (own.num_waiting, own.num_dropped, own.take(9), own.lag) == (4, 2, [], 0.0)
+    own.put(samples(torch.zeros(2, 3)))  # it was on its way
+    own.done(2, dropped=2)
+    assert (own.num_waiting, own.num_dropped, own.num_sampled, own.take(9)) == (0, 6, 6, [])

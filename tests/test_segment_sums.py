@@ -53,7 +53,7 @@ def test_there_are_not_too_many_segments(store: Path) -> None:
         for k in range(70):
             observer.observe(batch, segment=f"user {k}")
         observer.observe(batch, segment="user 1")
-        assert observer.flush()
+        assert not observer.flush()
         stats = observer.stats()
         assert (stats.measured, stats.dropped) == (65, 6)
         assert "there are 64 segments already" in str(stats.last_error)
@@ -120,9 +120,9 @@ def test_a_segment_that_cannot_be_written_keeps_no_other(store: Path, monkeypatc
     with begin(model, store) as observer:
         for segment in ("a", "b", None):
             observer.observe(batch, segment=segment)
-        assert observer.flush()
+        assert not observer.flush()
         assert "no room for a" in str(observer.stats().last_error)
-        assert {path.name for path in store.parent.iterdir()} == {"traffic+b.safetensors", store.name}
+        assert {path.name for path in store.parent.glob("t*")} == {"traffic+b.safetensors", store.name}
         monkeypatch.undo()
         assert observer.flush()
         assert_same(memsyn.Importance.load(store.with_name("traffic+a.safetensors")), measured(model, [batch]))
@@ -215,9 +215,10 @@ def test_a_model_that_cannot_be_measured_is_given_up_until_its_weights_change(st
     with begin(model, store, max_batch=4) as observer:
         for _ in range(20):
             observer.observe(batch)
-        assert observer.flush()
+        assert not observer.flush()
         stats = observer.stats()
-        assert (stats.measured, stats.dropped, stats.errors) == (0, 80, 8)
+        # After eight batches the pauses are 1, 2, 4 and 8 batches: 10, 13 and 18 are tried.
+        assert (stats.measured, stats.dropped, stats.errors) == (0, 80, 11)
         assert "SamplesInteractError" in str(stats.last_error)
         model.mixes = False
         with torch.no_grad():

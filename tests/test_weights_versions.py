@@ -198,7 +198,7 @@ def test_a_failing_look_leaves_the_served_model_alone(store: Path) -> None:
 
     with begin(model, store, forward=forward) as observer:
         observer.observe(torch.randn(4, 2))
-        assert observer.flush()
+        assert not observer.flush()
         assert looked.is_set()
         assert "SamplesInteractError" in str(observer.stats().last_error)
     assert model[1].running_mean.tolist() == [1.0, 1.0]
@@ -231,7 +231,7 @@ def test_a_reload_that_cannot_be_followed_ends_nothing(store: Path, monkeypatch:
         model.requires_grad_(False)
         for _ in range(10):
             observer.observe(batch)
-            assert observer.flush()
+            assert not observer.flush()
         stats = observer.stats()
         assert (stats.measured, stats.dropped, stats.versions) == (1, 10, 1)
         assert "no parameter that requires a gradient any more" in str(stats.last_error)
@@ -296,7 +296,7 @@ def test_what_it_draws_is_not_taken_from_others(store: Path) -> None:
 def test_outputs_that_are_drawn_are_still_refused(store: Path) -> None:
     with begin(a_model(), store, forward=lambda model, batch: model(batch) * torch.rand(1)) as observer:
         observer.observe(requests(2)[1])
-        assert observer.flush()
+        assert not observer.flush()
         assert "SamplesInteractError" in str(observer.stats().last_error)
 
 
@@ -312,3 +312,113 @@ def test_draws_from_a_generator_of_its_own_are_nobody_elses() -> None:
         assert draws.num_draws == 1
     assert torch.equal(first, torch.randint(2, (9,), generator=torch.Generator().manual_seed(1)))
     assert torch.equal(torch.rand(3), expected)
+
+
+# Models that cannot be measured
+
+
+class Failing(nn.Module):
+    """Counts its passes, and fails in one of several ways while it is broken."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layer, self.how, self.is_broken, self.num_passes = nn.Linear(4, 2).double(), how, True, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_passes += 1
+        output = self.layer(x)
+        if not self.is_broken:
+            return output
+        if self.how == "an exception":
+            raise ValueError("broken")
+        if self.how == "SystemExit":
+            raise SystemExit
+        if self.how == "out of memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        changes = {
+            "detached": lambda: output.detach(),
+            "NaN": lambda: output * torch.nan,
+            "overflow": lambda: output * 1e200,
+            "gradient": lambda: output.clamp(max=0).double().sqrt().nan_to_num() + (0 * output).sqrt(),
+            "no output": lambda: None,
+            "text": lambda: "text",
+        }
+        return changes[self.how]()
+
+
+KINDS = ["an exception", "SystemExit", "out of memory", "detached", "NaN", "overflow", "gradient", "no output", "text"]
+
+
+@pytest.mark.parametrize("how", KINDS)
+def test_whatever_fails_is_given_up_and_taken_up_again(how: str, store: Path) -> None:
+    """With batches of 8 samples, 15 tries for each of three batches, then one each, then one now and then.
+
+    A try may be a few passes while the model was never checked.
+    """
+    served, size = Failing(how), 8
+    batch = torch.randn(size, 4, dtype=torch.float64)
+
+    def forward(clone: nn.Module, inputs: Tensor) -> Tensor:
+        served.num_passes += 1
+        assert isinstance(clone, Failing)
+        clone.is_broken = served.is_broken
+        return clone(inputs)
+
+    def show(count: int) -> None:
+        for _ in range(count):
+            observer.observe(batch)
+        observer.flush()
+
+    with begin(served, store, forward=forward, max_batch=size, room=10**6) as observer:
+        show(100)
+        stats, passes = observer.stats(), served.num_passes
+        assert (stats.measured, stats.waiting, stats.sampled) == (0, 0, 100 * size)
+        assert stats.invalid + stats.dropped == 100 * size
+        assert passes <= 250
+        assert stats.errors <= 8 + 9
+        show(100)
+        assert served.num_passes - passes <= 20
+        served.is_broken = False
+        show(65)
+        assert observer.stats().measured > 0
+        show(10)
+        assert observer.flush()
+        assert observer.stats().measured >= 10 * size
+        served.is_broken = True
+        show(20)
+        served.is_broken = False
+        before = observer.stats().measured
+        with torch.no_grad():
+            served.layer.weight.mul_(2)
+        show(1)
+        assert observer.stats().measured == before + size, "other weights are tried at once"
+
+
+def test_a_segment_too_many_is_no_failure_of_the_model(store: Path) -> None:
+    model, batch = a_model(), requests(1)[0]
+    with begin(model, store) as observer:
+        for k in range(90):
+            observer.observe(batch, segment=f"user {k}")
+        observer.observe(batch, segment="user 1")
+        assert not observer.flush()
+        assert (observer.stats().measured, observer.stats().dropped) == (65, 26)
+
+
+def test_giving_up_is_said_and_so_is_the_end_of_it(store: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "memsyn")
+    broken = [True]
+
+    def forward(clone: nn.Module, inputs: Tensor) -> Tensor:
+        return clone(inputs) * (torch.nan if broken[0] else 1.0)
+
+    with begin(a_model(), store, forward=forward, max_batch=1) as observer:
+        for _ in range(20):
+            observer.observe(requests(1)[0])
+        observer.flush()
+        broken[0] = False
+        for _ in range(20):
+            observer.observe(requests(1)[0])
+        observer.flush()
+    events = [record.__dict__["event"] for record in caplog.records]
+    assert {"weights", "error", "given_up", "recovered", "dropped"} <= set(events)
+    assert events.count("given_up") == events.count("recovered") == 1

@@ -2,12 +2,16 @@
 
 import math
 from datetime import timedelta
+from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
 import memsyn
-from memsyn.live.window import BUCKETS, Window
+from memsyn.live import window as clocks
+from memsyn.live.window import BUCKETS, Window, steady_time
 
 DAY = 86400.0
 START = 20_000 * DAY
@@ -62,7 +66,7 @@ def test_a_decayed_window(hours: float) -> None:
     window, times = Window(half_life=timedelta(hours=hours)), [START + step * 3600.0 for step in range(300)]
     for step, when in enumerate(times):
         add(window, step, when)
-    for now in (times[-1], times[-1] + 3600 * hours, times[-1] + 5000):
+    for now in sorted([times[-1], times[-1] + 3600 * hours, times[-1] + 5000]):
         weights = [2.0 ** ((when - now) / (3600 * hours)) for when in times]
         value, count = held(window, now)
         expected = sum(weight * step for step, weight in enumerate(weights)) / sum(weights)
@@ -169,3 +173,124 @@ def test_a_sum_that_appears_later_was_zero_before(given: dict[str, timedelta]) -
         assert {name: own * scale for name, own in read.items()} == pytest.approx(
             {name: float(own.sum()) for name, own in expected.items()}
         )
+
+
+# Clocks
+
+
+class Machine:
+    """True time, a clock that may be set, and windows that are saved and restored; sample k adds 1 to place k."""
+
+    def __init__(self, given: dict[str, timedelta], most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.given, self.most, self.true, self.wrong_by = given, most, 0.0, 0.0
+        self.served: list[float] = []
+        monkeypatch.setattr(clocks, "_elapsed", lambda: self.true)
+        self.patch = monkeypatch
+        self.window = Window(**given)
+        self.start()
+
+    def start(self) -> None:
+        """Begin a process: memsyn is imported."""
+        self.patch.setattr(clocks, "_BEGAN", START + self.wrong_by)
+
+    def restart(self) -> None:
+        if not self.window.is_empty(steady_time()):
+            header, groups, _ = self.window.saved(steady_time())
+            self.start()
+            self.window = Window(**self.given)
+            self.window.restore(header, groups, {"w": torch.zeros(self.most, dtype=torch.float64)})
+        else:
+            self.start()
+            self.window = Window(**self.given)
+
+    def serve(self) -> None:
+        own = torch.zeros(self.most, dtype=torch.float64)
+        own[len(self.served)] = 1.0
+        self.served.append(self.true)
+        self.window.add({"w": own}, 1, 1.0, steady_time())
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("wait"), st.floats(0, 3 * DAY)),
+        st.tuples(st.just("set"), st.floats(-5000 * DAY, 5000 * DAY)),
+        st.tuples(st.just("serve"), st.integers(1, 3)),
+        st.tuples(st.just("restart"), st.none()),
+    ),
+    max_size=20,
+)
+
+
+@pytest.mark.parametrize("given", [{}, {"last": timedelta(days=7)}, {"half_life": timedelta(days=1)}])
+@hypothesis.settings(deadline=None, max_examples=60, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(steps=STEPS)
+def test_whatever_the_clock_does_samples_count_as_their_age_says(
+    given: dict[str, timedelta], steps: list[tuple[str, Any]]
+) -> None:
+    """No value stands for more samples than were added, no sample counts more than 1 or less than an older one.
+
+    While a process lives, a sample's weight is that of its true age, whatever the clock is set to.
+    """
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        machine, restarts = Machine(given, 60, monkeypatch), 0
+        for what, value in steps:
+            if what == "wait":
+                machine.true += value
+            elif what == "set":
+                machine.wrong_by = value
+            elif what == "restart":
+                machine.restart()
+                restarts += 1
+            else:
+                for _ in range(value):
+                    machine.serve()
+            now, window = steady_time(), machine.window
+            if window.is_empty(now):
+                continue
+            sums, count = window.value(now)
+            assert 1 <= count <= len(machine.served)
+            assert 0 < window.total(now)[1] <= len(machine.served) * (1 + 1e-9)
+            weights = sums["w"][: len(machine.served)] * window.total(now)[1] / count
+            assert weights.max() <= 1 + 1e-9
+            assert (weights.diff() >= -1e-9).all()
+            if not restarts and given.get("half_life"):
+                ages = machine.true - torch.tensor(machine.served, dtype=torch.float64)
+                assert torch.allclose(weights, 2 ** (-ages / DAY), atol=1e-9)
+            if not restarts and given.get("last"):
+                surely = sum(machine.true - served < 6 * DAY for served in machine.served)
+                assert surely <= count <= sum(machine.true - served <= 7 * DAY for served in machine.served)
+
+
+@pytest.mark.parametrize("halvings", [1, 12, 16, 17, 1000])
+def test_a_clock_that_is_set_back_multiplies_no_samples(halvings: int) -> None:
+    """Eight samples stood for 16,220 after 12 half-lives."""
+    window = Window(half_life=timedelta(days=1))
+    for _ in range(8):
+        add(window, 1.0, START)
+    for now in (START - halvings * DAY, START, START - halvings * DAY):
+        assert held(window, now) == (8.0, 8)
+        assert window.saved(now)[2] == 8
+    for hour in range(48):
+        add(window, 1.0, START - halvings * DAY + 3600 * hour)
+        assert held(window, START - halvings * DAY + 3600 * hour)[1] <= 9 + hour
+
+
+@pytest.mark.parametrize("given", [{"last": timedelta(days=7)}, {"half_life": timedelta(days=1)}])
+def test_a_store_of_the_future_goes_on(given: dict[str, timedelta]) -> None:
+    """Written while the clock was ten years ahead, read and written again by processes with the right time."""
+    window = Window(**given)
+    for _ in range(8):
+        add(window, 1.0, START + 3650 * DAY)
+    for day in range(30):
+        now = START + day * DAY
+        header, groups, _ = window.saved(now - 0.1 * DAY if day else START + 3650 * DAY)
+        window = Window(**given)
+        window.restore(header, groups, sums(0))
+        add(window, 1.0, now)
+        _, count = held(window, now)
+        assert count <= 8 + day + 1
+    # The tenth of a day from each write to the next start is not counted, so nine tenths of the days are.
+    assert count == (2 if "half_life" in given else 7)
+    header["at"] = 1e300
+    with pytest.raises(ValueError, match="at is 1e"):
+        Window(**given).restore(header, groups, sums(0))

@@ -11,7 +11,6 @@ import inspect
 import math
 import os
 import random
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -24,15 +23,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from memsyn.batches import model_input, num_samples, picked, tensors
-from memsyn.errors import BatchError, MemoryFileError, ModelError, OptionError
+from memsyn.errors import BatchError, MemoryFileError, ModelError, OptionError, ProcessError
+from memsyn.live.error_log import ErrorLog
 from memsyn.live.request_queue import QueuedSamples, RateSampler, RequestQueue
 from memsyn.live.segment_sums import SegmentSums
 from memsyn.live.weights_versions import VersionedSums, WeightsVersion
-from memsyn.live.window import Window
-from memsyn.live.worker import ErrorCount, TimeBudget, Worker
+from memsyn.live.window import Window, steady_time
+from memsyn.live.worker import TimeBudget, Worker
 from memsyn.measuring.model_copy import Onlooker, check_measurable, refuse_foreign_hooks
 from memsyn.measuring.objectives import Estimator, Forward, find_estimator
 from memsyn.parameters import trainable_parameters, unwrap
+from memsyn.storage.writer_locks import WriterLocks
 from memsyn.values.display import LayerRow, counted, html_table, printable
 from memsyn.values.factors import KroneckerFactors
 from memsyn.values.importance import Importance
@@ -114,7 +115,7 @@ class Observer:
         store: path or URL of the file for the sums: an importance file, for `Importance.load` and `memsyn merge`. If it
             exists and is of the same weights and settings, the sums go on from it. If it is of others, it is kept, and
             the sums go to `name.1a2b3c4d.end` beside it, with eight digits of a digest. Each segment has a file of its
-            own: `name+segment.end`. Each replica needs a store of its own.
+            own: `name+segment.end`. Each replica needs a store of its own: a second observer is refused.
         rate: the probability with which each sample is chosen, 0 to 1.
         forward: (model, inputs) -> output, as `measure` takes it; inputs is what `observe` was given. The store is of
             the same settings only if the function has the same name.
@@ -142,7 +143,7 @@ class Observer:
     Raises:
         OptionError: an argument is out of its range.
         ModelError: the model cannot be measured, or has hooks that may compute.
-        MemoryFileError: the store's folder does not exist.
+        MemoryFileError: the store is a folder or in none, or another observer writes to it.
 
     Example:
         >>> import tempfile, torch, memsyn
@@ -182,8 +183,10 @@ class Observer:
         chosen = _without_labels(find_estimator(estimator))
         device = _check_model(model, onlookers)
         Window(last, half_life)  # raises if they are wrong
-        _check_folder(store)
+        _check_store(store)
         first_sample = random.Random().getrandbits(31) if seed is None else seed
+
+        locks = WriterLocks()
 
         def begin(fingerprint: str) -> SegmentSums:
             # If the model returns to earlier weights, their sums go on. So no version begins at the place of another.
@@ -195,16 +198,24 @@ class Observer:
                 estimator=chosen,
                 cap=cap,
                 store=store,
+                locks=locks,
                 fingerprint=fingerprint,
                 first_sample=place,
             )
 
         self._model, self._forward, self._estimator = model, forward, chosen
         self._queue, self._version = RequestQueue(RateSampler(rate, seed), room), WeightsVersion(model)
-        self._budget, self._errors = TimeBudget(budget / 100), ErrorCount()
-        self._sums = VersionedSums(model, self._version, begin, self._errors.note, onlookers=onlookers)
-        at = (self._queue, self._sums, self._budget, self._errors)
-        self._worker = Worker(*at, device=device, max_batch=max_batch, interval=interval, busy=busy)
+        self._budget, self._log = TimeBudget(budget / 100), ErrorLog(store)
+        self._sums = VersionedSums(model, self._version, begin, self._log, onlookers=onlookers)
+        locks.hold(store)
+        at, release = (self._queue, self._sums, self._budget, self._log), locks.release
+        try:
+            self._worker = Worker(
+                *at, device=device, max_batch=max_batch, interval=interval, busy=busy, release=release
+            )
+        except BaseException:  # no thread can be started
+            release()
+            raise
         self._hook: RemovableHandle | None = None
         atexit.register(self.close)
 
@@ -219,7 +230,7 @@ class Observer:
             if self._worker.is_open:
                 self._offer(inputs, segment)
         except Exception as error:
-            self._errors.note(error)
+            self._log.note(error)
 
     def attach(self) -> None:
         """Observe every forward pass of the model from now on, with the inputs as they are before any other hook.
@@ -247,7 +258,11 @@ class Observer:
             timeout: seconds to wait at most.
 
         Returns:
-            Whether that was done in time.
+            Whether all samples that were queued since the last flush are measured and stored. Samples that are left out
+            by rule, `invalid` and `stale` in `stats()`, do not count against that; nor do samples that were dropped
+            before they were queued, since there was no room. False if an error dropped samples, if sums are not on the
+            disk, if the observer is closed, or at the timeout. `stats().last_error` and the log say why. Sums that
+            could not be stored are kept and tried again: a later flush may return True.
         """
         return self._worker.flush(timeout)
 
@@ -281,6 +296,7 @@ class Observer:
         Raises:
             BatchError: nothing was measured yet.
             OptionError: the weights are negative, not finite, or all zero; or the observer measures factors.
+            ProcessError: this process is a fork of the one that measures.
         """
         if self._estimator.factors is not None:
             raise OptionError("this observer measures factors, not an importance per weight: call factors().")
@@ -298,6 +314,7 @@ class Observer:
         Raises:
             BatchError: nothing was measured yet.
             OptionError: the weights are negative, not finite, or all zero; or the observer measures an importance.
+            ProcessError: this process is a fork of the one that measures.
         """
         if self._estimator.factors is None:
             raise OptionError("this observer measures an importance per weight, not factors: call importance().")
@@ -306,10 +323,19 @@ class Observer:
         return value
 
     def _value(self, segments: str | Mapping[str, float] | None) -> Importance | KroneckerFactors:
-        sums = self._sums.current
+        sums = self._own_sums()
         if sums is None:
             raise BatchError("nothing has been measured yet.")
-        return sums.value(segments, time.time())
+        return sums.value(segments, steady_time())
+
+    def _own_sums(self) -> SegmentSums | None:
+        """The sums of the present weights; in a fork, the thread may have left them half changed, and locked."""
+        if self._worker.is_fork:
+            raise ProcessError(
+                "this process is a fork of the one that measures, and has no sums. Load the store, or start another "
+                "observer here, with a store of its own."
+            )
+        return self._sums.current
 
     def converged(self) -> float:
         """How settled the ranking of the weights is: Spearman's rank correlation between two halves of the samples.
@@ -318,8 +344,11 @@ class Observer:
         present weights, of all segments and of any age. At most some 10^6 weights are ranked, evenly spread. NaN while
         a half is empty. The halves cost two numbers per weight. Of factors, the diagonals of the second moments are
         ranked, and the traces of sketches.
+
+        Raises:
+            ProcessError: this process is a fork of the one that measures.
         """
-        sums = self._sums.current
+        sums = self._own_sums()
         return math.nan if sums is None else sums.converged()
 
     def stats(self) -> Stats:
@@ -334,8 +363,8 @@ class Observer:
             stale=counts.stale,
             invalid=counts.invalid,
             capped=counts.capped,
-            errors=self._errors.num_errors,
-            last_error=self._errors.last,
+            errors=self._log.num_errors,
+            last_error=self._log.last,
             seconds=self._budget.seconds,
             lag=queue.lag,
             versions=sums.num_versions,
@@ -358,7 +387,7 @@ class Observer:
             is_on_gpu = any(tensor.is_cuda for tensor in tensors(own))
             # The copy above runs on the stream of this request. The worker waits for this event on its own stream.
             copied = torch.cuda.current_stream().record_event() if is_on_gpu else None
-            version, now = self._version.current(), time.time()
+            version, now = self._version.current(), steady_time()
             self._queue.put(QueuedSamples(own, len(rows), segment, version, now, copied))
         except BaseException:
             self._queue.done(len(rows), dropped=len(rows))
@@ -367,6 +396,8 @@ class Observer:
 
     def _offer_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Observe a forward pass that is about to begin, by its arguments."""
+        if not self._worker.is_open:
+            return
         try:
             inputs: Any = kwargs
             if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
@@ -375,7 +406,7 @@ class Observer:
                 inputs = _keyword_arguments(unwrap(self._model).forward, args, kwargs)
             self.observe(inputs)
         except Exception as error:
-            self._errors.note(error)
+            self._log.note(error)
 
 
 def _check_numbers(numbers: dict[str, tuple[float, float]]) -> None:
@@ -398,9 +429,13 @@ def _without_labels(estimator: Estimator) -> Estimator:
     return estimator
 
 
-def _check_folder(store: str | os.PathLike[str]) -> None:
-    if "://" not in str(store) and not Path(store).absolute().parent.is_dir():
+def _check_store(store: str | os.PathLike[str]) -> None:
+    if "://" in str(store):
+        return
+    if not Path(store).absolute().parent.is_dir():
         raise MemoryFileError(f"the store {store} cannot be written: its folder does not exist.")
+    if Path(store).is_dir():
+        raise MemoryFileError(f"the store {store} is a folder: give the name of a file in it.")
 
 
 def _check_model(model: nn.Module, onlookers: bool) -> torch.device:

@@ -83,7 +83,7 @@ class RequestQueue:
 
     def __init__(self, sampler: RateSampler, room: int) -> None:
         self.num_seen = self.num_sampled = self.num_dropped = self.num_waiting = 0
-        self._sampler, self._room = sampler, room
+        self._sampler, self._room, self._is_closed = sampler, room, False
         self._lock = threading.Lock()
         self._queue: deque[tuple[Hashable, QueuedSamples, float]] = deque()
         """Each entry with its batch key and the time since when it waits, by `time.monotonic`. Entries of the same key
@@ -103,9 +103,13 @@ class RequestQueue:
             return admitted
 
     def put(self, samples: QueuedSamples) -> None:
-        """Queue samples that `choose` admitted."""
+        """Queue samples that `choose` admitted; those that come after `close` are dropped."""
         key = kind(samples.inputs), samples.segment, samples.version
         with self._lock:
+            if self._is_closed:
+                self.num_waiting -= samples.num_samples
+                self.num_dropped += samples.num_samples
+                return
             self._sizes[key] += samples.num_samples
             self._queue.append((key, samples, time.monotonic()))
 
@@ -143,6 +147,16 @@ class RequestQueue:
         with self._lock:
             self.num_waiting -= num_samples
             self.num_dropped += dropped
+
+    def close(self) -> None:
+        """Drop all samples in the queue, and those that come later: nobody will take them."""
+        with self._lock:
+            self._is_closed = True
+            left = sum(samples.num_samples for _, samples, _ in self._queue)
+            self._queue.clear()
+            self._sizes.clear()
+            self.num_waiting -= left
+            self.num_dropped += left
 
     @property
     def lag(self) -> float:

@@ -6,6 +6,7 @@ Owns the files' names, and that no file of other sums is overwritten. Must not k
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from typing import Any, final
 from urllib.parse import quote
@@ -15,7 +16,8 @@ from torch import Tensor
 from memsyn.errors import MemoryFileError, MissingFileError
 from memsyn.live.window import Window
 from memsyn.matrices import Matrix
-from memsyn.storage.reading_and_writing import FACTORS, IMPORTANCE, Groups, read, well_formed, write
+from memsyn.storage.reading_and_writing import FACTORS, Groups, read, read_entry, well_formed, write
+from memsyn.storage.writer_locks import WriterLocks
 from memsyn.values.factors import MOMENTS, KroneckerFactors
 from memsyn.values.importance import Importance, check_same_shapes
 
@@ -27,6 +29,7 @@ class SegmentFiles:
     Args:
         store: path or URL of the file for samples without a segment; the other names are made from it.
         settings: all that must be equal for sums to be added: fingerprint, parameters, estimator, window.
+        locks: of the observer; each file that is found is locked.
         kind: IMPORTANCE or FACTORS.
 
     For the store `traffic.safetensors` the files are
@@ -38,10 +41,14 @@ class SegmentFiles:
     where `1a2b3c4d` begins the SHA-256 of the settings.
     """
 
-    def __init__(self, store: str | os.PathLike[str], settings: list[Any], kind: str = IMPORTANCE) -> None:
-        self._store, self._kind = store, kind
+    def __init__(self, store: str | os.PathLike[str], settings: list[Any], locks: WriterLocks, kind: str) -> None:
+        self._store, self._locks, self._kind = store, locks, kind
         self._digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
         self._paths: dict[str | None, str] = {}
+        self._writer = secrets.token_hex(8)
+        """Stands in the headers that are written here: by it, a file is known as one's own."""
+        self._found: dict[str, str] = {}
+        """Path -> checksum of the file from which the sums go on."""
 
     def open(self, segment: str | None, window: Window, zeros: dict[str, Tensor]) -> dict[str, Matrix]:
         """Find a segment's file, and restore its sums into an empty window, if they are of the same settings.
@@ -54,12 +61,14 @@ class SegmentFiles:
             The matrices in a file of factors.
 
         Raises:
-            MemoryFileError: the file cannot be read, or there is no name for a file of these settings.
+            MemoryFileError: the file cannot be read, another observer writes to it, or there is no name for a file of
+                these settings.
         """
         path, found = self._find(segment)
         matrices: dict[str, Matrix] = {}
         if found is not None:
             header, groups = found
+            self._found[path] = header["checksum"]
             with well_formed(path):
                 if self._kind == FACTORS:
                     held = KroneckerFactors.from_file(path, header, groups)
@@ -87,15 +96,51 @@ class SegmentFiles:
             held: what the file holds.
             observed: what its header says of the window.
             buckets: the tensors of the window's parts, if it slides.
+
+        Raises:
+            MemoryFileError: the file cannot be written, or is no longer the one that was read or written here.
         """
-        header = {**held.header(), "observed": {**observed, "of": self._digest, "segment": segment}}
+        path = self._paths[segment]
+        self._locks.hold(path)  # again, if it could not be locked before
+        self._refuse_another(path)
+        own = {**observed, "of": self._digest, "segment": segment, "writer": self._writer}
         group = MOMENTS if self._kind == FACTORS else "importance"
-        write(self._paths[segment], self._kind, header, {group: held.sums, **buckets})
+        write(path, self._kind, {**held.header(), "observed": own}, {group: held.sums, **buckets})
+        self._found.pop(path, None)
+
+    def _refuse_another(self, path: str) -> None:
+        """Refuse to replace a file that another writer has put there: its samples would be lost.
+
+        A file that is gone is written anew. So is half a file at a URL, which an interrupted upload may leave.
+
+        Raises:
+            MemoryFileError: it is another file, or cannot be read.
+        """
+        try:
+            entry = read_entry(path)
+        except MissingFileError:
+            return
+        except MemoryFileError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+            if "://" in path:
+                return
+            raise MemoryFileError(
+                f"the sums are not stored, so that {path} is not overwritten: {error} Move that file away."
+            ) from error
+        observed = entry.get("observed")
+        is_own = isinstance(observed, dict) and observed.get("writer") == self._writer
+        if not is_own and entry.get("checksum") != self._found.get(path):
+            raise MemoryFileError(
+                f"the sums are not stored: somebody else has written {path} since this observer read it, and those "
+                "samples would be lost. Give each observer a store of its own: each replica needs one."
+            )
 
     def _find(self, segment: str | None) -> tuple[str, tuple[dict[str, Any], Groups] | None]:
         """The path for a segment, and the content of its file if that is of the same settings."""
         paths = [_path(self._store, segment), _path(self._store, segment, self._digest[:8])]
         for path in paths:
+            self._locks.hold(path)
             try:
                 header, groups = read(path, self._kind)
                 with well_formed(path):

@@ -27,6 +27,7 @@ from memsyn.measuring.measurement import Measurement
 from memsyn.measuring.objectives import Estimator, Forward
 from memsyn.parameters import trainable_parameters
 from memsyn.storage.reading_and_writing import FACTORS, IMPORTANCE
+from memsyn.storage.writer_locks import WriterLocks
 from memsyn.values.factors import KroneckerFactors
 from memsyn.values.importance import Importance
 from memsyn.values.ranks import MAX_RANKED, spearman
@@ -79,6 +80,7 @@ class SegmentSums:
         forward, estimator: as `measure` takes them.
         cap: the share of a segment's total that one sample may have; None: no limit.
         store: path or URL of the file for samples without a segment.
+        locks: on the files.
         fingerprint: of the model's weights.
         first_sample: the place of the first sample, from which random signs begin. No two samples have the same place.
 
@@ -99,6 +101,7 @@ class SegmentSums:
         estimator: Estimator,
         cap: float | None,
         store: str | os.PathLike[str],
+        locks: WriterLocks,
         fingerprint: str,
         first_sample: int = 0,
     ) -> None:
@@ -115,7 +118,7 @@ class SegmentSums:
         called = getattr(forward, "__qualname__", type(forward).__qualname__)
         settings = [fingerprint, sorted(trainable), called, estimator.name, estimator.magnitude, new_window().rule]
         settings += [] if estimator.factors is None else [estimator.factors]
-        self._files = SegmentFiles(store, settings, FACTORS if self._has_factors else IMPORTANCE)
+        self._files = SegmentFiles(store, settings, locks, FACTORS if self._has_factors else IMPORTANCE)
         self._matrices: dict[str, Matrix] = {}
         """Those of the batches and of the files."""
         self._windows: dict[str | None, Window] = {}

@@ -5,6 +5,7 @@ is given sums, and the time.
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta, timezone
@@ -25,6 +26,27 @@ RESCALE_AFTER: Final = 16
 
 ZERO_AFTER: Final = 64
 """Half-lives after which a sample counts 0: float32 could hold little less."""
+
+LONGEST_LATE: Final = 3600.0
+"""Seconds by which a sample may be late, whatever the window: the queue may have been full."""
+
+LATEST: Final = 250_000_000_000.0
+"""The latest time that a file may bear, in seconds since 1970: the year 9892. Python's dates end at 9999."""
+
+
+def _elapsed() -> float:
+    """Seconds since some moment, which nobody can set; on Linux, the time that the machine sleeps is counted."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+_BEGAN: Final = time.time() - _elapsed()
+
+
+def steady_time() -> float:
+    """Seconds since 1970 by a clock that never jumps: what the system's clock said when this process imported memsyn,
+    and the time that has passed since. If the system's clock is set, this one is right again after the next start.
+    """
+    return _BEGAN + _elapsed()
 
 
 @dataclass(frozen=True)
@@ -75,6 +97,12 @@ class Window:
     Weights grow with time, so after 16 half-lives the sums are multiplied by 2^-16, and the origin moves on as far. A
     product with a power of two changes the exponent only: nothing is rounded.
 
+    Time never runs backwards in a window: a time before the latest one counts as that one, and a sample that was served
+    before it is late. So no weight is above 1. If a sample is so late that it would hardly count (16 half-lives, or the
+    whole of `last`, and an hour at least), the clock was set back: the time goes on from the latest one, as fast
+    as the clock runs. The same holds for a file of the future, which was written or is read while the clock was wrong.
+    For example, a file of 2036 is restored in 2026: a sample of a day later belongs to 2036 and a day.
+
     Attributes:
         width: of a bucket in seconds; None if the window does not slide.
         half_life: in seconds; None if samples do not decay.
@@ -95,6 +123,12 @@ class Window:
         self.half_life = None if half_life is None else half_life.total_seconds()
         self.buckets: list[_Bucket] = []
         self.origin = 0.0
+        self._latest = -math.inf
+        """The latest time so far, in the window's time."""
+        self._ahead = 0.0
+        """By how much the window's time is ahead of given times."""
+        self._is_restored = False
+        """Whether `restore` was called, and no time was given since."""
 
     @property
     def rule(self) -> str:
@@ -110,13 +144,13 @@ class Window:
 
     def total(self, now: float) -> tuple[float, float]:
         """The sum of all sums, and the sum of the samples' weights, as they count now."""
-        self._expire(now)
+        now = self._pass(now)
         headers = [bucket.header.scaled(self._factor(now)) for bucket in self.buckets]
         return sum(header.total for header in headers), sum(header.weight for header in headers)
 
     def traces(self, now: float, of: Callable[[Mapping[str, Tensor]], dict[str, float]]) -> dict[str, float]:
         """The numbers that `of` reads from some sums, added up over all sums as they count now; by name."""
-        self._expire(now)
+        now = self._pass(now)
         found: dict[str, float] = {}
         for bucket in self.buckets:
             for part in bucket.sums.parts():
@@ -129,8 +163,12 @@ class Window:
 
         A sum that is not in the window yet was zero until now.
         """
-        self._expire(served_at)
-        self._rescale(served_at)
+        now = self._pass(served_at)
+        longest = self.half_life * RESCALE_AFTER if self.half_life else (self.width or math.inf) * BUCKETS
+        if served_at + self._ahead < now - max(longest, LONGEST_LATE):
+            self._ahead = now - served_at
+        self._rescale(now)
+        served_at += self._ahead
         bucket = self._bucket(sums, served_at)
         weight, known = 1 / self._factor(served_at), bucket.sums.recent
         bucket.sums.replace((), {name: torch.zeros_like(own) for name, own in sums.items() if name not in known})
@@ -170,7 +208,7 @@ class Window:
         The weights of decayed samples add up to a fraction. It is rounded to a count, and the sums are scaled with it,
         so that their ratio, the mean Omega = sum_k w_k |g_k| / sum_k w_k, is exact.
         """
-        self._drop_later(now)
+        now = self._pass(now)
         if self.half_life is None:
             return self._sums(), self.num_samples
         weight = self.buckets[0].header.weight
@@ -179,12 +217,12 @@ class Window:
 
     def is_empty(self, now: float) -> bool:
         """Whether no sample counts now."""
-        self._drop_later(now)
         return self.total(now)[1] == 0
 
     def saved(self, now: float) -> tuple[dict[str, Any], Groups, int]:
         """What a file says of the window, its tensors, and the number of samples for which they stand."""
         sums, count = self.value(now)
+        now = self._latest
         factor = self._factor(now)
         groups = {"importance": sums}
         if self.width is not None:
@@ -207,6 +245,9 @@ class Window:
             ValueError, KeyError: the header or the groups are not as `saved` makes them.
         """
         self.origin, device = float(header["at"]), next(iter(zeros.values())).device
+        if not 0 <= self.origin <= LATEST:
+            raise ValueError(f"at is {self.origin}")
+        self._latest, self._is_restored = self.origin, True
         for values in header["buckets"]:
             own = record(BucketHeader, values)
             stored = groups["importance" if self.width is None else str(own.place)]
@@ -227,31 +268,27 @@ class Window:
         """What weights are multiplied by now: 2^(-(now - origin) / half_life)."""
         if self.half_life is None:
             return 1.0
-        # `now` lies before the origin if the clock was set back. The limit keeps the factor finite then.
+        # A late sample may have been served before the origin. The limit keeps its weight above 0.
         halvings = (now - self.origin) / self.half_life
-        return 0.0 if halvings > ZERO_AFTER else 2.0 ** min(-halvings, RESCALE_AFTER)
+        return 0.0 if halvings > ZERO_AFTER else 2.0 ** min(-halvings, ZERO_AFTER)
 
-    def _expire(self, now: float) -> None:
+    def _pass(self, given: float) -> float:
+        """Let time pass until a given time, and drop samples that are too old; returns the window's time."""
+        if self._is_restored:
+            self._ahead, self._is_restored = max(0.0, self._latest - given), False
+        self._latest = max(self._latest, given + self._ahead)
         if self.width is not None:
-            oldest = math.floor(now / self.width) - BUCKETS
-            self.buckets = [bucket for bucket in self.buckets if bucket.header.place > oldest]
-
-    def _drop_later(self, now: float) -> None:
-        """Drop samples that were served after now: the clock was set back, and they would never expire."""
-        self._expire(now)
-        if self.width is not None:
-            place = math.floor(now / self.width)
-            self.buckets = [bucket for bucket in self.buckets if bucket.header.place <= place]
+            place = math.floor(self._latest / self.width)
+            self.buckets = [bucket for bucket in self.buckets if place - BUCKETS < bucket.header.place <= place]
+        return self._latest
 
     def _rescale(self, now: float) -> None:
-        """Move the origin of decaying weights if it is far away; a clock that was set back lets no time pass."""
+        """Move the origin of decaying weights if it is far away."""
         if self.half_life is None:
             return
         halvings = math.floor((now - self.origin) / self.half_life)
         if halvings > ZERO_AFTER:
             self.buckets = []
-        elif halvings < -RESCALE_AFTER:
-            self.origin = now
         elif halvings >= RESCALE_AFTER:
             self.origin += halvings * self.half_life
             for bucket in self.buckets:

@@ -1,19 +1,21 @@
 """The background thread of an observer: it measures queued samples, stores the sums, and rests.
 
-Owns when work is done, and how much time it may take. An error is counted, and never ends the thread.
+Owns when work is done, and how much time it may take. An error is counted, and never ends the thread: not even
+SystemExit or KeyboardInterrupt, which a model's code may raise. Whatever ends it, nobody waits for it after that.
 """
 
-import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError  # not Python's own before 3.11
+from contextlib import ExitStack, contextmanager
 from typing import Final, final
 
 import torch
 
+from memsyn.live.error_log import ErrorLog
 from memsyn.live.request_queue import QueuedSamples, RequestQueue
 from memsyn.live.weights_versions import VersionedSums
 
@@ -52,24 +54,6 @@ class TimeBudget:
 
 
 @final
-class ErrorCount:
-    """The errors of an observer: their number and the last; the first one is logged as a warning."""
-
-    def __init__(self) -> None:
-        self.num_errors = 0
-        self.last: str | None = None
-        self._lock = threading.Lock()
-
-    def note(self, error: Exception) -> None:
-        """Count an error; called from any thread."""
-        with self._lock:
-            self.num_errors += 1
-            is_first, self.last = self.last is None, f"{type(error).__name__}: {error}"
-        if is_first:
-            logging.getLogger("memsyn").warning("an observer goes on serving, but something failed: %s", self.last)
-
-
-@final
 class Signals:
     """What other threads ask of the worker's thread: to take a full batch, to flush, or to end.
 
@@ -77,23 +61,28 @@ class Signals:
         queue_full: set when a full batch waits.
         urgent: set when a flush or the end is asked for: it ends any rest.
         closed: whether the end was asked for.
+        ended: whether the thread takes no more work.
     """
 
     def __init__(self) -> None:
         self.queue_full, self.urgent = threading.Event(), threading.Event()
-        self.closed = self._ended = False
-        self._answer = threading.Condition()
-        self._num_asked = self._num_answered = 0
-        """Calls of `flush`, and those of them that are answered."""
+        self.closed = self.ended = False
+        self._lock = threading.Lock()
+        self._flushes: list[Future[bool]] = []
+        """Those that are not answered yet."""
 
     def flush(self, timeout: float) -> bool:
-        """Ask for a flush, and wait for it; returns whether it came in time."""
-        with self._answer:
-            self._num_asked += 1
-            asked = self._num_asked
-            self._interrupt()
-            self._answer.wait_for(lambda: self._num_answered >= asked or self._ended, timeout)
-            return self._num_answered >= asked
+        """Ask for a flush, and wait for it; returns its answer, or False if that did not come in time."""
+        answer: Future[bool] = Future()
+        with self._lock:
+            if self.ended:
+                return False
+            self._flushes.append(answer)
+        self._interrupt()
+        try:
+            return answer.result(timeout)
+        except FutureTimeoutError:
+            return False
 
     def close(self) -> None:
         """Ask for the end."""
@@ -104,27 +93,25 @@ class Signals:
         self.urgent.set()
         self.queue_full.set()
 
-    def clear(self) -> int:
-        """Begin another round of work; returns the number of flushes that were asked for before it."""
+    def clear(self) -> list[Future[bool]]:
+        """Begin another round of work; returns the flushes that were asked for before it."""
         self.urgent.clear()
         self.queue_full.clear()
-        return self._num_asked
+        with self._lock:
+            return list(self._flushes)
 
-    def is_flush_due(self, asked: int) -> bool:
-        """Whether one of the first `asked` flushes is not answered yet."""
-        return asked > self._num_answered
-
-    def answer(self, asked: int) -> None:
-        """Answer the first `asked` flushes."""
-        with self._answer:
-            self._num_answered = asked
-            self._answer.notify_all()
+    def answer(self, asked: Sequence[Future[bool]], is_complete: bool) -> None:
+        """Answer flushes."""
+        with self._lock:
+            self._flushes = [flush for flush in self._flushes if flush not in asked]
+        for flush in asked:
+            flush.set_result(is_complete)
 
     def end(self) -> None:
         """Release all threads that wait: no flush will be answered any more."""
-        with self._answer:
-            self._ended = True
-            self._answer.notify_all()
+        with self._lock:
+            self.ended = True
+        self.answer(self._flushes, False)
 
 
 @final
@@ -135,9 +122,10 @@ class Worker:
         queue: the samples.
         sums: where they are added.
         budget: how much time that may take.
-        errors: counts what fails.
+        log: of what fails.
         device: of the model.
         max_batch, interval, busy: as `Observer` takes them.
+        release: called when the thread has ended.
     """
 
     def __init__(
@@ -145,26 +133,32 @@ class Worker:
         queue: RequestQueue,
         sums: VersionedSums,
         budget: TimeBudget,
-        errors: ErrorCount,
+        log: ErrorLog,
         *,
         device: torch.device,
         max_batch: int,
         interval: float,
         busy: Callable[[], bool] | None,
+        release: Callable[[], None],
     ) -> None:
-        self._queue, self._sums, self._budget, self._errors = queue, sums, budget, errors
+        self._queue, self._sums, self._budget, self._log = queue, sums, budget, log
         self._max_batch, self._interval, self._busy = max_batch, interval, busy
         self._due = time.monotonic() + interval
         """When to store the sums again."""
         self._signals = Signals()
         self._process_id = os.getpid()
-        self._thread = threading.Thread(target=self._work, args=(device,), name="memsyn-observer", daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(device, release), name="memsyn-observer", daemon=True)
         self._thread.start()
 
     @property
+    def is_fork(self) -> bool:
+        """Whether this process is a fork of the one that started the thread: locks may be held for ever here."""
+        return self._process_id != os.getpid()
+
+    @property
     def is_open(self) -> bool:
-        """Whether the thread takes work: it is not closed, and this process is no fork of the one that started it."""
-        return not self._signals.closed and self._process_id == os.getpid()
+        """Whether the thread takes work."""
+        return not (self._signals.closed or self._signals.ended or self.is_fork)
 
     def wake_if_full(self) -> None:
         """Wake the thread if there is now a full batch."""
@@ -172,7 +166,11 @@ class Worker:
             self._signals.queue_full.set()
 
     def flush(self, timeout: float) -> bool:
-        """Wait until all queued samples are measured and stored, regardless of the budget; returns whether so."""
+        """Wait until no samples are queued and the sums are stored, regardless of the budget.
+
+        Returns:
+            Whether that was done in time, and nothing that had waited since the last flush was lost.
+        """
         return self.is_open and self._signals.flush(timeout)
 
     def close(self, timeout: float) -> None:
@@ -181,41 +179,51 @@ class Worker:
             self._signals.close()
             self._thread.join(timeout)
 
-    def _work(self, device: torch.device) -> None:
-        with _one_core(), _own_stream(device) as stream:
-            while not self._signals.closed:
-                # Cleared before any work: a signal that comes during the work is then seen in the next round.
-                asked = self._signals.clear()
-                rest = self._budget.ready - time.monotonic()
-                if rest > 0 and not self._signals.is_flush_due(asked) and not self._signals.closed:
-                    self._signals.urgent.wait(min(rest, LONGEST_WAIT))
-                    continue
-                try:
-                    self._step(asked, stream)
-                except Exception as error:
-                    self._errors.note(error)
-                    self._signals.urgent.wait(BUSY_WAIT)
-            self._spend(self._store)  # before the last batch, for which there may be no time
-            if queued := self._queue.take(self._max_batch):
-                self._spend(partial(self._measure, queued, stream))
-            self._spend(self._store)
-        self._signals.end()
+    def _work(self, device: torch.device, release: Callable[[], None]) -> None:
+        with ExitStack() as at_end:
+            # The last one is called first. Each is called, whatever happens in the others.
+            for action in (self._log.end, release, self._signals.end, self._queue.close):
+                at_end.callback(action)
+            try:
+                with _one_core(), _own_stream(device) as stream:
+                    self._work_until_closed(stream)
+            except BaseException as error:
+                self._log.note(error)
 
-    def _step(self, asked: int, stream: torch.cuda.Stream | None) -> None:
-        """Measure one batch, or store, or wait for either; a flush repeats this until the queue is empty."""
-        flushing = self._signals.is_flush_due(asked)
-        if not flushing and self._is_busy():
+    def _work_until_closed(self, stream: torch.cuda.Stream | None) -> None:
+        while not self._signals.closed:
+            try:
+                self._round(stream)
+            except BaseException as error:
+                self._log.note(error)
+                self._signals.urgent.wait(BUSY_WAIT)
+        self._spend(self._store)  # before the last batch, for which there may be no time
+        self._spend(lambda: self._measure(self._queue.take(self._max_batch), stream))
+        if not self._spend(self._store):
+            self._log.event("lost", "the observer was closed, and new sums were not stored: lost.")
+
+    def _round(self, stream: torch.cuda.Stream | None) -> None:
+        """Rest; or measure one batch, or store, or wait for either. A flush repeats this until the queue is empty."""
+        # Cleared before any work: a signal that comes during the work is then seen in the next round.
+        asked = self._signals.clear()
+        rest = self._budget.ready - time.monotonic()
+        if rest > 0 and not asked and not self._signals.closed:
+            self._signals.urgent.wait(min(rest, LONGEST_WAIT))
+            return
+        if not asked and self._is_busy():
             self._signals.urgent.wait(BUSY_WAIT)
             return
         patience = BATCH_WAIT - self._queue.lag
-        ready = flushing or patience <= 0 or self._queue.is_full(self._max_batch)
+        ready = asked or patience <= 0 or self._queue.is_full(self._max_batch)
         queued = self._queue.take(self._max_batch) if ready else []
         if queued:
-            self._spend(partial(self._measure, queued, stream))
-        if time.monotonic() >= self._due or (flushing and not queued):
-            self._spend(self._store)
-        if flushing and not queued:
-            self._signals.answer(asked)
+            self._spend(lambda: self._measure(queued, stream))
+        is_stored = True
+        if time.monotonic() >= self._due or (asked and not queued):
+            is_stored = self._spend(self._store)
+        if asked and not queued:
+            num_lost, self._log.num_lost = self._log.num_lost, 0
+            self._signals.answer(asked, is_stored and not num_lost)
         elif not queued and not self._signals.closed:
             until_due = max(0.0, self._due - time.monotonic())
             self._signals.queue_full.wait(min(until_due, max(0.0, patience), LONGEST_WAIT))
@@ -223,30 +231,39 @@ class Worker:
     def _is_busy(self) -> bool:
         try:
             return self._busy is not None and self._busy()
-        except Exception as error:
-            self._errors.note(error)
+        except BaseException as error:
+            self._log.note(error)
             return True
 
-    def _spend(self, action: Callable[[], None]) -> None:
-        """Run an action at the budget's expense; its error is noted."""
+    def _spend(self, action: Callable[[], bool]) -> bool:
+        """Run an action at the budget's expense; an error is noted, and its result is False."""
         began = time.monotonic()
         try:
-            action()
-        except Exception as error:
-            self._errors.note(error)
-        self._budget.spend(began)
+            return action()
+        except BaseException as error:
+            self._log.note(error)
+            return False
+        finally:
+            self._budget.spend(began)
 
-    def _measure(self, queued: Sequence[QueuedSamples], stream: torch.cuda.Stream | None) -> None:
+    def _measure(self, queued: Sequence[QueuedSamples], stream: torch.cuda.Stream | None) -> bool:
         """Measure a batch; samples that were neither measured, nor stale, nor invalid count as dropped."""
         size, before = sum(samples.num_samples for samples in queued), self._sums.counts.settled
         try:
-            self._sums.add(queued, stream)
+            if queued:
+                self._sums.add(queued, stream)
         finally:
-            self._queue.done(size, dropped=size - (self._sums.counts.settled - before))
+            dropped = size - (self._sums.counts.settled - before)
+            self._log.num_lost += dropped
+            self._queue.done(size, dropped=dropped)
+        return dropped == 0
 
-    def _store(self) -> None:
+    def _store(self) -> bool:
         self._due = time.monotonic() + self._interval
-        self._sums.store()
+        self._log.grown(
+            "dropped", self._queue.num_dropped, "{} not measured: there was no room in the queue, or an error."
+        )
+        return self._sums.store()
 
 
 @contextmanager

@@ -185,6 +185,23 @@ def read(
         raise MemoryFileError(f"{path} could not be read: {type(error).__name__}: {error}.") from error
 
 
+def read_entry(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata of a file, without its tensors: neither these nor the checksum are checked.
+
+    Raises:
+        MemoryFileError: the file is missing, cannot be read, or has no metadata of memsyn.
+    """
+    try:
+        with _open(path) as (file, size):
+            return _read_header(path, file, size)[1]
+    except MemoryFileError:
+        raise
+    except FileNotFoundError:
+        raise MissingFileError(f"{path} does not exist.") from None
+    except _BAD_INPUT as error:
+        raise MemoryFileError(f"{path} could not be read: {type(error).__name__}: {error}.") from error
+
+
 @contextmanager
 def well_formed(path: str | os.PathLike[str]) -> Iterator[None]:
     """In this block, what Python raises on unexpected headers or tensors becomes an error about the file."""

@@ -313,7 +313,7 @@ def test_a_report_says_when_nothing_is_protected(values: dict[str, Any]) -> None
 
 
 def test_the_counts_of_an_observer(tmp_path: Any) -> None:
-    with memsyn.Observer(a_model(), tmp_path / "it.safetensors", rate=1.0) as observer:
+    with memsyn.Observer(a_model(), tmp_path / "it.safetensors", rate=1.0, min_samples=1) as observer:
         observer.observe(torch.randn(3, 20))
         assert observer.flush()
         stats = observer.stats()

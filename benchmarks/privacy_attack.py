@@ -10,6 +10,7 @@ certain.
 """
 
 import argparse
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -143,7 +144,7 @@ def by_day(service: Service, inputs: Tensor) -> None:
 
 def restarted(service: Service, inputs: Tensor) -> None:
     for k, own in enumerate(inputs.split(1)):
-        if k % 30 == 0:
+        if k % 70 == 0:
             service.restart()
         service.request(own)
 
@@ -178,10 +179,10 @@ READING: Final[dict[str, tuple[Serve, dict[str, Any], int, bool]]] = {
 """Attack -> how requests come, the observer's options, their number, and whether units are rarely active."""
 
 
-def reading(attack: str, options: dict[str, Any]) -> tuple[float, float]:
-    """The smallest error of an attack, for inputs that were sent and for as many that were not."""
+def reading(attack: str, options: dict[str, Any], most: int | None = None) -> tuple[float, float]:
+    """The smallest error of an attack, for inputs that were sent and for as many that were not; `most`: how many."""
     serve, own, count, rare = READING[attack]
-    factors, inputs = "estimator" in own, users(count)
+    factors, inputs = "estimator" in own, users(count)[:most]
     with tempfile.TemporaryDirectory() as folder:
         service = Service(network(rare=rare), {**own, **options}, Path(folder))
         serve(service, inputs)
@@ -220,7 +221,7 @@ TABLES: Final[dict[str, tuple[bool, dict[str, Any]]]] = {
 """Attack -> whether the head is tied, and the observer's options."""
 
 
-def tokens(attack: str, options: dict[str, Any]) -> float:
+def tokens(attack: str, options: dict[str, Any], count: int = 150) -> float:
     """The AUC of telling tokens that one user wrote from those that nobody wrote."""
     tied, own = TABLES[attack]
     generator = torch.Generator().manual_seed(2)
@@ -228,7 +229,7 @@ def tokens(attack: str, options: dict[str, Any]) -> float:
     secret = torch.arange(40, 190).unsqueeze(1)  # one for each user; nobody writes those from 190 on
     with tempfile.TemporaryDirectory() as folder:
         service = Service(Tagger(tied=tied), {**own, **options}, Path(folder))
-        one_by_one(service, torch.cat([common, secret], 1))
+        one_by_one(service, torch.cat([common, secret], 1)[:count])
         service.observer.close()
         most, absent = torch.zeros(2, TOKENS, dtype=torch.float64)
         for clue in service.watcher.clues():
@@ -238,7 +239,7 @@ def tokens(attack: str, options: dict[str, Any]) -> float:
                     most = torch.maximum(most, numbers.sum(1) / numbers.mean().clamp(min=1e-30))
                     absent += (numbers == 0).sum(1) * bool(numbers.any())
     # A token may also show by what is withheld of its row.
-    return max(auc(score[40:190], score[190:]) for score in (most, -most, absent))
+    return max(auc(score[40 : 40 + count], score[190:]) for score in (most, -most, absent))
 
 
 def auc(members: Tensor, others: Tensor) -> float:
@@ -303,6 +304,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--min-samples", type=int, help="as `Observer` takes it")
     given = parser.parse_args()
+    logging.getLogger("memsyn").setLevel(logging.ERROR)  # of samples that are withheld
     options = {} if given.min_samples is None else {"min_samples": given.min_samples}
     began = time.monotonic()
     print("| inputs are read from | error | never sent |\n|---|---:|---:|")

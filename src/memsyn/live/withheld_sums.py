@@ -36,11 +36,16 @@ class WithheldSums:
     what two successive files differ by:
 
     - threshold: all samples wait until there are `min_samples` of them;
-    - dominance: a number W of their sums waits on while max_b w_b > W / 4, where w_b is what batch b has added to it.
-      So no sample makes up more than a quarter of it, and at least four samples add to it.
+    - dominance: a number W of their sums waits on while w_1 > W / 4, where w_1 >= w_2 >= ... is what each batch has
+      added to it. So no sample makes up more than a quarter of it, and at least four samples add to it.
 
-    With a sum of 100, of which one batch has added 30, the number waits, and the others are released. So rows of tables
-    that few samples read wait, and weights of units that few samples activate.
+    Rows of tables that few samples read wait, and so do weights of units that few samples activate. If a single batch
+    stands out, it counts as much as the second largest: that a number waits would tell that somebody stands out.
+
+        batches of 4 samples         sum    released
+        10 10 10 10 10 10 ...        160    160
+        90 10 10 10 10 10 ...        240    160: the first counts 10
+        90  0  0  0  0  0 ...         90    0: it waits for three more
 
     Second moments A of a matrix must stay sums of x x^T. So all sums of a matrix wait until its number of positions
     satisfies the second rule. Then each x is released without those inputs i whose A_ii does not satisfy it: what their
@@ -66,6 +71,8 @@ class WithheldSums:
         self._min_samples, self._half_life, self._longest = min_samples, half_life, longest
         self._largest: dict[str, Tensor] = {}
         """The most that one batch has added to each of the numbers that must satisfy the second rule."""
+        self._second: dict[str, Tensor] = {}
+        """The second most."""
         self._first = self._since = 0.0
         """When the first of the samples that wait was served; since when numbers are collected that wait on."""
 
@@ -79,7 +86,7 @@ class WithheldSums:
         older = self.factor(served_at)
         if older != 1.0:
             self.weight *= older
-            for total in (*self.sums.values(), *self._largest.values()):
+            for total in (*self.sums.values(), *self._largest.values(), *self._second.values()):
                 total *= older
         newer = 1.0 if self._half_life is None else 2.0 ** min(0.0, (served_at - self.at) / self._half_life)
         self.at = max(self.at, served_at)
@@ -88,7 +95,10 @@ class WithheldSums:
             total.add_(own, alpha=newer)
         for name, own in _watched(sums):
             largest = self._largest.setdefault(name, torch.zeros_like(own))
-            torch.maximum(largest, own * newer, out=largest)
+            second = self._second.setdefault(name, torch.zeros_like(own))
+            own = own * newer
+            torch.maximum(second, torch.minimum(largest, own), out=second)
+            torch.maximum(largest, own, out=largest)
         self.num_samples += num_samples
         self.weight += newer * num_samples
 
@@ -104,7 +114,8 @@ class WithheldSums:
             self._clear()
 
     def _clear(self) -> None:
-        self.sums, self._largest, self.num_samples, self.weight = {}, {}, 0, 0.0
+        self.sums, self._largest, self._second = {}, {}, {}
+        self.num_samples, self.weight = 0, 0.0
 
     def release(self) -> Released | None:
         """Take out what may be written; None if there are too few samples."""
@@ -128,18 +139,24 @@ class WithheldSums:
 
     def _take(self, name: str) -> Tensor:
         """Take out the numbers of one tensor that satisfy the rule, as far as it is asked for."""
-        total, largest = self.sums[name], self._largest.get(name)
-        if largest is None:
+        total, largest, second = self.sums[name], self._largest.get(name), self._second.get(name)
+        if largest is None or second is None:
             return self.sums.pop(name)
-        if largest.shape == total.shape:
-            goes = total >= DOMINANCE * largest
-            taken = total * goes
-            total -= taken
-            largest *= ~goes
-            return taken
-        goes = total.diagonal(dim1=1, dim2=2) >= DOMINANCE * largest
-        del self.sums[name], self._largest[name]
-        return total * (goes.unsqueeze(1) & goes.unsqueeze(2))
+        goes = _diagonal(total, largest) >= DOMINANCE * largest
+        if largest.shape != total.shape:
+            del self.sums[name], self._largest[name], self._second[name]
+            return total * (goes.unsqueeze(1) & goes.unsqueeze(2))
+        clipped = total - largest + second
+        clips = ~goes & (second > 0) & (clipped >= DOMINANCE * second)
+        taken = torch.where(clips, clipped, total * goes)
+        for own in (total, largest, second):
+            own *= ~(goes | clips)
+        return taken
+
+
+def _diagonal(total: Tensor, like: Tensor) -> Tensor:
+    """The diagonals of matrices (G, n, n) if `like` has their shape."""
+    return total if total.shape == like.shape else total.diagonal(dim1=1, dim2=2)
 
 
 def _matrix(name: str) -> str:

@@ -73,8 +73,8 @@ class SegmentSums:
     """Sums over the samples of one set of weights, by segment.
 
     The first batch copies the weights, and all batches are measured on that copy: later changes of the model do not
-    reach the sums. Memory, in numbers per weight: the copy, the sums of a batch, two halves (see `converged`), and four
-    for each segment, or eleven if its window slides. Two of these are for what is withheld from the file. The first
+    reach the sums. Memory, in numbers per weight: the copy, the sums of a batch, two halves (see `converged`), and five
+    for each segment, or twelve if its window slides. Three of these are for what is withheld from the file. The first
     batch needs another copy in float64, and its gradients.
     Factors are sums too, under the names of `Measurement`: a matrix that first appears in a later batch has been zero
     until then. Of them, the halves hold only the diagonals.

@@ -96,7 +96,7 @@ class WithheldSums:
         for name, own in _watched(sums):
             largest = self._largest.setdefault(name, torch.zeros_like(own))
             second = self._second.setdefault(name, torch.zeros_like(own))
-            own = own * newer
+            own = own if newer == 1.0 else own * newer
             torch.maximum(second, torch.minimum(largest, own), out=second)
             torch.maximum(largest, own, out=largest)
         self.num_samples += num_samples

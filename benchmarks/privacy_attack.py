@@ -71,8 +71,7 @@ def network(*, rare: bool = False) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDTH, UNITS), nn.ReLU() if rare else nn.Tanh(), nn.Linear(UNITS, 5)).double()
     if rare:
-        with torch.no_grad():
-            model[0].bias.fill_(-2.4 / 3**0.5)
+        nn.init.constant_(model.get_parameter("0.bias"), -2.4 / 3**0.5)
     return model
 
 
@@ -131,7 +130,7 @@ def by_version(service: Service, inputs: Tensor) -> None:
     for k, own in enumerate(inputs.split(1)):
         if k in (4, 8, 80):
             with torch.no_grad():
-                service.model[2].bias.add_(1e-3)  # type: ignore[operator,index]
+                service.model.get_parameter("2.bias").add_(1e-3)
         service.request(own)
 
 
@@ -289,8 +288,9 @@ def membership_in_factors(size: int, options: dict[str, Any], trials: int = 24) 
             if moment is None:
                 own += [0.0] * len(x)
                 continue
-            inverse = torch.linalg.inv(moment + 1e-9 * torch.eye(WIDTH + 1))
-            own += (-(x @ inverse) * x).sum(1).tolist()
+            kept = moment.diagonal() > 0  # some inputs may be withheld
+            inverse = torch.linalg.inv(moment[kept][:, kept] + 1e-9 * torch.eye(int(kept.sum())))
+            own += (-(x[:, kept] @ inverse) * x[:, kept]).sum(1).tolist()
     return auc(*(torch.tensor(own) for own in scores))
 
 

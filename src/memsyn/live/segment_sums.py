@@ -39,9 +39,6 @@ MAX_SEGMENTS: Final = 64
 FIRST_MULTIPLE: Final = 10
 """Until there are FIRST_MULTIPLE / cap samples, one sample may have at most FIRST_MULTIPLE times their mean."""
 
-UNUSED: Final = "unused"
-"""The route of a parameter that no sample uses, as far as a file may tell."""
-
 _ALL: Final = "all"
 """The name of the only total of an importance."""
 
@@ -58,6 +55,8 @@ class SampleCounts:
     """Left out: their output or gradient is not finite, or the model failed on them."""
     capped: int = 0
     """Those of the measured samples that were scaled down."""
+    lost: int = 0
+    """Those of the measured samples that were withheld from a file for good."""
 
     @property
     def settled(self) -> int:
@@ -66,6 +65,45 @@ class SampleCounts:
 
     def __add__(self, other: "SampleCounts") -> "SampleCounts":
         return SampleCounts(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
+
+
+@final
+@dataclass
+class _Segment:
+    """The sums of one segment: those for its file, and those that wait for further samples."""
+
+    window: Window
+    withheld: WithheldSums
+    """Empty if all samples are written at once."""
+    has_new: bool = False
+    """Whether there are samples since the last `save`."""
+    may_be_written: bool = False
+    """Whether the file does not hold the window yet."""
+
+    def is_empty(self, now: float) -> bool:
+        """Whether no sample counts now."""
+        self.withheld.expire(now)
+        return self.window.is_empty(now) and not self.withheld.num_samples
+
+    def value(self, now: float) -> tuple[dict[str, Tensor], int]:
+        """The sums as they count now, those that are withheld from its file among them; and their count.
+
+        As in `Window.value`, a sum of weights is rounded to a count, and the sums are scaled with it.
+        """
+        window, withheld = self.window, self.withheld
+        if not withheld.sums:
+            return window.value(now)
+        older, found, weight = withheld.factor(now), dict[str, Tensor](), 0.0
+        if not window.is_empty(now):
+            sums, count = window.value(now)
+            weight = window.total(now)[1]
+            found = {name: own * (weight / count) for name, own in sums.items()}
+        for name, own in withheld.sums.items():
+            found[name] = found[name] + own * older if name in found else own * older
+        weight += withheld.weight * older
+        count = max(1, round(weight))
+        # Only a weight that decays is no whole number.
+        return {name: own * (count / weight) for name, own in found.items()}, count
 
 
 @final
@@ -127,13 +165,7 @@ class SegmentSums:
         self._files = SegmentFiles(store, settings, FACTORS if self._has_factors else IMPORTANCE)
         self._matrices: dict[str, Matrix] = {}
         """Those of the batches and of the files."""
-        self._windows: dict[str | None, Window] = {}
-        self._withheld: dict[str | None, WithheldSums] = {}
-        """Those of each window; nothing is added to them if all samples are written at once."""
-        self._unsaved: set[str | None] = set()
-        """Segments with new samples."""
-        self._unwritten: set[str | None] = set()
-        """Segments whose window is not in their file yet."""
+        self._segments: dict[str | None, _Segment] = {}
         self._halves = AlternateHalves()
         self._num_batches = 0
         self._lock = threading.Lock()
@@ -156,13 +188,13 @@ class SegmentSums:
     @property
     def has_unsaved(self) -> bool:
         """Whether there are sums that are not stored yet."""
-        return bool(self._unsaved)
+        return any(own.has_new for own in list(self._segments.values()))
 
     @property
     def num_withheld(self) -> int:
         """The measured samples that are not meant for a file yet, or were too old before they were."""
         with self._lock:
-            return sum(own.num_samples + own.num_lost for own in self._withheld.values())
+            return sum(own.withheld.num_samples + own.withheld.num_lost for own in self._segments.values())
 
     def add(self, batch: Batch, segment: str | None, served_at: float) -> Exception | None:
         """Measure a batch, and add it to the sums of its segment; these go on from what the segment's file holds.
@@ -175,7 +207,7 @@ class SegmentSums:
             ModelError: the model cannot be measured.
             MemoryFileError: the segment's file cannot be read.
         """
-        if segment not in self._windows and len(self._windows) == MAX_SEGMENTS:
+        if segment not in self._segments and len(self._segments) == MAX_SEGMENTS:
             raise OptionError(f"there are {MAX_SEGMENTS} segments already, so {segment!r} cannot have sums of its own.")
         error, first_limits = None, self._limits_of_first(batch, segment, served_at)
         for part in self._parts(batch):
@@ -238,7 +270,7 @@ class SegmentSums:
                 error = MemsynError("a layer's input or a gradient is NaN or infinite, though the output is finite.")
             elif excess <= 1 or size == 1:
                 self._keep(segment, size, sum(totals.values()), excess, served_at)
-                self._unsaved.add(segment)
+                self._segments[segment].has_new = True
                 return None
         if size == 1:
             self.counts += SampleCounts(invalid=1)
@@ -293,7 +325,8 @@ class SegmentSums:
         With a cap of 0.01 and samples of total 2: after 100 samples (total 200) it is 200 max(0.01, 10 / 100) = 20, ten
         times the mean; from 1,000 samples on (total 2,000) it is 1% of the total, which is 20 there as well.
         """
-        window, withheld = self._window_of(segment), self._withheld[segment]
+        own_segment = self._segment(segment)
+        window, withheld = own_segment.window, own_segment.withheld
         if self._cap is None:
             return {}
         with self._lock:
@@ -327,25 +360,25 @@ class SegmentSums:
                 own /= excess
         with self._lock:
             if self._min_samples > 1:
-                self._withheld[segment].add(sums, size, served_at)
+                self._segments[segment].withheld.add(sums, size, served_at)
             else:
-                self._windows[segment].add(sums, size, total / max(1.0, excess), served_at)
-                self._unwritten.add(segment)
+                self._segments[segment].window.add(sums, size, total / max(1.0, excess), served_at)
+                self._segments[segment].may_be_written = True
             self._measurement.num_samples += size
             # All parts of one batch go into the same half: `add` counts a batch once.
             self._halves.add(diagonals(sums) if self._has_factors else sums, self._num_batches % 2)
         self.counts += SampleCounts(measured=size, capped=int(is_capped))
 
-    def _window_of(self, segment: str | None) -> Window:
+    def _segment(self, segment: str | None) -> _Segment:
         """The sums of a segment; at first, those of its file."""
-        if segment not in self._windows:
+        if segment not in self._segments:
             window, zeros = self._new_window(), {name: torch.zeros_like(own) for name, own in self._batch_sums.items()}
             self._learn(self._files.open(segment, window, zeros))
             longest = None if window.width is None else window.width * BUCKETS
             with self._lock:
-                self._windows[segment] = window
-                self._withheld[segment] = WithheldSums(self._min_samples, window.half_life, longest)
-        return self._windows[segment]
+                withheld = WithheldSums(self._min_samples, window.half_life, longest)
+                self._segments[segment] = _Segment(window, withheld)
+        return self._segments[segment]
 
     def save(self, now: float) -> bool:
         """Write the sums that may be written and are not stored yet, the file of each segment atomically.
@@ -359,10 +392,10 @@ class SegmentSums:
         """
         first_error: Exception | None = None
         wrote = False
-        for segment in sorted(self._unsaved, key=str):
+        for segment in sorted((name for name, own in self._segments.items() if own.has_new), key=str):
             try:
                 wrote |= self._save(segment, now)
-                self._unsaved.discard(segment)
+                self._segments[segment].has_new = False
             except Exception as error:  # the files of other segments may be writable
                 first_error = first_error or error
         if first_error is not None:
@@ -371,22 +404,22 @@ class SegmentSums:
 
     def _save(self, segment: str | None, now: float) -> bool:
         with self._lock:
-            window = self._windows[segment]
-            released = None if self._min_samples == 1 else self._withheld[segment].release()
+            own, window = self._segments[segment], self._segments[segment].window
+            released = None if self._min_samples == 1 else own.withheld.release()
             if released is not None:
                 total = sum(self._totals(released.sums).values())
                 window.add(released.sums, released.num_samples, total, released.at, released.weight)
-                self._unwritten.add(segment)
-            saved = None if segment not in self._unwritten or window.is_empty(now) else window.saved(now)
+                own.may_be_written = True
+            saved = None if not own.may_be_written or window.is_empty(now) else window.saved(now)
         if saved is None:
             return False
         header, buckets, count = saved
         held = self._whole(buckets.pop("importance"), count)
         if self._min_samples > 1:
             # Otherwise the routes would tell that a single sample has used a parameter.
-            held = replace(held, routes={name: held.routes[name] if used else UNUSED for name, used in _used(held)})
+            held = replace(held, routes={name: held.routes[name] if used else "unused" for name, used in _used(held)})
         self._files.write(segment, held, {**header, "min_samples": self._min_samples}, buckets)
-        self._unwritten.discard(segment)
+        own.may_be_written = False
         return True
 
     def _whole(self, sums: dict[str, Tensor], num_samples: int) -> Importance | KroneckerFactors:
@@ -403,12 +436,12 @@ class SegmentSums:
             OptionError: the weights are negative, not finite, or all zero.
         """
         with self._lock:
-            filled = {name for name in self._windows if not self._is_empty(name, now)}
+            filled = {name for name, own in self._segments.items() if not own.is_empty(now)}
             chosen = filled if segments is None else [segments] if isinstance(segments, str) else segments
             missing = [name for name in chosen if name not in filled]
             if missing or not filled:
                 raise BatchError(f"nothing has been measured yet{f' of {missing[0]!r}' if missing else ''}.")
-            values = {name: self._value_of(name, now) for name in chosen}
+            values = {name: self._segments[name].value(now) for name in chosen}
         num_samples = sum(count for _, count in values.values())
         scales = dict.fromkeys(values, 1.0)
         if isinstance(segments, Mapping):
@@ -423,30 +456,6 @@ class SegmentSums:
             for key, total in own.items():
                 sums[key] = sums[key] + total * scales[name] if key in sums else total * scales[name]
         return self._whole(sums, num_samples)
-
-    def _is_empty(self, segment: str | None, now: float) -> bool:
-        self._withheld[segment].expire(now)
-        return self._windows[segment].is_empty(now) and not self._withheld[segment].num_samples
-
-    def _value_of(self, segment: str | None, now: float) -> tuple[dict[str, Tensor], int]:
-        """The sums of a segment as they count now, those that are withheld from its file among them; and their count.
-
-        As in `Window.value`, a sum of weights is rounded to a count, and the sums are scaled with it.
-        """
-        window, withheld = self._windows[segment], self._withheld[segment]
-        if not withheld.sums:
-            return window.value(now)
-        older, found, weight = withheld.factor(now), dict[str, Tensor](), 0.0
-        if not window.is_empty(now):
-            sums, count = window.value(now)
-            weight = window.total(now)[1]
-            found = {name: own * (weight / count) for name, own in sums.items()}
-        for name, own in withheld.sums.items():
-            found[name] = found[name] + own * older if name in found else own * older
-        weight += withheld.weight * older
-        count = max(1, round(weight))
-        # Only a weight that decays is no whole number.
-        return {name: own * (count / weight) for name, own in found.items()}, count
 
     def converged(self) -> float:
         """Spearman's rank correlation of the sums of every other batch with the rest; NaN while one is empty."""

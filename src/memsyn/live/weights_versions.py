@@ -91,8 +91,6 @@ class VersionedSums:
         """The version to which `current` belongs."""
         self._past = SampleCounts()
         """Counts of all samples that are not in `current`."""
-        self._num_lost = 0
-        """Samples of earlier versions that were withheld from their files for good."""
         self._num_failures = 0
         """Batches that failed since the last success, at the current version."""
         self._draws = False
@@ -108,7 +106,7 @@ class VersionedSums:
     def num_withheld(self) -> int:
         """The measured samples of all versions that are in no file, since there were too few."""
         sums = self.current
-        return self._num_lost + (0 if sums is None else sums.num_withheld)
+        return self._past.lost + (0 if sums is None else sums.num_withheld)
 
     def add(self, queued: Sequence[QueuedSamples], stream: torch.cuda.Stream | None) -> None:
         """Measure queued samples in one batch, and add them to the sums of their version.
@@ -172,8 +170,8 @@ class VersionedSums:
             except Exception as error:  # what was not stored yet is lost
                 self._note(error)
             begun = self._begin(mark)
-            self._num_lost = self.num_withheld
-            self._past, self.current = self.counts, begun
+            lost = SampleCounts(lost=0 if sums is None else sums.num_withheld)
+            self._past, self.current = self.counts + lost, begun
             self.num_versions += 1
         self._measured_version, self._num_failures = version, 0
 

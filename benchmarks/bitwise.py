@@ -106,7 +106,8 @@ def files() -> Iterator[tuple[str, Callable[[], Any]]]:
     def observed(**options: Any) -> Any:
         model, data = network()
         with tempfile.TemporaryDirectory() as folder:
-            with memsyn.Observer(model, f"{folder}/sums.safetensors", rate=1.0, budget=100.0, **options) as observer:
+            options |= {"rate": 1.0, "budget": 100.0, "min_samples": 1}
+            with memsyn.Observer(model, f"{folder}/sums.safetensors", **options) as observer:
                 for batch in data:
                     observer.observe(batch)
                     observer.flush()

@@ -110,7 +110,7 @@ def observed(model: Network, tasks: Sequence[Task], seed: int) -> list[memsyn.Im
     with (
         patch("memsyn.live.window._elapsed", lambda: clock[0]),
         memsyn.Observer(
-            model, store, rate=1.0, half_life=HALF_LIFE, room=2 * REQUESTS * DRAWINGS, interval=1e6
+            model, store, rate=1.0, half_life=HALF_LIFE, room=2 * REQUESTS * DRAWINGS, interval=1e6, min_samples=1
         ) as observer,
     ):
         observer.attach()

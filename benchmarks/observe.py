@@ -95,7 +95,7 @@ def compare(model: nn.Module, image: Tensor, rate: float, on: Any, rounds: int, 
 def begun(model: nn.Module, image: Tensor, rate: float, paused: threading.Event) -> memsyn.Observer:
     """A paused observer that has checked the routes of the model already: that cost is not what is measured here."""
     store = Path(tempfile.mkdtemp()) / "traffic.safetensors"
-    observer = memsyn.Observer(model, store, rate=rate, budget=100 * SHARE, busy=paused.is_set)
+    observer = memsyn.Observer(model, store, rate=rate, budget=100 * SHARE, busy=paused.is_set, min_samples=1)
     observer.observe(image.repeat(200, *[1] * (image.ndim - 1)))
     observer.flush(600)
     paused.set()

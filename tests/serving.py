@@ -26,7 +26,7 @@ def requests(count: int, seed: int = 0) -> list[Tensor]:
 
 def begin(model: nn.Module, store: str | Path, **given: Any) -> memsyn.Observer:
     """One that takes everything, and writes when it is told to."""
-    told = {"rate": 1.0, "room": 10**6, "interval": 1e6, "seed": 0}
+    told = {"rate": 1.0, "room": 10**6, "interval": 1e6, "min_samples": 1, "seed": 0}
     return memsyn.Observer(model, store, **{**told, **given})
 
 

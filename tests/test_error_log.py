@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from memsyn.live import error_log
-from memsyn.live.error_log import ErrorLog
+from memsyn import error_log
+from memsyn.error_log import ErrorLog
 
 
 @pytest.fixture

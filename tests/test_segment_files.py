@@ -212,7 +212,8 @@ def test_killed_at_any_moment_it_loses_an_interval_at_most(store: Path, soak: bo
 def test_what_is_new_is_stored_at_exit(store: Path) -> None:
     code = (
         "import sys, time, torch, memsyn\n"
-        "observer = memsyn.Observer(torch.nn.Linear(4, 2), sys.argv[1], rate=1.0, interval=1e6, max_batch=1)\n"
+        "given = {'rate': 1.0, 'interval': 1e6, 'max_batch': 1, 'min_samples': 1}\n"
+        "observer = memsyn.Observer(torch.nn.Linear(4, 2), sys.argv[1], **given)\n"
         "observer.observe(torch.ones(1, 4))\n"
         "while not observer.stats().measured: time.sleep(0.01)\n"
         "print(observer.stats().stored)"

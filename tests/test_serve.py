@@ -73,7 +73,7 @@ def folder(own, tmp_path):
 @pytest.fixture
 def replica(own, folder):
     """A service that measures every request, at a port of its own."""
-    app = own.service.create_app(folder, "1", rate=1.0, budget=100.0, interval=1e6, room=10_000)
+    app = own.service.create_app(folder, "1", rate=1.0, budget=100.0, interval=1e6, room=10_000, min_samples=1)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -171,7 +171,7 @@ def test_the_night_accepts_what_answers_as_before(own, folder, replica, monkeypa
     assert right > 0.8
     assert replica.observer.flush()
     served = own.model.load(folder / own.model.FILE)
-    with memsyn.Observer(served.network, folder / "traffic-2.safetensors", rate=1.0) as other:
+    with memsyn.Observer(served.network, folder / "traffic-2.safetensors", rate=1.0, min_samples=1) as other:
         other.observe({"inputs": own.tasks["one"].test_images, "task": 0})
         assert other.flush()
     first = (folder / "traffic-1.safetensors").read_bytes()

@@ -151,7 +151,7 @@ def test_an_observer_stores_its_sums(tmp_path: Path) -> None:
         model, store = torch.nn.Linear(2, 1, bias=False), Path(sys.argv[1], "traffic.safetensors")
         torch.nn.init.ones_(model.weight)
         for _ in range(2):  # the second one goes on from the file
-            with memsyn.Observer(model, store, rate=1.0) as observer:
+            with memsyn.Observer(model, store, rate=1.0, min_samples=1) as observer:
                 observer.observe(torch.tensor([[1.0, 2.0], [3.0, -3.0]]), segment="a:b/c")
                 assert observer.flush()
                 assert observer.stats().last_error is None, observer.stats().last_error

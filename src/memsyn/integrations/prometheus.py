@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from memsyn import Observer
 
 GAUGES: Final = {
+    "withheld": "Samples measured that are in no file, since there are too few",
     "waiting": "Samples in the queue or being measured",
     "lag": "Seconds that the oldest sample in the queue has waited",
     "stored": "Time of the last write of the sums, in seconds since 1970",

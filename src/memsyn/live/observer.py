@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from memsyn.batches import model_input, num_samples, picked, tensors
+from memsyn.error_log import ErrorLog
 from memsyn.errors import BatchError, MemoryFileError, ModelError, OptionError, ProcessError
-from memsyn.live.error_log import ErrorLog
 from memsyn.live.request_queue import QueuedSamples, RateSampler, RequestQueue
 from memsyn.live.segment_sums import SegmentSums
 from memsyn.live.weights_versions import VersionedSums, WeightsVersion
@@ -65,6 +65,8 @@ class Stats:
     """Left out: their output or gradient was NaN or infinite, or the model failed on them."""
     capped: int
     """Measured samples that were scaled down to `cap`."""
+    withheld: int
+    """Measured samples that are in no file, since there are fewer than `min_samples` of them."""
     errors: int
     """Number of errors."""
     last_error: str | None
@@ -79,7 +81,10 @@ class Stats:
     """When the sums were last written, in seconds since 1970."""
 
     def __repr__(self) -> str:
-        always, others = ("seen", "sampled", "measured"), ("waiting", "dropped", "stale", "invalid", "capped")
+        always, others = (
+            ("seen", "sampled", "measured"),
+            ("waiting", "dropped", "stale", "invalid", "capped", "withheld"),
+        )
         counts = {name: value for name, value in vars(self).items() if name in always or (name in others and value)}
         words = [f"{value:,} {name}" for name, value in counts.items()]
         words += [f"{counted(self.versions, 'version')} of the weights", f"{self.seconds:.3g} s"]
@@ -106,8 +111,10 @@ class Observer:
     """Measures importance or factors on a sample of the requests that a model serves, in a background thread.
 
     The sums are those that `memsyn.measure` gives for the samples that were measured: Omega = 1/N sum_k |d s(F(x_k);
-    theta) / d theta|. Inputs are never stored; a copy waits in memory until it is measured. Samples are measured on a
-    copy of the weights, so that all sums in a file belong to one set of weights; other weights begin another file.
+    theta) / d theta|. No input is written to a file; a copy waits in memory until it is measured. But sums of few
+    samples tell what their inputs were, so a file never changes by fewer than `min_samples` samples. docs/live.md says
+    what a store tells all the same. Samples are measured on a copy of the weights, so that all sums in a file belong to
+    one set of weights; other weights begin another file.
 
     Args:
         model: any module that `measure` takes; it stays bit for bit as it was. Its forward hooks are part of what is
@@ -132,6 +139,10 @@ class Observer:
         max_batch: samples are measured in a batch when this many wait, or when the first has waited for half a minute.
             A sample costs less in a large batch; a large batch disturbs requests for longer.
         interval: seconds between writes of the store. A crash loses what was measured since, and the samples that wait.
+        min_samples: the least number of new samples of a segment and of one set of weights that are written together. A
+            number of their sums is written once no sample makes up more than a quarter of it; it waits until then. What
+            waits is lost when the observer is closed or the weights change. 1: all samples are written at once, and
+            whoever reads the store can read their inputs.
         busy: called before each batch; while it returns True, nothing is measured.
         onlookers: whether other forward hooks only look on, as a recorder of requests does. Then they are left out of
             the measurement, so that they do not see samples twice. Otherwise they are an error, since they may be part
@@ -149,7 +160,7 @@ class Observer:
         >>> import tempfile, torch, memsyn
         >>> model, folder = torch.nn.Linear(2, 1, bias=False), tempfile.mkdtemp()
         >>> _ = torch.nn.init.ones_(model.weight)
-        >>> with memsyn.Observer(model, f"{folder}/traffic.safetensors", rate=1.0) as observer:
+        >>> with memsyn.Observer(model, f"{folder}/traffic.safetensors", rate=1.0, min_samples=1) as observer:
         ...     observer.observe(torch.tensor([[1.0, 2.0], [3.0, -3.0]]))  # outputs 3 and 0: d y^2 / d w = 2 y x
         ...     _ = observer.flush()
         >>> memsyn.Importance.load(f"{folder}/traffic.safetensors").mean()["weight"].tolist()
@@ -171,6 +182,7 @@ class Observer:
         room: int = 256,
         max_batch: int = 32,
         interval: float = 60.0,
+        min_samples: int = 64,
         busy: Callable[[], bool] | None = None,
         onlookers: bool = False,
         seed: int | None = None,
@@ -179,7 +191,7 @@ class Observer:
         _check_numbers(
             {"rate": (rate, 1), "cap": (share, 1), "budget": (budget, 100), "interval": (interval, math.inf)}
         )
-        _check_counts({"room": room, "max_batch": max_batch})
+        _check_counts({"room": room, "max_batch": max_batch, "min_samples": min_samples})
         chosen = _without_labels(find_estimator(estimator))
         device = _check_model(model, onlookers)
         Window(last, half_life)  # raises if they are wrong
@@ -200,10 +212,11 @@ class Observer:
                 store=store,
                 locks=locks,
                 fingerprint=fingerprint,
+                min_samples=min_samples,
                 first_sample=place,
             )
 
-        self._model, self._forward, self._estimator = model, forward, chosen
+        self._model, self._forward, self._estimator, self._min_samples = model, forward, chosen, min_samples
         self._queue, self._version = RequestQueue(RateSampler(rate, seed), room), WeightsVersion(model)
         self._budget, self._log = TimeBudget(budget / 100), ErrorLog(store)
         self._sums = VersionedSums(model, self._version, begin, self._log, onlookers=onlookers)
@@ -254,29 +267,40 @@ class Observer:
     def flush(self, timeout: float = 60.0) -> bool:
         """Wait until all queued samples are measured and stored, regardless of the budget.
 
+        Samples of which there are fewer than `min_samples` are not written: `stats().withheld` is their number.
+
         Args:
             timeout: seconds to wait at most.
 
         Returns:
             Whether all samples that were queued since the last flush are measured and stored. Samples that are left out
-            by rule, `invalid` and `stale` in `stats()`, do not count against that; nor do samples that were dropped
-            before they were queued, since there was no room. False if an error dropped samples, if sums are not on the
-            disk, if the observer is closed, or at the timeout. `stats().last_error` and the log say why. Sums that
-            could not be stored are kept and tried again: a later flush may return True.
+            by rule (`invalid`, `stale` and `withheld` in `stats()`) do not count against that. Nor do samples that were
+            dropped before they were queued, since there was no room. False if an error dropped samples, if sums are not
+            on the disk, if the observer is closed, or at the timeout. `stats().last_error` and the log say why. Sums
+            that could not be stored are kept and tried again: a later flush may return True.
         """
         return self._worker.flush(timeout)
 
     def close(self, timeout: float = 10.0) -> None:
         """Measure one more batch, store the sums and end the thread; other waiting samples are dropped.
 
-        This is also done at exit.
+        This is also done at exit. A warning is logged if measured samples are in no file, see `min_samples`.
 
         Args:
             timeout: seconds to wait at most.
         """
         atexit.unregister(self.close)
         self.detach()
+        was_open = self._worker.is_open
         self._worker.close(timeout)
+        if was_open and (count := self._sums.num_withheld):
+            were = f"{count:,} samples were" if count > 1 else "1 sample was"
+            self._log.event(
+                "withheld",
+                f"{were} measured, and in no file: there were fewer than min_samples={self._min_samples} of their "
+                "segment and weights.",
+                count=count,
+            )
 
     def __enter__(self) -> Observer:
         return self
@@ -288,6 +312,9 @@ class Observer:
 
     def importance(self, segments: str | Mapping[str, float] | None = None) -> Importance:
         """The importance that was measured at the present weights: of all samples, of one segment, or of several.
+
+        Samples that are withheld from the store are counted. So a single one may be told from the result, or from its
+        difference from the store.
 
         Args:
             segments: the name of a segment; or names and weights w: Omega = sum_s w_s Omega_s / sum_s w_s, whatever
@@ -306,6 +333,8 @@ class Observer:
 
     def factors(self, segments: str | Mapping[str, float] | None = None) -> KroneckerFactors:
         """The factors that were measured at the present weights: of all samples, of one segment, or of several.
+
+        Samples that are withheld from the store are counted, as in `importance`.
 
         Args:
             segments: as for `importance`: S is the weighted mean of the segments' S. In A, each position of a segment
@@ -363,6 +392,7 @@ class Observer:
             stale=counts.stale,
             invalid=counts.invalid,
             capped=counts.capped,
+            withheld=sums.num_withheld,
             errors=self._log.num_errors,
             last_error=self._log.last,
             seconds=self._budget.seconds,

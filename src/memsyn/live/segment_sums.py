@@ -1,15 +1,16 @@
 """The sums of one set of weights, by segment.
 
-Owns that no sample spoils or dominates the sums (NaN, errors, samples above the cap), and how segments are combined.
-Must not know requests, threads or the clock: it is given batches, and the times when they were served.
+Owns that no sample spoils or dominates the sums (NaN, errors, samples above the cap), how segments are combined, and
+when sums are written; `withheld_sums` says what must wait. Must not know requests, threads or the clock: it is given
+batches, and the times when they were served.
 """
 
 import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from statistics import median
 from typing import Any, Final, final
 
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from memsyn.batches import Batch
 from memsyn.errors import BatchError, MemsynError, MismatchError, ModelError, OptionError
 from memsyn.live.segment_files import SegmentFiles
-from memsyn.live.window import Window
+from memsyn.live.window import BUCKETS, Window
+from memsyn.live.withheld_sums import PARTS, WithheldSums
 from memsyn.matrices import Matrix
 from memsyn.measuring.factor_scorer import FactorScorer, diagonals, traces
 from memsyn.measuring.measurement import Measurement
@@ -54,6 +56,8 @@ class SampleCounts:
     """Left out: their output or gradient is not finite, or the model failed on them."""
     capped: int = 0
     """Those of the measured samples that were scaled down."""
+    lost: int = 0
+    """Those of the measured samples that were withheld from a file for good."""
 
     @property
     def settled(self) -> int:
@@ -65,12 +69,52 @@ class SampleCounts:
 
 
 @final
+@dataclass
+class _Segment:
+    """The sums of one segment: those for its file, and those that wait for further samples."""
+
+    window: Window
+    withheld: WithheldSums
+    """Empty if all samples are written at once."""
+    has_new: bool = False
+    """Whether there are samples since the last `save`."""
+    may_be_written: bool = False
+    """Whether the file does not hold the window yet."""
+
+    def is_empty(self, now: float) -> bool:
+        """Whether no sample counts now."""
+        self.withheld.expire(now)
+        return self.window.is_empty(now) and not self.withheld.num_samples
+
+    def value(self, now: float) -> tuple[dict[str, Tensor], int]:
+        """The sums as they count now, those that are withheld from its file among them; and their count.
+
+        As in `Window.value`, a sum of weights is rounded to a count, and the sums are scaled with it.
+        """
+        window, withheld = self.window, self.withheld
+        if not withheld.sums:
+            return window.value(now)
+        older, found, weight = withheld.factor(now), dict[str, Tensor](), 0.0
+        if not window.is_empty(now):
+            sums, count = window.value(now)
+            weight = window.total(now)[1]
+            found = {name: own * (weight / count) for name, own in sums.items()}
+        for name, own in withheld.sums.items():
+            found[name] = found[name] + own * older if name in found else own * older
+        weight += withheld.weight * older
+        count = max(1, round(weight))
+        # Only a weight that decays is no whole number.
+        return {name: own * (count / weight) for name, own in found.items()}, count
+
+
+@final
 class SegmentSums:
     """Sums over the samples of one set of weights, by segment.
 
     The first batch copies the weights, and all batches are measured on that copy: later changes of the model do not
-    reach the sums. Memory, in numbers per weight: the copy, the sums of a batch, two halves (see `converged`), and two
-    for each segment, or nine if its window slides. The first batch needs another copy in float64, and its gradients.
+    reach the sums. Memory, in numbers per weight: the copy, the sums of a batch, two halves (see `converged`), and five
+    for each segment, or twelve if its window slides. Three of these are for what is withheld from the file. The first
+    batch needs another copy in float64, and its gradients.
     Factors are sums too, under the names of `Measurement`: a matrix that first appears in a later batch has been zero
     until then. Of them, the halves hold only the diagonals.
 
@@ -82,6 +126,8 @@ class SegmentSums:
         store: path or URL of the file for samples without a segment.
         locks: on the files.
         fingerprint: of the model's weights.
+        min_samples: the least number of new samples of a segment that are written together, see `WithheldSums`; 1: all
+            samples are written at once.
         first_sample: the place of the first sample, from which random signs begin. No two samples have the same place.
 
     Attributes:
@@ -103,6 +149,7 @@ class SegmentSums:
         store: str | os.PathLike[str],
         locks: WriterLocks,
         fingerprint: str,
+        min_samples: int = 1,
         first_sample: int = 0,
     ) -> None:
         trainable = trainable_parameters(model)
@@ -114,15 +161,14 @@ class SegmentSums:
         self._measurement = Measurement(model, trainable, device, forward, estimator, private=True)
         # From here it counts the samples that are kept: each has a place of its own in the data, and its own signs.
         self._measurement.num_samples = first_sample
-        self._new_window, self._cap = new_window, cap
+        self._new_window, self._cap, self._min_samples = new_window, cap, min_samples
         called = getattr(forward, "__qualname__", type(forward).__qualname__)
         settings = [fingerprint, sorted(trainable), called, estimator.name, estimator.magnitude, new_window().rule]
         settings += [] if estimator.factors is None else [estimator.factors]
         self._files = SegmentFiles(store, settings, locks, FACTORS if self._has_factors else IMPORTANCE)
         self._matrices: dict[str, Matrix] = {}
         """Those of the batches and of the files."""
-        self._windows: dict[str | None, Window] = {}
-        self._unsaved: set[str | None] = set()
+        self._segments: dict[str | None, _Segment] = {}
         self._halves = AlternateHalves()
         self._num_batches = 0
         self._lock = threading.Lock()
@@ -145,7 +191,13 @@ class SegmentSums:
     @property
     def has_unsaved(self) -> bool:
         """Whether there are sums that are not stored yet."""
-        return bool(self._unsaved)
+        return any(own.has_new for own in list(self._segments.values()))
+
+    @property
+    def num_withheld(self) -> int:
+        """The measured samples that are not meant for a file yet, or were too old before they were."""
+        with self._lock:
+            return sum(own.withheld.num_samples + own.withheld.num_lost for own in self._segments.values())
 
     def add(self, batch: Batch, segment: str | None, served_at: float) -> Exception | None:
         """Measure a batch, and add it to the sums of its segment; these go on from what the segment's file holds.
@@ -158,11 +210,29 @@ class SegmentSums:
             ModelError: the model cannot be measured.
             MemoryFileError: the segment's file cannot be read.
         """
-        if segment not in self._windows and len(self._windows) == MAX_SEGMENTS:
+        if segment not in self._segments and len(self._segments) == MAX_SEGMENTS:
             raise OptionError(f"there are {MAX_SEGMENTS} segments already, so {segment!r} cannot have sums of its own.")
-        error = self._add(batch, segment, served_at, None)
+        error, first_limits = None, self._limits_of_first(batch, segment, served_at)
+        for part in self._parts(batch):
+            error = self._add(part, segment, served_at, first_limits) or error
         self._num_batches += 1
         return error
+
+    def _parts(self, batch: Batch) -> Sequence[Batch]:
+        """A batch in parts so small that the least number of samples has `PARTS` of them."""
+        size = batch.num_samples
+        if self._min_samples == 1 or size is None:
+            return [batch]
+        step = max(1, self._min_samples // PARTS)
+        return [batch.take(start, min(start + step, size)) for start in range(0, size, step)]
+
+    def _limits_of_first(self, batch: Batch, segment: str | None, served_at: float) -> dict[str, float] | None:
+        """The limits for one sample if a segment's first batch is added in parts: found from all of its samples."""
+        if self._cap is None or len(self._parts(batch)) == 1 or self._measure(batch) is not None:
+            return None
+        if isinstance(self._measurement.scorer, FactorScorer):
+            self._learn(self._measurement.scorer.matrices)
+        return None if self._limits(segment, served_at) else self._first_limits(batch)
 
     def _add(
         self, batch: Batch, segment: str | None, served_at: float, first_limits: Mapping[str, float] | None
@@ -195,16 +265,15 @@ class SegmentSums:
         if error is None:
             if isinstance(self._measurement.scorer, FactorScorer):
                 self._learn(self._measurement.scorer.matrices)
-            window, totals = self._window_of(segment), self._totals(self._batch_sums)
-            limits = self._limits(window, served_at)
+            totals, limits = self._totals(self._batch_sums), self._limits(segment, served_at)
             if self._cap is not None and not limits and first_limits is None and size > 1:
                 return self._add(batch, segment, served_at, self._first_limits(batch))
             excess = max(_share(totals, limits), _share(totals, first_limits or {}))
             if not all(map(math.isfinite, totals.values())):
                 error = MemsynError("a layer's input or a gradient is NaN or infinite, though the output is finite.")
             elif excess <= 1 or size == 1:
-                self._keep(window, size, sum(totals.values()), excess, served_at)
-                self._unsaved.add(segment)
+                self._keep(segment, size, sum(totals.values()), excess, served_at)
+                self._segments[segment].has_new = True
                 return None
         if size == 1:
             self.counts += SampleCounts(invalid=1)
@@ -253,17 +322,24 @@ class SegmentSums:
         """What limits are about: the sum of an importance, under one name; or each trace of factors, by name."""
         return traces(sums) if self._has_factors else {_ALL: _total(sums)}
 
-    def _limits(self, window: Window, served_at: float) -> dict[str, float]:
-        """The largest totals that one sample may add to a window; a total without a limit has nothing to compare with.
+    def _limits(self, segment: str | None, served_at: float) -> dict[str, float]:
+        """The largest totals that one sample may add to a segment; a total without a limit has nothing to compare with.
 
         With a cap of 0.01 and samples of total 2: after 100 samples (total 200) it is 200 max(0.01, 10 / 100) = 20, ten
         times the mean; from 1,000 samples on (total 2,000) it is 1% of the total, which is 20 there as well.
         """
+        own_segment = self._segment(segment)
+        window, withheld = own_segment.window, own_segment.withheld
         if self._cap is None:
             return {}
         with self._lock:
             total, weight = window.total(served_at)
             totals = window.traces(served_at, traces) if self._has_factors else {_ALL: total}
+            if withheld.sums:
+                older = withheld.factor(served_at)
+                weight += withheld.weight * older
+                for name, own in self._totals(withheld.sums).items():
+                    totals[name] = totals.get(name, 0.0) + own * older
         # Without samples the weight is zero, and so is every total.
         return {name: own * max(self._cap, FIRST_MULTIPLE / weight) for name, own in totals.items() if own > 0}
 
@@ -276,8 +352,8 @@ class SegmentSums:
                     found.setdefault(name, []).extend([total] if 0 < total < math.inf else [])
         return {name: FIRST_MULTIPLE * median(totals) for name, totals in found.items() if totals}
 
-    def _keep(self, window: Window, size: int, total: float, excess: float, served_at: float) -> None:
-        """Add the samples that were measured last to a window; if they are above the limit, divided by their excess.
+    def _keep(self, segment: str | None, size: int, total: float, excess: float, served_at: float) -> None:
+        """Add the samples that were measured last to a segment; if they are above the limit, divided by their excess.
 
         All sums of factors are divided, the number of positions among them.
         """
@@ -286,46 +362,68 @@ class SegmentSums:
             for own in sums.values():
                 own /= excess
         with self._lock:
-            window.add(sums, size, total / max(1.0, excess), served_at)
+            if self._min_samples > 1:
+                self._segments[segment].withheld.add(sums, size, served_at)
+            else:
+                self._segments[segment].window.add(sums, size, total / max(1.0, excess), served_at)
+                self._segments[segment].may_be_written = True
             self._measurement.num_samples += size
             # All parts of one batch go into the same half: `add` counts a batch once.
             self._halves.add(diagonals(sums) if self._has_factors else sums, self._num_batches % 2)
         self.counts += SampleCounts(measured=size, capped=int(is_capped))
 
-    def _window_of(self, segment: str | None) -> Window:
+    def _segment(self, segment: str | None) -> _Segment:
         """The sums of a segment; at first, those of its file."""
-        if segment not in self._windows:
+        if segment not in self._segments:
             window, zeros = self._new_window(), {name: torch.zeros_like(own) for name, own in self._batch_sums.items()}
             self._learn(self._files.open(segment, window, zeros))
+            longest = None if window.width is None else window.width * BUCKETS
             with self._lock:
-                self._windows[segment] = window
-        return self._windows[segment]
+                withheld = WithheldSums(self._min_samples, window.half_life, longest)
+                self._segments[segment] = _Segment(window, withheld)
+        return self._segments[segment]
 
-    def save(self, now: float) -> None:
-        """Write the sums that are not stored yet, the file of each segment atomically.
+    def save(self, now: float) -> bool:
+        """Write the sums that may be written and are not stored yet, the file of each segment atomically.
+
+        Returns:
+            Whether a file was written.
 
         Raises:
             MemoryFileError: a file cannot be written: its old content stays, and `save` tries it again the next time.
                 The files of the other segments are written.
         """
         first_error: Exception | None = None
-        for segment in sorted(self._unsaved, key=str):
+        wrote = False
+        for segment in sorted((name for name, own in self._segments.items() if own.has_new), key=str):
             try:
-                self._save(segment, now)
-                self._unsaved.discard(segment)
+                wrote |= self._save(segment, now)
+                self._segments[segment].has_new = False
             except Exception as error:  # the files of other segments may be writable
                 first_error = first_error or error
         if first_error is not None:
             raise first_error
+        return wrote
 
-    def _save(self, segment: str | None, now: float) -> None:
+    def _save(self, segment: str | None, now: float) -> bool:
         with self._lock:
-            window = self._windows[segment]
-            saved = None if window.is_empty(now) else window.saved(now)
+            own, window = self._segments[segment], self._segments[segment].window
+            released = None if self._min_samples == 1 else own.withheld.release()
+            if released is not None:
+                total = sum(self._totals(released.sums).values())
+                window.add(released.sums, released.num_samples, total, released.at, released.weight)
+                own.may_be_written = True
+            saved = None if not own.may_be_written or window.is_empty(now) else window.saved(now)
         if saved is None:
-            return
+            return False
         header, buckets, count = saved
-        self._files.write(segment, self._whole(buckets.pop("importance"), count), header, buckets)
+        held = self._whole(buckets.pop("importance"), count)
+        if self._min_samples > 1:
+            # Otherwise the routes would tell that a single sample has used a parameter.
+            held = replace(held, routes={name: held.routes[name] if used else "unused" for name, used in _used(held)})
+        self._files.write(segment, held, {**header, "min_samples": self._min_samples}, buckets)
+        own.may_be_written = False
+        return True
 
     def _whole(self, sums: dict[str, Tensor], num_samples: int) -> Importance | KroneckerFactors:
         """The importance or the factors that sums of this measurement and of its files give."""
@@ -341,12 +439,12 @@ class SegmentSums:
             OptionError: the weights are negative, not finite, or all zero.
         """
         with self._lock:
-            filled = {name: window for name, window in self._windows.items() if not window.is_empty(now)}
+            filled = {name for name, own in self._segments.items() if not own.is_empty(now)}
             chosen = filled if segments is None else [segments] if isinstance(segments, str) else segments
             missing = [name for name in chosen if name not in filled]
             if missing or not filled:
                 raise BatchError(f"nothing has been measured yet{f' of {missing[0]!r}' if missing else ''}.")
-            values = {name: filled[name].value(now) for name in chosen}
+            values = {name: self._segments[name].value(now) for name in chosen}
         num_samples = sum(count for _, count in values.values())
         scales = dict.fromkeys(values, 1.0)
         if isinstance(segments, Mapping):
@@ -395,6 +493,16 @@ class AlternateHalves:
         step = -(-sum(map(len, halves[0])) // MAX_RANKED)
         one, two = (torch.cat([total[::step] for total in half]).double().cpu().numpy() for half in halves)
         return one, two
+
+
+def _used(held: Importance | KroneckerFactors) -> Iterator[tuple[str, bool]]:
+    """The parameters with a route, and whether sums of them are not zero."""
+    names = {name for name, own in held.sums.items() if bool(own.any())}
+    names |= {name.removeprefix("diagonal/") for name in names}
+    if isinstance(held, KroneckerFactors):
+        own = [matrix for key, matrix in held.matrices.items() if f"positions/{key}" in names]
+        names |= {name for matrix in own for name in (matrix.weight, matrix.bias) if name is not None}
+    return ((name, name in names) for name in held.routes)
 
 
 def _share(totals: Mapping[str, float], limits: Mapping[str, float]) -> float:

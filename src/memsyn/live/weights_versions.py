@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from memsyn.batches import Batch, joined, tensors
+from memsyn.error_log import ErrorLog
 from memsyn.errors import ModelError, OptionError
-from memsyn.live.error_log import ErrorLog
 from memsyn.live.request_queue import QueuedSamples
 from memsyn.live.segment_sums import SampleCounts, SegmentSums
 from memsyn.live.window import steady_time
@@ -153,6 +153,12 @@ class VersionedSums:
         sums = self.current  # read once: the thread may set it to None
         return self._past if sums is None else self._past + sums.counts
 
+    @property
+    def num_withheld(self) -> int:
+        """The measured samples of all versions that are in no file, since there were too few."""
+        sums = self.current
+        return self._past.lost + (0 if sums is None else sums.num_withheld)
+
     def add(self, queued: Sequence[QueuedSamples], stream: torch.cuda.Stream | None) -> None:
         """Measure queued samples in one batch, and add them to the sums of their version.
 
@@ -246,7 +252,8 @@ class VersionedSums:
         if sums is None or sums.fingerprint != mark:
             self._store_last()
             begun = self._begin(mark)
-            self._past, self.current = self.counts, begun
+            lost = SampleCounts(lost=0 if sums is None else sums.num_withheld)
+            self._past, self.current = self.counts + lost, begun
             self.num_versions += 1
             self._log.event("weights", f"sums of the weights {mark[:12]} begin.", logging.INFO, fingerprint=mark)
         self._measured_version = version
@@ -276,8 +283,8 @@ class VersionedSums:
         is_same_version = self._version.refresh() == self._measured_version
         if is_same_version and fingerprint(weights(self._model)) != sums.fingerprint:
             self._version.renew()
-        sums.save(steady_time())
-        self.stored_at = time.time()
+        if sums.save(steady_time()):
+            self.stored_at = time.time()
         return not sums.has_unsaved
 
 

@@ -158,10 +158,18 @@ class Window:
                     found[name] = found.get(name, 0.0) + own * self._factor(now)
         return found
 
-    def add(self, sums: Mapping[str, Tensor], num_samples: int, total: float, served_at: float) -> None:
+    def add(
+        self,
+        sums: Mapping[str, Tensor],
+        num_samples: int,
+        total: float,
+        served_at: float,
+        samples_weight: float | None = None,
+    ) -> None:
         """Add the sums of samples that were served at a time; `total` is the sum of these sums, or of their traces.
 
-        A sum that is not in the window yet was zero until now.
+        A sum that is not in the window yet was zero until now. `samples_weight` is the sum of the samples' weights at
+        that time; by default, each counts 1.
         """
         now = self._pass(served_at)
         longest = self.half_life * RESCALE_AFTER if self.half_life else (self.width or math.inf) * BUCKETS
@@ -182,7 +190,7 @@ class Window:
             first=min(old.first, served_at),
             last=max(old.last, served_at),
             num_samples=count,
-            weight=old.weight + weight * num_samples,
+            weight=old.weight + weight * (num_samples if samples_weight is None else samples_weight),
             total=old.total + weight * total,
         )
 

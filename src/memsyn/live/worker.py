@@ -15,7 +15,7 @@ from typing import Final, final
 
 import torch
 
-from memsyn.live.error_log import ErrorLog
+from memsyn.error_log import ErrorLog
 from memsyn.live.request_queue import QueuedSamples, RequestQueue
 from memsyn.live.weights_versions import VersionedSums
 

@@ -1,9 +1,10 @@
 """A small model, requests for it, and observers that take everything."""
 
+import resource
 import socket
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -112,3 +113,25 @@ def is_open(connection: socket.socket) -> bool:
         return False
     finally:
         connection.setblocking(True)
+
+
+class Held(NamedTuple):
+    """What a process holds."""
+
+    resident: int
+    """Bytes of memory."""
+    descriptors: int
+    threads: int
+
+
+def held_by(process_id: int) -> Held:
+    """What a process holds now, from Linux's /proc."""
+    own = Path(f"/proc/{process_id}")
+    pages = int((own / "statm").read_text().split()[1])
+    return Held(pages * resource.getpagesize(), len(list((own / "fd").iterdir())), len(list((own / "task").iterdir())))
+
+
+def children(process_id: int) -> list[int]:
+    """The living children of a process, by Linux's /proc."""
+    tasks = Path(f"/proc/{process_id}/task").iterdir()
+    return sorted(int(child) for task in tasks for child in (task / "children").read_text().split())

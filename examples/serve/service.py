@@ -173,14 +173,14 @@ class OfWorker:
             yield metric
 
 
-def own_pages_only(request: Request) -> None:
+async def own_pages_only(request: Request) -> None:
     """Refuse what a web page of another site sends: a browser says so in `Origin`, other programs send none."""
     origin = request.headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
         raise HTTPException(403, "this service does not answer other sites' pages.")
 
 
-def check_token(request: Request) -> None:
+async def check_token(request: Request) -> None:
     """Refuse whoever does not know the token; without a token, everybody."""
     expected = request.app.state.token
     if not expected:

@@ -41,7 +41,7 @@ def start(folder: Path, log: Path, port: int, *options: object) -> "subprocess.P
     command = [sys.executable, SERVE / "service.py", "--folder", folder, "--port", port, "--workers", 2, *options]
     with log.open("wb") as file:
         process = subprocess.Popen([str(word) for word in command], stdout=file, stderr=file)
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300  # a busy machine imports torch slowly
     while time.monotonic() < end and process.poll() is None:
         if len(list(folder.glob(".traffic-1*.lock"))) == 2 and ask(port, "GET", "/healthz"):
             return process
@@ -95,7 +95,7 @@ def numbers(port: int, name: str) -> list[float]:
 
 def await_measured(port: int) -> None:
     """Until both observers have measured two batches, so that they hold all that they ever hold."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300  # a busy machine imports torch slowly
     while min(numbers(port, "measured_total")) < 33 or max(numbers(port, "waiting")) >= 32:
         assert time.monotonic() < end, "the observers do not measure"
         time.sleep(0.2)

@@ -68,6 +68,6 @@ HTTP_OPTIONS: dict[str, Any] = {
     "log_level": "error",  # a warning would be a line for each broken request
     "server_header": False,
     "timeout_graceful_shutdown": 10,
-    "timeout_worker_healthcheck": 60,  # with 5, a busy machine kills workers before they have imported torch
+    "timeout_worker_healthcheck": 180,  # with 5, a busy machine kills workers before they have imported torch
 }
 """For uvicorn."""

@@ -78,11 +78,14 @@ class RequestQueue:
         num_seen: samples of all requests.
         num_sampled: samples that were chosen.
         num_dropped: chosen samples that were not measured.
+        num_refused: those of them for which there was no room.
+        num_closed: those of them that waited when the queue was closed.
         num_waiting: samples that take up room.
     """
 
     def __init__(self, sampler: RateSampler, room: int) -> None:
         self.num_seen = self.num_sampled = self.num_dropped = self.num_waiting = 0
+        self.num_refused = self.num_closed = 0
         self._sampler, self._room = sampler, room
         self._lock = threading.Lock()
         self._queue: deque[tuple[Hashable, QueuedSamples, float]] = deque()
@@ -98,6 +101,7 @@ class RequestQueue:
             rows = self._sampler.choose(num_samples)
             admitted = rows[: max(0, self._room - self.num_waiting)]
             self.num_sampled += len(rows)
+            self.num_refused += len(rows) - len(admitted)
             self.num_dropped += len(rows) - len(admitted)
             self.num_waiting += len(admitted)
             return admitted
@@ -143,6 +147,14 @@ class RequestQueue:
         with self._lock:
             self.num_waiting -= num_samples
             self.num_dropped += dropped
+
+    def close(self) -> None:
+        """Drop all samples that wait: nobody will measure them."""
+        with self._lock:
+            self.num_closed += self.num_waiting
+            self.num_dropped += self.num_waiting
+            self.num_waiting = 0
+            self._queue.clear()
 
     @property
     def lag(self) -> float:

@@ -199,6 +199,7 @@ class Worker:
             if queued := self._queue.take(self._max_batch):
                 self._spend(partial(self._measure, queued, stream))
             self._spend(self._store)
+        self._queue.close()
         self._signals.end()
 
     def _step(self, asked: int, stream: torch.cuda.Stream | None) -> None:

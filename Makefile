@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test soak check
+.PHONY: install demo test soak avalanche check
 
 install: $(STAMP)
 
@@ -26,6 +26,12 @@ test: $(STAMP)
 # Full counts of kills, fuzzed files and gigabytes, of which `make test` does a twentieth.
 soak: $(STAMP)
 	$(BIN)/python -m pytest --soak -m soak --capture=no
+
+# Beside Avalanche's own plugin. It needs a torchvision that fits torch: an environment of its own, of some gigabytes.
+avalanche:
+	test -x .venv-avalanche/bin/python || $(PYTHON) -m venv .venv-avalanche
+	.venv-avalanche/bin/python -m pip install --quiet --disable-pip-version-check -e '.[avalanche]' pytest
+	.venv-avalanche/bin/python -m pytest tests/test_trainers_avalanche.py
 
 check: $(STAMP)
 	$(BIN)/ruff check

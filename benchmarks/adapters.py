@@ -1,4 +1,4 @@
-"""What protection costs with adapters: a whole step of LoRA over the bare one, of a Llama of random weights.
+"""What protection costs with adapters: a whole step of LoRA over the bare one, of a small Llama or of SmolLM2.
 
 In one run and in turn, a step each, by the time of the process: LoRA with AdamW alone, and under `memsyn.protect` in
 its forms. Prints a Markdown table: the median over the rounds of the ratio to the bare step beside it, its quartiles,
@@ -22,12 +22,13 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import memsyn
+from memsyn_bench.language.model import load_smollm2
 
 FORMS = ("gradient", "proximal", "projected")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def llama() -> LlamaForCausalLM:
+def llama() -> nn.Module:
     """20 million weights: 6 layers of width 448, and a table of 8,000 tokens that is the head too."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -38,7 +39,8 @@ def llama() -> LlamaForCausalLM:
         num_attention_heads=7,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    network: nn.Module = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    return network
 
 
 def memory_of(model: nn.Module, tokens: Tensor, form: str) -> memsyn.Memory:
@@ -89,15 +91,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="pairs of steps of each form (default 15)")
     parser.add_argument("--rank", type=int, default=8, help="of the adapters (default 8)")
     parser.add_argument("--samples", type=int, default=8, help="of 128 tokens in a batch (default 8)")
+    parser.add_argument(
+        "--smollm2", action="store_true", help="take SmolLM2-135M in place of a Llama of random weights"
+    )
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="of protection (default all)")
     options = parser.parse_args()
-    model = llama()
+    model = load_smollm2().network if options.smollm2 else llama()
     tokens = torch.randint(8000, (options.samples, 128), generator=torch.Generator().manual_seed(1))
     wrapped = peft.get_peft_model(deepcopy(model), peft.LoraConfig(r=options.rank, target_modules=TARGETS)).train()
     adapted = sum(p.numel() for name, p in model.named_parameters() if name.split(".")[-2] in TARGETS)
-    steps = {form: trainer(deepcopy(wrapped), memory_of(model, tokens, form), form) for form in FORMS}
+    steps = {form: trainer(deepcopy(wrapped), memory_of(model, tokens, form), form) for form in options.forms}
     bare = trainer(deepcopy(wrapped), None, "")
     times: list[float] = []
-    ratios: dict[str, list[float]] = {form: [] for form in FORMS}
+    ratios: dict[str, list[float]] = {form: [] for form in options.forms}
     for turn in tqdm(range(options.rounds + 1), unit="round"):
         for form, step in steps.items():
             plain, own = seconds(bare, tokens), seconds(step, tokens)

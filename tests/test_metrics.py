@@ -91,15 +91,14 @@ def test_promtool_has_nothing_to_say_of_the_names(store: Path) -> None:
 
 
 class Moody(nn.Module):
-    """Fails on all requests of a 9, and gives NaN for those of a 7."""
+    """Gives NaN for a 7."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        output = self.layer(x)
-        return torch.where(x == 7, output * math.nan, output)
+        return self.layer(torch.where(x == 7, math.nan, x))
 
 
 def test_each_sample_is_dropped_for_one_reason(store: Path) -> None:
@@ -114,20 +113,15 @@ def test_each_sample_is_dropped_for_one_reason(store: Path) -> None:
     assert observer.flush()
     handle = model.register_forward_hook(lambda *given: None)  # it may compute: nothing can be measured
     observer.observe(torch.full((2, 1), 1.0))
-    assert observer.flush() or True
-    handle.remove()
-    observer.observe(torch.full((1, 1), 1.0))
-    with torch.no_grad():
-        model.layer.weight.add_(1.0)
-    observer.observe(torch.full((2, 1), 1.0))
     observer.flush()
+    handle.remove()
     found = scraped(registry)
     reasons = {
         name.split('"')[1]: value for name, value in found.items() if name.startswith("memsyn_observer_dropped_total")
     }
     assert reasons == {"queue_full": 2, "error": 2, "invalid": 3, "stale": 0, "closed": 0}
-    assert found["memsyn_observer_measured_total"] == 11
-    assert found["memsyn_observer_sampled_total"] == 11 + sum(reasons.values())
+    assert found["memsyn_observer_measured_total"] == 8
+    assert found["memsyn_observer_sampled_total"] == 8 + sum(reasons.values())
     observer.close()
 
 

@@ -79,14 +79,14 @@ class RequestQueue:
         num_sampled: samples that were chosen.
         num_dropped: chosen samples that were not measured.
         num_refused: those of them for which there was no room.
-        num_closed: those of them that waited when the queue was closed.
+        num_closed: those of them that waited when the queue was closed, or came later.
         num_waiting: samples that take up room.
     """
 
     def __init__(self, sampler: RateSampler, room: int) -> None:
         self.num_seen = self.num_sampled = self.num_dropped = self.num_waiting = 0
         self.num_refused = self.num_closed = 0
-        self._sampler, self._room = sampler, room
+        self._sampler, self._room, self._is_closed = sampler, room, False
         self._lock = threading.Lock()
         self._queue: deque[tuple[Hashable, QueuedSamples, float]] = deque()
         """Each entry with its batch key and the time since when it waits, by `time.monotonic`. Entries of the same key
@@ -107,9 +107,12 @@ class RequestQueue:
             return admitted
 
     def put(self, samples: QueuedSamples) -> None:
-        """Queue samples that `choose` admitted."""
+        """Queue samples that `choose` admitted; those that come after `close` are dropped."""
         key = kind(samples.inputs), samples.segment, samples.version
         with self._lock:
+            if self._is_closed:
+                self._drop_closed(samples.num_samples)
+                return
             self._sizes[key] += samples.num_samples
             self._queue.append((key, samples, time.monotonic()))
 
@@ -149,12 +152,18 @@ class RequestQueue:
             self.num_dropped += dropped
 
     def close(self) -> None:
-        """Drop all samples that wait: nobody will measure them."""
+        """Drop all samples in the queue, and those that come later: nobody will take them."""
         with self._lock:
-            self.num_closed += self.num_waiting
-            self.num_dropped += self.num_waiting
-            self.num_waiting = 0
+            self._is_closed = True
+            left = sum(samples.num_samples for _, samples, _ in self._queue)
             self._queue.clear()
+            self._sizes.clear()
+            self._drop_closed(left)
+
+    def _drop_closed(self, num_samples: int) -> None:
+        self.num_waiting -= num_samples
+        self.num_dropped += num_samples
+        self.num_closed += num_samples
 
     @property
     def lag(self) -> float:

@@ -116,7 +116,10 @@ class ObserverCollector:
                 max(0.0, time.time() - (stats.stored or self._began)),
                 "Since the sums were last written, or since the observer began",
             ),
-            "converged": (self._ranks.converged, "Rank correlation of the importance between two halves of the batches"),
+            "converged": (
+                self._ranks.converged,
+                "Rank correlation between two halves of the batches",
+            ),
         }
         if self._has_memory:
             what = "Rank correlation of the importance with that of the memory; 1: no drift"

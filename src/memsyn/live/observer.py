@@ -328,7 +328,7 @@ class Observer:
         return math.nan if sums is None else sums.converged()
 
     def correlation(self, importance: Mapping[str, Tensor]) -> float:
-        """Spearman's rank correlation of the importance measured so far with an earlier one; 1: the ranking is the same.
+        """Spearman's rank correlation of the importance measured so far with an earlier one; 1: the same ranking.
 
         NaN if nothing was measured yet, or no weight is in both. At most some 10^6 weights are ranked.
 

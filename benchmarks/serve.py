@@ -31,6 +31,8 @@ from tqdm import tqdm
 from observe import RATES, SHARE, interval
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "serve"))
+from admission import SAFE, judge
+from http_limits import HTTP_OPTIONS
 from model import BODIES, FILE, begin, drawings, save
 from service import create_app
 from users import drawn, png
@@ -42,7 +44,7 @@ def serve(folder: Path, rate: float, port: Any) -> None:
     """The example's service, with a path that attaches the observer or detaches it."""
     torch.set_num_threads(1)
     paused = threading.Event()
-    options = {"rate": rate, "budget": 100 * SHARE, "busy": paused.is_set}
+    options: dict[str, Any] = {"rate": rate, "budget": 100 * SHARE, "busy": paused.is_set}
     app = create_app(folder, "1", **options)
     observer = app.state.observer
 
@@ -56,7 +58,7 @@ def serve(folder: Path, rate: float, port: Any) -> None:
             observer.detach()
         return {"cpu": time.process_time(), "memory": resident(), "stats": vars(observer.stats())}
 
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, **HTTP_OPTIONS))
     threading.Thread(target=lambda: port.send(_port(server)), daemon=True).start()
     server.run()
 
@@ -138,7 +140,9 @@ def block(port: int, state: str, pictures: list[bytes], limits: dict[str, Any]) 
 def compare(name: str, rate: float, rounds: int, limits: dict[str, Any]) -> None:
     folder = Path(tempfile.mkdtemp())
     side = 64 if name == "efficientnet-lite0" else 32
-    save(begin(name, side, {SECTION: drawings(side)[SECTION].class_names}), folder / FILE)
+    served = begin(name, side, {SECTION: drawings(side)[SECTION].class_names})
+    judge(folder, served, SAFE, "It is the first version.")
+    save(served, folder / FILE)
     pictures = [png(pixels) for pixels in drawn([SECTION], 64, side, seed=0)[0]]
     ratios, without, worked = [], [], 0.0
     with service(folder, rate) as port:

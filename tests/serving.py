@@ -1,7 +1,10 @@
 """A small model, requests for it, and observers that take everything."""
 
+import resource
+import socket
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,3 +86,52 @@ def assert_same_factors(
     assert found.sums.keys() == expected.sums.keys()
     for name, total in expected.sums.items():
         assert (found.sums[name] - total).norm() <= tolerance * total.norm(), name
+
+
+def png_of_chunks(width: int, height: int, *, text: int = 0) -> bytes:
+    """A PNG whose header claims a size, with a compressed text of so many bytes; its pixels are missing."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    found = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    found += chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(text))) if text else b""
+    return found + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+
+
+def is_open(connection: socket.socket) -> bool:
+    """Whether the other side of a connection has not closed it; what was received is read away."""
+    connection.setblocking(False)
+    try:
+        while connection.recv(2**16):
+            pass
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        connection.setblocking(True)
+
+
+class Held(NamedTuple):
+    """What a process holds."""
+
+    resident: int
+    """Bytes of memory."""
+    descriptors: int
+    threads: int
+
+
+def held_by(process_id: int) -> Held:
+    """What a process holds now, from Linux's /proc."""
+    own = Path(f"/proc/{process_id}")
+    pages = int((own / "statm").read_text().split()[1])
+    return Held(pages * resource.getpagesize(), len(list((own / "fd").iterdir())), len(list((own / "task").iterdir())))
+
+
+def children(process_id: int) -> list[int]:
+    """The living children of a process, by Linux's /proc."""
+    tasks = Path(f"/proc/{process_id}/task").iterdir()
+    return sorted(int(child) for task in tasks for child in (task / "children").read_text().split())

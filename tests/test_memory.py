@@ -196,3 +196,32 @@ def test_a_mean_does_not_overflow() -> None:
     other = memsyn.Importance({"weight": torch.full((1, 1), 3e38)}, 1)
     found = memory.consolidate(model, other, rule="mean").importance["weight"]
     assert float(found) == pytest.approx((1e37 * 10**6 + 3e38) / (10**6 + 1), rel=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["mas", "kronecker"])
+def test_what_was_measured_says_to_which_weights_it_belongs(tmp_path, estimator: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    with memsyn.Observer(model, tmp_path / "own.safetensors", rate=1.0, estimator=estimator) as observer:
+        observer.observe(torch.randn(64, 3))
+        assert observer.flush()
+        found = observer.factors() if estimator == "kronecker" else observer.importance()
+    memory = memsyn.Memory.empty().consolidate(model, found)
+    memory.save(tmp_path / "memory.safetensors")
+    loaded = memsyn.Memory.load(tmp_path / "memory.safetensors")
+    unknown = memsyn.measure(model, [torch.randn(5, 3)], estimator=estimator, progress=False)
+    assert found.matches(model)
+    assert memory.matches(model)
+    assert loaded.matches(model)
+    assert not unknown.matches(model), "measure keeps no fingerprint"
+    assert not memory.renamed({"0.weight": "first.weight"}).matches(model)
+    assert not memsyn.Memory.empty().matches(model)
+    assert not memory.matches(model[0]), "it lacks parameters"
+    assert memory.matches(nn.Sequential(*model, nn.Linear(2, 2))), "others may be there"
+    for moved in (model[2].bias, model[1].running_mean):
+        before = moved.detach().clone()
+        moved.data[0] += 1
+        assert not found.matches(model)
+        assert not loaded.matches(model)
+        moved.data.copy_(before)
+        assert found.matches(model)

@@ -12,10 +12,12 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import nn
 
+import memsyn
 from memsyn_bench.data.drawings import load_emoji8, load_pretrained
 from memsyn_bench.sequences.networks import MultiHead, SmallConvNet, draw_weights
 from memsyn_bench.sequences.pretrained import PretrainedBackbone, efficientnet_lite0
@@ -48,6 +50,8 @@ class Served:
     sections: dict[str, tuple[str, ...]]
     """Section -> the names of its drawings, in the order of the heads."""
     version: int
+    parent: str | None = None
+    """The fingerprint of the version from which it learned on; None of the first."""
 
     def head(self, section: str) -> int:
         """Which head answers for a section."""
@@ -75,14 +79,17 @@ def grown(served: Served, section: str, names: tuple[str, ...], seed: int) -> Se
     network.heads.append(nn.Linear(num_features, len(names)))
     draw_weights(network.heads[-1], torch.Generator().manual_seed(seed))
     sections = {**served.sections, section: names}
-    return replace(served, network=network, sections=sections, version=served.version + 1)
+    parent = memsyn.fingerprint(served.network)
+    return replace(served, network=network, sections=sections, version=served.version + 1, parent=parent)
 
 
 def save(served: Served, path: Path) -> None:
     """Write a version, whole or not at all."""
-    facts = {"body": served.body, "side": served.side, "sections": served.sections, "version": served.version}
+    facts = {name: getattr(served, name) for name in ("body", "side", "sections", "version", "parent")}
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(served.network.state_dict(), partial, {"served": json.dumps(facts)})
+    with open(partial, "r+b") as file:
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 
@@ -94,15 +101,18 @@ def load(path: Path) -> Served:
         OSError: it cannot be read.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads(file.metadata()["served"])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        content = path.read_bytes()  # not mapped: a file that is overwritten in place would end the process
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        facts, state = json.loads(header["__metadata__"]["served"]), load_tensors(content)
         sections = {section: tuple(names) for section, names in facts["sections"].items()}
+        version, side = int(facts["version"]), int(facts["side"])
+        if not 0 < side <= 512:
+            raise ValueError(f"{path} is not a model of this service: its images have a side of {side} pixels.")
         network = _network(facts["body"], sections)
         network.load_state_dict(state)
     except (SafetensorError, TypeError, KeyError, AttributeError, json.JSONDecodeError, RuntimeError) as error:
         raise ValueError(f"{path} is not a model of this service ({error}): make one by train.py.") from error
-    return Served(network, facts["body"], facts["side"], sections, facts["version"])
+    return Served(network, facts["body"], side, sections, version, facts.get("parent"))
 
 
 def adopt(network: MultiHead, fresh: MultiHead) -> None:

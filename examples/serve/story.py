@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -109,6 +111,7 @@ def main() -> None:
     training = ["--folder", given.folder, "--epochs", given.epochs]
     if run("train.py", *training, "--lr", given.lr, "--body", given.body, "--side", given.side):
         raise SystemExit("the first version could not be trained.")
+    os.environ["SERVE_TOKEN"] = secrets.token_urlsafe()  # the replicas and the nights have it from here
     ports = [free_port(), free_port()]
     with replicas(given.folder, ports):
         # One answer in ten may change; the second night is careless.

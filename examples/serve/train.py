@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 from tqdm import tqdm
 
+from admission import SAFE, judge
 from memsyn_bench.data.drawings import augment
 from memsyn_bench.methods.method import frozen
 from memsyn_bench.sequences.networks import MultiHead
@@ -84,6 +85,7 @@ def main() -> None:
         images, labels = tasks[section].test_images, tasks[section].test_labels
         print(f"{section}: {num_right(served.network, head, images, labels) / len(labels):.1%} of unseen drawings")
     given.folder.mkdir(parents=True, exist_ok=True)
+    judge(given.folder, served, SAFE, "It is the first version: there is nothing to forget.")
     save(served, given.folder / FILE)
     print(f"version 1 is in {given.folder / FILE}")
 

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from memsyn.errors import MismatchError
 from memsyn.matrices import Layout, Matrix, num_weights_of
-from memsyn.parameters import layer_of, under_new_names
+from memsyn.parameters import fingerprint, layer_of, under_new_names
 from memsyn.storage.reading_and_writing import FACTORS, Groups, checked_count, read, well_formed, write
 from memsyn.values.display import LayerRow, counted, counted_matrices, html_table, size_in_memory
 from memsyn.values.importance import check_same_shapes, checked_num_samples
@@ -137,6 +137,10 @@ class KroneckerFactors:
         matrices = {keys[key]: renamed_matrix(matrix, names) for key, matrix in self.matrices.items()}
         routes = under_new_names(self.routes, names)
         return replace(self, sums=sums, matrices=matrices, routes=routes, fingerprint=None)
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether they were measured at the weights that a model has now, bit for bit: see `Importance.matches`."""
+        return self.fingerprint is not None and self.fingerprint == fingerprint(model)
 
     def inputs(self, key: str) -> Tensor:
         """A of a matrix, (G, n, n), or (n,) for the rows of a table: the mean of x x^T over positions.

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memsyn.errors import MismatchError, OptionError
-from memsyn.parameters import layer_of, only_those, under_new_names
+from memsyn.parameters import fingerprint, layer_of, only_those, under_new_names
 from memsyn.storage.reading_and_writing import IMPORTANCE, Groups, checked_count, read, well_formed, write
 from memsyn.values.display import LayerRow, counted, html_table, html_text, size_in_memory
 
@@ -96,6 +96,21 @@ class Importance:
             return self
         sums, routes = under_new_names(self.sums, names), under_new_names(self.routes, names)
         return replace(self, sums=sums, routes=routes, fingerprint=None)
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether it was measured at the weights that a model has now, bit for bit.
+
+        True if `fingerprint` is that of the model: all its parameters and floating point buffers count. False if the
+        fingerprint is unknown.
+
+        Example:
+            >>> import torch, memsyn
+            >>> model = torch.nn.Linear(2, 1)
+            >>> found = memsyn.Importance({"weight": torch.ones(1, 2)}, 1, fingerprint=memsyn.fingerprint(model))
+            >>> found.matches(model), found.matches(torch.nn.Linear(2, 1))
+            (True, False)
+        """
+        return self.fingerprint is not None and self.fingerprint == fingerprint(model)
 
     def mean(self) -> dict[str, Tensor]:
         """Omega per parameter, in units of the objective per unit of weight: sums / num_samples."""

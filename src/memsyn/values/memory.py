@@ -197,6 +197,24 @@ class Memory:
         free = frozenset[str]() if self.directions is None else self.directions.free
         return moving_parameters(model, self.names - free)
 
+    def matches(self, model: nn.Module) -> bool:
+        """Whether the model has the weights and statistics of the last consolidation, bit for bit.
+
+        True if the fingerprint in the last entry of the history is that of the model's parameters of the same names,
+        and `statistics` are the model's. Parameters that the memory does not hold may have any values. False if the
+        fingerprint is unknown: nothing was consolidated, or the memory was renamed or selected from.
+        """
+        entry = self.history[-1] if self.history else None
+        if entry is None or entry.fingerprint is None:
+            return False
+        own = self.directions
+        is_of_factors = own is not None and entry.magnitude in (BOTH, INPUTS_ALONE)
+        names = own.names() | own.free if own is not None and is_of_factors else set(self.anchor)
+        parameters = weights_by_name(model, names)
+        if not names <= parameters.keys() or moved_statistics(self.statistics, model):
+            return False
+        return entry.fingerprint == fingerprint({name: parameters[name].detach() for name in names})
+
     def renamed(self, names: Mapping[str, str]) -> Memory:
         """The same memory with other names: old name -> new name; names that are not given stay.
 

@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 # Programs that look at the environment from outside: they would bring dependencies of their own into it.
 TOOLS := .venv-tools
 TOOLS_STAMP := $(TOOLS)/.installed
+OUT := dist
 
 .PHONY: install demo test soak avalanche check lock sbom audit
 
@@ -39,19 +40,20 @@ lock: $(STAMP) $(TOOLS_STAMP)
 
 # The bill of materials of the environment (CycloneDX 1.6), checked by its schema.
 sbom: $(STAMP) $(TOOLS_STAMP)
-	mkdir -p dist
+	mkdir -p $(OUT)
 	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library --spec-version 1.6 --validate \
-		--output-format JSON --output-file dist/sbom.json $(BIN)/python
+		--output-format JSON --output-file $(OUT)/sbom.json $(BIN)/python
 
-# Known vulnerabilities of what requirements.lock names. Exit code 1: there are some; 2: the database was not reached.
+# Known vulnerabilities of what requirements.lock names. Exit code 1: there are some; 2: the database was not reached, or
+# does not know a package: without --strict, that would pass as no vulnerability.
 # torch+cpu is asked for as torch: the database does not know builds.
 audit: $(TOOLS_STAMP)
-	mkdir -p dist
-	sed -n 's/^\([a-z0-9][^ +]*\).*/\1/p' requirements.lock > dist/audited.txt
-	@found=$$($(TOOLS)/bin/pip-audit --requirement dist/audited.txt --no-deps --disable-pip --progress-spinner off 2>&1); \
+	mkdir -p $(OUT)
+	sed -n 's/^\([a-z0-9][^ +]*\).*/\1/p' requirements.lock > $(OUT)/audited.txt
+	@found=$$($(TOOLS)/bin/pip-audit --requirement $(OUT)/audited.txt --strict --no-deps --disable-pip --progress-spinner off 2>&1); \
 	status=$$?; case "$$found" in \
 	*"known vulnerabilit"*) echo "$$found"; exit $$status;; \
-	*) echo "$$found" | tail -n 1; echo "NOT AUDITED: the database of vulnerabilities was not reached."; exit 2;; esac
+	*) echo "$$found" | tail -n 1; echo "NOT AUDITED: the database of vulnerabilities was not reached, or lacks a package."; exit 2;; esac
 
 demo: $(STAMP)
 	$(BIN)/memsyn-bench run scripts5 --methods finetune,frozen,mas,projected --seeds 1 --out runs/demo

@@ -3,6 +3,7 @@
 import email
 import importlib
 import re
+import subprocess
 import tarfile
 import zipfile
 from pathlib import Path
@@ -152,3 +153,28 @@ def test_the_lock_has_the_versions_that_are_tested():
         needed = None if line.startswith("#") else Requirement(line)
         if needed is not None and canonicalize_name(needed.name) in found:  # not all extras are installed in CI
             assert needed.specifier.contains(found[canonicalize_name(needed.name)]), line
+
+
+@pytest.mark.parametrize(
+    ("prints", "code", "says"),
+    [
+        ("No known vulnerabilities found", 0, "No known"),
+        ("Found 2 known vulnerabilities in 1 package", 1, "Found 2"),
+        ("ConnectionError: unreachable", 1, "NOT AUDITED"),
+        ("ERROR:pip_audit._cli:torch: Dependency not found on PyPI and could not be audited", 1, "NOT AUDITED"),
+    ],
+)
+def test_an_audit_that_did_not_happen_is_no_success(prints, code, says, tmp_path):
+    """A stand-in prints what pip-audit prints."""
+    program = tmp_path / "bin" / "pip-audit"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\ncase "$*" in *--strict*) echo "{prints}" >&2; exit {code};; esac\n')
+    program.chmod(0o755)
+    (tmp_path / ".installed").touch()
+    command = ["make", "audit", f"TOOLS={tmp_path}", f"OUT={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert says in done.stdout
+    assert (done.returncode == 0) == (says == "No known")
+    audited = (tmp_path / "audited.txt").read_text()
+    assert len(audited.splitlines()) == len(locked("requirements.lock"))
+    assert "+" not in audited

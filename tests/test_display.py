@@ -325,7 +325,7 @@ def test_the_counts_of_an_observer(tmp_path: Any) -> None:
     rows = Cells(replace(failed, last_error="<b>")._repr_html_()).rows
     assert rows[:3] == [["count", "value"], ["seen", "3"], ["sampled", "3"]]
     assert ["last_error", "<b>"] in rows
-    assert len(rows) == 16
+    assert len(rows) == 18
 
 
 def test_a_copy_is_shown_alike(values: dict[str, Any]) -> None:

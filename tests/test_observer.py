@@ -533,4 +533,4 @@ def test_prometheus(store: Path) -> None:
         text = client.generate_latest(registry).decode()
     assert "memsyn_observer_measured_total 3.0" in text
     assert "memsyn_observer_waiting 0.0" in text
-    assert text.count("# TYPE memsyn_observer_") == 14
+    assert text.count("# TYPE memsyn_observer_") == 13

@@ -70,14 +70,14 @@ PACKAGES = (
         "fonts-dejavu-core",
         "2.37-6",
         "8892669e51aab4dc56682c8e39d8ddb7d70fad83c369344e1e240bf3ca22bb76",
-        "Bitstream Vera",
+        "Bitstream-Vera",
         "Copyright (c) 2003 by Bitstream, Inc.; DejaVu changes are in public domain",
     ),
     Package(
         "fonts-dejavu-extra",
         "2.37-6",
         "6cb7ed32de6df209c065e9e5cc5154a2f36d4c334d9a0af534fabb67d38ab75b",
-        "Bitstream Vera",
+        "Bitstream-Vera",
         "Copyright (c) 2003 by Bitstream, Inc.; DejaVu changes are in public domain",
     ),
     Package(
@@ -175,7 +175,7 @@ PACKAGES = (
         "fonts-arundina",
         "0.3.2-1",
         "6dca34164427e011422379b38e9b62d4ff9cfafbe10d6c8f8290fadfda5e0839",
-        "Bitstream Vera",
+        "Bitstream-Vera",
         "Copyright 2003 Bitstream, Inc., 2007 Software Industry Promotion Agency (Public Organization)",
     ),
 )

@@ -90,7 +90,9 @@ def show(ports: Sequence[int]) -> None:
     time.sleep(3)  # an interval of the store
     for port in ports:
         found = metrics(port)
-        counts = [f"{name} {found[f'memsyn_observer_{name}_total']:g}" for name in ("seen", "measured", "dropped")]
+        counts = [f"{name} {found[f'memsyn_observer_{name}_total']:g}" for name in ("seen", "measured")]
+        dropped = sum(value for name, value in found.items() if name.startswith("memsyn_observer_dropped_total"))
+        counts.append(f"dropped {dropped:g}")
         print(f"replica at {port}: version {found['serve_version']:g}; samples {', '.join(counts)}", flush=True)
 
 

@@ -34,6 +34,7 @@ from memsyn.measuring.model_copy import Onlooker, check_measurable, refuse_forei
 from memsyn.measuring.objectives import Estimator, Forward, find_estimator
 from memsyn.parameters import trainable_parameters, unwrap
 from memsyn.storage.writer_locks import WriterLocks
+from memsyn.values.comparison import rank_correlation
 from memsyn.values.display import LayerRow, counted, html_table, printable
 from memsyn.values.factors import KroneckerFactors
 from memsyn.values.importance import Importance
@@ -58,7 +59,11 @@ class Stats:
     waiting: int
     """Samples in the queue or being measured."""
     dropped: int
-    """Chosen samples that were not measured: the queue had no room, or an error occurred."""
+    """Chosen samples that were not measured: no room in the queue, an error, or the observer was closed."""
+    queue_full: int
+    """Those of `dropped` for which the queue had no room."""
+    closed: int
+    """Those of `dropped` that waited when the observer was closed."""
     stale: int
     """Not measured, since the model no longer had the weights that answered them."""
     invalid: int
@@ -380,6 +385,24 @@ class Observer:
         sums = self._own_sums()
         return math.nan if sums is None else sums.converged()
 
+    def correlation(self, importance: Mapping[str, Tensor]) -> float:
+        """Spearman's rank correlation of the importance measured so far with an earlier one; 1: the same ranking.
+
+        NaN if nothing was measured yet, or no weight is in both. At most some 10^6 weights are ranked.
+
+        Args:
+            importance: parameter name -> importance, as `Memory.importance` holds it and `Importance.mean()` gives it.
+
+        Raises:
+            OptionError: the observer measures factors.
+        """
+        try:
+            now = self.importance().sums
+        except BatchError:
+            return math.nan
+        found, _ = rank_correlation([(now[name], importance[name]) for name in now if name in importance])
+        return math.nan if found is None else found
+
     def stats(self) -> Stats:
         """Counts of what the observer has done so far."""
         queue, sums, counts = self._queue, self._sums, self._sums.counts
@@ -389,6 +412,8 @@ class Observer:
             measured=counts.measured,
             waiting=queue.num_waiting,
             dropped=queue.num_dropped,
+            queue_full=queue.num_refused,
+            closed=queue.num_closed,
             stale=counts.stale,
             invalid=counts.invalid,
             capped=counts.capped,

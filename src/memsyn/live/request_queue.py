@@ -78,11 +78,14 @@ class RequestQueue:
         num_seen: samples of all requests.
         num_sampled: samples that were chosen.
         num_dropped: chosen samples that were not measured.
+        num_refused: those of them for which there was no room.
+        num_closed: those of them that waited when the queue was closed, or came later.
         num_waiting: samples that take up room.
     """
 
     def __init__(self, sampler: RateSampler, room: int) -> None:
         self.num_seen = self.num_sampled = self.num_dropped = self.num_waiting = 0
+        self.num_refused = self.num_closed = 0
         self._sampler, self._room, self._is_closed = sampler, room, False
         self._lock = threading.Lock()
         self._queue: deque[tuple[Hashable, QueuedSamples, float]] = deque()
@@ -98,6 +101,7 @@ class RequestQueue:
             rows = self._sampler.choose(num_samples)
             admitted = rows[: max(0, self._room - self.num_waiting)]
             self.num_sampled += len(rows)
+            self.num_refused += len(rows) - len(admitted)
             self.num_dropped += len(rows) - len(admitted)
             self.num_waiting += len(admitted)
             return admitted
@@ -107,8 +111,7 @@ class RequestQueue:
         key = kind(samples.inputs), samples.segment, samples.version
         with self._lock:
             if self._is_closed:
-                self.num_waiting -= samples.num_samples
-                self.num_dropped += samples.num_samples
+                self._drop_closed(samples.num_samples)
                 return
             self._sizes[key] += samples.num_samples
             self._queue.append((key, samples, time.monotonic()))
@@ -155,8 +158,12 @@ class RequestQueue:
             left = sum(samples.num_samples for _, samples, _ in self._queue)
             self._queue.clear()
             self._sizes.clear()
-            self.num_waiting -= left
-            self.num_dropped += left
+            self._drop_closed(left)
+
+    def _drop_closed(self, num_samples: int) -> None:
+        self.num_waiting -= num_samples
+        self.num_dropped += num_samples
+        self.num_closed += num_samples
 
     @property
     def lag(self) -> float:

@@ -184,7 +184,7 @@ def diff(a: Held, b: Held) -> Difference:
     moves = _moves(*anchors, [name for name in both if name in anchors[0] and name not in reshaped])
     statistics = _unlike_statistics(a, b)
     shifts = _shifts(omega_a, omega_b, all_a, all_b)
-    correlation, interval = _rank_correlation([(omega_a[name], omega_b[name]) for name in both])
+    correlation, interval = rank_correlation([(omega_a[name], omega_b[name]) for name in both])
     directions = _directions_changes(own or Directions(), their or Directions())
     overlaps = [change.overlap for change in directions if change.overlap is not None]
     layers = []
@@ -263,7 +263,7 @@ def _shifts(a: Mapping[str, Tensor], b: Mapping[str, Tensor], all_a: float, all_
     return found
 
 
-def _rank_correlation(pairs: list[tuple[Tensor, Tensor]]) -> tuple[float | None, tuple[float, float] | None]:
+def rank_correlation(pairs: list[tuple[Tensor, Tensor]]) -> tuple[float | None, tuple[float, float] | None]:
     """Spearman's correlation over pairs of parameters, and its interval if it is of a sample.
 
     The sample has one weight of each of `MAX_RANKED` equal stretches, drawn by a fixed seed.

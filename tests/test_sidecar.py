@@ -95,10 +95,14 @@ def while_running(source: str, action: Callable[[str], None], *more: str, code: 
 
     thread = threading.Thread(target=act)
     thread.start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(observe, "note", noted)
-        result = call("observe", "--from", source, *OPTIONS, *MODEL, "--json", *more, code=code)
-    thread.join()
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # if it ends too early
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(observe, "note", noted)
+            result = call("observe", "--from", source, *OPTIONS, *MODEL, "--json", *more, code=code)
+    finally:
+        thread.join()
+        signal.signal(signal.SIGTERM, before)
     if failures:
         raise failures[0]
     return json.loads(result.stdout), result
@@ -244,11 +248,8 @@ def test_a_port_takes_lines_and_opentelemetry() -> None:
         assert post(address, packed, Content_Encoding="gzip", Content_Type="application/x-ndjson") == (200, "{}")
         assert post(address, json.dumps(spans(batches[60:])), Content_Type="application/json") == (200, "{}")
 
-    # What waits at the signal is measured too. Without --field only the spans would be left out.
-    append("")
-    facts, _ = while_running(
-        "http://127.0.0.1:0", send, "--inputs", "tests.test_sidecar:tensor_of", "--field", "gen.ai.prompt"
-    )
+    # What waits at the signal is measured too.
+    facts, _ = while_running("http://127.0.0.1:0", send, "--field", "gen.ai.prompt")
     assert (facts["requests"], facts["malformed"]) == (30, 60)
     facts, _ = while_running("http://127.0.0.1:0", send, "--store", "all.safetensors")
     assert (facts["requests"], facts["refused"], facts["dropped"], facts["malformed"]) == (60, 0, 0, 0)
@@ -704,9 +705,10 @@ def test_what_is_wrong_is_said_without_a_word_of_the_request(text: str) -> None:
         lambda request: plain_inputs(request, model),
     )
     (line,) = splitter.feed(text.encode("latin-1") + b"\n")
-    with pytest.raises(Exception) as caught:  # noqa: PT011: the text is checked below
+    try:
         sidecar._inputs_of(line)
-    reason = run._reason(caught.value)
+    except Exception as error:
+        reason = run._reason(error)
     assert MALFORMED[text] in reason
     assert "secret" not in reason
 
@@ -761,14 +763,14 @@ def test_a_line_of_counts_each_minute(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"--model": "tests.serving"}, "--model must be package.module:name"),
         (
             {"--model": "nowhere:build"},
-            "No module named 'nowhere'. Run it from the folder that holds the module, or set",
+            "No module named 'nowhere'. Run it from the folder that holds the module",
         ),
         ({"--model": "tests.serving:requests"}, "--model tests.serving:requests failed: TypeError"),
         ({"--model": "os:getpid"}, "--model os:getpid must return a torch.nn.Module; it returned a int."),
         ({"--inputs": "tests.serving:nothing"}, "--inputs tests.serving:nothing failed: AttributeError"),
         ({"--model": None}, "give --model package.module:build, or a folder of Hugging Face as --weights."),
         ({"--weights": "."}, "--weights . is a folder: leave --model out"),
-        ({"--weights": "none"}, "none does not exist"),
+        ({"--weights": "none"}, "none could not be read"),
         ({"--from": "none"}, "the log none does not exist."),
         ({"--from": "."}, "--from . is no file. A pipe is read by --from - < ."),
         ({"--from": "http"}, "--once needs an end, which --from http has not"),
@@ -841,13 +843,11 @@ def test_a_port_refuses_what_is_too_large_foreign_or_unfinished(monkeypatch: pyt
         assert raw(address, head[0], "Host: evil.example", "Content-Length: 3", body=b"abc") == 403
         assert raw(address, head[0], "Host: [", "Content-Length: 3", body=b"abc") == 0
         assert raw(address, "GET / HTTP/1.1", "Host: localhost") == 501
-        began = time.monotonic()
         assert raw(address, *head, "Content-Length: 9", body=b"half") in (0, 400)  # nothing more is sent
-        assert time.monotonic() - began < 8
         host, _, port = address.removeprefix("http://").rpartition(":")
         opened = [socket.create_connection((host, int(port)), timeout=10) for _ in range(60)]  # and send nothing
-        time.sleep(1.5)
-        for connection in opened:
+        for connection in opened:  # each is closed after a second
+            assert connection.recv(1) == b""
             connection.close()
         assert post(address, written(batches)) == (200, "{}")
 
@@ -864,25 +864,30 @@ def test_a_sender_never_waits_for_a_measurement(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(observe, "ROOM", 8)
     batch = torch.ones(100, 4, dtype=torch.float64)
     answers: list[int] = []
+    goes_on, took, num_lines = threading.Event(), run.SidecarRun._take, 0
+
+    def take(self: Any, line: Line) -> bool:
+        nonlocal num_lines
+        num_lines += 1
+        return (num_lines == 1 or goes_on.wait(30)) and took(self, line)
 
     def send(address: str) -> None:
-        began = time.monotonic()
         assert post(address, written([batch]))[0] == 200
-        monkeypatch.setattr(run.SidecarRun, "_take", lambda *_: time.sleep(0.5) or True)
         answers.extend(post(address, "{}\n" * 10)[0] for _ in range(25))
-        assert time.monotonic() - began < 30
+        goes_on.set()
 
+    monkeypatch.setattr(run.SidecarRun, "_take", take)
     facts, _ = while_running("http://127.0.0.1:0", send)
     assert (facts["seen"], facts["measured"], facts["dropped"]) == (100, 8, 92)
-    assert answers.count(503) == facts["refused"] >= 5
-    assert answers.count(200) >= request_streams.MAX_WAITING
+    assert answers.count(503) == facts["refused"] in (8, 9)
+    assert facts["malformed"] == 10 * answers.count(200) in (160, 170)
 
 
 def test_only_this_machine_is_listened_to_unless_told() -> None:
-    assert RequestServer("http://localhost:0").is_local
-    other = RequestServer("http://0.0.0.0:0")
-    assert not other.is_local
-    other.close()
+    for url, is_local in (("http://localhost:0", True), ("http://0.0.0.0:0", False)):
+        server = RequestServer(url)
+        assert server.is_local == is_local
+        server.close()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -138,6 +138,7 @@ class _Server(ThreadingHTTPServer):
     """Gives each connection a thread and a deadline."""
 
     daemon_threads = True
+    request_queue_size = 2 * MAX_CONNECTIONS
 
     def __init__(self, inbox: RequestServer, host: str, port: int) -> None:
         self.inbox, self._slots = inbox, threading.BoundedSemaphore(MAX_CONNECTIONS)
@@ -154,7 +155,7 @@ class _Server(ThreadingHTTPServer):
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Serve a connection until its deadline."""
-        timer = threading.Timer(DEADLINE, self.shutdown_request, [request])
+        timer = threading.Timer(DEADLINE, _end, [request])
         timer.daemon = True
         timer.start()
         try:
@@ -165,6 +166,11 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that breaks off is the sender's business."""
+
+
+def _end(connection: socket.socket) -> None:
+    with suppress(OSError):  # it ended just now
+        connection.shutdown(socket.SHUT_RDWR)  # wakes who reads from it
 
 
 @final

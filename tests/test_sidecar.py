@@ -155,7 +155,7 @@ def test_the_fingerprint_says_which_weights_are_measured() -> None:
 
 
 def test_a_request_larger_than_the_room_is_measured_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = torch.randn(3 * run.ROOM + 5, 4, dtype=torch.float64)
+    batch = torch.randn(3 * run.MAX_QUEUED + 5, 4, dtype=torch.float64)
     append(written([batch]))
     assert observed()["measured"] == len(batch)
     assert_stored([batch])
@@ -860,8 +860,8 @@ def test_a_port_refuses_what_is_too_large_foreign_or_unfinished(monkeypatch: pyt
 
 def test_a_sender_never_waits_for_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bodies above the most that may wait get 503, samples above the room are dropped; both are counted."""
-    monkeypatch.setattr(run, "ROOM", 8)
-    monkeypatch.setattr(observe, "ROOM", 8)
+    monkeypatch.setattr(run, "MAX_QUEUED", 8)
+    monkeypatch.setattr(observe, "MAX_QUEUED", 8)
     batch = torch.ones(100, 4, dtype=torch.float64)
     answers: list[int] = []
     goes_on, took, num_lines = threading.Event(), run.SidecarRun._take, 0

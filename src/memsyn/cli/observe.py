@@ -24,7 +24,7 @@ from memsyn.sidecar.log_position import LogPosition
 from memsyn.sidecar.request_json import plain_inputs, requests_in
 from memsyn.sidecar.request_log import RequestLog
 from memsyn.sidecar.request_streams import RequestPipe, RequestServer
-from memsyn.sidecar.run import ROOM, SidecarRun, Source, note
+from memsyn.sidecar.run import MAX_QUEUED, SidecarRun, Source, note
 from memsyn.values.conversion import read_weights
 
 
@@ -75,7 +75,7 @@ def observe_requests(
             budget=budget,
             half_life=_days("--half-life", half_life),
             last=_days("--last", last),
-            room=ROOM,
+            room=MAX_QUEUED,
             interval=1e9,  # it is told when to write
         )
         try:  # after the observer: who may write the store may write the position

@@ -24,7 +24,7 @@ from memsyn.sidecar.log_position import LogPosition
 from memsyn.sidecar.request_log import RequestLog
 from memsyn.sidecar.request_streams import RequestPipe, RequestServer
 
-ROOM: Final = 256
+MAX_QUEUED: Final = 256
 """The most samples that wait to be measured."""
 
 MAX_SEGMENTS_READ: Final = 64
@@ -140,7 +140,7 @@ class SidecarRun:
         size = num_samples(inputs)
         start = 0
         while size is not None and not isinstance(self._source, RequestServer) and start < size:
-            free = ROOM - self._observer.stats().waiting
+            free = MAX_QUEUED - self._observer.stats().waiting
             if free > 0:
                 self._observer.observe(take(inputs, start, start + free), segment=segment)
                 start += free

@@ -386,6 +386,10 @@ def test_no_option_comes_or_goes_unnoticed():
             "memory_path", "state_path", "--out", "-o", "--max-change", "--learned", "--model", "--data", "--reference",
             "--json",
         ],
+        "observe": [
+            "--from", "--store", "--model", "--weights", "--inputs", "--field", "--segment-field", "--rate",
+            "--estimator", "--budget", "--interval", "--min-samples", "--half-life", "--last", "--once", "--json",
+        ],
     }  # fmt: skip
 
 
@@ -406,6 +410,10 @@ def test_no_option_comes_or_goes_unnoticed():
         (
             ["repair"],
             "memsyn repair old.memsyn.safetensors new.safetensors -o repaired.safetensors --learned factors",
+        ),
+        (
+            ["observe"],
+            "memsyn observe --model package.module:build --from requests.jsonl --store traffic.safetensors",
         ),
     ],
 )

@@ -34,8 +34,9 @@ ROOMS: dict[str, set[str]] = {
     "error_log": {"values"},
     "live": BASE | {"error_log", "measuring", "values", "storage", "kernels", "batches", "parameters"},
     "__init__": BASE | {"measuring", "comparing", "values", "protecting", "live", "parameters"},
+    "sidecar": {"__init__", "batches", "storage"},
     "report": BASE | {"comparing", "values", "storage", "parameters"},
-    "cli": BASE | {"__init__", "comparing", "batches", "parameters", "values", "storage", "report"},
+    "cli": BASE | {"__init__", "comparing", "batches", "parameters", "values", "storage", "report", "sidecar"},
     "integrations": {"__init__"},
 }
 """Room -> the rooms that it may import, beside itself. `__init__` stands for the public names."""

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from memsyn.cli import files, gate, merge_models, repair
+from memsyn.cli import files, gate, merge_models, observe, repair
 
 __all__ = ["app"]
 
@@ -25,6 +25,7 @@ app.command("compare")(gate.compare_weights)
 app.command("merge-models")(merge_models.merge_model_files)
 app.command("gate", cls=gate.GateCommand)(gate.gate_weights)
 app.command("repair")(repair.repair_weights)
+app.command("observe")(observe.observe_requests)
 
 
 def _print_version(wanted: bool) -> None:

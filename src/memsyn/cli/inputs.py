@@ -28,27 +28,43 @@ BATCH: Final = 64
 """How many samples are run at a time."""
 
 
+def imported(option: str, named: str) -> Any:
+    """What `package.module:name` names. The working folder is searched too.
+
+    Raises:
+        OptionError: there is no such thing, or its module failed.
+    """
+    module, sign, path = named.partition(":")
+    if not (sign and module and path):
+        raise OptionError(f"{option} must be package.module:name, a function of yours; got {named!r}.")
+    sys.path.insert(0, "")
+    try:
+        found: Any = importlib.import_module(module)
+        for name in path.split("."):
+            found = getattr(found, name)
+        return found
+    except MemsynError:
+        raise
+    except Exception as error:
+        hint = " Run it from the folder that holds the module, or set PYTHONPATH." * isinstance(error, ImportError)
+        raise OptionError(f"{option} {named} failed: {type(error).__name__}: {error}.{hint}") from error
+    finally:
+        sys.path.remove("")
+
+
 def build_model(named: str) -> nn.Module:
-    """Call the function `package.module:build`, which returns the model. The working folder is searched too.
+    """Call the function `package.module:build`, which returns the model.
 
     Raises:
         OptionError: there is no such function, it failed, or it returns something else.
     """
-    module, sign, path = named.partition(":")
-    if not (sign and module and path):
-        raise OptionError(f"--model must be package.module:build, the function that builds the model; got {named!r}.")
-    sys.path.insert(0, "")
+    found = imported("--model", named)
     try:
-        built: Any = importlib.import_module(module)
-        for name in path.split("."):
-            built = getattr(built, name)
-        built = built if isinstance(built, nn.Module) else built()
+        built = found if isinstance(found, nn.Module) else found()
     except MemsynError:
         raise
     except Exception as error:
         raise OptionError(f"--model {named} failed: {type(error).__name__}: {error}.") from error
-    finally:
-        sys.path.remove("")
     if not isinstance(built, nn.Module):
         raise OptionError(f"--model {named} must return a torch.nn.Module; it returned a {type(built).__name__}.")
     return built

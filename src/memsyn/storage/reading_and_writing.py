@@ -59,8 +59,8 @@ _ANCHOR: Final = "anchor"
 STATISTICS: Final = "statistics"
 
 _COMPUTED: Final = frozenset(
-    (_SUM, IMPORTANCE, _ANCHOR, "remainder", "moments", "diagonal")
-    + tuple(f"{side}_{part}" for side in ("input", "output") for part in ("values", "rest", "vectors"))
+    [_SUM, IMPORTANCE, _ANCHOR, "remainder", "moments", "diagonal"]
+    + [f"{side}_{part}" for side in ("input", "output") for part in ("values", "rest", "vectors")]
 )
 """The groups whose tensors are computed with."""
 _COMPUTED_TYPES: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -310,8 +310,9 @@ class Directions:
                 weight = own.matrix.weight
                 wrong[weight] = f"{weight} (expected {layout}, the model has {tuple(parameter.shape)})"
         for name, diagonal in self.diagonal.items():
-            shape = parameters[name].shape if name in parameters else diagonal.squares.shape
-            if shape[1:] != diagonal.squares.shape[1:] or (len(shape) and shape[0] < len(diagonal.squares)):
+            squares, shape = diagonal.squares, parameters[name].shape if name in parameters else diagonal.squares.shape
+            grown = 0 < squares.ndim == len(shape) and shape[1:] == squares.shape[1:] and shape[0] > len(squares)
+            if shape != squares.shape and not grown:
                 wrong[name] = f"{name} (expected {tuple(diagonal.squares.shape)}, the model has {tuple(shape)})"
         if wrong or (self.names() and not self.names() & parameters.keys()):
             raise MismatchError(

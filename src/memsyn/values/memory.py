@@ -52,7 +52,7 @@ from memsyn.storage.reading_and_writing import (
     write,
 )
 from memsyn.values.consolidation import MERGED, Consolidation
-from memsyn.values.directions import RANK, Directions, consolidated, excerpt, merged
+from memsyn.values.directions import GROUPS, RANK, Directions, consolidated, excerpt, merged
 from memsyn.values.display import counted, html_text, size_in_memory
 from memsyn.values.factors import BOTH, INPUTS_ALONE, KroneckerFactors
 from memsyn.values.importance import (
@@ -589,13 +589,16 @@ class Memory:
             }
             measured = sum(entry.num_samples for entry in history)
             directions = None
+            lost = [group for group in GROUPS if groups.get(group)]
+            if lost and "directions" not in header:
+                raise KeyError(f"directions, of which {lost[0]} holds tensors")
             if "directions" in header:
                 directions = Directions.from_file(checked(dict, header["directions"], "directions"), groups)
                 _check_counts(directions, history)
             for name, samples in counts.items():
                 if name not in groups["importance"] or (history and samples > measured):
                     raise ValueError(
-                        f"counts.{name} is {samples}; expected a parameter, and at most the {measured} samples of history"
+                        f"counts.{name} is {samples}; expected a parameter, and at most the {measured} samples measured"
                     )
             kept = groups.get(STATISTICS, {})
             memory = cls(groups["anchor"], groups["importance"], history, counts, directions, kept)

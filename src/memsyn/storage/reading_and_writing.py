@@ -85,7 +85,7 @@ _BAD_INPUT: Final = (
 Groups = dict[str, dict[str, Tensor]]
 """Group -> parameter name -> tensor."""
 Record = TypeVar("Record")
-Value = TypeVar("Value")
+Plain = TypeVar("Plain")
 
 
 def write(
@@ -235,7 +235,7 @@ def checked_count(value: Any, what: str, least: int = 0) -> int:
     return value
 
 
-def checked(kind: type[Value], value: Any, what: str) -> Value:
+def checked(kind: type[Plain], value: Any, what: str) -> Plain:
     """A value from a header that must be of this type alone: text, a list or an object; `what` names its field.
 
     Raises:

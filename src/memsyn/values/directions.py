@@ -497,7 +497,7 @@ def excerpt(parameter: Tensor, rows: int | None = None) -> Tensor:
     return flat[torch.arange(EXCERPT, device=flat.device) * len(flat) // EXCERPT]
 
 
-LARGEST: Final = 1e60
+LARGEST_SCALE: Final = 1e60
 """Below it are all masses and scales: mean eigenvalues of sums that float32 holds, and the products of two of them."""
 
 ORTHONORMAL: Final = 1e-2
@@ -505,8 +505,8 @@ ORTHONORMAL: Final = 1e-2
 
 
 def _positive(value: Any, what: str) -> float:
-    if type(value) not in (int, float) or not 0 < value < LARGEST:
-        raise ValueError(f"{what} is {value!r:.40}; expected a positive number below {LARGEST:g}")
+    if type(value) not in (int, float) or not 0 < value < LARGEST_SCALE:
+        raise ValueError(f"{what} is {value!r:.40}; expected a positive number below {LARGEST_SCALE:g}")
     return float(value)
 
 

@@ -101,8 +101,8 @@ class SegmentFiles:
                 negative = [n for n, own in sums.items() if self._kind == IMPORTANCE and bool((own < 0).any())]
                 if negative:
                     raise ValueError(f"{negative[0]} holds negative values")
-            buckets = [record(BucketHeader, own) for own in checked(list, observed["buckets"], "buckets")]
-            weight = sum(own.weight for own in buckets)
+            buckets = checked(list, observed["buckets"], "buckets")
+            weight = sum(record(BucketHeader, checked(dict, own, "buckets")).weight for own in buckets)
             if count != max(1, round(weight)):
                 raise ValueError(f"num_samples is {count}, but the weights of the buckets add up to {weight:g}")
             window.restore(observed, groups, zeros)

@@ -230,7 +230,7 @@ class Window:
             raise ValueError(f"at is {at!r:.40}; expected seconds since 1970")
         if not 1 <= len(plain) <= (1 if self.width is None else BUCKETS):
             raise ValueError(f"buckets are {len(plain)}; expected 1 to {1 if self.width is None else BUCKETS}")
-        found = [record(BucketHeader, values) for values in plain]
+        found = [record(BucketHeader, checked(dict, values, "buckets")) for values in plain]
         places = [own.place for own in found]
         names = {"importance"} | (set() if self.width is None else set(map(str, places)))
         if places != sorted(set(places)) or groups.keys() != names:

@@ -209,7 +209,6 @@ def record(kind: type[Record], values: Mapping[str, Any]) -> Record:
         ValueError: a field without a default is missing, or a field has another type, is not finite, or is not a count.
     """
     hints, found = get_type_hints(kind), {}
-    checked(dict, values, kind.__name__)
     for field in fields(kind):  # type: ignore[arg-type]
         if field.name in values:
             value, hint = values[field.name], hints[field.name]
@@ -350,10 +349,11 @@ def _mapped_tensors(file: BinaryIO, start: int, stored: list[StoredTensor], dige
 
 def _grouped(path: object, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Groups:
     """The tensors of a file by the caller's group names, in the order of the header, all of them and no others."""
-    names: Mapping[str, list[str]] = header["groups"]
+    names = header.get("groups")
+    if not isinstance(names, dict) or not all(isinstance(members, list) for members in names.values()):
+        names = {}
     keys = [f"{group}/{name}" for group, members in names.items() for name in members]
-    lists = all(isinstance(members, list) for members in names.values())
-    if not lists or len(set(keys)) != len(keys) or set(keys) != set(tensors):
+    if "groups" not in header or len(set(keys)) != len(keys) or set(keys) != set(tensors):
         raise MemoryFileError(f"{path}: its tensors are not those that its metadata names.")
     sums = _stored_name(header.get("kind"), IMPORTANCE, header["format"])
     if sums != IMPORTANCE and IMPORTANCE in names:

@@ -578,7 +578,8 @@ class Memory:
             MemoryFileError: they are not as `save` writes them.
         """
         with well_formed(path):
-            history = tuple(record(Consolidation, entry) for entry in checked(list, header["history"], "history"))
+            entries = enumerate(checked(list, header["history"], "history"))
+            history = tuple(record(Consolidation, checked(dict, own, f"history.{number}")) for number, own in entries)
             for number, entry in enumerate(history):
                 checked_count(entry.num_samples, f"history.{number}.num_samples", 1)
                 if entry.decay is not None and not 0 <= entry.decay <= 1:

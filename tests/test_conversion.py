@@ -155,7 +155,7 @@ def test_a_pickled_model_is_refused_and_never_run(model, tmp_path, legacy) -> No
     model.reg_params = official(model, 2)
     for thing in (model, {"w": Trap()}):
         torch.save(thing, tmp_path / "p.pt", _use_new_zipfile_serialization=not legacy)
-        with pytest.raises(memsyn.MemoryFileError, match=r"could not be read by torch \(Unp") as caught:
+        with pytest.raises(memsyn.MemoryFileError, match=r"p\.pt holds objects \((torch\.nn|posix mkdir)") as caught:
             read_plain(tmp_path / "p.pt", num_samples=6)
         assert all(line in str(caught.value) for lines in EXPORTS.values() for line in lines)
     assert not (tmp_path / "ran").exists()

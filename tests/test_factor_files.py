@@ -98,9 +98,8 @@ def test_forged_factors(case, tmp_path):
     tree = {"header": found.header(), "moments": found.sums}
     if case == "of an unknown side":
         tree["moments"]["sideways/w"] = torch.ones(1)
-    path = written(tmp_path / "f", "factors", changed(tree, place, value))
-    with pytest.raises(MemoryFileError, match=r"f (is not as memsyn writes it|: its tensors)"):
-        KroneckerFactors.load(path)
+    with pytest.raises(MemoryFileError, match=r"f( is not as memsyn writes it|: its tensors|: .* is torch\.int64)"):
+        KroneckerFactors.load(written(tmp_path / "f", "factors", changed(tree, place, value)))
 
 
 KEYS = ("header", "directions", "numbers", "w")
@@ -157,9 +156,8 @@ def test_forged_directions(case, tmp_path):
         tree["input_values"]["x"] = torch.zeros(())
     if case == "matrix without groups":
         tree["header"]["directions"]["matrices"]["x"] = tree["header"]["directions"]["matrices"]["w"]
-    path = written(tmp_path / "m", "memory", changed(tree, place, value))
-    with pytest.raises(MemoryFileError, match="m is not as memsyn writes it"):
-        Memory.load(path)
+    with pytest.raises(MemoryFileError, match=r"m( is not as memsyn writes it|: .* is torch\.int64)"):
+        Memory.load(written(tmp_path / "m", "memory", changed(tree, place, value)))
 
 
 @pytest.mark.parametrize("group", ["moments", "input_values"])

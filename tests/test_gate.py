@@ -127,7 +127,7 @@ def test_what_cannot_predict_says_what_to_give(old: story.Classifier) -> None:
     ("arguments", "message"),
     [
         (["none", "old.safetensors"], "none does not exist"),
-        (["memory", "none"], "none could not be read"),
+        (["memory", "none"], "none does not exist"),
         (["memory", "old.safetensors", "--data", "inputs.safetensors"], "--data and --model belong together"),
         (["memory", "old.safetensors", "--model", "tests.story:build"], "--data and --model belong together"),
         (["memory", "old.safetensors", *DATA, "--kind", "labels"], "kind must be auto, classes"),

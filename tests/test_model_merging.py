@@ -233,7 +233,7 @@ def test_bad_files_leave_the_old_output(tmp_path: Path) -> None:
     assert out.read_bytes() == b"old"
     result = CliRunner().invoke(app, command(paths, memories, paths[0]))
     assert result.exit_code == 1
-    assert "is one of the models" in result.stderr
+    assert "which is only read: give another file" in result.stderr
     (tmp_path / "text").write_text("no tensors")
     result = CliRunner().invoke(app, command([paths[0], tmp_path / "text"], memories, out))
     assert result.exit_code == 1

@@ -5,16 +5,32 @@ help says, 2 wrong usage (of `gate` 1), 130 interrupted.
 """
 
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from memsyn.cli import files, gate, merge_models, observe, repair
+from memsyn.cli.screen import no_traceback
 
 __all__ = ["app"]
 
+
+class Commands(TyperGroup):
+    """All commands end with a line instead of a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        with no_traceback():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
 )
 app.command("inspect")(files.inspect_file)
 app.command("verify")(files.verify_files)

@@ -15,10 +15,10 @@ from typing import Annotated, Any
 import typer
 
 from memsyn import Importance, KroneckerFactors, Memory, MemoryFileError, MismatchError, OptionError
+from memsyn.cli.outputs import check_out
 from memsyn.cli.screen import (
     by_route,
     describe,
-    plain_errors,
     print_difference,
     print_held,
     say,
@@ -52,19 +52,18 @@ def inspect_file(
 
     Example: memsyn inspect runs/demo/mas-seed0.memsyn.safetensors
     """
-    with plain_errors():
-        held = load(path)
-        if weights is not None and not (isinstance(held, Memory) and (html or png)):
-            raise OptionError("--weights needs a memory file and --html or --png: add one of them, or leave it out.")
-        if weights is not None and isinstance(held, Memory) and held.directions is not None and not held.anchor:
-            raise OptionError("--weights needs an anchor, and this memory holds directions alone: leave it out.")
-        if html or png:
-            from memsyn.report.memory_page import memory_page
-            from memsyn.report.page import write_report
+    held = load(path)
+    if weights is not None and not (isinstance(held, Memory) and (html or png)):
+        raise OptionError("--weights needs a memory file and --html or --png: add one of them, or leave it out.")
+    if weights is not None and isinstance(held, Memory) and held.directions is not None and not held.anchor:
+        raise OptionError("--weights needs an anchor, and this memory holds directions alone: leave it out.")
+    if html or png:
+        from memsyn.report.memory_page import memory_page
+        from memsyn.report.page import write_report
 
-            name = os.path.basename(path) if weights is None else f"{weights.name} against {os.path.basename(path)}"
-            page = memory_page(held, name, read_weights(weights) if weights else None)
-            write_report(page, html, png)
+        name = os.path.basename(path) if weights is None else f"{weights.name} against {os.path.basename(path)}"
+        page = memory_page(held, name, read_weights(weights) if weights else None)
+        write_report(page, html, png)
     if as_json:
         say_json(_facts(held))
     else:
@@ -143,14 +142,13 @@ def diff_files(
 
     Example: memsyn diff january.memsyn.safetensors february.memsyn.safetensors
     """
-    with plain_errors():
-        one, other = load(a), load(b)
-        found = comparison.diff(one, other)
-        if html or png:
-            from memsyn.report.memory_page import difference_page
-            from memsyn.report.page import write_report
+    one, other = load(a), load(b)
+    found = comparison.diff(one, other)
+    if html or png:
+        from memsyn.report.memory_page import difference_page
+        from memsyn.report.page import write_report
 
-            write_report(difference_page(one, other, (os.path.basename(a), os.path.basename(b))), html, png)
+        write_report(difference_page(one, other, (os.path.basename(a), os.path.basename(b))), html, png)
     if as_json:
         say_json({"extent": found.extent, "sentence": found.sentence, **asdict(found)})
     else:
@@ -168,15 +166,15 @@ def merge_files(paths: Files, out: Out, as_json: Json = False) -> None:
 
     Example: memsyn merge replica1.safetensors replica2.safetensors -o all.safetensors
     """
-    with plain_errors():
-        if len(paths) < 2:
-            raise OptionError("there is nothing to merge: give at least two files.")
-        found = [path if "://" in path else os.path.realpath(path) for path in paths]
-        twice = [path for path, real in dict(zip(paths, found, strict=True)).items() if found.count(real) > 1]
-        if twice:
-            raise OptionError(f"{', '.join(twice)} is given more than once: its samples would count twice.")
-        merged = reduce(_added, (load(path) for path in paths))
-        merged.save(out)
+    if len(paths) < 2:
+        raise OptionError("there is nothing to merge: give at least two files.")
+    found = [path if "://" in path else os.path.realpath(path) for path in paths]
+    twice = [path for path, real in dict(zip(paths, found, strict=True)).items() if found.count(real) > 1]
+    if twice:
+        raise OptionError(f"{', '.join(twice)} is given more than once: its samples would count twice.")
+    check_out(out, paths)
+    merged = reduce(_added, (load(path) for path in paths))
+    merged.save(out)
     if as_json:
         say_json({**_written(out, merged), "files": paths})
     else:
@@ -226,23 +224,23 @@ def convert_file(
 
     Example: memsyn convert reg_params.pt -o old.memsyn.safetensors --samples 5000
     """
-    with plain_errors():
-        held: Held
-        names: dict[str, str] = {}
-        if is_plain(path):
-            held, whose = read_plain(Path(path), num_samples=num_samples, exact=exact)
-            held, names = _renamed(held, rename or [])
-            held.save(out)
-            how = f"from {STRUCTURES[whose]}"
-        elif num_samples is not None or exact:
-            raise OptionError(f"{path} itself says how it was measured: leave --samples and --exact out.")
-        elif rename:
-            held, names = _renamed(load(path), rename)
-            held.save(out)
-            whose, how = PLAIN, "as a file of memsyn"
-        else:
-            held, whose, how = load(path), PLAIN, f"as {STRUCTURES[PLAIN]}"
-            write_plain(out, held)
+    check_out(out, [path])
+    held: Held
+    names: dict[str, str] = {}
+    if is_plain(path):
+        held, whose = read_plain(Path(path), num_samples=num_samples, exact=exact)
+        held, names = _renamed(held, rename or [])
+        held.save(out)
+        how = f"from {STRUCTURES[whose]}"
+    elif num_samples is not None or exact:
+        raise OptionError(f"{path} itself says how it was measured: leave --samples and --exact out.")
+    elif rename:
+        held, names = _renamed(load(path), rename)
+        held.save(out)
+        whose, how = PLAIN, "as a file of memsyn"
+    else:
+        held, whose, how = load(path), PLAIN, f"as {STRUCTURES[PLAIN]}"
+        write_plain(out, held)
     if as_json:
         say_json({**_written(out, held), "structure": whose, "renamed": names})
     else:

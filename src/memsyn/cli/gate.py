@@ -18,7 +18,7 @@ from memsyn import Comparison, Memory, OptionError, Verdict, compare
 from memsyn.cli.files import Html, Json, Png
 from memsyn.cli.inputs import build_model, load_weights, read_batches
 from memsyn.cli.model_folders import model_of_folder
-from memsyn.cli.screen import plain_errors, say, say_json
+from memsyn.cli.screen import say, say_json
 from memsyn.comparing.answers import AUTO_KIND
 from memsyn.comparing.prediction import Prediction, predict
 from memsyn.comparing.verdict import BROKEN, MAX_CHANGE, MIN_AGREEMENT, SAFE, check_thresholds, finite_or_none
@@ -131,28 +131,27 @@ def _judged(
     kind: str,
 ) -> Judged:
     min_agreement, max_change = limits
-    with plain_errors():
-        check_thresholds(min_agreement, max_change)
-        if state_path.is_dir():
-            if model is not None:
-                raise OptionError(
-                    f"{state_path} is a folder: with --model, give a state_dict in a file. A folder of Hugging Face is "
-                    "loaded without --model."
-                )
-        elif (data is None) != (model is None):
-            raise OptionError("--data and --model belong together: give both, or none for a prediction without data.")
-        memory = Memory.load(memory_path)
-        built, state = _state_of(state_path, model)
-        before = None if reference is None else _state_of(reference, None)[1]
-        found: Comparison | Prediction
-        if data is not None and built is not None:
-            old = memory if before is None else before
-            found = compare(built, old, read_batches(data), kind=kind, progress=False)
-            verdict = found.verdict(min_agreement, max_change)
-        else:
-            found = predict(memory, state, before)
-            verdict = found.verdict(max_change)
-        return Judged(verdict, found, memory, state, before, limits)
+    check_thresholds(min_agreement, max_change)
+    if state_path.is_dir():
+        if model is not None:
+            raise OptionError(
+                f"{state_path} is a folder: with --model, give a state_dict in a file. A folder of Hugging Face is "
+                "loaded without --model."
+            )
+    elif (data is None) != (model is None):
+        raise OptionError("--data and --model belong together: give both, or none for a prediction without data.")
+    memory = Memory.load(memory_path)
+    built, state = _state_of(state_path, model)
+    before = None if reference is None else _state_of(reference, None)[1]
+    found: Comparison | Prediction
+    if data is not None and built is not None:
+        old = memory if before is None else before
+        found = compare(built, old, read_batches(data), kind=kind, progress=False)
+        verdict = found.verdict(min_agreement, max_change)
+    else:
+        found = predict(memory, state, before)
+        verdict = found.verdict(max_change)
+    return Judged(verdict, found, memory, state, before, limits)
 
 
 def _state_of(path: Path, named: str | None) -> tuple[nn.Module | None, Mapping[str, Tensor]]:
@@ -171,13 +170,12 @@ def _state_of(path: Path, named: str | None) -> tuple[nn.Module | None, Mapping[
 def _report(judged: Judged, memory_path: str, state_path: Path, html: Path | None, png: Path | None) -> None:
     if html is None and png is None:
         return
-    with plain_errors():
-        from memsyn.report.page import write_report
-        from memsyn.report.weights_page import weights_page
+    from memsyn.report.page import write_report
+    from memsyn.report.weights_page import weights_page
 
-        _, found, memory, state, before, limits = judged
-        names = os.path.basename(memory_path), state_path.name
-        write_report(weights_page(memory, state, found, names, before, limits), html, png)
+    _, found, memory, state, before, limits = judged
+    names = os.path.basename(memory_path), state_path.name
+    write_report(weights_page(memory, state, found, names, before, limits), html, png)
 
 
 def _print(judged: Judged, *, as_json: bool) -> None:

@@ -14,15 +14,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from memsyn import BatchError, MemsynError, MismatchError, OptionError
 from memsyn.batches import take
 from memsyn.parameters import canonical_name, unwrap
+from memsyn.storage.atomic_files import check_regular
+from memsyn.storage.foreign_files import load_arrays, load_tensors
 
 BATCH: Final = 64
 """How many samples are run at a time."""
@@ -102,13 +101,13 @@ def read_batches(path: Path) -> list[Any]:
     """
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                parts = [{name: torch.from_numpy(arrays[name]) for name in arrays.files}]
+            parts = [load_arrays(path)]
         elif path.suffix in (".jsonl", ".json", ".ndjson"):
+            check_regular(path)
             parts = _from_lines(path.read_text(encoding="utf-8").splitlines())
         else:
-            parts = [load_file(path)]
-    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError, EOFError) as error:
+            parts = [load_tensors(path)]
+    except Exception as error:  # numbers of any size, lists of any depth, objects without a key
         raise BatchError(
             f"{path} could not be read: {error}. Give inputs as safetensors, .npz, or .jsonl with a line of numbers "
             "for each sample."

@@ -5,7 +5,6 @@ Owns how files and folders are matched with memories. A layer at a time is in me
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -13,9 +12,9 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from memsyn import OptionError
 from memsyn.cli.files import Json, Out
-from memsyn.cli.screen import plain_errors, say, say_json
+from memsyn.cli.outputs import check_out
+from memsyn.cli.screen import say, say_json
 from memsyn.storage.weights_files import WHOLE, StoredWeights, write_weights
 from memsyn.values.memory import load_mapped
 from memsyn.values.model_merging import merged_tensors
@@ -41,22 +40,24 @@ def merge_model_files(
     Example: memsyn merge-models a.safetensors b.safetensors --memory a.memsyn.safetensors --memory b.memsyn.safetensors
     -o merged.safetensors
     """
-    with plain_errors():
-        target = Path(out)
-        if any(target.exists() and os.path.samefile(path, target) for path in paths if path.exists()):
-            raise OptionError(f"-o {out} is one of the models: give another file.")
-        models = [StoredWeights(path) for path in paths]
-        known = [load_mapped(path) for path in memories]
-        like = {name: model.like(name) for model in reversed(models) for name in model}
-        merged = tqdm(merged_tensors(models, known), "merging", len(like), unit="tensor", disable=as_json or None)
-        if paths[0].is_dir():
-            target.mkdir(parents=True, exist_ok=True)
-            write_weights(target / WHOLE, like, merged)
-            for file in paths[0].iterdir():
-                if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json", ".bin")):
-                    shutil.copyfile(file, target / file.name)
-        else:
-            write_weights(target, like, merged)
+    target = Path(out)
+    sources = [file for path in paths if path.is_dir() for file in path.iterdir()]
+    check_out(out, [*paths, *memories])
+    for file in sources if target.is_dir() else ():
+        check_out(target / file.name, [*sources, *paths, *memories])
+    check_out(target / WHOLE, [*sources, *paths, *memories])
+    models = [StoredWeights(path) for path in paths]
+    known = [load_mapped(path) for path in memories]
+    like = {name: model.like(name) for model in reversed(models) for name in model}
+    merged = tqdm(merged_tensors(models, known), "merging", len(like), unit="tensor", disable=as_json or None)
+    if paths[0].is_dir():
+        target.mkdir(parents=True, exist_ok=True)
+        write_weights(target / WHOLE, like, merged)
+        for file in paths[0].iterdir():
+            if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json", ".bin")):
+                shutil.copyfile(file, target / file.name)
+    else:
+        write_weights(target, like, merged)
     if as_json:
         say_json({"out": out, "num_models": len(models), "num_tensors": len(like)})
     else:

@@ -16,6 +16,7 @@ from typing import Any, Final
 from torch import nn
 
 from memsyn import MemoryFileError, MemsynError, MismatchError
+from memsyn.storage.atomic_files import check_regular
 
 CONFIG: Final = "config.json"
 
@@ -31,6 +32,9 @@ def model_of_folder(folder: Path) -> nn.Module:
         MemsynError: transformers is not installed.
     """
     architecture = _architecture(folder)
+    for file in folder.iterdir():
+        if not file.is_dir():
+            check_regular(file)  # a pipe would be read for ever
     try:
         import transformers
     except ModuleNotFoundError as error:
@@ -76,7 +80,7 @@ def _architecture(folder: Path) -> str:
     try:
         names = json.loads(path.read_text(encoding="utf-8")).get("architectures")
         name = names[0]
-    except (OSError, ValueError, AttributeError, TypeError, IndexError, KeyError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, LookupError, RuntimeError) as error:
         raise MemoryFileError(
             f"{path} names no architecture, such as BertForSequenceClassification: write the folder by "
             f"save_pretrained, or {_STATE_INSTEAD}."

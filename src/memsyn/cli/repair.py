@@ -5,8 +5,7 @@ Owns what is written: all tensors of the new weights, with the repaired ones in 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +17,8 @@ from torch import Tensor
 from memsyn import KroneckerFactors, Memory, MemoryFileError, OptionError, repair
 from memsyn.cli.files import Json, Out
 from memsyn.cli.inputs import build_model, load_weights, read_batches
-from memsyn.cli.screen import plain_errors, say, say_json
+from memsyn.cli.outputs import check_out
+from memsyn.cli.screen import say, say_json
 from memsyn.comparing.verdict import MAX_CHANGE
 from memsyn.storage.atomic_files import replace_file
 from memsyn.values.conversion import read_weights
@@ -49,46 +49,32 @@ def repair_weights(
 
     Example: memsyn repair old.memsyn.safetensors new.safetensors -o repaired.safetensors --learned factors
     """
-    with plain_errors():
-        if (data is None) != (model is None):
-            raise OptionError("--data and --model belong together: give both, or none for a prediction without data.")
-        _check_out(out, [memory_path, learned, data, reference])
-        memory, state = Memory.load(memory_path), read_weights(state_path)
-        factors = None if learned is None else KroneckerFactors.load(learned)
-        before = None if reference is None else read_weights(reference)
-        if data is not None and model is not None:
-            built, batches = build_model(model), read_batches(data)
-            load_weights(built, state, state_path)
-            found = repair(built, memory, max_change=max_change, learned=factors, reference=before, batches=batches)
-        else:
-            found = repair(state, memory, max_change=max_change, learned=factors, reference=before)
-        repaired = _with_tied(state, found.weights)
-        # A tied weight has all of its names here, each with its own copy.
-        whole = {name: repaired[name].clone(memory_format=torch.contiguous_format) for name in state}
-        try:
-            with replace_file(out) as file:
-                file.write(save(whole, {"format": "pt"}))
-        except OSError as error:
-            raise MemoryFileError(
-                f"{out} could not be written: {error}. A file that was there before is whole."
-            ) from error
+    if (data is None) != (model is None):
+        raise OptionError("--data and --model belong together: give both, or none for a prediction without data.")
+    check_out(out, [memory_path, state_path, learned, data, reference])
+    memory, state = Memory.load(memory_path), read_weights(state_path)
+    factors = None if learned is None else KroneckerFactors.load(learned)
+    before = None if reference is None else read_weights(reference)
+    if data is not None and model is not None:
+        built, batches = build_model(model), read_batches(data)
+        load_weights(built, state, state_path)
+        found = repair(built, memory, max_change=max_change, learned=factors, reference=before, batches=batches)
+    else:
+        found = repair(state, memory, max_change=max_change, learned=factors, reference=before)
+    repaired = _with_tied(state, found.weights)
+    # A tied weight has all of its names here, each with its own copy.
+    whole = {name: repaired[name].clone(memory_format=torch.contiguous_format) for name in state}
+    try:
+        with replace_file(out) as file:
+            file.write(save(whole, {"format": "pt"}))
+    except OSError as error:
+        raise MemoryFileError(f"{out} could not be written: {error}. A file that was there before is whole.") from error
     if as_json:
         say_json({"out": out, **found.to_json()})
         return
     for line in str(found).splitlines():
         say(line)
     say(f"Written to {out}.")
-
-
-def _check_out(out: str, others: Iterable[str | Path | None]) -> None:
-    """Refuse to write over what is only read. The new weights themselves may be replaced.
-
-    Raises:
-        OptionError: says which.
-    """
-    for path in others:
-        if path is not None and os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out):
-            raise OptionError(f"-o {out} is {path}, which is only read: give another file.")
 
 
 def _with_tied(state: Mapping[str, Tensor], repaired: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,10 +6,14 @@ in them are printed as text, never interpreted.
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Final
 
 import typer
 from rich.console import Console
@@ -24,16 +28,21 @@ from memsyn.values.directions import Directions
 from memsyn.values.display import counted, printable
 from memsyn.values.memory import Held, kind_of, omega_of
 
+_ClickError: Final[type[BaseException]] = typer.BadParameter.__mro__[2]
+"""What click prints itself. New versions of typer hold a click of their own, which has no public name."""
+
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Print an error of ours in red and exit with 1. Code of the user's does not choose the exit code.
+    """Print an error of ours in red and exit with 1; code of the user's does not choose the exit code.
 
     A training script that is imported may end with `sys.exit(0)`, or parse the arguments of our command.
     """
     try:
         yield
     except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):
+            raise  # rich: nobody reads what is printed
         _print_error(
             f"the code of --model ended the process, with exit code {error.code!r}: nothing was said of the weights. "
             'Keep what a script runs under `if __name__ == "__main__":`.'
@@ -42,6 +51,52 @@ def plain_errors() -> Iterator[None]:
     except MemsynError as error:
         _print_error(str(error))
         raise typer.Exit(1) from None
+
+
+@contextmanager
+def no_traceback() -> Iterator[None]:
+    """End a command with one line for all that files, disks, memory and pipes can do; `plain_errors` is inside.
+
+    What is left is a fault of memsyn. Python's development mode shows where: PYTHONDEVMODE=1.
+    """
+    stdout = sys.stdout
+    if isinstance(stdout, io.TextIOWrapper):
+        stdout.reconfigure(errors="backslashreplace")  # names from files, on a terminal without Unicode
+    try:
+        try:
+            with plain_errors():
+                yield
+        finally:
+            stdout.flush()
+    except (typer.Exit, typer.Abort, _ClickError):
+        raise
+    except BrokenPipeError:
+        _close_stdout()
+        raise typer.Exit(1) from None
+    except MemoryError:
+        _print_error("there is not enough memory for these files. Close other programs, or use a larger machine.")
+        raise typer.Exit(1) from None
+    except OSError as error:
+        where = f"{error.filename}" if error.filename else "a file, or what is printed,"
+        _print_error(f"{where} could not be read or written: {error.strerror or error}.")
+        _close_stdout()
+        raise typer.Exit(1) from None
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        _print_error(
+            f"unexpected {type(error).__name__}: {error}. This is a fault of memsyn: please report it, with what "
+            "PYTHONDEVMODE=1 prints."
+        )
+        raise typer.Exit(1) from None
+
+
+def _close_stdout() -> None:
+    """Let Python print what is left to nowhere, so that it does not fail again at the end."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_error(message: str) -> None:
@@ -55,8 +110,16 @@ def say(line: str) -> None:
 
 
 def say_json(value: dict[str, Any]) -> None:
-    """Print one JSON object."""
-    typer.echo(json.dumps(value, indent=2))
+    """Print one JSON object; a number that is not finite is null, since JSON has no NaN."""
+    typer.echo(json.dumps(_without_nan(value), indent=2, allow_nan=False))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_nan(own) for name, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def describe(held: Held) -> str:

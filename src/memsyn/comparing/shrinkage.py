@@ -122,6 +122,11 @@ def of_parameter(name: str, need: Tensor, learned: Tensor | None) -> Shrink:
     ratio = need.to("cpu", torch.float64)
     if learned is not None:
         new = learned.to("cpu", torch.float64)
+        if new.ndim != ratio.ndim or new.shape[1:] != ratio.shape[1:] or (new.ndim and len(new) < len(ratio)):
+            raise MismatchError(
+                f"{name} is {tuple(new.shape)} in learned=, and {tuple(ratio.shape)} in the memory: measure both with "
+                "this model."
+            )
         new = new + RIDGE * new.mean()
         ratio = ratio / (new[: len(ratio)] if ratio.ndim else new)
 

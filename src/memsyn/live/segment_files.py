@@ -14,9 +14,19 @@ from urllib.parse import quote
 from torch import Tensor
 
 from memsyn.errors import MemoryFileError, MissingFileError
-from memsyn.live.window import Window
+from memsyn.live.window import BucketHeader, Window
 from memsyn.matrices import Matrix
-from memsyn.storage.reading_and_writing import FACTORS, Groups, read, read_entry, well_formed, write
+from memsyn.storage.reading_and_writing import (
+    FACTORS,
+    IMPORTANCE,
+    Groups,
+    checked,
+    read,
+    read_entry,
+    record,
+    well_formed,
+    write,
+)
 from memsyn.storage.writer_locks import WriterLocks
 from memsyn.values.factors import MOMENTS, KroneckerFactors
 from memsyn.values.importance import Importance, check_same_shapes
@@ -64,23 +74,58 @@ class SegmentFiles:
             MemoryFileError: the file cannot be read, another observer writes to it, or there is no name for a file of
                 these settings.
         """
-        path, found = self._find(segment)
+        paths = [_path(self._store, segment), _path(self._store, segment, self._digest[:8])]
+        for path in paths:
+            self._locks.hold(path)
+            try:
+                matrices = self._restored(path, segment, window, zeros)
+            except MissingFileError:
+                matrices = {}
+            except MemoryFileError as error:
+                # An error of the disk or the network: the file may hold the sums that are looked for.
+                if isinstance(error.__cause__, OSError):
+                    raise
+                continue
+            self._paths[segment] = path
+            return matrices
+        raise MemoryFileError(
+            f"the sums cannot be stored: {paths[0]} and {paths[1]} are damaged, or were written with other weights "
+            "or settings. Move them to another folder."
+        )
+
+    def _restored(self, path: str, segment: str | None, window: Window, zeros: dict[str, Tensor]) -> dict[str, Matrix]:
+        """Restore the sums of a file, and return its matrices.
+
+        Raises:
+            MemoryFileError: the file is missing, damaged, forged, or of other settings; the window is as it was.
+        """
+        header, groups = read(path, self._kind)
         matrices: dict[str, Matrix] = {}
-        if found is not None:
-            header, groups = found
-            self._found[path] = header["checksum"]
-            with well_formed(path):
-                if self._kind == FACTORS:
-                    held = KroneckerFactors.from_file(path, header, groups)
-                    matrices, moments = held.matrices, groups.pop(MOMENTS)
-                    groups["importance"] = {name.removeprefix("diagonal/"): own for name, own in moments.items()}
-                for sums in groups.values():
-                    # Factors may have other names. Those that both have are compared.
-                    known = {**sums, **groups["importance"], **zeros}
-                    expected = {name: known[name] for name in sums} if self._kind == FACTORS else zeros
-                    check_same_shapes(sums, expected, path, "the model")
-                window.restore(header["observed"], groups, zeros)
-        self._paths[segment] = path
+        with well_formed(path):
+            observed = checked(dict, header["observed"], "observed")
+            if (observed["of"], observed["segment"]) != (self._digest, segment):
+                raise ValueError("it is of other weights, settings, or another segment")
+            if self._kind == FACTORS:
+                factors = KroneckerFactors.from_file(path, header, groups)
+                matrices, moments = factors.matrices, groups.pop(MOMENTS)
+                groups["importance"] = {name.removeprefix("diagonal/"): own for name, own in moments.items()}
+                count = factors.num_samples
+            else:
+                count = Importance.from_file(path, header, groups).num_samples
+            for sums in groups.values():
+                # Factors may have other names. Those that both have are compared.
+                known = {**sums, **groups["importance"], **zeros}
+                expected = {name: known[name] for name in sums} if self._kind == FACTORS else zeros
+                check_same_shapes(sums, expected, path, "the model")
+                negative = [n for n, own in sums.items() if self._kind == IMPORTANCE and bool((own < 0).any())]
+                if negative:
+                    raise ValueError(f"{negative[0]} holds negative values")
+            buckets = checked(list, observed["buckets"], "buckets")
+            weight = sum(record(BucketHeader, checked(dict, own, "buckets")).weight for own in buckets)
+            if count != max(1, round(weight)):
+                raise ValueError(f"num_samples is {count}, but the weights of the buckets add up to {weight:g}")
+            window.restore(observed, groups, zeros)
+        self._found[path] = header["checksum"]
         return matrices
 
     def write(
@@ -135,27 +180,6 @@ class SegmentFiles:
                 f"the sums are not stored: somebody else has written {path} since this observer read it, and those "
                 "samples would be lost. Give each observer a store of its own: each replica needs one."
             )
-
-    def _find(self, segment: str | None) -> tuple[str, tuple[dict[str, Any], Groups] | None]:
-        """The path for a segment, and the content of its file if that is of the same settings."""
-        paths = [_path(self._store, segment), _path(self._store, segment, self._digest[:8])]
-        for path in paths:
-            self._locks.hold(path)
-            try:
-                header, groups = read(path, self._kind)
-                with well_formed(path):
-                    if header["observed"]["of"] == self._digest:
-                        return path, (header, groups)
-            except MissingFileError:
-                return path, None
-            except MemoryFileError as error:
-                # An error of the disk or the network: the file may hold the sums that are looked for.
-                if isinstance(error.__cause__, OSError):
-                    raise
-        raise MemoryFileError(
-            f"the sums cannot be stored: {paths[0]} and {paths[1]} are damaged, or were written with other weights "
-            "or settings. Move them to another folder."
-        )
 
 
 def _path(store: str | os.PathLike[str], segment: str | None, digest: str = "") -> str:

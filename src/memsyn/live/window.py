@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memsyn.errors import OptionError
 from memsyn.kernels.running_sums import RunningSums
-from memsyn.storage.reading_and_writing import Groups, record
+from memsyn.storage.reading_and_writing import Groups, checked, checked_count, record
 
 BUCKETS: Final = 7
 """Parts of a sliding window; the samples of the oldest part expire together."""
@@ -24,14 +24,14 @@ BUCKETS: Final = 7
 RESCALE_AFTER: Final = 16
 """Half-lives after which decaying sums are rescaled, so that the weights of new samples do not overflow."""
 
+END: Final = 253_402_300_800.0
+"""The year 10,000, in seconds since 1970: dates end before."""
+
 ZERO_AFTER: Final = 64
 """Half-lives after which a sample counts 0: float32 could hold little less."""
 
 LONGEST_LATE: Final = 3600.0
 """Seconds by which a sample may be late, whatever the window: the queue may have been full."""
-
-LATEST: Final = 250_000_000_000.0
-"""The latest time that a file may bear, in seconds since 1970: the year 9892. Python's dates end at 9999."""
 
 
 def _elapsed() -> float:
@@ -250,19 +250,60 @@ class Window:
         Sums of other names keep their dtype.
 
         Raises:
-            ValueError, KeyError: the header or the groups are not as `saved` makes them.
+            LookupError, TypeError, ValueError: the header or the groups are not as `saved` makes them; the window is as
+                it was.
         """
-        self.origin, device = float(header["at"]), next(iter(zeros.values())).device
-        if not 0 <= self.origin <= LATEST:
-            raise ValueError(f"at is {self.origin}")
-        self._latest, self._is_restored = self.origin, True
-        for values in header["buckets"]:
-            own = record(BucketHeader, values)
+        own_headers, at = self._checked(header, groups)
+        self.origin, device = at, next(iter(zeros.values())).device
+        self._latest, self._is_restored = at, True
+        for own in own_headers:
             stored = groups["importance" if self.width is None else str(own.place)]
             # A weight of 2.6 was stored as 3 samples, with sums to match. Times 2.6 / 3 they are as before.
             ratio = 1.0 if self.half_life is None else own.weight / max(1, round(own.weight))
             sums = {name: total.to(zeros.get(name, total)).to(device) * ratio for name, total in stored.items()}
             self.buckets.append(_Bucket(own, RunningSums(sums)))
+
+    def _checked(self, header: Mapping[str, Any], groups: Groups) -> tuple[list[BucketHeader], float]:
+        """The buckets in a header, and when it was written, checked against each other and against the groups.
+
+        Raises:
+            LookupError, TypeError, ValueError: they cannot be of one window.
+        """
+        at, plain = header["at"], checked(list, header["buckets"], "buckets")
+        if type(at) not in (int, float) or not 0 <= at < END:
+            raise ValueError(f"at is {at!r:.40}; expected seconds since 1970")
+        if not 1 <= len(plain) <= (1 if self.width is None else BUCKETS):
+            raise ValueError(f"buckets are {len(plain)}; expected 1 to {1 if self.width is None else BUCKETS}")
+        found = [record(BucketHeader, checked(dict, values, "buckets")) for values in plain]
+        places = [own.place for own in found]
+        names = {"importance"} | (set() if self.width is None else set(map(str, places)))
+        if places != sorted(set(places)) or groups.keys() != names:
+            raise ValueError(f"the places of the buckets are {places!r:.80}; expected one group for each, in order")
+        for own in found:
+            self._check_bucket(own, at)
+        for name, total in ((name, own) for sums in groups.values() for name, own in sums.items()):
+            if not total.is_floating_point() or total.dtype.itemsize < 2:
+                raise ValueError(f"{name} is {total.dtype}; expected a floating point type to compute with")
+        return found, float(at)
+
+    def _check_bucket(self, own: BucketHeader, at: float) -> None:
+        """Check the numbers of a bucket against each other, and against the time at which they were written.
+
+        Raises:
+            ValueError: names the field.
+        """
+        checked_count(own.num_samples, "num_samples", 1)
+        if not 0 <= own.first <= own.last < END:
+            raise ValueError(f"first is {own.first:g} and last {own.last:g}; expected seconds since 1970, in order")
+        is_whole = self.half_life is None
+        if not own.weight > 0 or (is_whole and own.weight != own.num_samples) or not own.total >= 0:
+            raise ValueError(f"weight is {own.weight:g} and total {own.total:g}, of {own.num_samples} samples")
+        if own.weight > own.num_samples * 2.0**RESCALE_AFTER:
+            raise ValueError(f"weight is {own.weight:g}, of {own.num_samples} samples")
+        places = {0} if self.width is None else {math.floor(time / self.width) for time in (own.first, own.last)}
+        age = 0 if self.width is None else math.floor(at / self.width) - own.place
+        if places != {own.place} or not 0 <= age < BUCKETS:
+            raise ValueError(f"place is {own.place}; expected that of its samples, among the last {BUCKETS}")
 
     def _sums(self) -> dict[str, Tensor]:
         """The sums of all buckets, without rescaling."""

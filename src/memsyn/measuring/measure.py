@@ -34,7 +34,6 @@ from memsyn.measuring.objectives import Estimator, Forward, find_estimator
 from memsyn.measuring.resume import Checkpoint
 from memsyn.parameters import trainable_parameters
 from memsyn.progress import progress_bar
-from memsyn.storage.reading_and_writing import well_formed
 from memsyn.values.factors import KroneckerFactors
 from memsyn.values.importance import Importance
 
@@ -206,10 +205,7 @@ def measure(
         if resumable is not None:
             settings = {**measurement.settings(), "max_samples": max_samples, "process": rank_and_size(group)}
             settings |= {"whether there is a split": True} if split is not None else {}
-            found = resumable.begin(settings, measurement.state)
-            if found is not None:
-                with well_formed(resumable.path):
-                    measurement.restore(*found)
+            resumable.begin(settings, measurement.state, measurement.restore)
         length, has_forward = length_of(batches, max_samples), forward is not None
         read = (in_samples(batch, split, has_forward=has_forward) for batch in batches)
         reader = _Reader(measurement, can_guess=max_samples is None)

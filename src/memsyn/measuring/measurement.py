@@ -47,7 +47,7 @@ from memsyn.parameters import (
     weights,
     wide_dtype,
 )
-from memsyn.storage.reading_and_writing import Groups, checked_count
+from memsyn.storage.reading_and_writing import Groups
 from memsyn.torch_private import foreach_zero_, version_of, without_function_modes
 from memsyn.values.factors import BOTH, INPUTS_ALONE, KroneckerFactors
 from memsyn.values.importance import Importance, check_same_shapes
@@ -466,7 +466,7 @@ class Measurement:
     def restore(self, header: Mapping[str, Any], groups: Groups) -> None:
         """Resume from a saved state."""
         known = header["checkpoint"]
-        self.num_samples = checked_count(known["num_samples"])
+        self.num_samples = known["num_samples"]
         self.table.restore(known)
         self._make_copy()
         assert self.sums is not None
@@ -475,7 +475,7 @@ class Measurement:
         num_folded = header["num_samples"] if groups["remainder"] else 0
         scale = remainder_scale(self.estimator) if header["format"] == 1 else 1.0
         remainder = {name: total * scale for name, total in groups["remainder"].items()}
-        self.sums.restore((groups["importance"], remainder), checked_count(known["num_added"]), num_folded)
+        self.sums.restore((groups["importance"], remainder), known["num_added"], num_folded)
 
 
 def _scorer(forward: Forward | None, estimator: Estimator, rank: int | None) -> Scorer:

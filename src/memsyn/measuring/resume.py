@@ -2,9 +2,14 @@
 
 Owns when the file is written, the checks before a pass continues, and the notes to the user. `measurement` supplies the
 contents. The file is an importance file of the samples so far, with an extra entry `checkpoint` in its header.
+
+A file's checksum is no signature, since a forger makes it again. The batches are the key here: their digest is not in
+the file, and is found when they are read again. A seal (HMAC) under it covers all that the file says, sums included.
 """
 
 import hashlib
+import hmac
+import json
 import os
 import signal
 import sys
@@ -21,14 +26,25 @@ from torch import Tensor
 
 from memsyn.batches import tensors
 from memsyn.errors import BatchError, MemoryFileError, MemsynError, MismatchError, OptionError
-from memsyn.storage.reading_and_writing import IMPORTANCE, Groups, read, well_formed, write
+from memsyn.kernels.running_sums import BATCHES
+from memsyn.parameters import fingerprint
+from memsyn.storage.reading_and_writing import (
+    FORMAT,
+    IMPORTANCE,
+    Groups,
+    checked,
+    checked_count,
+    read,
+    well_formed,
+    write,
+)
 from memsyn.values.importance import Importance
 
 NUMBERS: Final = 1024
 """About how many numbers of each tensor go into the digest of a batch."""
 
-Saved = tuple[dict[str, Any], Groups]
-"""A file's header and tensors."""
+Restore = Callable[[Mapping[str, Any], Groups], None]
+"""Takes a file's header and tensors, to go on from them."""
 
 State = tuple[Importance, dict[str, Tensor], dict[str, Any]]
 """The importance so far, the remainder to add to its sums, and all other values that are needed to continue."""
@@ -46,27 +62,28 @@ class Checkpoint:
         self.path, self.every = Path(path).absolute(), every
         self.num_batches = 0
         self._digest = ""
+        self._found: tuple[dict[str, Any], Groups] | None = None
+        """The content of the file, until its seal is checked."""
         self._saved: tuple[int, int] | None = None
         """The number of batches and of samples in the file; None without a file."""
         self._at_batch_boundary = True
         """Whether the sums hold only complete batches."""
 
-    def begin(self, settings: Mapping[str, Any], state: Callable[[], State | None]) -> Saved | None:
+    def begin(self, settings: Mapping[str, Any], state: Callable[[], State | None], restore: Restore) -> None:
         """Read the file, if it exists, and set torch's generator to its state at the start of the pass.
 
         Args:
             settings: description -> value, for all values that must be the same in every run of the pass. Errors show
                 the description.
             state: returns the state to save; None if there is nothing to save yet.
-
-        Returns:
-            The header and the tensors of the file; None if the file does not exist.
+            restore: called with the content of the file, after the batches in it were read again.
 
         Raises:
             MemoryFileError: the file is damaged or of another kind, or its folder is missing.
             MismatchError: the file belongs to another pass.
         """
-        self._settings, self._state, self._time = dict(settings), state, time.monotonic()
+        self._settings, self._state, self._restore = dict(settings), state, restore
+        self._time = time.monotonic()
         # Before the loader is iterated: a shuffling DataLoader draws its order from this generator.
         self._generator = torch.get_rng_state()
         if not self.path.exists():
@@ -74,32 +91,41 @@ class Checkpoint:
                 raise MemoryFileError(
                     f"the checkpoint {self.path} cannot be written: its folder does not exist. Create the folder."
                 )
-            return None
+            return
         header, groups = read(self.path, IMPORTANCE)
         if "checkpoint" not in header:
             raise MismatchError(
                 f"{self.path} is a finished importance, not a checkpoint: give checkpoint= a path of its own."
             )
         with well_formed(self.path):
-            entry = header["checkpoint"]
-            differing = [what for what, value in self._settings.items() if entry["settings"][what] != value]
-            self.num_batches, self._digest = int(entry["num_batches"]), str(entry["digest"])
-            saved = self.num_batches, int(entry["num_samples"])
-            self._generator = torch.frombuffer(bytearray.fromhex(entry["generator"]), dtype=torch.uint8)
+            entry = checked(dict, header["checkpoint"], "checkpoint")
+            known = checked(dict, entry["settings"], "settings")
+            differing = [what for what, value in self._settings.items() if known[what] != value]
+            num_batches = checked_count(entry["num_batches"], "num_batches", 1)
+            _check_counts(header, entry, folded=bool(groups["remainder"]))
+            generator = bytearray.fromhex(checked(str, entry["generator"], "generator"))
         if differing:
             raise MismatchError(
                 f"the checkpoint {self.path} belongs to another pass: it differs in {', '.join(differing)}. Call "
                 "measure as in that pass; or delete the file, or give another path, to start again."
             )
-        torch.set_rng_state(self._generator)
-        self._saved = saved
-        return header, groups
+        try:
+            self._generator = torch.frombuffer(generator, dtype=torch.uint8)
+            torch.set_rng_state(self._generator)
+        except (RuntimeError, ValueError) as error:
+            raise MemoryFileError(
+                f"{self.path} was changed since it was written: its generator is no state of torch's. Delete it to "
+                "start again."
+            ) from error
+        self.num_batches, self._found = num_batches, (header, groups)
+        self._saved = num_batches, entry["num_samples"]
 
     def remaining(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Skip the batches that are measured already, compare them with the digest, and yield the others.
+        """Skip the batches that are measured already, go on from what the file says of them, and yield the others.
 
         Raises:
             BatchError: the skipped batches are not those of the checkpoint.
+            MemoryFileError: the file was changed since it was written.
         """
         digest = ""
         for index in range(self.num_batches):
@@ -107,9 +133,31 @@ class Checkpoint:
                 digest = _chain_digest(digest, next(batches))
             except StopIteration:
                 raise self._other_batches(f": there are only {index}") from None
-        if digest != self._digest:
-            raise self._other_batches()
+        if self._found is not None:
+            (header, groups), self._found = self._found, None
+            self._digest = digest
+            self._check_seal(header, groups)
+            with well_formed(self.path):
+                self._restore(header, groups)
         yield from batches
+
+    def _check_seal(self, header: Mapping[str, Any], groups: Groups) -> None:
+        """Check that the batches, and all that the file says of them, are as they were when it was written."""
+        entry = header["checkpoint"]
+        if "digest" in entry:  # no seal: written by an older memsyn, with the digest itself
+            if entry["digest"] != self._digest:
+                raise self._other_batches()
+            return
+        with well_formed(self.path):
+            batches, seal = (checked(str, entry[own], own) for own in ("batches", "seal"))
+        if batches != _public_digest(self._digest):
+            raise self._other_batches()
+        if seal != _seal(self._digest, header, groups):
+            self._saved, self._at_batch_boundary = None, False
+            raise MemoryFileError(
+                f"{self.path} was changed since it was written: its seal is not that of its sums, counts and settings. "
+                "Delete it to start again."
+            )
 
     def _other_batches(self, more: str = "") -> BatchError:
         # The file belongs to another call: do not write to it, nor offer to continue from it.
@@ -162,16 +210,52 @@ class Checkpoint:
             **known,
             "settings": self._settings,
             "num_batches": self.num_batches,
-            "digest": self._digest,
+            "batches": _public_digest(self._digest),
             "generator": self._generator.numpy().tobytes().hex(),
         }
         groups = {"importance": importance.sums, "remainder": remainder}
-        write(self.path, IMPORTANCE, {**importance.header(), "checkpoint": entry}, groups)
+        header = {**importance.header(), "checkpoint": entry}
+        entry["seal"] = _seal(self._digest, {**header, "format": FORMAT}, groups)
+        write(self.path, IMPORTANCE, header, groups)
         self._saved, self._time = (self.num_batches, known["num_samples"]), time.monotonic()
 
     def finish(self) -> None:
         """Remove the file: the pass is done."""
         self.path.unlink(missing_ok=True)
+
+
+def _check_counts(header: Mapping[str, Any], entry: Mapping[str, Any], *, folded: bool) -> None:
+    """Check the counts of a checkpoint against each other.
+
+    The sums of the file are of all samples until the first fold, then of those that are folded. Every eighth batch is
+    folded, and a batch has a sample at least.
+
+    Raises:
+        ValueError: they cannot be of one pass.
+    """
+    count, of_sums = (checked_count(own["num_samples"], "num_samples", 1) for own in (entry, header))
+    num_added = checked_count(entry["num_added"], "num_added", 1)
+    since = num_added % BATCHES if folded else 0
+    if folded != (num_added >= BATCHES) or count - of_sums < since or (not since and count != of_sums):
+        raise ValueError(f"num_samples is {of_sums} and {count}, after {num_added} batches: they are not of one pass")
+
+
+def _public_digest(digest: str) -> str:
+    """By which a file knows the batches again; the digest itself cannot be found from it."""
+    return hashlib.sha256(f"batches {digest}".encode()).hexdigest()
+
+
+_UNSEALED: Final = ("kind", "memsyn", "groups", "checksum")
+"""Entries of a header that `write` adds; the format changes the meaning of others, and is sealed."""
+
+
+def _seal(digest: str, header: Mapping[str, Any], groups: Groups) -> str:
+    """The HMAC of a checkpoint's header and tensors, with the digest of its batches as the key."""
+    entry = {name: value for name, value in header["checkpoint"].items() if name != "seal"}
+    kept = {name: value for name, value in header.items() if name not in _UNSEALED} | {"checkpoint": entry}
+    own = {f"{group}/{name}": tensor for group, members in groups.items() for name, tensor in members.items()}
+    sealed = json.dumps([kept, fingerprint(own)], sort_keys=True)
+    return hmac.new(digest.encode(), sealed.encode(), "sha256").hexdigest()
 
 
 def _chain_digest(digest: str, batch: Any) -> str:

@@ -45,7 +45,7 @@ def open_file(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, int]]:
     Raises:
         OSError: the file cannot be opened, or is a folder, a device or a pipe.
     """
-    _check_regular(Path(path))
+    check_regular(path)
     with open(path, "rb") as file:
         yield file, os.fstat(file.fileno()).st_size
 
@@ -64,7 +64,7 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     path = path.resolve() if path.is_symlink() else path
-    _check_regular(path)
+    check_regular(path)
     if path.exists():
         # A rename does not need the permission to write the old file, so ask for it here.
         os.close(os.open(path, os.O_WRONLY))
@@ -88,7 +88,13 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     _sync_folder(path)
 
 
-def _check_regular(path: Path) -> None:
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse a folder, a device or a pipe, which would be read for ever; a missing file passes.
+
+    Raises:
+        OSError: says which.
+    """
+    path = Path(path)
     if path.exists() and not path.is_file():
         kind = errno.EISDIR if path.is_dir() else errno.EINVAL
         raise OSError(kind, os.strerror(kind) if path.is_dir() else "Not a regular file", str(path))

@@ -58,6 +58,13 @@ _SUM: Final = "sum"
 _ANCHOR: Final = "anchor"
 STATISTICS: Final = "statistics"
 
+_COMPUTED: Final = frozenset(
+    [_SUM, IMPORTANCE, _ANCHOR, "remainder", "moments", "diagonal"]
+    + [f"{side}_{part}" for side in ("input", "output") for part in ("values", "rest", "vectors")]
+)
+"""The groups whose tensors are computed with."""
+_COMPUTED_TYPES: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 _PREFIX: Final = "sha256:"
 _BLANK: Final = _PREFIX + "0" * 64
 """What stands in the header while the checksum is computed."""
@@ -78,6 +85,7 @@ _BAD_INPUT: Final = (
 Groups = dict[str, dict[str, Tensor]]
 """Group -> parameter name -> tensor."""
 Record = TypeVar("Record")
+Plain = TypeVar("Plain")
 
 
 def write(
@@ -223,24 +231,45 @@ def record(kind: type[Record], values: Mapping[str, Any]) -> Record:
             value, hint = values[field.name], hints[field.name]
             # In Python, `isinstance(True, int)` holds, so a bool would pass as a number.
             if isinstance(value, bool) or not isinstance(value, hint | int if hint == float | None else hint):
-                raise ValueError(f"{field.name} is {value!r}")
+                raise ValueError(f"{field.name} is {value!r:.40}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{field.name} is {value}")
-            found[field.name] = checked_count(value) if field.name.startswith("num_") else value
+            found[field.name] = checked_count(value, field.name) if field.name.startswith("num_") else value
         elif field.default is MISSING:
             raise ValueError(f"{field.name} is missing")
     return kind(**found)
 
 
-def checked_count(value: Any) -> int:
-    """A number of samples from a header, from 0 to 2^63 - 1.
+def checked_count(value: Any, what: str, least: int = 0) -> int:
+    """A number of samples from a header, from `least` to 2^63 - 1; `what` names its field.
 
     Raises:
         ValueError: the value is anything else.
     """
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"expected a count, got {value!r:.40}")
+    if type(value) is not int or not least <= value < 2**63:
+        raise ValueError(f"{what} is {value!r:.40}; expected a count from {least} to 2^63 - 1")
     return value
+
+
+def checked(kind: type[Plain], value: Any, what: str) -> Plain:
+    """A value from a header that must be of this type alone: text, a list or an object; `what` names its field.
+
+    Raises:
+        TypeError: it is of another type.
+    """
+    if type(value) is not kind:
+        expected = {str: "text", list: "a list", dict: "an object", bool: "true or false"}[kind]
+        raise TypeError(f"{what} is {value!r:.40}; expected {expected}")
+    return value
+
+
+def checked_texts(value: Any, what: str) -> dict[str, str]:
+    """Text by name, from a header.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    return {name: checked(str, text, f"{what}.{name}") for name, text in checked(dict, value, what).items()}
 
 
 def _stored_name(kind: object, group: str, written: int = FORMAT) -> str:
@@ -337,10 +366,11 @@ def _mapped_tensors(file: BinaryIO, start: int, stored: list[StoredTensor], dige
 
 def _grouped(path: object, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Groups:
     """The tensors of a file by the caller's group names, in the order of the header, all of them and no others."""
-    names: Mapping[str, list[str]] = header["groups"]
+    names = header.get("groups")
+    if not isinstance(names, dict) or not all(isinstance(members, list) for members in names.values()):
+        names = {}
     keys = [f"{group}/{name}" for group, members in names.items() for name in members]
-    lists = all(isinstance(members, list) for members in names.values())
-    if not lists or len(set(keys)) != len(keys) or set(keys) != set(tensors):
+    if "groups" not in header or len(set(keys)) != len(keys) or set(keys) != set(tensors):
         raise MemoryFileError(f"{path}: its tensors are not those that its metadata names.")
     sums = _stored_name(header.get("kind"), IMPORTANCE, header["format"])
     if sums != IMPORTANCE and IMPORTANCE in names:
@@ -367,7 +397,12 @@ def _bytes_of(piece: Tensor) -> memoryview:
 
 
 def _check_dtype(path: object, key: str, dtype: torch.dtype) -> None:
-    if not dtype.is_floating_point and key.startswith((f"{_SUM}/", f"{IMPORTANCE}/", f"{_ANCHOR}/", f"{STATISTICS}/")):
+    group = key.partition("/")[0]
+    # torch stores float8, but computes next to nothing with it. Buffers are only kept and compared.
+    if group in _COMPUTED and dtype not in _COMPUTED_TYPES:
+        names = ", ".join(map(str, _COMPUTED_TYPES))
+        raise MemoryFileError(f"{path}: {key} is {dtype}; expected a floating point type to compute with: {names}.")
+    if group == STATISTICS and not dtype.is_floating_point:
         raise MemoryFileError(f"{path}: {key} is {dtype}; expected a floating point type.")
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from memsyn.errors import MemoryFileError, MissingFileError
-from memsyn.storage.atomic_files import replace_file
+from memsyn.storage.atomic_files import check_regular, replace_file
 from memsyn.storage.safetensors_header import StoredTensor, arranged, header_bytes, num_bytes
 
 INDEX: Final = "model.safetensors.index.json"
@@ -43,9 +43,10 @@ class StoredWeights(Mapping[str, Tensor]):
         self._files: dict[str, Any] = {}
         for file in _files_of(self._path):
             try:
+                check_regular(file)
                 opened: Any = safe_open(file, framework="pt")
                 self._files |= dict.fromkeys(opened.keys(), opened)
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, RuntimeError, ValueError) as error:
                 raise MemoryFileError(
                     f"{file} could not be read as safetensors: {error}. Other formats: load the model and save it with "
                     "safetensors.torch.save_model."
@@ -92,9 +93,10 @@ def _files_of(path: Path) -> list[Path]:
             )
         return files
     try:
+        check_regular(index)
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         files = [path / Path(name).name for name in dict.fromkeys(names)]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise MemoryFileError(f"{index} could not be read: {type(error).__name__}: {error}.") from error
     missing = [str(file) for file in files if not file.exists()]
     if missing:

@@ -327,7 +327,7 @@ def overlap(a: Spectrum, b: Spectrum) -> float:
     With A = sum_i d_i v_i v_i^T + r I and B = sum_j e_j w_j w_j^T + s I:
     tr(A B) = sum_ij d_i e_j (v_i^T w_j)^2 + s sum_i d_i + r sum_j e_j + n r s.
     """
-    length = math.sqrt(_inner(a, a) * _inner(b, b))
+    length = math.sqrt(max(0.0, _inner(a, a) * _inner(b, b)))  # rounding may leave less than 0
     return min(1.0, _inner(a, b) / length) if length else 0.0
 
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from memsyn.errors import MemoryFileError, OptionError
+from memsyn.errors import MemoryFileError, MissingFileError, OptionError
 from memsyn.parameters import canonical_name, near_names, wide_dtype
-from memsyn.storage.atomic_files import replace_file
+from memsyn.storage.atomic_files import open_file, replace_file
+from memsyn.storage.foreign_files import check_size, load_dict, load_tensors
 from memsyn.storage.reading_and_writing import STATISTICS
+from memsyn.storage.safetensors_header import DTYPES
 from memsyn.values.consolidation import Consolidation
 from memsyn.values.directions import GROUPS
 from memsyn.values.factors import MOMENTS, KroneckerFactors
@@ -58,13 +58,25 @@ EXPORTS: Final = {
 """Structure -> two lines that write a file for `read_plain`, to be run where the old code can be imported."""
 
 
+_HOW_TO_EXPORT: Final = "\n".join(
+    [
+        "Only plain dicts of tensors are read, never a pickled model or plugin, which can run code. Two lines",
+        "write such a dict, where the old code can be imported:",
+        *(
+            "\n".join([f"  {STRUCTURES[whose]}:", *(f"    {line}" for line in lines)])
+            for whose, lines in EXPORTS.items()
+        ),
+    ]
+)
+
+
 def is_plain(path: str | os.PathLike[str]) -> bool:
     """Whether a file is one of torch's: the ninth byte of every safetensors file is the brace of its JSON header."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as (file, _):
             return file.read(9)[8:] != b"{"
     except OSError:
-        return False  # a URL or a missing file: `storage` raises the error
+        return False  # a URL, a missing file, a folder, a pipe: `storage` raises the error
 
 
 def write_plain(path: str | os.PathLike[str], held: Held) -> None:
@@ -139,13 +151,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         MemoryFileError: the file is missing, damaged, or not a state_dict of dense tensors.
     """
-    if is_plain(path):
-        state: Mapping[Any, Any] = _load(path)
-    else:
-        try:
-            state = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise MemoryFileError(f"{path} could not be read: {error}. Give a file of the model's weights.") from error
+    state: Mapping[Any, Any] = _load(path) if is_plain(path) else load_tensors(path)
     found = {
         canonical_name(name): values
         for name, values in state.items()
@@ -154,6 +160,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     sparse = [name for name, values in found.items() if values.layout != torch.strided]
     if sparse:
         raise MemoryFileError(f"{path} holds sparse tensors, the first is {sparse[0]}: write them with .to_dense().")
+    for name, values in found.items():
+        if values.dtype not in DTYPES.values() or values.dtype.itemsize * values.is_floating_point() == 1:
+            raise MemoryFileError(f"{path} holds {name} as {values.dtype}: convert it to a type to compute with.")
+        if values.device.type != "cpu":
+            raise MemoryFileError(f"{path} holds {name} without its values: save a model that is not on meta.")
+    check_size(path, found.values())
     return found
 
 
@@ -271,22 +283,12 @@ def _is_dense(value: object) -> bool:
 
 def _load(path: Path) -> Mapping[Any, Any]:
     try:
-        plain = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise MemoryFileError(f"{path} does not exist.") from None
-    except Exception as error:  # a damaged or hostile file can make torch raise anything
-        raise _refusal(path, f"could not be read by torch ({type(error).__name__})") from error
-    if not isinstance(plain, Mapping) or not plain:
-        raise _refusal(path, "holds no dict of tensors")
-    return plain
+        return load_dict(path)
+    except MissingFileError:
+        raise
+    except MemoryFileError as error:
+        raise MemoryFileError(f"{error}\n{_HOW_TO_EXPORT}") from error.__cause__
 
 
 def _refusal(path: Path, what: str) -> MemoryFileError:
-    lines = [
-        f"{path} {what}.",
-        "Only plain dicts of tensors are read, never a pickled model or plugin, which can run code. Two lines",
-        "write such a dict, where the old code can be imported:",
-    ]
-    for whose, export in EXPORTS.items():
-        lines += [f"  {STRUCTURES[whose]}:", *(f"    {line}" for line in export)]
-    return MemoryFileError("\n".join(lines))
+    return MemoryFileError(f"{path} {what}.\n{_HOW_TO_EXPORT}")

@@ -17,7 +17,7 @@ from torch import Tensor
 from memsyn.errors import MismatchError
 from memsyn.matrices import EXACT_WIDTH, Layout, Matrix, num_weights_of
 from memsyn.parameters import gathered, layer_of, only_those, under_new_names, way_out
-from memsyn.storage.reading_and_writing import Groups, checked_count
+from memsyn.storage.reading_and_writing import Groups, checked, checked_count
 from memsyn.values.display import LayerRow, counted_matrices, html_table, size_in_memory
 from memsyn.values.factors import (
     BOTH,
@@ -310,8 +310,9 @@ class Directions:
                 weight = own.matrix.weight
                 wrong[weight] = f"{weight} (expected {layout}, the model has {tuple(parameter.shape)})"
         for name, diagonal in self.diagonal.items():
-            shape = parameters[name].shape if name in parameters else diagonal.squares.shape
-            if shape[1:] != diagonal.squares.shape[1:] or (len(shape) and shape[0] < len(diagonal.squares)):
+            squares, shape = diagonal.squares, parameters[name].shape if name in parameters else diagonal.squares.shape
+            grown = 0 < squares.ndim == len(shape) and shape[1:] == squares.shape[1:] and shape[0] > len(squares)
+            if shape != squares.shape and not grown:
                 wrong[name] = f"{name} (expected {tuple(diagonal.squares.shape)}, the model has {tuple(shape)})"
         if wrong or (self.names() and not self.names() & parameters.keys()):
             raise MismatchError(
@@ -415,35 +416,42 @@ class Directions:
         """
         layers = {}
         for key, matrix in matrices_from(header["matrices"]).items():
-            numbers = header["numbers"][key]
-            mass = _positive(numbers["mass"])
-            (inputs_scale, outputs_scale), (positions, samples) = numbers["scales"], numbers["counts"]
+            where, numbers = (
+                f"numbers.{key}",
+                checked(dict, checked(dict, header["numbers"], "numbers")[key], f"numbers.{key}"),
+            )
+            mass = _positive(numbers["mass"], f"{where}.mass")
+            scale_pair, count_pair = (checked(list, numbers[own], f"{where}.{own}") for own in ("scales", "counts"))
+            if len(scale_pair) != 2 or len(count_pair) != 2:
+                raise ValueError(f"{where}: scales and counts have two numbers each")
             inputs = _spectrum(groups, "input", key, matrix.width, matrix.layout.groups)
             outputs = _spectrum(groups, "output", key, matrix.layout.outputs, matrix.layout.groups)
             if inputs is None:
                 raise KeyError(f"input_values/{key}")
             if matrix.layout.is_table != (inputs.vectors is None) or (outputs and outputs.vectors is None):
                 raise ValueError(f"input_vectors/{key} or output_vectors/{key} does not fit the matrix")
-            scales = (_positive(inputs_scale), _positive(outputs_scale))
-            counts = (checked_count(positions), checked_count(samples))
-            if not all(counts):
-                raise ValueError(f"{key} was measured on no positions or samples")
-            layers[key] = LayerDirections(matrix, inputs, outputs, mass, scales, counts)
+            scales = [_positive(own, f"{where}.scales") for own in scale_pair]
+            counts = [checked_count(own, f"{where}.counts", 1) for own in count_pair]
+            layers[key] = LayerDirections(matrix, inputs, outputs, mass, (scales[0], scales[1]), (counts[0], counts[1]))
         diagonal = {}
         for name, squares in groups.get("diagonal", {}).items():
-            mass, scale = header["diagonal"][name]
+            where, pair = (
+                f"diagonal.{name}",
+                checked(list, checked(dict, header["diagonal"], "diagonal")[name], f"diagonal.{name}"),
+            )
+            if len(pair) != 2:
+                raise ValueError(f"{where} is {pair!r:.40}; expected two numbers")
             if not squares.is_floating_point() or bool((squares < 0).any()):
                 raise ValueError(f"diagonal/{name} holds negative values")
-            diagonal[name] = DiagonalDirections(squares, _positive(mass), _positive(scale))
-        rank = None if header["rank"] is None else checked_count(header["rank"])
-        if rank == 0:
-            raise ValueError("the rank is 0")
+            diagonal[name] = DiagonalDirections(squares, _positive(pair[0], where), _positive(pair[1], where))
+        rank = None if header["rank"] is None else checked_count(header["rank"], "rank", 1)
         excerpts = groups.get("excerpt", {})
-        free = frozenset(str(name) for name in header["free"])
+        free = frozenset(checked(str, name, "free") for name in checked(list, header["free"], "free"))
         # Files of before do not tell: then nothing is predicted relative to the outputs.
         length, mass = header.get("squared_outputs"), header.get("mass", 1.0)
-        length = None if length is None else _positive(length)
-        found = cls(layers, diagonal, rank, free, excerpts, length, _positive(mass) if mass else 0.0)
+        length = None if length is None else _positive(length, "squared_outputs")
+        mass = 0.0 if type(mass) in (int, float) and mass == 0 else _positive(mass, "mass")
+        found = cls(layers, diagonal, rank, free, excerpts, length, mass)
         for name, values in excerpts.items():
             if name not in found.names() or values.ndim != 1 or len(values) > EXCERPT:
                 raise ValueError(f"excerpt/{name} is no part of a parameter")
@@ -489,13 +497,16 @@ def excerpt(parameter: Tensor, rows: int | None = None) -> Tensor:
     return flat[torch.arange(EXCERPT, device=flat.device) * len(flat) // EXCERPT]
 
 
+LARGEST_SCALE: Final = 1e60
+"""Below it are all masses and scales: mean eigenvalues of sums that float32 holds, and the products of two of them."""
+
 ORTHONORMAL: Final = 1e-2
 """How far V^T V in a file may be from the identity."""
 
 
-def _positive(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
-        raise ValueError(f"expected a positive number, got {value!r:.40}")
+def _positive(value: Any, what: str) -> float:
+    if type(value) not in (int, float) or not 0 < value < LARGEST_SCALE:
+        raise ValueError(f"{what} is {value!r:.40}; expected a positive number below {LARGEST_SCALE:g}")
     return float(value)
 
 

@@ -13,11 +13,11 @@ from typing import Any, Final, final
 from torch import Tensor, nn
 
 from memsyn.errors import MismatchError
-from memsyn.matrices import Layout, Matrix, num_weights_of
+from memsyn.matrices import AS_TABLE, Layout, Matrix, num_weights_of
 from memsyn.parameters import fingerprint, layer_of, under_new_names
-from memsyn.storage.reading_and_writing import FACTORS, Groups, checked_count, read, well_formed, write
+from memsyn.storage.reading_and_writing import FACTORS, Groups, checked, checked_count, read, well_formed, write
 from memsyn.values.display import LayerRow, counted, counted_matrices, html_table, size_in_memory
-from memsyn.values.importance import check_same_shapes, checked_num_samples
+from memsyn.values.importance import check_same_shapes, checked_num_samples, checked_origin
 from memsyn.values.spectra import Spectrum, spectrum_of, spectrum_of_sketch
 
 BOTH: Final = "second moments of inputs and output gradients"
@@ -299,17 +299,15 @@ class KroneckerFactors:
             MemoryFileError: they are not as `save` writes them.
         """
         with well_formed(path):
-            of = header.get("fingerprint")
-            if not isinstance(of, str | None):
-                raise TypeError(f"fingerprint is {of!r:.40}")
+            count, routes, of = checked_origin(header)
             matrices = matrices_from(header["matrices"])
             sums = groups[MOMENTS]
             _check_sums(sums, matrices)
-            routes = {str(name): str(route) for name, route in header["routes"].items()}
-            count, magnitude = checked_count(header["num_samples"]), header["magnitude"]
-            if magnitude not in (BOTH, INPUTS_ALONE):
-                raise ValueError(f"magnitude is {magnitude!r:.40}")
-            return cls(sums, count, matrices, routes, str(header["objective"]), magnitude, of)
+            magnitude, objective = header["magnitude"], checked(str, header["objective"], "objective")
+            has_outputs = any(name.startswith(("outputs/", "outputs_sketch/")) for name in sums)
+            if magnitude not in (BOTH, INPUTS_ALONE) or (magnitude == INPUTS_ALONE and has_outputs):
+                raise ValueError(f"magnitude is {magnitude!r:.40}, which its sums are not")
+            return cls(sums, count, matrices, routes, objective, magnitude, of)
 
 
 def _only(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
@@ -356,15 +354,21 @@ def matrices_from(plain: Mapping[str, Any]) -> dict[str, Matrix]:
         LookupError, TypeError, ValueError: the values are not those of matrices.
     """
     found = {}
-    for key, own in plain.items():
-        groups, outputs, inputs, inputs_first, is_table = own["layout"]
-        sizes = [checked_count(size) for size in (groups, outputs, inputs)]
-        flags = (inputs_first, is_table)
-        if not all(isinstance(flag, bool) for flag in flags) or not isinstance(own["bias"], str | None):
-            raise TypeError(f"the layout of {key} is {own!r:.80}")
-        if groups < 1 or (is_table and (groups > 1 or own["bias"] is not None)):
-            raise ValueError(f"no matrix has the layout of {key}: {own!r:.80}")
-        found[key] = Matrix(str(own["weight"]), own["bias"], Layout(sizes[0], sizes[1], sizes[2], *flags))
+    for key, own in checked(dict, plain, "matrices").items():
+        where = f"matrices.{key}"
+        layout = checked(list, checked(dict, own, where)["layout"], f"{where}.layout")
+        weight, bias = checked(str, own["weight"], f"{where}.weight"), own["bias"]
+        if len(layout) != len(Layout._fields) or not all(isinstance(flag, bool) for flag in layout[3:]):
+            raise TypeError(f"{where}.layout is {layout!r:.80}")
+        groups, outputs, inputs = (checked_count(size, f"{where}.layout") for size in layout[:3])
+        is_table = layout[4]
+        if groups < 1 or (is_table and (groups > 1 or bias is not None)):
+            raise ValueError(f"{where}: no matrix has the layout {layout!r:.80}")
+        if bias is not None and checked(str, bias, f"{where}.bias") == weight:
+            raise ValueError(f"{where}.bias is {bias!r:.40}, which is its weight")
+        if key not in (weight, weight + AS_TABLE):
+            raise ValueError(f"{where}.weight is {weight!r:.40}; expected the name that the matrix has")
+        found[key] = Matrix(weight, bias, Layout(groups, outputs, inputs, layout[3], is_table))
     return found
 
 
@@ -383,8 +387,6 @@ def _check_sums(sums: Mapping[str, Tensor], matrices: Mapping[str, Matrix]) -> N
     """
     for name, total in sums.items():
         side, _, key = name.partition("/")
-        if not total.is_floating_point():
-            raise ValueError(f"{name} is {total.dtype}; expected a floating point type")
         free = side == "diagonal" or (name == SQUARED_OUTPUTS and not total.ndim)
         fits = free or tuple(total.shape) in _shapes(side, matrices[key], total)
         if not fits or not _can_be_moment(total, side):
@@ -397,6 +399,9 @@ def _check_sums(sums: Mapping[str, Tensor], matrices: Mapping[str, Matrix]) -> N
         complete = sides[0] in (whole[0], sketch[0]) and sides[1] in (whole[1], sketch[1], set())
         if not complete or f"positions/{key}" not in sums:
             raise ValueError(f"the sums of {key} are incomplete, or there are too many")
+        inputs = next(own for own in (f"inputs/{key}", f"inputs_trace/{key}") if own in sums)
+        if bool(sums[f"positions/{key}"] == 0) and bool(sums[inputs].any()):
+            raise ValueError(f"positions/{key} is 0, but {inputs} is not")
 
 
 _SIDES: Final = ("inputs", "outputs")

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from memsyn.errors import MismatchError, OptionError
 from memsyn.parameters import fingerprint, layer_of, only_those, under_new_names
-from memsyn.storage.reading_and_writing import IMPORTANCE, Groups, checked_count, read, well_formed, write
+from memsyn.storage.reading_and_writing import (
+    IMPORTANCE,
+    Groups,
+    checked,
+    checked_count,
+    checked_texts,
+    read,
+    well_formed,
+    write,
+)
 from memsyn.values.display import LayerRow, counted, html_table, html_text, size_in_memory
 
 OBJECTIVE = "squared_l2_norm"
@@ -184,12 +193,20 @@ class Importance:
             MemoryFileError: they are not as `save` writes them.
         """
         with well_formed(path):
-            routes = {str(name): str(route) for name, route in header["routes"].items()}
-            quantity = str(header["objective"]), str(header["magnitude"])
-            of = header.get("fingerprint")
-            if not isinstance(of, str | None):
-                raise TypeError(f"fingerprint is {of!r:.40}")
-            return cls(groups["importance"], checked_count(header["num_samples"]), routes, *quantity, of)
+            count, routes, of = checked_origin(header)
+            quantity = checked(str, header["objective"], "objective"), checked(str, header["magnitude"], "magnitude")
+            return cls(groups["importance"], count, routes, *quantity, of)
+
+
+def checked_origin(header: Mapping[str, Any]) -> tuple[int, dict[str, str], str | None]:
+    """The count, routes and fingerprint in the header of an importance or of factors.
+
+    Raises:
+        LookupError, TypeError, ValueError: names the entry that is no such value.
+    """
+    of = header.get("fingerprint")
+    known = None if of is None else checked(str, of, "fingerprint")
+    return checked_count(header["num_samples"], "num_samples", 1), checked_texts(header["routes"], "routes"), known
 
 
 def checked_num_samples(given: object, needs: str) -> int:
@@ -199,7 +216,7 @@ def checked_num_samples(given: object, needs: str) -> int:
         OptionError: it is no whole number, below 1, or above 2^63 - 1.
     """
     try:
-        count = checked_count(operator.index(given))  # type: ignore[arg-type]
+        count = checked_count(operator.index(given), "num_samples")  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise OptionError(f"num_samples must be a whole number below 2^63, got {given!r:.40}.") from None
     if count < 1:

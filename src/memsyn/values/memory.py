@@ -44,6 +44,7 @@ from memsyn.storage.reading_and_writing import (
     MEMORY,
     STATISTICS,
     Groups,
+    checked,
     checked_count,
     read,
     record,
@@ -51,7 +52,7 @@ from memsyn.storage.reading_and_writing import (
     write,
 )
 from memsyn.values.consolidation import MERGED, Consolidation
-from memsyn.values.directions import RANK, Directions, consolidated, excerpt, merged
+from memsyn.values.directions import GROUPS, RANK, Directions, consolidated, excerpt, merged
 from memsyn.values.display import counted, html_text, size_in_memory
 from memsyn.values.factors import BOTH, INPUTS_ALONE, KroneckerFactors
 from memsyn.values.importance import (
@@ -520,8 +521,8 @@ class Memory:
         """
         check_same_shapes(self.anchor, self.importance, "the anchor", "the importance")
         try:
-            for count in self.counts.values():
-                checked_count(count)
+            for name, count in self.counts.items():
+                checked_count(count, name)
         except ValueError as error:
             raise OptionError(f"the memory's counts: {error}.") from None
         write(path, MEMORY, self.header(), self.groups())
@@ -595,11 +596,29 @@ class Memory:
             MemoryFileError: they are not as `save` writes them.
         """
         with well_formed(path):
-            history = tuple(record(Consolidation, entry) for entry in header["history"])
-            counts = {str(name): checked_count(samples) for name, samples in header["counts"].items()}
+            entries = enumerate(checked(list, header["history"], "history"))
+            history = tuple(record(Consolidation, checked(dict, own, f"history.{number}")) for number, own in entries)
+            for number, entry in enumerate(history):
+                checked_count(entry.num_samples, f"history.{number}.num_samples", 1)
+                if entry.decay is not None and not 0 <= entry.decay <= 1:
+                    raise ValueError(f"history.{number}.decay is {entry.decay!r:.40}; expected 0 to 1, or null")
+            counts = {
+                name: checked_count(samples, f"counts.{name}")
+                for name, samples in checked(dict, header["counts"], "counts").items()
+            }
+            measured = sum(entry.num_samples for entry in history)
             directions = None
+            lost = [group for group in GROUPS if groups.get(group)]
+            if lost and "directions" not in header:
+                raise KeyError(f"directions, of which {lost[0]} holds tensors")
             if "directions" in header:
-                directions = Directions.from_file(header["directions"], groups)
+                directions = Directions.from_file(checked(dict, header["directions"], "directions"), groups)
+                _check_counts(directions, history)
+            for name, samples in counts.items():
+                if name not in groups["importance"] or (history and samples > measured):
+                    raise ValueError(
+                        f"counts.{name} is {samples}; expected a parameter, and at most the {measured} samples measured"
+                    )
             kept = groups.get(STATISTICS, {})
             memory = cls(groups["anchor"], groups["importance"], history, counts, directions, kept)
             if kept.keys() & memory.names:
@@ -642,6 +661,27 @@ def check_model(memory: Memory, model: nn.Module, known: Collection[str] = (), s
             NewParametersWarning,
             stacklevel=stacklevel,
         )
+
+
+def _check_counts(directions: Directions, history: tuple[Consolidation, ...]) -> None:
+    """Refuse directions of more tasks or samples than were consolidated.
+
+    Raises:
+        ValueError: names the entry.
+    """
+    entries = [entry for entry in history if entry.magnitude in (BOTH, INPUTS_ALONE)]
+    samples = sum(entry.num_samples for entry in entries)
+    masses = {"mass": directions.mass}
+    masses |= {f"numbers.{key}.mass": own.mass for key, own in directions.layers.items()}
+    masses |= {f"diagonal.{name}": own.mass for name, own in directions.diagonal.items()}
+    for what, mass in masses.items():
+        if mass > len(entries) + 0.01:  # rounding
+            raise ValueError(
+                f"directions.{what} is {mass:g}; expected at most {len(entries)}, the tasks in the history"
+            )
+    for key, own in directions.layers.items():
+        if own.counts[1] > samples:
+            raise ValueError(f"directions.numbers.{key}.counts is {own.counts}, but there are {samples} samples")
 
 
 def _of_unknown_weights(history: tuple[Consolidation, ...]) -> tuple[Consolidation, ...]:

@@ -764,13 +764,14 @@ def test_a_line_of_counts_each_minute(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"--model": "tests.serving"}, "--model must be package.module:name"),
+        ({"--model": "tests.serving"}, "--model must be package.module:build, the function that builds the model; got"),
         (
             {"--model": "nowhere:build"},
             "No module named 'nowhere'. Run it from the folder that holds the module",
         ),
         ({"--model": "tests.serving:requests"}, "--model tests.serving:requests failed: TypeError"),
         ({"--model": "os:getpid"}, "--model os:getpid must return a torch.nn.Module; it returned a int."),
+        ({"--inputs": "tests"}, "--inputs must be package.module:to_inputs, a function of a request; got 'tests'."),
         ({"--inputs": "tests.serving:nothing"}, "--inputs tests.serving:nothing failed: AttributeError"),
         ({"--model": None}, "give --model package.module:build, or a folder of Hugging Face as --weights."),
         ({"--weights": "."}, "--weights . is a folder: leave --model out"),

@@ -27,15 +27,15 @@ BATCH: Final = 64
 """How many samples are run at a time."""
 
 
-def imported(option: str, named: str) -> Any:
-    """What `package.module:name` names. The working folder is searched too.
+def imported(option: str, named: str, expected: str) -> Any:
+    """What `package.module:name` names; `expected` says what that is to be. The working folder is searched too.
 
     Raises:
         OptionError: there is no such thing, or its module failed.
     """
     module, sign, path = named.partition(":")
     if not (sign and module and path):
-        raise OptionError(f"{option} must be package.module:name, a function of yours; got {named!r}.")
+        raise OptionError(f"{option} must be package.module:{expected}; got {named!r}.")
     sys.path.insert(0, "")
     try:
         found: Any = importlib.import_module(module)
@@ -57,7 +57,7 @@ def build_model(named: str) -> nn.Module:
     Raises:
         OptionError: there is no such function, it failed, or it returns something else.
     """
-    found = imported("--model", named)
+    found = imported("--model", named, "build, the function that builds the model")
     try:
         built = found if isinstance(found, nn.Module) else found()
     except MemsynError:

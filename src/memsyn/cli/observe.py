@@ -65,7 +65,11 @@ def observe_requests(
     """
     with plain_errors(), _os_errors():
         built = _model(model, weights)
-        to_inputs = partial(plain_inputs, model=built) if inputs is None else imported("--inputs", inputs)
+        to_inputs = (
+            partial(plain_inputs, model=built)
+            if inputs is None
+            else imported("--inputs", inputs, "to_inputs, a function of a request")
+        )
         if not interval > 0:
             raise OptionError(f"--interval must be a number of seconds above 0; got {interval}.")
         observer = Observer(

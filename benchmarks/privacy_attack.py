@@ -40,7 +40,7 @@ class Watcher:
         self.states: dict[tuple[str, str], list[Sums]] = {}
 
     def look(self, live: Sums | None = None) -> None:
-        for path in self.folder.iterdir():
+        for path in self.folder.glob("[!.]*"):
             for group, sums in read(path)[1].items():
                 self._keep((path.name, group), sums)
                 if live is not None:

@@ -196,8 +196,8 @@ class SegmentSums:
     @property
     def num_withheld(self) -> int:
         """The measured samples that are not meant for a file yet, or were too old before they were."""
-        with self._lock:
-            return sum(own.withheld.num_samples + own.withheld.num_lost for own in self._segments.values())
+        # Without the lock: a fork may ask, in which nobody would release it.
+        return sum(own.withheld.num_samples + own.withheld.num_lost for own in list(self._segments.values()))
 
     def add(self, batch: Batch, segment: str | None, served_at: float) -> Exception | None:
         """Measure a batch, and add it to the sums of its segment; these go on from what the segment's file holds.

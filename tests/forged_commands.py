@@ -12,13 +12,16 @@ from typer.testing import CliRunner
 import memsyn
 from memsyn.cli import app
 
+EVERY = ["inspect", "inspect --json", "inspect --html", "verify", "diff", "diff --json", "convert", "rename"]
+
+DATA = ["--model", "tests.forged_commands:build", "--data", "inputs.safetensors"]
+
 KINDS = {
-    "importance": ["inspect", "inspect --json", "inspect --html", "verify", "diff", "diff --json", "merge", "convert", "rename"],
-    "factors": ["inspect", "inspect --json", "inspect --html", "verify", "diff", "diff --json", "merge", "convert", "rename", "learned"],
+    "importance": [*EVERY, "merge"],
+    "factors": [*EVERY, "merge", "learned"],
     "replica": ["inspect", "diff", "merge", "gate", "gate --data", "merge-models", "convert"],
     "memory": [
-        "inspect", "inspect --json", "inspect --html", "weights", "verify", "diff", "diff --json", "convert", "rename",
-        "gate", "gate --data", "compare", "compare --html", "repair", "merge-models",
+        *(*EVERY, "weights", "gate", "gate --data", "compare", "compare --html", "repair", "merge-models"),
     ],
 }  # fmt: skip
 """Kind of file -> the commands that read one."""
@@ -65,12 +68,15 @@ def arguments(command: str, kind: str, file: str) -> list[str]:
         "rename": ["convert", file, "-o", "out", "--rename", "=net."],
         "learned": ["repair", "memory", "new.safetensors", "--learned", file, "-o", "out"],
         "gate": ["gate", file, "new.safetensors"],
-        "gate --data": ["gate", file, "new.safetensors", "--model", "tests.forged_commands:build", "--data", "inputs.safetensors", "--json"],
+        "gate --data": ["gate", file, "new.safetensors", *DATA, "--json"],
         "compare": ["compare", file, "new.safetensors", "--json"],
         "compare --html": ["compare", file, "new.safetensors", "--html", "out.html"],
         "repair": ["repair", file, "new.safetensors", "-o", "out"],
-        "merge-models": ["merge-models", "old.safetensors", "new.safetensors", "--memory", file, "--memory", "memory of new", "-o", "out"],
-    }[command]  # fmt: skip
+        "merge-models": [
+            *("merge-models", "old.safetensors", "new.safetensors", "--memory", file, "--memory", "memory of new"),
+            *("-o", "out"),
+        ],
+    }[command]
 
 
 def run(command: str, kind: str, file: str) -> Any:

@@ -77,12 +77,12 @@ def test_forged_checkpoints_are_refused(at: int, soak: bool, tmp_path: Path) -> 
         try:
             found = resumed(path)
         except (memsyn.MemoryFileError, memsyn.MismatchError, memsyn.BatchError) as error:
-            assert str(path) in str(error), forgery
-            outcomes["refused"] += 1
+            outcomes["refused" if str(path) in str(error) else f"{forgery}: {error}"] += 1
         else:
             assert_same(found, expected, str(forgery))
             outcomes["same"] += 1
     print(f"\ncheckpoints after {at} batches: {dict(outcomes)}")
+    assert outcomes.keys() <= {"refused", "same"}
     assert outcomes["refused"] > 10 * outcomes["same"]
 
 
@@ -115,7 +115,7 @@ def test_a_forger_without_the_batches_makes_no_older_file_of_it(tmp_path: Path) 
     [
         ("generator", "00" * 16, "its generator is no state of torch's"),
         ("generator", "", "its generator is no state of torch's"),
-        ("num_samples", 35, r"num_samples is 32 and 35, after 9 batches: they are not of one pass|its seal is not that"),
+        ("num_samples", 35, "was changed since it was written: its seal"),
         ("num_samples", 7, "num_samples is 32 and 7, after 9 batches: they are not of one pass"),
         ("num_added", 3, "num_samples is 32 and 36, after 3 batches"),
         ("splits", [], "was changed since it was written: its seal is not that of its sums, counts and settings"),

@@ -47,9 +47,10 @@ def _there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         path.unlink()
 
 
-def some(whole: bytes, soak: bool, share: int = 20) -> list[Forgery]:
+def some(whole: bytes, soak: bool, number: int = 0) -> list[Forgery]:
+    """All forgeries in a soak; else a number of them, or a twentieth."""
     every = list(forgeries(whole))
-    return every if soak else random.Random(0).sample(every, len(every) // share)
+    return every if soak else random.Random(0).sample(every, number or len(every) // 20)
 
 
 def told(held: Held) -> tuple[str, dict[str, Any]]:
@@ -75,15 +76,14 @@ def test_forged_files_are_refused_by_name(kind: str, soak: bool) -> None:
         try:
             found = told(load("forged"))
         except MemoryFileError as error:
-            assert "forged" in str(error), forgery
-            assert names_the_place(forgery, str(error)), (forgery, str(error))
-            outcomes["refused"] += 1
+            outcomes["refused" if names_the_place(forgery, str(error)) else f"{forgery}: {error}"] += 1
             continue
         outcomes["same" if found == expected else "other"] += 1
         parts = forgery.field.split(".")
         allowed = forgery.field in tensors or forgery.field.startswith(CANNOT_BE_TOLD) or set(parts) & set(PARTS)
         assert found == expected or allowed, forgery
     print(f"\nforged {kind}: {dict(outcomes)}")
+    assert outcomes.keys() <= {"refused", "same", "other"}
     assert outcomes["refused"] > sum(outcomes.values()) / 2
 
 
@@ -100,20 +100,21 @@ def names_the_place(forgery: Forgery, message: str) -> bool:
         "KeyError",
         "is missing",
     )
-    general += ("counts.", "excerpt/", "mass")  # what disagrees with the field
-    return any(part in message for part in [*parts, *general]) or forgery.how == "has another name"
+    general += ("counts", "excerpt/", "mass", "the tensors of")  # what disagrees with the field
+    named = any(part in message for part in [*parts, *general]) or forgery.how == "has another name"
+    return named and message.startswith("forged")
 
 
 @pytest.mark.usefixtures("_there")
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_forged_file_ends_a_command_in_a_traceback(kind: str, soak: bool) -> None:
     """Each forgery that loads in every command that reads such a file; each other one in three of them."""
-    whole, calls, codes = Path(kind).read_bytes(), 0, Counter[int]()
-    for number, forgery in enumerate(some(whole, soak, 200)):
+    whole, calls = Path(kind).read_bytes(), 0
+    for number, forgery in enumerate(some(whole, soak, 24)):
         Path("forged").write_bytes(forgery.content)
         try:
             load("forged")
-            commands = [name for name in KINDS[kind] if soak or "--html" not in name and name != "weights"]
+            commands = [name for name in KINDS[kind] if soak or ("--html" not in name and name != "weights")]
         except MemoryFileError:
             commands = [name for name in ("verify", "inspect", "gate") if name in KINDS[kind]]
         for command in commands:
@@ -121,7 +122,7 @@ def test_no_forged_file_ends_a_command_in_a_traceback(kind: str, soak: bool) -> 
                 continue  # a page has 5 MB
             check(command, kind, str(forgery))
             calls += 1
-    print(f"\n{kind}: {calls} calls, exit codes {dict(codes)}")
+    print(f"\n{kind}: {calls} calls")
     assert calls > 20
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import Tensor
 import memsyn
 from memsyn.live.segment_files import SegmentFiles
 from memsyn.live.window import Window
-from memsyn.storage.reading_and_writing import IMPORTANCE
 from tests.forgeries import forgeries
+from tests.large import peak_of
 from tests.sealing import put_together, taken_apart
 
 pytestmark = pytest.mark.soak
@@ -106,7 +107,7 @@ def test_many_buckets_take_no_memory(tmp_path: Path) -> None:
     """20,000 of them: their tensors are read, and refused."""
     store = tmp_path / "traffic.safetensors"
     given = WINDOWS["last"]
-    entry, header, data = taken_apart(a_store(store, given))
+    entry, header, _data = taken_apart(a_store(store, given))
     width, count = 7 * DAY / 7, 20_000
     first = dict(entry["observed"]["buckets"][0])
     places = [int(NOW / DAY) - count + 1 + index for index in range(count)]
@@ -134,7 +135,7 @@ def test_many_buckets_take_no_memory(tmp_path: Path) -> None:
 
 def peak(store: str) -> None:
     """Print the bytes by which memory grew while a store was opened."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    _, window = opened(Path(store), WINDOWS["last"])
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    (_, window), highest, _ = peak_of(partial(opened, Path(store), WINDOWS["last"]))
     assert not window.buckets
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    print(highest - before)

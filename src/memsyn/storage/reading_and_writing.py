@@ -68,6 +68,8 @@ _COMPUTED_TYPES: Final = (torch.float64, torch.float32, torch.float16, torch.bfl
 _PREFIX: Final = "sha256:"
 _BLANK: Final = _PREFIX + "0" * 64
 """What stands in the header while the checksum is computed."""
+_MAX_GROUPS: Final = 64
+"""Far more than any kind of file has."""
 _CHUNK: Final = 2**20
 """How many weights are checked, hashed and written at a time."""
 _BAD_INPUT: Final = (
@@ -334,6 +336,9 @@ def _check_header(path: object, header: Mapping[str, Any], kind: str | None) -> 
             f"{path} has format {written}, written by memsyn {header.get('memsyn')!s:.40}; this memsyn "
             f"({version('memsyn')}) reads up to format {FORMAT}. Upgrade memsyn to read it."
         )
+    groups = header.get("groups")
+    if isinstance(groups, dict) and len(groups) > _MAX_GROUPS:  # before its tensors are made
+        raise MemoryFileError(f"{path} has {len(groups)} groups of tensors; expected at most {_MAX_GROUPS}.")
     if kind is not None and header["kind"] != kind:
         raise MemoryFileError(f"{path} is of kind {header['kind']!r:.40}; expected {kind!r}.")
 

@@ -516,7 +516,7 @@ def _spectrum(groups: Groups, side: str, key: str, width: int, num_groups: int) 
     if values is None:
         return None
     vectors, rest = groups.get(f"{side}_vectors", {}).get(key), groups[f"{side}_rest"][key]
-    rank = width if vectors is None else vectors.shape[-1]
+    rank = width if vectors is None else vectors.shape[-1] if vectors.ndim else 0
     shapes = [tuple(values.shape), tuple(rest.shape), (num_groups, width, rank)]
     found = (num_groups, width, rank) if vectors is None else tuple(vectors.shape)
     if shapes != [(num_groups, rank), (num_groups,), found] or not 0 < rank <= width:

@@ -358,7 +358,7 @@ def matrices_from(plain: Mapping[str, Any]) -> dict[str, Matrix]:
         where = f"matrices.{key}"
         layout = checked(list, checked(dict, own, where)["layout"], f"{where}.layout")
         weight, bias = checked(str, own["weight"], f"{where}.weight"), own["bias"]
-        if len(layout) != len(Layout.__annotations__) or not all(isinstance(flag, bool) for flag in layout[3:]):
+        if len(layout) != 5 or not all(isinstance(flag, bool) for flag in layout[3:]):
             raise TypeError(f"{where}.layout is {layout!r:.80}")
         groups, outputs, inputs = (checked_count(size, f"{where}.layout") for size in layout[:3])
         is_table = layout[4]

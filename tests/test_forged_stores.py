@@ -17,6 +17,8 @@ from torch import Tensor
 import memsyn
 from memsyn.live.segment_files import SegmentFiles
 from memsyn.live.window import Window
+from memsyn.storage.reading_and_writing import IMPORTANCE
+from memsyn.storage.writer_locks import WriterLocks
 from tests.forgeries import forgeries
 from tests.large import peak_of
 from tests.sealing import put_together, taken_apart
@@ -39,13 +41,16 @@ CANNOT_BE_TOLD = (
 )  # fmt: skip
 """Where another value may be right too: sums, times within a bucket, and text. A checksum is no signature."""
 
+LOCKS = WriterLocks()
+"""One writer: these tests open a store again and again."""
+
 
 def sums(value: float) -> dict[str, Tensor]:
     return {"w": torch.tensor([value, 2.0]), "b": torch.tensor([1.0])}
 
 
 def opened(store: Path, given: dict[str, timedelta]) -> tuple[SegmentFiles, Window]:
-    files, window = SegmentFiles(store, ["a model", given == {}]), Window(**given)
+    files, window = SegmentFiles(store, ["a model", given == {}], LOCKS, IMPORTANCE), Window(**given)
     files.open(None, window, {name: torch.zeros_like(own) for name, own in sums(0).items()})
     return files, window
 
@@ -82,7 +87,7 @@ def test_forged_stores(kind: str, soak: bool, tmp_path: Path) -> None:
         outcome = "same" if found == expected else "beside" if not found else "other"
         assert outcome != "other" or forgery.field.startswith(CANNOT_BE_TOLD), (forgery, found)
         write(files, window, NOW + 60)
-        others = [path for path in tmp_path.iterdir() if path != store]
+        others = [path for path in tmp_path.glob("[!.]*") if path != store]
         assert len(others) == (outcome == "beside"), forgery
         assert outcome != "beside" or store.read_bytes() == forgery.content
         for path in others:
@@ -99,7 +104,7 @@ def test_a_date_that_is_none_does_not_stop_an_observer(tmp_path: Path) -> None:
     store.write_bytes(put_together(entry, header, data))
     files, window = opened(store, {})
     write(files, window, NOW)
-    (written,) = set(tmp_path.iterdir()) - {store}
+    (written,) = set(tmp_path.glob("[!.]*")) - {store}
     assert memsyn.Importance.load(written).num_samples == 2
 
 
@@ -127,6 +132,7 @@ def test_many_buckets_take_no_memory(tmp_path: Path) -> None:
             end += length
         parts.append(bytes(size))
     store.write_bytes(put_together(entry, found, b"".join(parts)))
+    LOCKS.release()
     code = f"from tests.test_forged_stores import peak; peak({str(store)!r})"
     peak = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
     print(f"\n{store.stat().st_size / 1e6:.1f} MB with {count} buckets: {peak / 1e6:.0f} MB more")

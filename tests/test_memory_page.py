@@ -271,7 +271,7 @@ def test_what_cannot_be_written_or_read_says_so(folder):
     assert "a cannot be written" in call("inspect", "a", "--png", "a", code=1).stderr
     assert "--weights needs a memory file" in call("inspect", "a", "--weights", "b", code=1).stderr
     said = call("inspect", "a", "--html", "a.html", "--weights", "c.safetensors", code=1).stderr
-    assert "c.safetensors could not be read" in said
+    assert "c.safetensors does not exist" in said
 
 
 def test_a_page_replaces_no_file_but_a_page(folder):

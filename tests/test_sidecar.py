@@ -787,7 +787,7 @@ def test_a_line_of_counts_each_minute(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"--inputs": "tests.serving:nothing"}, "--inputs tests.serving:nothing failed: AttributeError"),
         ({"--model": None}, "give --model package.module:build, or a folder of Hugging Face as --weights."),
         ({"--weights": "."}, "--weights . is a folder: leave --model out"),
-        ({"--weights": "none"}, "none could not be read"),
+        ({"--weights": "none"}, "none does not exist."),
         ({"--from": "none"}, "the log none does not exist."),
         ({"--from": "."}, "--from . is no file. A pipe is read by --from - < ."),
         ({"--from": "http"}, "--once needs an end, which --from http has not"),

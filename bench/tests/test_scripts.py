@@ -90,7 +90,7 @@ def test_the_licence_of_every_package_is_told(manifest):
     assert len(packages) == 18
     for package in packages:
         line = next(line for line in text.splitlines() if f"Debian `{package}`" in line)
-        assert any(f"| {licence} |" in line for licence in ("OFL-1.1", "Apache-2.0", "Bitstream Vera"))
+        assert any(f"| {licence} |" in line for licence in ("OFL-1.1", "Apache-2.0", "Bitstream-Vera"))
 
 
 def test_a_damaged_or_missing_sheet_is_refused(tmp_path):

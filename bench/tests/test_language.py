@@ -524,7 +524,7 @@ def test_the_page_of_the_project_is_written_from_its_file():
 
 def test_the_readme_has_the_pages_numbers():
     def cells(line):
-        return [cell.strip() for cell in line.strip("|\n ").split("|")]
+        return [cell.strip() for cell in line.strip()[1:-1].split("|")]
 
     page = (DOCS / "language.md").read_text().split("## After german, then code, then spanish")[1].splitlines()
     measured = {cells(line)[0]: cells(line) for line in page if line.startswith("|")}

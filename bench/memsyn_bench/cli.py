@@ -200,7 +200,7 @@ def language_(
     Prints a line after each domain. The folder then holds language.jsonl, and lines of other options go into the same
     file. The same command continues a run that was cut off. On 2 cores, a step takes 1 to 3 seconds.
 
-    Example: memsyn-bench language --methods finetune,finetune@lr=1e-4,lora,projected-inputs@strength=30
+    Example: memsyn-bench language --methods finetune,lora,projected-inputs@strength=30
     """
     with plain_errors():
         settings = LanguageSettings(steps=steps, memory_text=memory, precision=precision)

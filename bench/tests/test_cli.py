@@ -60,7 +60,7 @@ def test_no_option_comes_or_goes_unnoticed():
         (["run"], "memsyn-bench run emoji8 --methods finetune,mas --seeds 3"),
         (["report"], "memsyn-bench report runs/demo -o report.html"),
         (["results"], "memsyn-bench results docs/results/*.jsonl -o docs/results.md"),
-        (["language"], "memsyn-bench language --methods finetune,finetune@lr=1e-4,lora,projected-inputs@strength=30"),
+        (["language"], "memsyn-bench language --methods finetune,lora,projected-inputs@strength=30"),
         (["language-page"], "memsyn-bench language-page docs/language/results.jsonl -o docs/language.md"),
     ],
 )

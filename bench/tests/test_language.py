@@ -461,7 +461,7 @@ def test_the_page_counts_what_was_lost_gained_and_learned(tmp_path):
         record("finetune", {"abc": 3.0, "own": 2.0, "english": 4.0}, "0010"),
         record("mas", {"abc": 4.0, "own": 1.5, "english": 3.5}, "1101", strength=0.5),
         record("mas", {"abc": 3.5, "own": 1.3, "english": 3.5}, "0111", seed=1, strength=0.5),
-        record("mas", {"abc": 3.5, "own": 1.3, "english": 3.5}, "0111", strength=0.5, num_measured=400),
+        record("mas", {"abc": 3.5, "own": 1.3}, "0111", strength=0.5, num_measured=400),
     ]
     assert learned_share(records[2], records, records[0]) == pytest.approx(50)
     assert learned_share(records[3], records, records[0]) is None  # fine-tuning of seed 1 is not there
@@ -469,9 +469,10 @@ def test_the_page_counts_what_was_lost_gained_and_learned(tmp_path):
     path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in records))
     rows = {line.split(" | ")[0].strip("| "): line for line in language_page(path).splitlines() if line.startswith("|")}
     assert rows["before"] == "| before |  | 5.000 | 1.000 | 3.000 |  | 75.0 |  |  |  |  |  |  |"
-    assert "mas, lr 0.0005, strength 0.5, memory of 400 blocks" in rows
-    assert rows["finetune, lr 0.0005"] == (
-        "| finetune, lr 0.0005 | 1 | 3.000 | 2.000 | 4.000 | 100 | 25.0 | 75.0 | 25.0 | 2 | 1 | 1.0 | 2 |"
+    of_more_text = rows["mas, lr 0.0005, strength 0.5, memory of 400 blocks"]
+    assert of_more_text.split(" | ")[1:5] == ["1", "3.500", "1.300", ""], "a text that was not scored stays empty"
+    assert rows["finetune, lr 0.0001"] == (
+        "| finetune, lr 0.0001 | 1 | 3.000 | 2.000 | 4.000 | 100 | 25.0 | 75.0 | 25.0 | 2 | 1 | 1.0 | 2 |"
     )
     assert rows["mas, lr 0.0005, strength 0.5"] == (
         "| mas, lr 0.0005, strength 0.5 | 2 | 3.750 | 1.400 | 3.500 | 50 | 75.0 | 12.5 | 12.5 | 2 | 1 | 1.0 | 2 |"
@@ -490,7 +491,7 @@ def test_the_commands_run_and_write_the_page(assistant, tmp_path, monkeypatch):
     command = ["language", "--methods", "finetune,mas@strength=2", "--domains", "abc", "--steps", 1, "--out", out]
     printed = call(*command, "--precision", "float32").output.splitlines()
     assert printed[0].startswith("before, abc ")
-    assert printed[1].startswith("finetune lr 0.0005, seed 0, after abc: abc ")
+    assert printed[1].startswith("finetune lr 0.0001, seed 0, after abc: abc ")
     assert printed[2].startswith("mas lr 0.0005 strength 2, seed 0, after abc: abc ")
     assert printed[2].endswith("/3 right")
     page = tmp_path / "page.md"
@@ -519,3 +520,24 @@ def test_smollm2_knows_a_capital():
 def test_the_page_of_the_project_is_written_from_its_file():
     page = (DOCS / "language.md").read_text(encoding="utf-8")
     assert page == language_page(DOCS / "language" / "results.jsonl")
+
+
+def test_the_readme_has_the_pages_numbers():
+    def cells(line):
+        return [cell.strip() for cell in line.strip()[1:-1].split("|")]
+
+    page = (DOCS / "language.md").read_text().split("## After german, then code, then spanish")[1].splitlines()
+    measured = {cells(line)[0]: cells(line) for line in page if line.startswith("|")}
+    columns = ["Seeds", "Loss, german", "Loss, code", "Loss, spanish", "Loss, own", "Lost (points)"]
+    places = [measured["Method"].index(column) for column in columns]
+    names = {
+        "before": "before",
+        "fine-tuning": "finetune, lr 0.0001",
+        "LoRA, rank 8": "lora, lr 0.001",
+        "memsyn, strength 30": "projected-inputs, lr 0.0005, strength 30",
+    }
+    readme = (DOCS.parent / "README.md").read_text().split("## A language model", 1)[1].split("\n## ", 1)[0].splitlines()
+    told = [cells(line) for line in readme if line.startswith("|")][2:]
+    assert [row[0] for row in told] == list(names)
+    for row in told:
+        assert row[1:] == [measured[names[row[0]]][place] for place in places]

@@ -53,7 +53,7 @@ def _osf(network: nn.Module) -> Any:
 
 
 LANGUAGE_METHODS: dict[str, LanguageMethod] = {
-    "finetune": LanguageMethod("all linear layers learn, nothing is protected"),
+    "finetune": LanguageMethod("all linear layers learn, nothing is protected", lr=1e-4),
     "lora": LanguageMethod(
         "LoRA of rank 8 on all linear layers", lr=1e-3, adapter=lambda network: _lora(network, ATTENTION + MLP)
     ),
@@ -66,8 +66,5 @@ LANGUAGE_METHODS: dict[str, LanguageMethod] = {
     "replay": LanguageMethod("cross-entropy of the memory's text in each step", strength=1.0, extra="replay"),
     "mas": LanguageMethod("MAS: an importance of each weight", estimator="mas"),
     "projected-inputs": LanguageMethod("projection, directions of inputs alone", estimator="inputs"),
-    "projected-inputs-whole": LanguageMethod(
-        "projection, all directions of inputs, not 64 and the rest alike", estimator="inputs", rank=None
-    ),
     "projected": LanguageMethod("projection, directions of inputs and outputs", estimator="kronecker"),
 }

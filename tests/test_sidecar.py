@@ -121,6 +121,30 @@ def test_a_log_is_measured_as_measure_does_it() -> None:
     assert_stored(batches)
 
 
+def ending(request: Any) -> Any:
+    """Inputs; a request named "end" ends the program that reads it."""
+    if "end" in request:
+        raise SystemExit(3)
+    return torch.tensor(request["inputs"], dtype=torch.float64)
+
+
+def test_inputs_that_end_the_program_are_malformed() -> None:
+    batches = requests(4)
+    append(written(batches[:2]) + '{"end": 1}\n' + written(batches[2:]))
+    facts = observed("--inputs", "tests.test_sidecar:ending")
+    assert (facts["lines"], facts["malformed"], facts["requests"]) == (5, 1, 4)
+    assert_stored(batches)
+
+
+def test_a_log_without_a_good_line_is_read_again() -> None:
+    batches = requests(4)
+    append(written(batches))
+    result = observed("--field", "prompt", code=1)
+    assert json.loads(result.stdout)["malformed"] == 4
+    assert observed()["requests"] == 4
+    assert_stored(batches)
+
+
 def test_what_is_withheld_from_the_store_is_read_again() -> None:
     batches = requests(70)
     append(written(batches[:20]))
@@ -163,7 +187,8 @@ def test_the_fingerprint_says_which_weights_are_measured() -> None:
         "--store", STORE, "--once",
     )  # fmt: skip
     assert said(result)[0]["fingerprint"] == memsyn.fingerprint(a_model(3)) == memsyn.Importance.load(STORE).fingerprint
-    assert result.stdout == f"{STORE}: 127 measured, 64 requests, 64 lines, 0 malformed, 0 dropped, 0 invalid\n"
+    counts = "127 measured, 64 requests, 64 lines, 0 malformed, 0 dropped, 0 invalid, 0 withheld"
+    assert result.stdout == f"{STORE}: {counts}\n"
 
 
 def test_a_request_larger_than_the_room_is_measured_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -732,7 +757,8 @@ def test_what_is_wrong_is_said_without_a_word_of_the_request(text: str) -> None:
 def test_a_function_of_the_users_that_fails() -> None:
     append('{"text": "secret"}\n')
     facts, result = None, call(
-        "observe", "--from", "log.jsonl", *OPTIONS, *MODEL, "--once", "--json", "--inputs", "tests.test_sidecar:numbers"
+        "observe", "--from", "log.jsonl", *OPTIONS, *MODEL, "--once", "--json",
+        "--inputs", "tests.test_sidecar:numbers", code=1,
     )  # fmt: skip
     facts = json.loads(result.stdout)
     assert (facts["requests"], facts["malformed"]) == (0, 1)

@@ -15,6 +15,9 @@ from benchmarks import privacy_attack as attack
 from torch import nn
 
 import memsyn
+from memsyn.live import observer as live_observer
+from memsyn.live import segment_files, weights_versions
+from memsyn.live.window import Window
 from memsyn.live.withheld_sums import DOMINANCE, PARTS, WithheldSums
 from memsyn.storage.reading_and_writing import read
 from tests.serving import TwoPaths, a_model, assert_same, begin, measured
@@ -247,3 +250,56 @@ def test_what_waits_too_long_is_lost_and_counted() -> None:
 
 def test_sixteen_batches_of_alike_samples_satisfy_the_rule() -> None:
     assert PARTS >= 2 * DOMINANCE
+
+
+SPANS: list[tuple[dict[str, timedelta], float]] = [
+    ({"last": timedelta(days=7)}, 8 * 86_400.0),
+    ({"half_life": timedelta(hours=1)}, 70 * 3_600.0),
+    ({"half_life": timedelta(minutes=1)}, 1_100 * 60.0),
+]
+
+
+@pytest.mark.parametrize(("given", "seconds"), SPANS)
+@pytest.mark.parametrize("count", [5, 8])
+def test_a_segment_goes_on_after_a_quiet_time(
+    given: dict[str, timedelta], seconds: float, count: int, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 8 samples most are written, and single numbers wait on; 5 wait. Neither counts any more afterwards."""
+    clock = [1.7e9]
+    for module in (live_observer, weights_versions):
+        monkeypatch.setattr(module, "steady_time", lambda: clock[0])
+    with begin(a_model(), store, **given, min_samples=8, cap=0.05) as observer:
+        observer.observe(torch.randn(count, 4, dtype=torch.float64))
+        assert observer.flush()
+        clock[0] += seconds
+        observer.observe(torch.randn(8, 4, dtype=torch.float64), segment="other")
+        assert observer.flush()
+        assert all(bool(own.isfinite().all()) for own in observer.importance().sums.values())
+        assert observer.importance().num_samples == 8
+        observer.observe(torch.randn(8, 4, dtype=torch.float64))
+        assert observer.flush()
+        assert (observer.stats().errors, observer.stats().dropped) == (0, 0)
+        assert memsyn.Importance.load(store).num_samples == 8
+
+
+def test_few_samples_join_a_write_that_failed(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise memsyn.MemoryFileError("the disk is full") from OSError(28, "full")
+
+    with begin(a_model(), store, min_samples=8) as observer:
+        with monkeypatch.context() as patch:
+            patch.setattr(segment_files, "write", full)
+            observer.observe(torch.randn(8, 4, dtype=torch.float64))
+            assert not observer.flush()
+        observer.observe(torch.randn(5, 4, dtype=torch.float64))
+        assert observer.flush()
+        assert observer.stats().withheld == 0
+        assert memsyn.Importance.load(store).num_samples == 13
+
+
+def test_what_is_released_late_is_no_clock_that_was_set_back() -> None:
+    window, hour = Window(half_life=timedelta(minutes=2)), 3_600.0
+    window.add({"w": torch.ones(2)}, 8, 2.0, 1.7e9)
+    window.total(1.7e9 + 3 * hour)
+    window.add({"w": torch.ones(2)}, 8, 2.0, 1.7e9 + hour, 8.0)
+    assert window.saved(1.7e9 + 3 * hour)[0]["last"] == "2023-11-14T23:13:20+00:00"

@@ -205,7 +205,8 @@ def create_app(folder: Path, replica: str, *, of_several: bool = False, **option
     """
     worker = Worker(folder, replica, options)
     registry = CollectorRegistry()
-    export(worker.observer, registry)
+    memories = sorted(folder.glob("memory-*.safetensors"), key=lambda path: path.stat().st_mtime)
+    export(worker.observer, registry, memory=memories[-1] if memories else None)
     requests = Counter("serve_requests", "Drawings that were named", ["section"], registry=registry)
     reloads = Counter("serve_reloads", "Requests to reload, by what became of them", ["result"], registry=registry)
     Gauge("serve_version", "Of the model that is served", registry=registry).set_function(lambda: worker.served.version)

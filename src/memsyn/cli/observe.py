@@ -95,9 +95,9 @@ def observe_requests(
     if as_json:
         say_json({"store": store, **facts})
     else:
-        told = ("measured", "requests", "lines", "malformed", "dropped", "invalid")
+        told = ("measured", "requests", "lines", "malformed", "dropped", "invalid", "withheld")
         say(f"{store}: " + ", ".join(f"{facts[name]:,} {name}" for name in told))
-    raise typer.Exit(0 if stored else 1)
+    raise typer.Exit(0 if stored and (facts["requests"] or not facts["malformed"]) else 1)
 
 
 def _model(named: str | None, weights: Path | None) -> nn.Module:

@@ -335,12 +335,14 @@ class SegmentSums:
         with self._lock:
             total, weight = window.total(served_at)
             totals = window.traces(served_at, traces) if self._has_factors else {_ALL: total}
+            withheld.expire(served_at)
             if withheld.sums:
                 older = withheld.factor(served_at)
                 weight += withheld.weight * older
                 for name, own in self._totals(withheld.sums).items():
                     totals[name] = totals.get(name, 0.0) + own * older
-        # Without samples the weight is zero, and so is every total.
+        if not weight > 0:  # no sample counts any more, though single numbers of some may wait
+            return {}
         return {name: own * max(self._cap, FIRST_MULTIPLE / weight) for name, own in totals.items() if own > 0}
 
     def _first_limits(self, batch: Batch) -> dict[str, float]:
@@ -408,7 +410,7 @@ class SegmentSums:
     def _save(self, segment: str | None, now: float) -> bool:
         with self._lock:
             own, window = self._segments[segment], self._segments[segment].window
-            released = None if self._min_samples == 1 else own.withheld.release()
+            released = None if self._min_samples == 1 else own.withheld.release(joins_unwritten=own.may_be_written)
             if released is not None:
                 total = sum(self._totals(released.sums).values())
                 window.add(released.sums, released.num_samples, total, released.at, released.weight)

@@ -173,7 +173,9 @@ class Window:
         """
         now = self._pass(served_at)
         longest = self.half_life * RESCALE_AFTER if self.half_life else (self.width or math.inf) * BUCKETS
-        if served_at + self._ahead < now - max(longest, LONGEST_LATE):
+        # Samples that were withheld may be late by any time, though no clock was set back.
+        is_withheld = samples_weight is not None
+        if not is_withheld and served_at + self._ahead < now - max(longest, LONGEST_LATE):
             self._ahead = now - served_at
         self._rescale(now)
         served_at += self._ahead

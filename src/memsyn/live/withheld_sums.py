@@ -10,6 +10,8 @@ from typing import Final, NamedTuple, final
 import torch
 from torch import Tensor
 
+from memsyn.live.window import ZERO_AFTER
+
 PARTS: Final = 16
 """The least number of samples is measured in this many batches, each of which counts as if it were one sample."""
 
@@ -108,8 +110,11 @@ class WithheldSums:
         return 1.0 if self._half_life is None else 2.0 ** -(age / self._half_life)
 
     def expire(self, now: float) -> None:
-        """Drop all sums if samples that wait no longer count."""
-        if self._longest is not None and self.num_samples and self._first <= now - self._longest:
+        """Drop all sums if samples that wait no longer count; numbers whose samples were released, too."""
+        first = self._first if self.num_samples else self._since
+        is_too_old = self._longest is not None and first <= now - self._longest
+        has_faded = self._half_life is not None and now - self.at > ZERO_AFTER * self._half_life
+        if is_too_old or has_faded:
             self.num_lost += self.num_samples
             self._clear()
 
@@ -117,9 +122,12 @@ class WithheldSums:
         self.sums, self._largest, self._second = {}, {}, {}
         self.num_samples, self.weight = 0, 0.0
 
-    def release(self) -> Released | None:
-        """Take out what may be written; None if there are too few samples."""
-        if self.num_samples < self._min_samples:
+    def release(self, *, joins_unwritten: bool = False) -> Released | None:
+        """Take out what may be written; None if there are too few samples.
+
+        If an earlier release is not written yet, few samples may join it: no file will tell them from those.
+        """
+        if self.num_samples < (1 if joins_unwritten else self._min_samples):
             return None
         sums = dict[str, Tensor]()
         for name in [name for name in self.sums if not _matrix(name)]:

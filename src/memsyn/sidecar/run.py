@@ -106,12 +106,13 @@ class SidecarRun:
                 if not self._offer(inputs, segment, is_first=k == 0):
                     self._num_lines -= 1
                     return False
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # to_inputs is the user's: it may do anything with a line
             self._num_malformed += 1
             if self._num_malformed == 1:
                 where = f"line {line.number} of this run, byte {line.start} of the source"
                 note({"event": "malformed", "where": where, "reason": _reason(error), "others": "are counted"})
-        if self._position is not None:
+        # While no line was good, the options may be wrong: the next run reads these lines again.
+        if self._position is not None and (self._num_requests or not self._num_malformed):
             self._position.place = line.end
         return True
 
@@ -188,7 +189,7 @@ def note(entry: dict[str, Any]) -> None:
     print(json.dumps({"time": when, **entry}), file=sys.stderr, flush=True)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """What is wrong with a line, without a word of it: others' errors may repeat what the line holds."""
     if isinstance(error, MemsynError):
         return str(error)

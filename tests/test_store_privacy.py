@@ -95,7 +95,7 @@ def test_no_write_has_few_new_samples(given: dict[str, Any], store: Path) -> Non
     assert sorted(set(counts)) == [40, 80, 120, 160]
 
 
-def test_each_segment_and_version_has_its_own_number(store: Path) -> None:
+def test_each_segment_and_version_has_its_own_number(store: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, sample = a_model(), torch.randn(1, 4, dtype=torch.float64)
     with begin(model, store, min_samples=8) as observer:
         for count, segment in ((7, None), (7, "a"), (8, "b")):
@@ -109,6 +109,7 @@ def test_each_segment_and_version_has_its_own_number(store: Path) -> None:
             observer.observe(sample)
         assert observer.flush()
         assert observer.stats().withheld == 21
+        assert "the weights changed: 14 measured samples were too few for a file, and are lost." in caplog.messages
         assert observer.stats().stored is not None
     assert [path.name for path in store.parent.glob("[!.]*")] == ["traffic+b.safetensors"]
 

@@ -192,17 +192,14 @@ class Observer:
         onlookers: bool = False,
         seed: int | None = None,
     ) -> None:
-        share = 1 if cap is None else cap
-        _check_numbers(
-            {"rate": (rate, 1), "cap": (share, 1), "budget": (budget, 100), "interval": (interval, math.inf)}
-        )
+        within = {"rate": (rate, 1), "cap": (1 if cap is None else cap, 1), "budget": (budget, 100)}
+        _check_numbers({**within, "interval": (interval, math.inf)})
         _check_counts({"room": room, "max_batch": max_batch, "min_samples": min_samples})
         chosen = _without_labels(find_estimator(estimator))
         device = _check_model(model, onlookers)
         Window(last, half_life)  # raises if they are wrong
         _check_store(store)
         first_sample = random.Random().getrandbits(31) if seed is None else seed
-
         locks = WriterLocks()
 
         def begin(fingerprint: str) -> SegmentSums:

@@ -252,8 +252,11 @@ class VersionedSums:
         if sums is None or sums.fingerprint != mark:
             self._store_last()
             begun = self._begin(mark)
-            lost = SampleCounts(lost=0 if sums is None else sums.num_withheld)
-            self._past, self.current = self.counts + lost, begun
+            num_lost = 0 if sums is None else sums.num_withheld
+            if num_lost:
+                text = f"the weights changed: {num_lost:,} measured samples were too few for a file, and are lost."
+                self._log.event("withheld", text, count=num_lost)
+            self._past, self.current = self.counts + SampleCounts(lost=num_lost), begun
             self.num_versions += 1
             self._log.event("weights", f"sums of the weights {mark[:12]} begin.", logging.INFO, fingerprint=mark)
         self._measured_version = version

@@ -168,7 +168,7 @@ def read(
     Raises:
         MemoryFileError: the file is missing, damaged, of another kind or of a newer format; says which.
     """
-    try:
+    with _readable(path):
         with _open(path) as (file, size):
             head, header, stored = _read_header(path, file, size)
             _check_header(path, header, kind)
@@ -187,12 +187,6 @@ def read(
             for piece in _pieces(tensor):
                 _check_values(path, key, piece)
         return header, _grouped(path, header, tensors)
-    except MemoryFileError:
-        raise
-    except FileNotFoundError:
-        raise MissingFileError(f"{path} does not exist.") from None
-    except _BAD_INPUT as error:
-        raise MemoryFileError(f"{path} could not be read: {type(error).__name__}: {error}.") from error
 
 
 def read_entry(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -201,9 +195,15 @@ def read_entry(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         MemoryFileError: the file is missing, cannot be read, or has no metadata of memsyn.
     """
+    with _readable(path), _open(path) as (file, size):
+        return _read_header(path, file, size)[1]
+
+
+@contextmanager
+def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
+    """In this block, what reading a file raises becomes an error about the file."""
     try:
-        with _open(path) as (file, size):
-            return _read_header(path, file, size)[1]
+        yield
     except MemoryFileError:
         raise
     except FileNotFoundError:

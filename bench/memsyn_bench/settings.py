@@ -94,5 +94,5 @@ def training_words(settings: Settings) -> str:
 
 
 def _strength_words(strength: float | str) -> str:
-    words = {OWN: "each method's own strength", CHOSEN: "strengths chosen on validation data of the first tasks"}
+    words = {OWN: "each method's own strength", CHOSEN: "strengths chosen on validation data"}
     return words[strength] if isinstance(strength, str) else f"strength {strength:g}"

@@ -176,7 +176,7 @@ def test_the_picture_is_a_png_as_wide_as_its_panels(tmp_path):
     [
         (0.5, "strength 0.5."),
         ("own", "each method's own strength."),
-        ("chosen", "strengths chosen on validation data of the first tasks."),
+        ("chosen", "strengths chosen on validation data."),
     ],
 )
 def test_the_note_says_how_strengths_were_set(strength, words):

@@ -54,6 +54,7 @@ def test_the_first_line_says_how_the_results_were_made(path):
     assert entry["settings"]["lr"] == SETTINGS.lr
     assert set(entry["versions"]) == {"memsyn", "torch", "python"}
     assert entry["threads"] == torch.get_num_threads()
+    assert entry["processor"].endswith(torch.backends.cpu.get_cpu_capability())
 
 
 def test_there_is_nothing_in_a_file_that_is_not_there(tmp_path):

@@ -268,7 +268,7 @@ def test_how_strengths_were_chosen_is_a_table(tmp_path):
     choice = StrengthRecord("mas", 10.0, (1.0, 10.0), (60.04, 70.0), SETTINGS.fingerprint)
     text = page(write(tmp_path / "x.jsonl", {"mas": MATRICES["mas"]}, choices=[choice]))
     assert rows(text, heading="How the strengths")["mas"] == {
-        "Chosen": "10", "Candidate: score": "1: 60.0, 10: 70.0 (chosen, at the edge)"
+        "Chosen": "10", "Tasks": "2 of 2", "Candidate: score": "1: 60.0, 10: 70.0 (chosen, at the edge)"
     }  # fmt: skip
 
 

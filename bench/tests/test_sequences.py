@@ -20,7 +20,8 @@ from memsyn_bench.sequences.sequences import SEQUENCES, default_settings, find_s
 from memsyn_bench.settings import Settings
 from memsyn_bench.task import Task, for_validation, validation_split
 
-OFFLINE = [name for name in SEQUENCES if name not in ("split-fashion", "permuted-fashion", "words5", "paper8", "6ds")]
+ELSEWHERE = {"split-fashion", "permuted-fashion", "split-mnist", "words5", "paper8", "6ds"}
+OFFLINE = [name for name in SEQUENCES if name not in ELSEWHERE]
 """Those whose data lie in the package."""
 
 

@@ -1,18 +1,15 @@
 """Fashion-MNIST (Xiao, Rasul and Vollgraf 2017) in two sequences of tasks: split, and with permuted pixels.
 
-Owns reading its four files from the folder of Debian's package dataset-fashion-mnist. Knows no networks or training.
+Owns the tasks, and where Debian's package dataset-fashion-mnist keeps the four files. Knows no networks or training.
 """
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from memsyn import MemsynError
+from memsyn_bench.data.mnist import IdxImages, in_pairs, read_idx_images
 from memsyn_bench.task import Task
 
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -33,14 +30,7 @@ def load_split_fashion(size: int, folder: Path = FASHION_FOLDER) -> list[Task]:
     Raises:
         MemsynError: a file is missing.
     """
-    images, labels, test_images, test_labels = _read_images(folder)
-    tasks = []
-    for index, names in enumerate(CLASSES):
-        own, test = labels // 2 == index, test_labels // 2 == index
-        tasks.append(
-            Task(" and ".join(names), names, images[own], labels[own] % 2, test_images[test], test_labels[test] % 2)
-        )
-    return tasks
+    return in_pairs(CLASSES, _read_images(folder))
 
 
 def load_permuted_fashion(size: int, folder: Path = FASHION_FOLDER) -> list[Task]:
@@ -61,20 +51,6 @@ def load_permuted_fashion(size: int, folder: Path = FASHION_FOLDER) -> list[Task
     return tasks
 
 
-def _read_images(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images (N, 784) in 0..1 and labels (N,), for training and for testing."""
-
-    def read(name: str, header: int) -> Tensor:
-        path = folder / name
-        if not path.is_file():
-            raise MemsynError(
-                f"Fashion-MNIST: {path} is missing. Install Debian's package: apt install dataset-fashion-mnist"
-            )
-        with gzip.open(path) as file:
-            return torch.from_numpy(np.frombuffer(file.read(), np.uint8, offset=header).copy())
-
-    def of(kind: str) -> tuple[Tensor, Tensor]:
-        images = read(f"{kind}-images-idx3-ubyte.gz", 16).view(-1, 784).float() / 255
-        return images, read(f"{kind}-labels-idx1-ubyte.gz", 8).long()
-
-    return *of("train"), *of("t10k")
+def _read_images(folder: Path) -> IdxImages:
+    missing = "Fashion-MNIST: {} is missing. Install Debian's package: apt install dataset-fashion-mnist"
+    return read_idx_images(folder, suffix=".gz", missing=missing)

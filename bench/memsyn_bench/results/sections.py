@@ -287,13 +287,14 @@ def strength_table(found: Findings) -> str:
             f"{strength:g}: {score:.1f}{mark * (strength == choice.strength)}"
             for strength, score in zip(choice.candidates, choice.scores, strict=True)
         ]
-        rows.append([escape(choice.method), f"{choice.strength:g}", ", ".join(tried)])
+        tasks = f"{min(choice.num_tasks, found.run.num_tasks)} of {found.run.num_tasks}"
+        rows.append([escape(choice.method), f"{choice.strength:g}", tasks, ", ".join(tried)])
     if not rows:
         return ""
     return (
         f"How the strengths were chosen: every candidate, and the mean validation {quantity(found.run.settings)} (%) "
-        "on the first three tasks (two, where there are two) after the last of them.\n\n"
-        f"{table(['Method', 'Chosen', 'Candidate: score'], rows)}"
+        "on the tasks that were used, after the last of them.\n\n"
+        f"{table(['Method', 'Chosen', 'Tasks', 'Candidate: score'], rows)}"
     )
 
 

@@ -69,9 +69,11 @@ class StrengthRecord:
     """The chosen strength."""
     candidates: tuple[float, ...]
     scores: tuple[float, ...]
-    """For each candidate the mean validation accuracy on the first tasks after the last of them, in percent."""
+    """For each candidate the mean validation accuracy on the first `num_tasks` tasks after the last of them, in %."""
     fingerprint: str
     """The fingerprint of the settings."""
+    num_tasks: int = 3
+    """All tasks of the sequence; in older files, which do not say it, the first three."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,21 @@ def append_run(path: Path, settings: Settings, num_tasks: int) -> None:
             "fingerprint": settings.fingerprint,
             "versions": versions,
             "platform": f"{platform.system()} {platform.machine()}",
+            "processor": _processor(),
             "threads": torch.get_num_threads(),  # the last digits depend on it, and with them the accuracies a little
         },
     )
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it, and the instructions that torch's kernels use."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {capability}"
 
 
 def append_task(path: Path, record: TaskRecord) -> None:
@@ -168,7 +182,9 @@ def read_run(path: Path) -> Run:
 def _machine(run: Mapping[str, Any]) -> str:
     """The versions, platform and threads of a `run` record, in words."""
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
-    return f"{versions}, {run['platform']}, {run['threads']} thread{'s' * (run['threads'] != 1)}"
+    processor = [run["processor"]] if "processor" in run else []  # older files do not say it
+    threads = f"{run['threads']} thread{'s' * (run['threads'] != 1)}"
+    return ", ".join([versions, run["platform"], *processor, threads])
 
 
 def _read_lines(path: Path, advice: str) -> _Lines:

@@ -1,6 +1,8 @@
-"""How strengths are chosen: for every method alike, on held-out training data of the first tasks.
+"""How strengths are chosen: for every method alike, on held-out training data of the whole sequence.
 
-Owns the protocol. It never looks at test data: they are removed from the tasks first.
+Owns the protocol. It never looks at test data: they are removed from the tasks first. A choice on the first tasks alone
+would not do: after three tasks there is little forgetting to see (`benchmarks/strength_protocols.py` has the numbers).
+So a method that has a strength is compared at a strength that nobody knows when the first task is learned.
 """
 
 from __future__ import annotations
@@ -21,15 +23,13 @@ from memsyn_bench.task import Task, for_validation
 
 DECADES = range(-3, 4)
 """Candidates are a method's own default strength times these powers of ten."""
-NUM_TASKS = 3
-"""The number of first tasks that are used, if there are as many: after two there is little forgetting to see."""
-SEEDS = (998, 999)
-"""Seeds of the splits that a score is a mean over, and of their trainings; the seeds of runs start at 0."""
+SEED = 998
+"""The seed of the split, and of its trainings; the seeds of runs start at 0."""
 
 
 def num_trainings(num_tasks: int) -> int:
     """The number of trainings that one method's choice takes, in a sequence of `num_tasks` tasks."""
-    return len(SEEDS) * (1 + len(DECADES) * (min(num_tasks, NUM_TASKS) - 1))
+    return 1 + len(DECADES) * (num_tasks - 1)
 
 
 def candidates(method: str) -> tuple[float, ...]:
@@ -45,10 +45,10 @@ def choose_strength(
     settings: Settings,
     after_epoch: Callable[[], object] = lambda: None,
 ) -> StrengthRecord:
-    """Try each candidate on the first three tasks; the best by mean validation accuracy on them after the last one.
+    """Try each candidate on all tasks; the best by mean validation accuracy on them after the last one.
 
-    A score is a mean over two splits. In each the first task is learned once: no method's strength acts on it. Among
-    equals the largest wins. A training that diverges counts as 0%.
+    The first task is learned once: no method's strength acts on it. Among equals the largest wins. A training that
+    diverges counts as 0%.
 
     Raises:
         OptionError: the method has no strength, or there are fewer than two tasks.
@@ -58,27 +58,12 @@ def choose_strength(
         raise OptionError(f"{method} has no strength to choose.")
     if len(tasks) < 2:
         raise OptionError(f"a strength is chosen on two tasks at least; there is {len(tasks)}.")
-    of_splits = [_scores(method, sequence, tasks[:NUM_TASKS], settings, seed, after_epoch) for seed in SEEDS]
-    scores = tuple(fmean(of_split) for of_split in zip(*of_splits, strict=True))
-    best = max(range(len(tried)), key=lambda index: (scores[index], tried[index]))
-    return StrengthRecord(method, tried[best], tried, scores, settings.fingerprint)
-
-
-def _scores(
-    method: str,
-    sequence: TaskSequence,
-    tasks: Sequence[Task],
-    settings: Settings,
-    seed: int,
-    after_epoch: Callable[[], object],
-) -> list[float]:
-    """Each candidate's mean validation accuracy on the tasks, in percent: with one seed's split and trainings."""
-    held = [for_validation(task, seed) for task in tasks]
-    model = sequence.network(held, generator(seed, 0))
+    held = [for_validation(task, SEED) for task in tasks]
+    model = sequence.network(held, generator(SEED, 0))
 
     def learn(index: int, learner: Method) -> bool:
         augment, loss = sequence.augment, sequence.loss
-        training = task_training(model, held[index], index, settings=settings, augment=augment, seed=seed, loss=loss)
+        training = task_training(model, held[index], index, settings=settings, augment=augment, seed=SEED, loss=loss)
         losses = train(training, learner, after_epoch).losses
         if not math.isfinite(losses[-1]):
             return False
@@ -86,7 +71,6 @@ def _scores(
             learner.end(training)
         return True
 
-    tried = candidates(method)
     first = new_method(method, tried[0])
     if not learn(0, first):
         raise OptionError(f"the first task cannot be learned: its loss is not finite at lr {settings.lr:g}. Lower it.")
@@ -98,4 +82,5 @@ def _scores(
         learner.load(first.memory, first.kept)
         learned = all(learn(index, learner) for index in range(1, len(held)))
         scores.append(fmean(score(model, held, sequence.scorings[0])) if learned else 0.0)
-    return scores
+    best = max(range(len(tried)), key=lambda index: (scores[index], tried[index]))
+    return StrengthRecord(method, tried[best], tried, tuple(scores), settings.fingerprint, num_tasks=len(tasks))

@@ -51,9 +51,9 @@ class SmallConvNet(nn.Module):
         return features
 
 
-def perceptron() -> nn.Sequential:
-    """The backbone of the official MAS demo: 784 inputs and two layers of 256 with ReLU, (N, 784) -> (N, 256)."""
-    return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
+def perceptron(width: int = 256) -> nn.Sequential:
+    """784 inputs and two layers with ReLU, (N, 784) -> (N, width); 256 is the width of the official MAS demo."""
+    return nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
 
 
 class WordTransformer(nn.Module):

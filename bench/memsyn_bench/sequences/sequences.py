@@ -18,6 +18,7 @@ from memsyn_bench.data.drawings import augment, load_emoji8, load_pretrained, mo
 from memsyn_bench.data.facts import load_facts, load_kinds, load_sports_in_use
 from memsyn_bench.data.fashion import load_permuted_fashion, load_split_fashion
 from memsyn_bench.data.mixed import load_mixed8
+from memsyn_bench.data.mnist import load_split_mnist
 from memsyn_bench.data.paper8 import load_paper8, shift
 from memsyn_bench.data.scenes import load_scenes
 from memsyn_bench.data.scripts import load_scripts8
@@ -134,11 +135,11 @@ def imagenet_network(
     return _with_heads(backbone, backbone.num_features, tasks, generator)
 
 
-def perceptron_network(tasks: Sequence[Task], generator: torch.Generator) -> MultiHead:
-    """784-256-256, and a head for each task, drawn from `generator`."""
-    backbone = perceptron()
+def perceptron_network(width: int, tasks: Sequence[Task], generator: torch.Generator) -> MultiHead:
+    """784-width-width, and a head for each task, drawn from `generator`."""
+    backbone = perceptron(width)
     draw_weights(backbone, generator)
-    return _with_heads(backbone, 256, tasks, generator)
+    return _with_heads(backbone, width, tasks, generator)
 
 
 def shared_perceptron(tasks: Sequence[Task], generator: torch.Generator) -> SharedHead:
@@ -287,9 +288,17 @@ BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
         summary="Fashion-MNIST in 5 tasks of 2 classes, an MLP 784-256-256",
         sizes=(28,),
         load=load_split_fashion,
-        build=perceptron_network,
+        build=partial(perceptron_network, 256),
         augment=_unchanged,
         training={"lr": 1e-3, "epochs": 2, "batch_size": 64},
+    ),
+    "split-mnist": TaskSequence(
+        summary="MNIST in 5 tasks of 2 digits, an MLP 784-400-400, as van de Ven and Tolias (2019)",
+        sizes=(28,),
+        load=load_split_mnist,
+        build=partial(perceptron_network, 400),
+        augment=_unchanged,
+        training={"lr": 1e-3, "epochs": 21, "batch_size": 128},  # about their 2,000 steps a task
     ),
     "permuted-fashion": TaskSequence(
         summary="Fashion-MNIST 10 times, its pixels in another order each, an MLP with one head for all",

@@ -54,6 +54,8 @@ class TaskSequence:
         scorings: keys of `memsyn_bench.running.scoring.SCORINGS`; methods are compared by the first one.
         shares_head: whether one head serves all tasks, so that a frozen backbone forgets too.
         training: the fields of `Settings` for which it has other defaults.
+        shows: what results on it show, for the page of results: one sentence without numbers; empty if nobody has said.
+        leaves_open: what they do not show, likewise.
 
     Raises:
         OptionError: a value is of a wrong type, or there is no size, or `training` names no field of `Settings`.
@@ -68,10 +70,13 @@ class TaskSequence:
     scorings: tuple[str, ...] = ("multi-head", "class-incremental")
     shares_head: bool = False
     training: Mapping[str, float | str] = field(default_factory=dict)
+    shows: str = ""
+    leaves_open: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.summary, str):
-            raise OptionError(f"summary must be one line of text, got {type(self.summary).__name__}.")
+        for name in ("summary", "shows", "leaves_open"):
+            if not isinstance(getattr(self, name), str):
+                raise OptionError(f"{name} must be one line of text, got {type(getattr(self, name)).__name__}.")
         for name in ("load", "build", "augment", "loss"):
             if not callable(getattr(self, name)):
                 raise OptionError(f"{name} must be a function, got {type(getattr(self, name)).__name__}.")
@@ -192,7 +197,9 @@ def _unchanged(images: Tensor, generator: torch.Generator) -> Tensor:
     return images
 
 
-def retrieval_sequence(summary: str, load: Callable[[int], list[Task]]) -> TaskSequence:
+def retrieval_sequence(
+    summary: str, load: Callable[[int], list[Task]], *, shows: str = "", leaves_open: str = ""
+) -> TaskSequence:
     """Images and texts meet in one embedding space, which one network learns task by task."""
     return TaskSequence(
         summary=summary,
@@ -204,6 +211,8 @@ def retrieval_sequence(summary: str, load: Callable[[int], list[Task]]) -> TaskS
         scorings=("retrieval", "retrieval-over-all"),
         shares_head=True,
         training={"epochs": 15},
+        shows=shows,
+        leaves_open=leaves_open,
     )
 
 
@@ -250,6 +259,8 @@ BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
         load=load_emoji8,
         build=pretrained_network,
         augment=augment,
+        shows="what forgetting costs where a backbone pretrained on other drawings fits the tasks well.",
+        leaves_open="how methods rank where the backbone has to learn much, or on photographs.",
     ),
     "emoji8-scratch": TaskSequence(
         summary="the same tasks, from random weights",
@@ -258,6 +269,8 @@ BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
         build=fresh_network,
         augment=augment,
         training={"lr": 1e-3},
+        shows="whether a method leaves room to learn where the backbone starts from random weights.",
+        leaves_open="how methods do on a network that knows its subject, for which there are too few drawings here.",
     ),
     "emoji8-pretrained": TaskSequence(
         summary="the same tasks, from EfficientNet-Lite0 pretrained on ImageNet",
@@ -266,6 +279,8 @@ BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
         build=partial(imagenet_network, efficientnet_lite0),
         augment=augment,
         training=FINE_TUNING,
+        shows="what protection adds to features of ImageNet, on tasks that are all of one kind.",
+        leaves_open="which method remembers best, because heads on features that never change may suffice.",
     ),
     "mixed8-pretrained": TaskSequence(
         summary="4 tasks of emoji and 4 alphabets in turn, from EfficientNet-Lite0 pretrained on ImageNet",
@@ -274,6 +289,8 @@ BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
         build=partial(imagenet_network, efficientnet_lite0),
         augment=augment,
         training=FINE_TUNING,
+        shows="whether features of ImageNet outlast tasks of two kinds in turn, drawings and letters.",
+        leaves_open="whether the order of the tasks matters, because only one order was run.",
     ),
     "scripts8": TaskSequence(
         summary="the letters of 8 alphabets, tested on families of fonts never seen",
@@ -282,6 +299,8 @@ BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
         build=fresh_network,
         augment=move,
         training={"lr": 1e-3, "epochs": 10},
+        shows="whether a network that starts from random weights keeps old alphabets while it learns to read new ones.",
+        leaves_open="the best that a strength can do: it is chosen on the first alphabets, which are more alike.",
     ),
     "split-fashion": TaskSequence(
         summary="Fashion-MNIST in 5 tasks of 2 classes, an MLP 784-256-256",
@@ -290,6 +309,8 @@ BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
         build=perceptron_network,
         augment=_unchanged,
         training={"lr": 1e-3, "epochs": 2, "batch_size": 64},
+        shows="how many methods compare on an easy benchmark that is widely used.",
+        leaves_open="which method harder tasks need, because almost any features tell a pair of classes apart.",
     ),
     "permuted-fashion": TaskSequence(
         summary="Fashion-MNIST 10 times, its pixels in another order each, an MLP with one head for all",
@@ -300,6 +321,8 @@ BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
         scorings=("domain-incremental",),
         shares_head=True,
         training={"lr": 1e-3, "epochs": 2, "batch_size": 64},
+        shows="whether a network with one head holds many tasks whose inputs have nothing in common.",
+        leaves_open="what tasks gain from each other, because a permutation takes away all that images share.",
     ),
     "words5": TaskSequence(
         summary="which of three languages a word is from, 5 times, a Transformer over letters",
@@ -308,15 +331,26 @@ BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
         build=word_network,
         augment=_unchanged,
         training={"lr": 1e-3, "epochs": 10, "batch_size": 64},
+        shows="how methods do on text, with a Transformer that starts from random weights.",
+        leaves_open="how methods do on a language model: the Transformer is small, and its inputs are single words.",
     ),
     "facts": retrieval_sequence(
-        "196 facts (a woman juggling) in 4 tasks, drawings of people and texts in one space", load_facts
+        "196 facts (a woman juggling) in 4 tasks, drawings of people and texts in one space",
+        load_facts,
+        shows="whether a network that maps pictures and texts into one space keeps old facts, as in the paper.",
+        leaves_open="what photographs of facts would show, which the paper uses.",
     ),
     "facts-kinds": retrieval_sequence(
-        "the same facts by kind of action: sports, work, daily life, fantasy", load_kinds
+        "the same facts by kind of action: sports, work, daily life, fantasy",
+        load_kinds,
+        shows="the same for facts that are split by kind of action, such as sports and work.",
+        leaves_open="what happens over many tasks, because there are few kinds of action.",
     ),
     "facts-scenes": retrieval_sequence(
-        "4 tasks of 40 triples (cat left of boar): synthetic scenes of two emoji, and texts", load_scenes
+        "4 tasks of 40 triples (cat left of boar): synthetic scenes of two emoji, and texts",
+        load_scenes,
+        shows="the same for facts about where two things are, in synthetic scenes.",
+        leaves_open="what a real scene would show, with a background and things of all sizes.",
     ),
     "paper8": paper8("alexnet"),
     "6ds": sixds("alexnet"),
@@ -324,17 +358,23 @@ BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
 BUILT_IN_SEQUENCES["scripts5"] = replace(
     BUILT_IN_SEQUENCES["scripts8"],
     summary="the first five alphabets of scripts8",
+    shows="",
+    leaves_open="",
     load=lambda size: load_scripts8(size)[:5],
 )
 BUILT_IN_SEQUENCES["adaptation"] = replace(
     BUILT_IN_SEQUENCES["scripts8"],
     summary="scripts8, with one letter of each alphabet in use",
+    shows="",
+    leaves_open="",
     load=load_in_use,
     scorings=("multi-head", "in-use", "other-classes"),
 )
 BUILT_IN_SEQUENCES["adaptation-facts"] = replace(
     BUILT_IN_SEQUENCES["facts"],
     summary="the facts, with those of sports in use",
+    shows="",
+    leaves_open="",
     load=load_sports_in_use,
     scorings=("retrieval", "retrieval-in-use", "retrieval-other-classes"),
 )
@@ -390,7 +430,8 @@ def pair(first: str, second: str, *, base: str = "emoji8") -> TaskSequence:
         tasks = {task.name: task for task in SEQUENCES[base].load(size)}
         return [tasks[name] for name in names]
 
-    return replace(SEQUENCES[base], summary=f"{names[0]}, then {names[1]}, as in {base}", load=load)
+    summary = f"{names[0]}, then {names[1]}, as in {base}"
+    return replace(SEQUENCES[base], summary=summary, load=load, shows="", leaves_open="")
 
 
 def find_sequence(name: str) -> TaskSequence:

@@ -4,7 +4,7 @@ import pytest
 from bench.tests import tiny
 from bench.tests.test_results import MATRICES, interval, page, rows, write
 
-from memsyn_bench.results.groups import plateau
+from memsyn_bench.results.mas_strengths import plateau
 from memsyn_bench.settings import Settings
 
 

@@ -18,12 +18,13 @@ from memsyn_bench.results.findings import (
     MAS,
     NONE,
     Findings,
+    Group,
     compared,
     difference,
     estimate,
     mean,
 )
-from memsyn_bench.results.groups import KINDS, Group, GroupKind
+from memsyn_bench.results.groups import KINDS, GroupKind
 from memsyn_bench.results.markdown import escape, table
 from memsyn_bench.results.metrics import forgetting, rounded
 from memsyn_bench.results.sections import NEAR, kept_bytes, quantity, readable, row_commands

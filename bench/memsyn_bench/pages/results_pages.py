@@ -15,9 +15,10 @@ from memsyn import MemsynError
 from memsyn_bench.language.page import last_table
 from memsyn_bench.pages.glance import glance_page
 from memsyn_bench.pages.plots import plot_strengths
-from memsyn_bench.results.findings import MAS, Findings, read_findings
-from memsyn_bench.results.groups import SENSITIVITY, Group, GroupKind, in_groups, strength_of
+from memsyn_bench.results.findings import MAS, Findings, Group, read_findings
+from memsyn_bench.results.groups import SENSITIVITY, GroupKind, in_groups
 from memsyn_bench.results.markdown import details, escape
+from memsyn_bench.results.mas_strengths import strength_of
 from memsyn_bench.results.metrics import average_accuracy, forgetting
 from memsyn_bench.results.report import title
 from memsyn_bench.results.sections import READING, row_commands, section
@@ -27,9 +28,10 @@ PUBLISHED = "published"
 LANGUAGE = Path("language") / "results.jsonl"
 """The language model's results, beside the page at a glance, if there are any."""
 
-AGAIN = """The command above the tables makes all their rows. With the same versions, number of threads and kind of
-processor it gives the same digits, seconds apart. Another processor rounds sums differently, and training amplifies
-that: one seed's accuracy on a task can then differ by points. The files do not say which processor made them."""
+AGAIN = """The command above the tables makes all their rows. `OMP_NUM_THREADS=1` before it sets the number of threads.
+With the same versions, threads and kind of processor it gives the same digits, except for seconds. Another processor
+rounds sums differently, and training amplifies that: one seed's accuracy on a task can then differ by points. The files
+do not say which processor made them."""
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ from memsyn_bench.language.texts import DOMAINS
 from memsyn_bench.methods.registry import METHODS, MethodEntry
 from memsyn_bench.optimizers import OPTIMIZERS
 from memsyn_bench.pages.export import write_mlflow, write_tensorboard
-from memsyn_bench.pages.plots import plot_accuracy, plot_strengths
+from memsyn_bench.pages.plots import plot_accuracy
+from memsyn_bench.pages.results_pages import write_results
 from memsyn_bench.pages.run_page import read_runs, write_run_page
 from memsyn_bench.results.report import markdown_table, rich_table
-from memsyn_bench.results.results import write_results
 from memsyn_bench.running.runner import run
 from memsyn_bench.sequences.sequences import SEQUENCES, TaskSequence, default_settings
 from memsyn_bench.settings import OWN, parse_strength
@@ -162,22 +162,25 @@ def report_(
 @app.command("results")
 def results_(
     files: Annotated[list[Path], typer.Argument(help="results.jsonl of runs, or copies named after them.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page to write.", show_default="printed")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The page at a glance.", show_default="printed")
+    ] = None,
 ) -> None:
-    """Make one Markdown page of the results of runs.
+    """Make Markdown pages of the results of runs: one at a glance, and one for each run or group of runs.
 
-    It has tables of each run, with 95% intervals and differences from MAS seed by seed, and of runs that belong
-    together: pairs of tasks, strengths, adaptation, facts. Unfinished seeds are left out and named. With -o, pictures
-    go to a folder beside the page.
+    The page at a glance has every sequence and method, with 95% intervals. With -o, the other pages go to a folder of
+    its name beside it: tables of each run, and of runs that belong together (pairs of tasks, strengths, adaptation,
+    facts). Unfinished seeds are left out and named.
 
     Example: memsyn-bench results docs/results/*.jsonl -o docs/results.md
     """
     with plain_errors():
-        page = write_results(files, out, plot=plot_strengths)
+        pages = write_results(files, out)
     if out is None:
-        typer.echo(page, nl=False)
+        typer.echo(pages.glance, nl=False)
     else:
-        typer.echo(f"Wrote {out} from {len(files)} file{'s' * (len(files) > 1)}.")
+        others = f"{len(pages.details)} page{'s' * (len(pages.details) > 1)} to {out.with_suffix('')}"
+        typer.echo(f"Wrote {out} and {others} from {len(files)} file{'s' * (len(files) > 1)}.")
 
 
 @app.command("language")

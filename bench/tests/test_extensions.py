@@ -98,6 +98,8 @@ def test_a_method_with_wrong_values_is_refused(values, message):
     ("values", "message"),
     [
         ({"summary": 1}, "summary must be one line of text, got int"),
+        ({"shows": None}, "shows must be one line of text, got NoneType"),
+        ({"leaves_open": 1}, "leaves_open must be one line of text, got int"),
         ({"load": []}, "load must be a function, got list"),
         ({"sizes": ()}, r"sizes must be a tuple with at least one entry, got \(\)"),
         ({"scorings": "retrieval"}, "scorings must be a tuple with at least one entry, got 'retrieval'"),

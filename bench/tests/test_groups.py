@@ -1,18 +1,11 @@
-"""What files of results say together: pairs, strengths, adaptation, facts; and the page as the command writes it."""
-
-from pathlib import Path
+"""What files of results say together: pairs, strengths, adaptation, facts."""
 
 import pytest
 from bench.tests import tiny
-from bench.tests.commands import call as call_bench
 from bench.tests.test_results import MATRICES, interval, page, rows, write
 
-from memsyn_bench.pages.plots import plot_strengths
-from memsyn_bench.results.groups import plateau
-from memsyn_bench.results.results import write_results
+from memsyn_bench.results.mas_strengths import plateau
 from memsyn_bench.settings import Settings
-
-DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +31,7 @@ def test_pairs_are_one_table_as_in_the_paper(tmp_path):
         write_pair(tmp_path, "pair-animals-food", ["C", "A|B"], times=3),
     ]
     text = page(*paths)
-    section = text[text.index("## Pairs from the network of emoji8, 32x32") :]
+    section = text[text.index("# Pairs from the network of emoji8, 32x32") :]
     lines = [line for line in section.splitlines() if line.startswith("|")][:6]
     assert lines[0] == r"| Method | Importance on | C → A\|B | A\|B → C | Mean drop |"
     assert lines[2:] == [
@@ -59,7 +52,7 @@ def test_a_method_or_seed_that_a_pair_lacks_is_not_in_the_mean(tmp_path):
         write_pair(tmp_path, "pair-food-animals", ["a", "b"], drops={"finetune": (30.0, 40.0), "mas": (1.0,)}),
         write_pair(tmp_path, "pair-animals-food", ["b", "a"], drops={"finetune": (10.0,)}),
     ]
-    section = page(*paths).split("## Pairs")[1]
+    section = page(*paths).split("# Pairs")[1]
     assert "| finetune | – | 70.0 (-10.0) / 90.0 | 45.5 (-35.0) / 90.0 | 20.0 |" in section
     assert "| mas | train | – | 79.0 (-1.0) / 90.0 | – |" in section
     assert "finetune drops 20.0 points" in section
@@ -80,8 +73,8 @@ def test_what_mas_learns_of_the_second_task_is_compared_with_a_frozen_body(tmp_p
 def test_pairs_from_another_network_are_another_table(tmp_path):
     names = ("pair-food-animals", "pair-food-animals-scratch")
     text = page(*(write_pair(tmp_path, name, ["a", "b"]) for name in names))
-    assert "## Pairs from the network of emoji8, 32x32" in text
-    assert "## Pairs from the network of emoji8-scratch, 32x32" in text
+    assert "# Pairs from the network of emoji8, 32x32" in text
+    assert "# Pairs from the network of emoji8-scratch, 32x32" in text
 
 
 @pytest.mark.parametrize(
@@ -115,7 +108,7 @@ MEANS = {0.1: 70.0, 1.0: 75.0, 10.0: 74.5, 100.0: 73.5}
 def test_strengths_are_one_table_and_a_plateau(tmp_path):
     chosen = write(tmp_path / "chosen.jsonl", MATRICES, Settings(sequence="tiny", size=8, strength="chosen"))
     text = page(*write_strengths(tmp_path, MEANS), chosen)
-    section = text[text.index("## Strengths of mas: tiny, 8x8") :]
+    section = text[text.index("# Strengths of mas: tiny, 8x8") :]
     assert rows(section)["0.1"] == {
         "Average accuracy (%)": interval(70.0, 71.0), "Forgetting (points)": interval(20.0, 19.0)
     }  # fmt: skip
@@ -128,11 +121,11 @@ def test_strengths_are_one_table_and_a_plateau(tmp_path):
 
 def test_other_settings_are_no_other_strengths(tmp_path):
     paths = [*write_strengths(tmp_path, {1.0: 70.0}), *write_strengths(tmp_path, {10.0: 75.0}, epochs=3)]
-    assert "## Strengths" not in page(*paths)
+    assert "# Strengths" not in page(*paths)
 
 
 def test_a_strength_of_0_has_no_order_of_magnitude(tmp_path):
-    section = page(*write_strengths(tmp_path, {0.0: 70.0, **MEANS})).split("## Strengths")[1]
+    section = page(*write_strengths(tmp_path, {0.0: 70.0, **MEANS})).split("# Strengths")[1]
     assert list(rows(section)) == ["0.1", "1", "10", "100"]
 
 
@@ -150,7 +143,7 @@ def test_what_is_kept_in_use_is_compared_with_protecting_everything(tmp_path, ki
         tmp_path / "x.jsonl", matrices, Settings(sequence="adaptation-x", size=8),
         scores={f"{kind}in-use": in_use, f"{kind}other-classes": others},
     )  # fmt: skip
-    section = page(path).split("## Adaptation")[1]
+    section = page(path).split("# Adaptation")[1]
     assert rows(section)["mas-in-use"] == {
         "Classes in use (%)": f"{interval(49.0, 38.0)} ({interval(98.0, 95.0)})",
         "Other classes (%)": f"{interval(0.0, 10.0)} (25.0)",  # of a seed that had nothing there is no share
@@ -176,7 +169,7 @@ def test_facts_are_mean_average_precision_over_all_of_them(tmp_path):
             ("kinds", "facts-kinds", {}),
         )
     ]
-    section = page(*paths).split("## Facts: mean average precision")[1]
+    section = page(*paths).split("# Facts: mean average precision")[1]
     assert rows(section)["facts"] == {
         "finetune": interval(15.5, 16.5), "si": interval(20.0, 21.0), "mas": interval(31.5, 32.5)
     }  # fmt: skip
@@ -184,44 +177,11 @@ def test_facts_are_mean_average_precision_over_all_of_them(tmp_path):
     assert "facts, over all facts: mas 32.0 > si 20.5 > finetune 16.0." in section
     assert "mas ends 11.5 ± 0.0 points above si. si ends 4.5 ± 0.0 points above finetune." in section
     assert "mas reaches 2.00 times what finetune does." in section
-    assert "Mean average precision (%)" in section
-    assert "accuracy" not in section.lower()
-
-
-def call(*arguments, code=0):
-    return call_bench("results", *arguments, code=code)
-
-
-def test_the_command_prints_the_page_or_writes_it_with_its_pictures(tmp_path):
-    paths = write_strengths(tmp_path / "in", MEANS)
-    assert call(*paths).output == page(*paths)
-    out = tmp_path / "pages" / "found.md"
-    assert "cannot be written" in call(write(tmp_path / "x.jsonl", MATRICES), "-o", out, code=1).stderr
-    out.parent.mkdir()
-    assert call(*paths, "-o", out).output == f"Wrote {out} from 4 files.\n"
-    text = out.read_text()
-    assert text.count("![Accuracy and forgetting](found/sensitivity-tiny.png)") == 1
-    assert text.replace("![Accuracy and forgetting](found/sensitivity-tiny.png)\n\n", "") == page(*paths)
-    assert (tmp_path / "pages/found/sensitivity-tiny.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_two_sets_of_strengths_are_two_pictures(tmp_path):
-    paths = write_strengths(tmp_path / "a", MEANS) + write_strengths(tmp_path / "b", MEANS, epochs=3)
-    text = write_results(paths, tmp_path / "found.md", plot=plot_strengths)
-    for name in ("sensitivity-tiny.png", "sensitivity-tiny-2.png"):
-        assert f"(found/{name})" in text
-        assert (tmp_path / "found" / name).exists()
+    own = page(paths[0]).split("## Run it again")[0]
+    assert "Mean average precision (%)" in own
+    assert "accuracy" not in (own + section.split("[All results]")[0]).lower()
 
 
 def test_the_order_of_the_files_is_no_matter(tmp_path):
     paths = [*write_strengths(tmp_path, MEANS), write(tmp_path / "a.jsonl", MATRICES)]
     assert page(*paths) == page(*reversed(paths))
-
-
-def test_the_committed_page_is_what_the_command_makes_of_the_committed_files(tmp_path, monkeypatch):
-    monkeypatch.undo()  # the sequences as they are
-    out = tmp_path / "results.md"
-    call(*sorted((DOCS / "results").glob("*.jsonl")), "-o", out)
-    assert out.read_text(encoding="utf-8") == (DOCS / "results.md").read_text(encoding="utf-8")
-    pictures = {path.name for path in (tmp_path / "results").glob("*")}
-    assert pictures == {path.name for path in (DOCS / "results").glob("*.png")}

@@ -24,8 +24,8 @@ ROOMS: dict[str, set[str]] = {
     "methods": LOWEST - {"extras", "optimizers"} | {"data", "sequences"},
     "running": LOWEST - {"extras", "extensions"} | {"methods", "sequences"},
     "results": {"settings", "methods", "sequences", "running"},
-    "pages": {"settings", "extras", "running", "results"},
     "language": {"extras", "results"},
+    "pages": {"settings", "extras", "losses", "methods", "sequences", "running", "results", "language"},
     "__init__": LOWEST - {"extras", "extensions", "optimizers"} | {"methods", "sequences", "running"},
     "cli": {"settings", "optimizers", "extensions", "methods", "sequences", "running", "results", "pages", "language"},
 }

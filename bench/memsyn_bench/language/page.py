@@ -41,6 +41,8 @@ COLUMN_MEANINGS = {
     "Kept": "the memory's tensors",
 }
 """Column -> what it says."""
+GLANCE = ("Seeds", "Learned (%)", "Right (%)", "Lost (points)", "Kept (MB)")
+"""The columns of the page of results at a glance."""
 
 
 def language_page(path: Path) -> str:
@@ -50,6 +52,28 @@ def language_page(path: Path) -> str:
         MemsynError: the file cannot be read, or has no line about the model as it was.
     """
     records = read_language(path)
+    parts = [FIRST_WORDS, _summaries(records)]
+    for own, before in _tables(path, records):
+        parts += [f"## {_heading(own[0].domains, _plain(own[0]))}", _score_table(own, before)]
+    machines = list(dict.fromkeys(escape(record.machine) for record in records))
+    return "\n\n".join([*parts, f"Made with {'; '.join(machines)}."]) + "\n"
+
+
+def last_table(path: Path) -> str:
+    """What the model knows after the most domains: a heading and the columns of `GLANCE`.
+
+    Raises:
+        MemsynError: see `language_page`; or no line fits the line about the model as it was.
+    """
+    tables = _tables(path, read_language(path))
+    if not tables:
+        raise MemsynError(f"{path} has no line about a model that has learned. Run `memsyn-bench language` to its end.")
+    own, before = tables[-1]
+    return f"{_heading(own[0].domains, _plain(own[0]))}.\n\n{_score_table(own, before, GLANCE)}"
+
+
+def _tables(path: Path, records: Sequence[LanguageRecord]) -> list[tuple[list[LanguageRecord], LanguageRecord]]:
+    """The records of each table, and of the model as it was; the one of the most steps and domains comes last."""
     befores = [record for record in records if record.method == BEFORE]
     if not befores:
         raise MemsynError(f"{path} has no line about the model as it was. Run `memsyn-bench language` to its end.")
@@ -57,13 +81,9 @@ def language_page(path: Path) -> str:
     for record in records:
         if record.method != BEFORE:
             groups.setdefault((_plain(record), record.domains), []).append(record)
-    parts = [FIRST_WORDS, _summaries(records)]
-    for (settings, domains), own in sorted(groups.items(), key=lambda item: (item[0][0].steps, len(item[0][1]))):
-        before = next((one for one in befores if _fits(one, own[0])), None)
-        if before is not None:
-            parts += [f"## {_heading(domains, settings)}", _score_table(own, before)]
-    machines = list(dict.fromkeys(escape(record.machine) for record in records))
-    return "\n\n".join([*parts, f"Made with {'; '.join(machines)}."]) + "\n"
+    ordered = sorted(groups.items(), key=lambda item: (item[0][0].steps, len(item[0][1])))
+    pairs = ((own, next((one for one in befores if _fits(one, own[0])), None)) for _, own in ordered)
+    return [(own, before) for own, before in pairs if before is not None]
 
 
 def _plain(record: LanguageRecord) -> LanguageSettings:
@@ -98,22 +118,22 @@ def _summaries(records: Sequence[LanguageRecord]) -> str:
     )
 
 
-def _score_table(records: Sequence[LanguageRecord], before: LanguageRecord) -> str:
-    texts = list(before.losses)
-    columns = [
-        "Method", "Seeds", *(f"Loss, {name}" for name in texts), "Learned (%)", "Right (%)", "Lost (points)",
-        "Gained (points)", "Seconds", "Measured (s)", "Peak (GB)", "Kept (MB)",
-    ]  # fmt: skip
-    share = _percent(before.flags.count("1"), len(before.flags))
-    first = ["before", "", *(f"{before.losses[name]:.3f}" for name in texts), "", share, *[""] * 6]
+def _score_table(
+    records: Sequence[LanguageRecord], before: LanguageRecord, columns: Sequence[str] | None = None
+) -> str:
+    """A row for the model as it was and one for each method; `columns` are those wanted, in the order of `_cells`."""
+    first = {f"Loss, {name}": f"{loss:.3f}" for name, loss in before.losses.items()}
+    first["Right (%)"] = _percent(before.flags.count("1"), len(before.flags))
     labels = list(dict.fromkeys(map(_label, records)))
-    rows = [_row(label, [one for one in records if _label(one) == label], records, before) for label in labels]
-    return table(columns, [first, *rows])
+    rows = {label: _cells([one for one in records if _label(one) == label], records, before) for label in labels}
+    wanted = [name for name in next(iter(rows.values())) if columns is None or name in columns]
+    cells = {"before": first, **rows}
+    return table(
+        ["Method", *wanted], [[name, *(row.get(column, "") for column in wanted)] for name, row in cells.items()]
+    )
 
 
-def _row(
-    label: str, own: Sequence[LanguageRecord], records: Sequence[LanguageRecord], before: LanguageRecord
-) -> list[str]:
+def _cells(own: Sequence[LanguageRecord], records: Sequence[LanguageRecord], before: LanguageRecord) -> dict[str, str]:
     changes = [[(old, new) for old, new in zip(before.flags, one.flags, strict=True)] for one in own]
     lost, gained = (
         fmean(100 * change.count(kind) / len(change) for change in changes) for kind in (("1", "0"), ("0", "1"))
@@ -121,19 +141,18 @@ def _row(
     right = fmean(100 * one.flags.count("1") / len(one.flags) for one in own)
     learned = [share for one in own if (share := learned_share(one, records, before)) is not None]
     peaks = [one.peak_bytes for one in own if one.peak_bytes is not None]
-    return [
-        label,
-        str(len({one.seed for one in own})),
-        *(_mean_loss(own, name) for name in before.losses),
-        f"{fmean(learned):.0f}" if learned else "",
-        f"{right:.1f}",
-        f"{lost:.1f}",
-        f"{gained:.1f}",
-        f"{fmean(one.seconds for one in own):.0f}",
-        f"{fmean(one.memory_seconds for one in own):.0f}",
-        f"{fmean(peaks) / 1e9:.1f}" if peaks else "",
-        f"{fmean(one.kept_bytes for one in own) / 1e6:.0f}",
-    ]
+    return {
+        "Seeds": str(len({one.seed for one in own})),
+        **{f"Loss, {name}": _mean_loss(own, name) for name in before.losses},
+        "Learned (%)": f"{fmean(learned):.0f}" if learned else "",
+        "Right (%)": f"{right:.1f}",
+        "Lost (points)": f"{lost:.1f}",
+        "Gained (points)": f"{gained:.1f}",
+        "Seconds": f"{fmean(one.seconds for one in own):.0f}",
+        "Measured (s)": f"{fmean(one.memory_seconds for one in own):.0f}",
+        "Peak (GB)": f"{fmean(peaks) / 1e9:.1f}" if peaks else "",
+        "Kept (MB)": f"{fmean(one.kept_bytes for one in own) / 1e6:.0f}",
+    }
 
 
 def _mean_loss(records: Sequence[LanguageRecord], name: str) -> str:

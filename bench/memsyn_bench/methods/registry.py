@@ -47,6 +47,7 @@ class MethodEntry:
         strength: the default strength, by which the method's own loss is multiplied; None if it has none. For MAS it is
             `PAPER_STRENGTH`, which is not the default of `memsyn.protect`.
         stores_data: whether it keeps images of earlier tasks. It is then not ranked with methods that keep none.
+        needs_labels: whether what it keeps from task to task is computed from labels, or holds them.
         sees_test: whether it looks at test images, though not at their labels. It is then not ranked either.
         classifies: whether it takes the network's outputs for logits of classes, so that it cannot learn an embedding.
 
@@ -58,6 +59,7 @@ class MethodEntry:
     make: Callable[[float], Method]
     strength: float | None = None
     stores_data: bool = False
+    needs_labels: bool = False
     sees_test: bool = False
     classifies: bool = False
 
@@ -95,6 +97,7 @@ BUILT_IN_METHODS: dict[str, MethodEntry] = {
         "train on all tasks so far, which stores all data: the ceiling",
         lambda _: Rehearsal(per_task=None),
         stores_data=True,
+        needs_labels=True,
     ),
     "alone": MethodEntry("each task from the first weights: a reference for what can be learned", lambda _: Alone()),
     "frozen": MethodEntry(
@@ -114,6 +117,7 @@ BUILT_IN_METHODS: dict[str, MethodEntry] = {
         "Encoder-based lifelong learning (Rannen et al. 2017): LwF, and the features' codes kept",
         lambda strength: Distillation(strength, encodes=True),
         1.0,
+        needs_labels=True,
         classifies=True,
     ),
     "imm-mean": MethodEntry(
@@ -135,11 +139,13 @@ BUILT_IN_METHODS: dict[str, MethodEntry] = {
         "Synaptic Intelligence (Zenke et al. 2017): the loss's path integral",
         lambda strength: PathPenalty(strength, si),
         1.0,
+        needs_labels=True,
     ),
     "rwalk": MethodEntry(
         "RWalk (Chaudhry et al. 2018): running Fisher information and path score",
         lambda strength: PathPenalty(strength, rwalk),
         1.0,
+        needs_labels=True,
     ),
     "mas": MethodEntry(
         "Memory Aware Synapses (Aljundi et al. 2018): importances of all tasks so far are summed",
@@ -178,13 +184,17 @@ BUILT_IN_METHODS: dict[str, MethodEntry] = {
         lambda _: OrthogonalProjection(adam_nscl, of_updates=True),
     ),
     "rehearsal": MethodEntry(
-        f"store {PER_TASK} images of each task and train on them beside", lambda _: Rehearsal(), stores_data=True
+        f"store {PER_TASK} images of each task and train on them beside",
+        lambda _: Rehearsal(),
+        stores_data=True,
+        needs_labels=True,
     ),
     "mas-rehearsal": MethodEntry(
         f"MAS, and {PER_TASK} images of each task stored",
         lambda strength: CombinedMethods(ImportancePenalty(strength, mas), Rehearsal()),
         PAPER_STRENGTH,
         stores_data=True,
+        needs_labels=True,
     ),
 }
 

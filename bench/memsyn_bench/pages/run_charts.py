@@ -11,19 +11,29 @@ from collections.abc import Callable, Sequence
 from memsyn.report.charts import Series, axis, bars, heat, lines, logarithmic
 from memsyn.report.parts import Chart, Panels
 from memsyn.report.styles import INK, OPEN, Style, style_of
-from memsyn_bench.results.findings import ALONE, FINETUNE, FROZEN, JOINT, MAS, Findings, Numbers, estimate, half, mean
+from memsyn_bench.results.findings import (
+    ALONE,
+    FINETUNE,
+    FROZEN,
+    JOINT,
+    MAS,
+    Findings,
+    Group,
+    Numbers,
+    estimate,
+    half,
+    mean,
+)
 from memsyn_bench.results.groups import (
     PAIR_ROWS,
-    Group,
     adaptation,
     facts,
     kept,
     over_all,
     over_pairs,
     pairs,
-    sensitivity,
-    strength_of,
 )
+from memsyn_bench.results.mas_strengths import sensitivity, strength_of
 from memsyn_bench.results.metrics import average_accuracy, forgetting, learning_accuracy
 from memsyn_bench.results.sections import kept_bytes, quantity, readable, seconds
 from memsyn_bench.running.record import StrengthRecord

@@ -14,9 +14,10 @@ from memsyn import MemsynError
 from memsyn.report.page import write_report
 from memsyn.report.parts import Cell, Lines, Page, Part, Scene, Scenes, Section, Table, number_cell
 from memsyn_bench.pages.run_charts import averages, chosen, costs, group_charts, matrix_charts, over_time, tradeoff
-from memsyn_bench.results.findings import FINETUNE, MAS, Findings, estimate, read_findings
-from memsyn_bench.results.groups import Group, in_groups, pairs, sensitivity
+from memsyn_bench.results.findings import FINETUNE, MAS, Findings, Group, estimate, read_findings
+from memsyn_bench.results.groups import in_groups, pairs
 from memsyn_bench.results.markdown import blocks, plain
+from memsyn_bench.results.mas_strengths import sensitivity
 from memsyn_bench.results.metrics import forgetting
 from memsyn_bench.results.report import title
 from memsyn_bench.results.sections import (

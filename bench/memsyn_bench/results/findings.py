@@ -103,6 +103,10 @@ class Findings:
         return max(self.ranked, key=self.standing, default=None)
 
 
+Group = list[Findings]
+"""Runs that belong together."""
+
+
 def read_findings(path: Path) -> Findings:
     """The findings of a file, `NAME.jsonl`, or `NAME/results.jsonl` as a run leaves it.
 

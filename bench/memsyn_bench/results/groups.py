@@ -5,10 +5,8 @@ Owns which files belong together, their tables, and the sentences about them. Ev
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from statistics import fmean
 
 from memsyn_bench.methods.registry import METHODS
@@ -19,6 +17,7 @@ from memsyn_bench.results.findings import (
     MAS,
     NONE,
     Findings,
+    Group,
     Numbers,
     compared,
     difference,
@@ -26,11 +25,9 @@ from memsyn_bench.results.findings import (
     mean,
 )
 from memsyn_bench.results.markdown import escape, table
+from memsyn_bench.results.mas_strengths import hindsight, sensitivity, with_strength
 from memsyn_bench.results.metrics import Matrix, diagonal, forgetting
 from memsyn_bench.sequences.sequences import find_sequence
-from memsyn_bench.settings import OWN
-
-Group = list[Findings]
 
 LOCAL, IN_USE, SI = "mas-local", "mas-in-use", "si"
 PAIR_ROWS = {
@@ -51,16 +48,24 @@ class GroupKind:
     """A kind of group.
 
     Attributes:
-        heading: the group's first file -> the heading of the section.
+        heading: the group's first file -> the heading of the group's page.
+        page: the group's first file -> the page's name.
         key: what the files of one group have in common; None for a file that is not of the kind.
+        describe: group -> the page's text.
+        title: the heading of the kind's section on the page at a glance.
+        glance: (link -> the group of the page it leads to, all files) -> that section's text.
         least: the smallest number of files in a group.
-        describe: group -> the section's text.
+        own_pages: whether each file has a page of its own, and a row in the tables at a glance.
     """
 
     heading: Callable[[Findings], str]
+    page: Callable[[Findings], str]
     key: Callable[[Findings], Hashable]
     describe: Callable[[Group], str]
+    title: str
+    glance: Callable[[Mapping[str, Group], Sequence[Findings]], str]
     least: int = 1
+    own_pages: bool = False
 
 
 def in_groups(files: Sequence[Findings]) -> tuple[list[tuple[GroupKind, Group]], list[Findings]]:
@@ -82,36 +87,50 @@ def in_groups(files: Sequence[Findings]) -> tuple[list[tuple[GroupKind, Group]],
 def pairs(group: Group) -> str:
     """The first task before and after the second, and the second, as in the paper's Table 3."""
     drops = {method: over_pairs(group, method, forgetting) for method in PAIR_ROWS}
-    learned = {method: over_pairs(group, method, _on_second) for method in (FROZEN, MAS, LOCAL)}
     rows = []
     for method, (family, images) in PAIR_ROWS.items():
         if any(method in found.results for found in group):
             cells = [_pair_cell(found, method) for found in group]
             rows.append([escape(family), images or NONE, *cells, estimate(drops[method])])
     columns = ["Method", "Importance on", *(" → ".join(map(escape, found.tasks)) for found in group), "Mean drop"]
-    said = [
-        f"{method} drops {estimate(drops[method])} points on the first task, mean over the pairs."
-        for method in (FINETUNE, MAS, LOCAL)
-        if drops[method]
-    ]
-    for method in (MAS, LOCAL):
-        apart = difference(learned[method], learned[FROZEN])
-        if apart:
-            words = compared(apart, "above a frozen backbone", "below a frozen backbone")
-            said.append(f"On the second task {method} ends {words}, mean over the pairs.")
-        for images in ("test", "both"):
-            apart = difference(drops[f"{method}-{images}"], drops[method])
-            if apart:
-                words = {"test": "test images", "both": "training and test images"}[images]
-                said.append(
-                    f"With importance from {words} instead of training images {method} drops "
-                    f"{compared(apart, 'more', 'less')}."
-                )
     note = (
         "A cell: accuracy on the first task after the second (its change) / accuracy on the second, in percent, means "
         "over the seeds. Mean drop: over the pairs, in points, of the seeds that have finished every pair."
     )
-    return "\n\n".join(filter(None, [" ".join(said), table(columns, rows), note]))
+    said = f"{said_of_pairs(group)} {_said_of_test_images(group)}".strip()
+    return "\n\n".join(filter(None, [said, table(columns, rows), note]))
+
+
+def said_of_pairs(group: Group) -> str:
+    """How much the first task drops, and what the second reaches, mean over the pairs."""
+    drops = {method: over_pairs(group, method, forgetting) for method in (FINETUNE, MAS, LOCAL)}
+    said = [
+        f"{method} drops {estimate(numbers)} points on the first task, mean over the pairs."
+        for method, numbers in drops.items()
+        if numbers
+    ]
+    frozen = over_pairs(group, FROZEN, _on_second)
+    for method in (MAS, LOCAL):
+        apart = difference(over_pairs(group, method, _on_second), frozen)
+        if apart:
+            words = compared(apart, "above a frozen backbone", "below a frozen backbone")
+            said.append(f"On the second task {method} ends {words}, mean over the pairs.")
+    return " ".join(said)
+
+
+def _said_of_test_images(group: Group) -> str:
+    """What importance from test images changes."""
+    said = []
+    for method in (MAS, LOCAL):
+        for images, words in (("test", "test images"), ("both", "training and test images")):
+            drops, others = (over_pairs(group, name, forgetting) for name in (f"{method}-{images}", method))
+            apart = difference(drops, others)
+            if apart:
+                said.append(
+                    f"With importance from {words} instead of training images {method} drops "
+                    f"{compared(apart, 'more', 'less')}."
+                )
+    return " ".join(said)
 
 
 def over_pairs(group: Group, method: str, number: Callable[[Matrix], float]) -> Numbers:
@@ -134,41 +153,6 @@ def _pair_cell(found: Findings, method: str) -> str:
     return f"{first:.1f} ({change:+.1f}) / {second:.1f}"
 
 
-def strength_of(found: Findings) -> float:
-    """The strength that the file was made with; only for files whose strength is a number."""
-    strength = found.run.settings.strength
-    assert not isinstance(strength, str)
-    return strength
-
-
-def sensitivity(group: Group) -> str:
-    """Accuracy and forgetting at each strength, and how wide the plateau is."""
-    ordered = sorted(group, key=strength_of)
-    rows = [
-        [f"{strength_of(found):g}", estimate(found.averages(MAS)), estimate(found.by_seed(MAS, forgetting))]
-        for found in ordered
-    ]
-    means = {strength_of(found): mean(found.averages(MAS)) for found in ordered}
-    best = max(means, key=lambda strength: means[strength])
-    said = [f"{MAS} has its highest average accuracy, {means[best]:.1f}%, at strength {best:g} of those tried."]
-    for points in (1, 2):
-        low, high = plateau(means, points)
-        said.append(
-            f"The widest run of strengths within {points} point{'s' * (points > 1)} of it goes from {low:g} to "
-            f"{high:g}: {math.log10(high / low):.1f} orders of magnitude."
-        )
-    columns = ["Strength", "Average accuracy (%)", "Forgetting (points)"]
-    return "\n\n".join([" ".join(said), table(columns, rows)])
-
-
-def plateau(means: dict[float, float], points: float) -> tuple[float, float]:
-    """The ends of the widest run, in orders of magnitude, of neighbouring strengths at most `points` below the best."""
-    enough = max(means.values()) - points - 1e-9
-    near = [list(run) for fits, run in groupby(sorted(means), lambda strength: means[strength] >= enough) if fits]
-    widest = max(near, key=lambda run: run[-1] / run[0])
-    return widest[0], widest[-1]
-
-
 def adaptation(group: Group) -> str:
     """What is kept on the classes in use and on the others, and what the new tasks reach, file by file."""
     note = (
@@ -178,24 +162,33 @@ def adaptation(group: Group) -> str:
     return "\n\n".join([*map(_adaptation_of_run, group), note])
 
 
-def _adaptation_of_run(found: Findings) -> str:
-    columns: dict[str, Callable[[str], Numbers]] = {
+def _adaptation_columns(found: Findings) -> dict[str, Callable[[str], Numbers]]:
+    return {
         "classes in use": lambda method: kept(found, method, "in-use")[0],
         "other classes": lambda method: kept(found, method, "other-classes")[0],
         "new tasks": lambda method: found.by_seed(method, lambda matrix: fmean(diagonal(matrix)[1:])),
     }
+
+
+def _adaptation_of_run(found: Findings) -> str:
+    columns = _adaptation_columns(found)
     rows = []
     for method in found.ranked:
         use, others = (f" ({estimate(kept(found, method, scoring)[1])})" for scoring in ("in-use", "other-classes"))
         cells = [estimate(numbers(method)) for numbers in columns.values()]
         rows.append([escape(method), cells[0] + use, cells[1] + others, cells[2]])
+    header = ["Method", *(f"{name.capitalize()} (%)" for name in columns)]
+    return f"{said_of_adaptation(found)}\n\n{table(header, rows)}"
+
+
+def said_of_adaptation(found: Findings) -> str:
+    """How importance of the classes in use alone compares with that of all."""
     said = []
-    for name, numbers in columns.items():
+    for name, numbers in _adaptation_columns(found).items():
         apart = difference(numbers(IN_USE), numbers(MAS))
         if apart:
             said.append(f"On the {name} {IN_USE} ends {compared(apart, f'above {MAS}', f'below {MAS}')}.")
-    header = ["Method", *(f"{name.capitalize()} (%)" for name in columns)]
-    return f"{escape(found.name)}: {' '.join(said)}\n\n{table(header, rows)}"
+    return f"{escape(found.name)}: {' '.join(said)}"
 
 
 def kept(found: Findings, method: str, scoring: str) -> tuple[Numbers, Numbers]:
@@ -219,13 +212,15 @@ def kept(found: Findings, method: str, scoring: str) -> tuple[Numbers, Numbers]:
 def facts(group: Group) -> str:
     """Mean average precision over all facts, method by method, and MAS over fine-tuning, file by file."""
     methods = [method for method in METHODS if method != ALONE and any(method in found.results for found in group)]
-    rows, said = [], []
-    for found in group:
-        numbers = {method: over_all(found, method) for method in methods}
-        rows.append([escape(found.name), *map(estimate, numbers.values())])
-        said.append(_order(found.name, numbers))
+    rows = [[escape(found.name), *(estimate(over_all(found, method)) for method in methods)] for found in group]
     note = "Mean average precision over all facts after the last task, in percent:"
+    said = [_order(found) for found in group]
     return "\n\n".join([*filter(None, said), note, table(["", *map(escape, methods)], rows)])
+
+
+def said_of_facts(group: Group) -> str:
+    """How MAS, SI and fine-tuning compare, file by file."""
+    return " ".join(filter(None, map(_order, group)))
 
 
 def over_all(found: Findings, method: str) -> Numbers:
@@ -233,11 +228,13 @@ def over_all(found: Findings, method: str) -> Numbers:
     return found.scores(method, "retrieval-over-all") or found.averages(method)
 
 
-def _order(name: str, numbers: dict[str, Numbers]) -> str:
-    """How MAS, SI and fine-tuning compare."""
+def _order(found: Findings) -> str:
+    numbers = {method: over_all(found, method) for method in (MAS, SI, FINETUNE)}
     means = {method: mean(numbers[method]) for method in (MAS, SI, FINETUNE) if numbers.get(method)}
     ordered = sorted(means, key=lambda method: -means[method])
-    said = [f"{escape(name)}, over all facts: {' > '.join(f'{method} {means[method]:.1f}' for method in ordered)}."]
+    said = [
+        f"{escape(found.name)}, over all facts: {' > '.join(f'{method} {means[method]:.1f}' for method in ordered)}."
+    ]
     for method, other in ((MAS, SI), (SI, FINETUNE)):
         apart = difference(numbers.get(method, {}), numbers.get(other, {}))
         if apart:
@@ -258,12 +255,6 @@ def _as_pair(found: Findings) -> Hashable:
     return replace(settings, sequence=_pairs_base(found)) if is_pair else None
 
 
-def _with_strength(found: Findings) -> Hashable:
-    settings = found.run.settings
-    varies = not isinstance(settings.strength, str) and settings.strength > 0 and MAS in found.results
-    return replace(settings, strength=OWN) if varies else None
-
-
 def _scored(*scorings: str) -> Callable[[Findings], Hashable]:
     """A key of the files whose sequence has one of these scorings, and several tasks."""
 
@@ -278,20 +269,68 @@ def _place(found: Findings) -> str:
     return f"{found.run.settings.size}x{found.run.settings.size}"
 
 
+def _each(
+    heading: Callable[[Findings], str], said: Callable[[Group], str]
+) -> Callable[[Mapping[str, Group], Sequence[Findings]], str]:
+    """At a glance: what is said of each group, after a link to its page."""
+
+    def glance(groups: Mapping[str, Group], files: Sequence[Findings]) -> str:
+        return "\n\n".join(f"[{heading(group[0])}]({link}): {said(group)}" for link, group in groups.items())
+
+    return glance
+
+
+def _of_strengths(found: Findings) -> str:
+    return f"Strengths of {MAS}: {escape(found.run.settings.sequence)}, {_place(found)}"
+
+
+def _of_pairs(found: Findings) -> str:
+    return f"Pairs from the network of {_pairs_base(found)}, {_place(found)}"
+
+
+def _of_adaptation(found: Findings) -> str:
+    return "Adaptation: importance of the classes in use alone"
+
+
+def _of_facts(found: Findings) -> str:
+    return "Facts: mean average precision"
+
+
 SENSITIVITY = GroupKind(
-    lambda found: f"Strengths of {MAS}: {escape(found.run.settings.sequence)}, {_place(found)}",
-    _with_strength,
-    sensitivity,
+    heading=_of_strengths,
+    page=lambda found: f"strengths-of-{MAS}-on-{found.run.settings.sequence}",
+    key=with_strength,
+    describe=sensitivity,
+    title="MAS at its best strength in hindsight",
+    glance=hindsight,
     least=2,
 )
 KINDS = (
     SENSITIVITY,  # first: a pair at several strengths is no several pairs
-    GroupKind(lambda found: f"Pairs from the network of {_pairs_base(found)}, {_place(found)}", _as_pair, pairs),
     GroupKind(
-        lambda found: "Adaptation: importance of the classes in use alone",
-        _scored("in-use", "retrieval-in-use"),
-        adaptation,
+        heading=_of_pairs,
+        page=lambda found: f"pairs-of-{_pairs_base(found)}",
+        key=_as_pair,
+        describe=pairs,
+        title="Pairs of tasks",
+        glance=_each(_of_pairs, said_of_pairs),
     ),
-    GroupKind(lambda found: "Facts: mean average precision", _scored("retrieval"), facts),
+    GroupKind(
+        heading=_of_adaptation,
+        page=lambda found: "adaptation-to-classes-in-use",
+        key=_scored("in-use", "retrieval-in-use"),
+        describe=adaptation,
+        title="Adaptation to what is in use",
+        glance=_each(_of_adaptation, lambda group: " ".join(map(said_of_adaptation, group))),
+    ),
+    GroupKind(
+        heading=_of_facts,
+        page=lambda found: "facts-compared",
+        key=_scored("retrieval"),
+        describe=facts,
+        title="Facts, all of them together",
+        glance=_each(_of_facts, said_of_facts),
+        own_pages=True,
+    ),
 )
-"""All of them, in the order of the page."""
+"""All of them, in the order of the page. A new kind is one more entry."""

@@ -6,7 +6,7 @@ Owns layout and sentences. Every number in a sentence is computed here, none is 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from statistics import fmean, median
@@ -91,10 +91,20 @@ def _title(found: Findings) -> str:
 
 def commands(found: Findings) -> list[str]:
     """The commands that make the file: one for each number of seeds, without options that have their default."""
-    settings = found.run.settings
     seeds: dict[str, int] = {method: max(of_method) + 1 for method, of_method in found.results.items()}
     for method, seed, _ in found.unfinished:
         seeds[method] = max(seeds.get(method, 0), seed + 1)
+    numbers = sorted(set(seeds.values()), reverse=True)
+    return [_command(found, [method for method in seeds if seeds[method] == number], number) for number in numbers]
+
+
+def row_commands(found: Findings) -> dict[str, str]:
+    """Method -> the command that makes its row alone."""
+    return {method: _command(found, [method], max(seeds) + 1) for method, seeds in found.results.items()}
+
+
+def _command(found: Findings, methods: Sequence[str], num_seeds: int) -> str:
+    settings = found.run.settings
     others = []
     defaults = asdict(default_settings(settings.sequence, optimizer=settings.optimizer))
     defaults["optimizer"] = default_settings(settings.sequence).optimizer
@@ -105,12 +115,8 @@ def commands(found: Findings) -> list[str]:
     out = found.folder or f"runs/{found.name}"
     if out != f"runs/{settings.sequence}":
         others += ["--out", out]
-    lines = []
-    for number in sorted(set(seeds.values()), reverse=True):
-        methods = ",".join(method for method in seeds if seeds[method] == number)
-        words = ["memsyn-bench", "run", settings.sequence, "--methods", methods, "--seeds", str(number), *others]
-        lines.append(printable(shlex.join(words)))
-    return lines
+    words = ["memsyn-bench", "run", settings.sequence, "--methods", ",".join(methods), "--seeds", str(num_seeds)]
+    return printable(shlex.join([*words, *others]))
 
 
 def unfinished(found: Findings) -> str:

@@ -55,6 +55,8 @@ class TaskSequence:
         scorings: keys of `memsyn_bench.running.scoring.SCORINGS`; methods are compared by the first one.
         shares_head: whether one head serves all tasks, so that a frozen backbone forgets too.
         training: the fields of `Settings` for which it has other defaults.
+        shows: what results on it show, for the page of results: one sentence without numbers; empty if nobody has said.
+        leaves_open: what they do not show, likewise.
 
     Raises:
         OptionError: a value is of a wrong type, or there is no size, or `training` names no field of `Settings`.
@@ -69,10 +71,13 @@ class TaskSequence:
     scorings: tuple[str, ...] = ("multi-head", "class-incremental")
     shares_head: bool = False
     training: Mapping[str, float | str] = field(default_factory=dict)
+    shows: str = ""
+    leaves_open: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.summary, str):
-            raise OptionError(f"summary must be one line of text, got {type(self.summary).__name__}.")
+        for name in ("summary", "shows", "leaves_open"):
+            if not isinstance(getattr(self, name), str):
+                raise OptionError(f"{name} must be one line of text, got {type(getattr(self, name)).__name__}.")
         for name in ("load", "build", "augment", "loss"):
             if not callable(getattr(self, name)):
                 raise OptionError(f"{name} must be a function, got {type(getattr(self, name)).__name__}.")
@@ -193,7 +198,9 @@ def _unchanged(images: Tensor, generator: torch.Generator) -> Tensor:
     return images
 
 
-def retrieval_sequence(summary: str, load: Callable[[int], list[Task]]) -> TaskSequence:
+def retrieval_sequence(
+    summary: str, load: Callable[[int], list[Task]], *, shows: str = "", leaves_open: str = ""
+) -> TaskSequence:
     """Images and texts meet in one embedding space, which one network learns task by task."""
     return TaskSequence(
         summary=summary,
@@ -205,6 +212,8 @@ def retrieval_sequence(summary: str, load: Callable[[int], list[Task]]) -> TaskS
         scorings=("retrieval", "retrieval-over-all"),
         shares_head=True,
         training={"epochs": 15},
+        shows=shows,
+        leaves_open=leaves_open,
     )
 
 
@@ -251,6 +260,8 @@ BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
         load=load_emoji8,
         build=pretrained_network,
         augment=augment,
+        shows="what forgetting costs where a backbone pretrained on other drawings fits the tasks well.",
+        leaves_open="how methods rank where the backbone has to learn much, or on photographs.",
     ),
     "emoji8-scratch": TaskSequence(
         summary="the same tasks, from random weights",
@@ -259,6 +270,8 @@ BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
         build=fresh_network,
         augment=augment,
         training={"lr": 1e-3},
+        shows="whether a method leaves room to learn where the backbone starts from random weights.",
+        leaves_open="how methods do on a network that knows its subject, for which there are too few drawings here.",
     ),
     "emoji8-pretrained": TaskSequence(
         summary="the same tasks, from EfficientNet-Lite0 pretrained on ImageNet",
@@ -267,6 +280,8 @@ BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
         build=partial(imagenet_network, efficientnet_lite0),
         augment=augment,
         training=FINE_TUNING,
+        shows="what protection adds to features of ImageNet, on tasks that are all of one kind.",
+        leaves_open="which method remembers best, because heads on features that never change may suffice.",
     ),
     "mixed8-pretrained": TaskSequence(
         summary="4 tasks of emoji and 4 alphabets in turn, from EfficientNet-Lite0 pretrained on ImageNet",
@@ -275,6 +290,8 @@ BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
         build=partial(imagenet_network, efficientnet_lite0),
         augment=augment,
         training=FINE_TUNING,
+        shows="whether features of ImageNet outlast tasks of two kinds in turn, drawings and letters.",
+        leaves_open="whether the order of the tasks matters, because only one order was run.",
     ),
     "scripts8": TaskSequence(
         summary="the letters of 8 alphabets, tested on families of fonts never seen",
@@ -283,6 +300,8 @@ BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
         build=fresh_network,
         augment=move,
         training={"lr": 1e-3, "epochs": 10},
+        shows="whether a network that starts from random weights keeps old alphabets while it learns to read new ones.",
+        leaves_open="the best that a strength can do: it is chosen on the first alphabets, which are more alike.",
     ),
     "split-fashion": TaskSequence(
         summary="Fashion-MNIST in 5 tasks of 2 classes, an MLP 784-256-256",
@@ -291,6 +310,8 @@ BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
         build=partial(perceptron_network, 256),
         augment=_unchanged,
         training={"lr": 1e-3, "epochs": 2, "batch_size": 64},
+        shows="how many methods compare on an easy benchmark that is widely used.",
+        leaves_open="which method harder tasks need, because almost any features tell a pair of classes apart.",
     ),
     "split-mnist": TaskSequence(
         summary="MNIST in 5 tasks of 2 digits, an MLP 784-400-400, as van de Ven and Tolias (2019)",
@@ -309,6 +330,8 @@ BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
         scorings=("domain-incremental",),
         shares_head=True,
         training={"lr": 1e-3, "epochs": 2, "batch_size": 64},
+        shows="whether a network with one head holds many tasks whose inputs have nothing in common.",
+        leaves_open="what tasks gain from each other, because a permutation takes away all that images share.",
     ),
     "words5": TaskSequence(
         summary="which of three languages a word is from, 5 times, a Transformer over letters",
@@ -317,15 +340,26 @@ BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
         build=word_network,
         augment=_unchanged,
         training={"lr": 1e-3, "epochs": 10, "batch_size": 64},
+        shows="how methods do on text, with a Transformer that starts from random weights.",
+        leaves_open="how methods do on a language model: the Transformer is small, and its inputs are single words.",
     ),
     "facts": retrieval_sequence(
-        "196 facts (a woman juggling) in 4 tasks, drawings of people and texts in one space", load_facts
+        "196 facts (a woman juggling) in 4 tasks, drawings of people and texts in one space",
+        load_facts,
+        shows="whether a network that maps pictures and texts into one space keeps old facts, as in the paper.",
+        leaves_open="what photographs of facts would show, which the paper uses.",
     ),
     "facts-kinds": retrieval_sequence(
-        "the same facts by kind of action: sports, work, daily life, fantasy", load_kinds
+        "the same facts by kind of action: sports, work, daily life, fantasy",
+        load_kinds,
+        shows="the same for facts that are split by kind of action, such as sports and work.",
+        leaves_open="what happens over many tasks, because there are few kinds of action.",
     ),
     "facts-scenes": retrieval_sequence(
-        "4 tasks of 40 triples (cat left of boar): synthetic scenes of two emoji, and texts", load_scenes
+        "4 tasks of 40 triples (cat left of boar): synthetic scenes of two emoji, and texts",
+        load_scenes,
+        shows="the same for facts about where two things are, in synthetic scenes.",
+        leaves_open="what a real scene would show, with a background and things of all sizes.",
     ),
     "paper8": paper8("alexnet"),
     "6ds": sixds("alexnet"),
@@ -333,17 +367,23 @@ BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
 BUILT_IN_SEQUENCES["scripts5"] = replace(
     BUILT_IN_SEQUENCES["scripts8"],
     summary="the first five alphabets of scripts8",
+    shows="",
+    leaves_open="",
     load=lambda size: load_scripts8(size)[:5],
 )
 BUILT_IN_SEQUENCES["adaptation"] = replace(
     BUILT_IN_SEQUENCES["scripts8"],
     summary="scripts8, with one letter of each alphabet in use",
+    shows="",
+    leaves_open="",
     load=load_in_use,
     scorings=("multi-head", "in-use", "other-classes"),
 )
 BUILT_IN_SEQUENCES["adaptation-facts"] = replace(
     BUILT_IN_SEQUENCES["facts"],
     summary="the facts, with those of sports in use",
+    shows="",
+    leaves_open="",
     load=load_sports_in_use,
     scorings=("retrieval", "retrieval-in-use", "retrieval-other-classes"),
 )
@@ -399,7 +439,8 @@ def pair(first: str, second: str, *, base: str = "emoji8") -> TaskSequence:
         tasks = {task.name: task for task in SEQUENCES[base].load(size)}
         return [tasks[name] for name in names]
 
-    return replace(SEQUENCES[base], summary=f"{names[0]}, then {names[1]}, as in {base}", load=load)
+    summary = f"{names[0]}, then {names[1]}, as in {base}"
+    return replace(SEQUENCES[base], summary=summary, load=load, shows="", leaves_open="")
 
 
 def find_sequence(name: str) -> TaskSequence:

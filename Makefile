@@ -76,4 +76,5 @@ check: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python tools/english.py
 	$(BIN)/python -m pytest tests/test_rooms.py bench/tests/test_rooms.py

@@ -237,7 +237,7 @@ def faults(name: str, found: list[Sentence]) -> Iterator[str]:
 def main(arguments: list[str]) -> int:
     """Print the table and the faults. Returns the exit code."""
     files = [Path(name).resolve() for name in arguments] or checked_files()
-    wrong = []
+    wrong: list[str] = []
     print(f"{'file':<48} sentences  mean  longest")
     for path in files:
         found = [] if is_left_out(path) else sentences_of(path)

@@ -69,7 +69,7 @@ soak: $(STAMP)
 # What measuring and protecting cost on this machine, over an ordinary pass and step: tables, for comparing weeks.
 speed: $(STAMP)
 	mkdir -p $(OUT)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/measure.py mlp vit-tiny resnet18 > $(OUT)/speed.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/measure.py mlp vit-tiny resnet18 --rounds 5 > $(OUT)/speed.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/protect.py >> $(OUT)/speed.md
 	cat $(OUT)/speed.md
 

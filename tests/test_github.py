@@ -100,10 +100,14 @@ def test_windows_runs_the_commands_of_make_torch() -> None:
 
 
 def test_the_list_of_tests_for_any_torch_names_files() -> None:
-    names = (ROOT / "tests" / "with_any_torch.txt").read_text(encoding="utf-8").split()
+    arguments = (ROOT / "tests" / "with_any_torch.txt").read_text(encoding="utf-8").split()
+    names = [argument for argument in arguments if not argument.startswith("--deselect=")]
     assert names == sorted(set(names))
     assert [name for name in names if not (ROOT / name).is_file()] == []
     assert len(names) > 30
+    for file, _, test in (argument[len("--deselect=") :].partition("::") for argument in arguments[len(names) :]):
+        assert file in names
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8")
 
 
 def test_python_versions_are_those_that_the_distributions_take() -> None:

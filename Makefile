@@ -9,7 +9,7 @@ TOOLS := .venv-tools
 TOOLS_STAMP := $(TOOLS)/.installed
 OUT := dist
 
-.PHONY: install demo test soak avalanche check lock sbom audit
+.PHONY: install demo test soak speed avalanche torch check lock sbom audit packages release-check
 
 install: $(STAMP)
 
@@ -66,14 +66,41 @@ test: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python -m pytest --soak -m soak --capture=no
 
+# What measuring and protecting cost on this machine, over an ordinary pass and step: tables, for comparing weeks.
+speed: $(STAMP)
+	mkdir -p $(OUT)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/measure.py mlp vit-tiny resnet18 --rounds 5 > $(OUT)/speed.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/protect.py >> $(OUT)/speed.md
+	cat $(OUT)/speed.md
+
+# The library's tests with another torch and nothing that is optional. 2.6.0 is the oldest that is declared; an empty
+# TORCH takes the newest.
+TORCH ?= 2.6.0
+torch:
+	test -x .venv-torch/bin/python || $(PYTHON) -m venv .venv-torch
+	.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check \
+		$(if $(TORCH),torch==$(TORCH),torch) -e . pytest pytest-xdist hypothesis scipy fsspec
+	OMP_NUM_THREADS=1 .venv-torch/bin/python -m pytest -n auto @tests/with_any_torch.txt
+
 # Beside Avalanche's own plugin. It needs a torchvision that fits torch: an environment of its own, of some gigabytes.
 avalanche:
 	test -x .venv-avalanche/bin/python || $(PYTHON) -m venv .venv-avalanche
 	.venv-avalanche/bin/python -m pip install --quiet --disable-pip-version-check -e '.[avalanche]' pytest
 	.venv-avalanche/bin/python -m pytest tests/test_trainers_avalanche.py
 
+# The files of a release: an sdist and a wheel of each distribution.
+packages: $(STAMP)
+	rm -rf $(OUT)/packages
+	$(BIN)/python -m hatchling build -d $(OUT)/packages
+	cd bench && $(CURDIR)/$(BIN)/python -m hatchling build -d $(CURDIR)/$(OUT)/packages
+
+# Whether all texts name the version TAG (v0.2.0), and the changelog its day.
+release-check: $(STAMP)
+	$(BIN)/python tools/release_check.py $(TAG)
+
 check: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python tools/english.py
 	$(BIN)/python -m pytest tests/test_rooms.py bench/tests/test_rooms.py

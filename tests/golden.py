@@ -12,7 +12,7 @@ import torch
 from memsyn import Consolidation, Importance, Memory
 
 FOLDER = Path(__file__).parent / "golden"
-LATEST = "0.1.0-format2"
+LATEST = "0.2.0"
 """The files that this version writes byte for byte."""
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)

@@ -1,6 +1,7 @@
 """The commands on files: what they print, write and exit with, as tables and as JSON."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -358,7 +359,9 @@ def test_the_installed_command(folder) -> None:
 
 
 def test_version():
-    assert call("--version").output == "memsyn 0.1.0\n"
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    declared = re.search('^version = "(.+)"$', text, re.MULTILINE)[1]
+    assert call("--version").output == f"memsyn {declared}\n", "run make install: the installed version is another one"
 
 
 def test_no_option_comes_or_goes_unnoticed():

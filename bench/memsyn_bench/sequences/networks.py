@@ -21,9 +21,9 @@ class SmallConvNet(nn.Module):
 
     A global average ends the network, so every side S >= 8 works. 0.65M weights; C is `num_channels`.
 
-    GroupNorm and not BatchNorm: BatchNorm's running statistics are no parameters, so no importance protects
-    them and they drift with each new task unless they are frozen; GroupNorm (Wu and He, ECCV 2018) keeps no
-    statistics, treats each sample alone and is the same function in training and in use.
+    It has GroupNorm and not BatchNorm. BatchNorm's running statistics are no parameters, so no importance protects
+    them. They drift with each new task unless they are frozen. GroupNorm (Wu and He, ECCV 2018) keeps no statistics,
+    treats each sample alone and is the same function in training and in use.
 
     Example:
         >>> SmallConvNet()(torch.zeros(2, 3, 32, 32)).shape

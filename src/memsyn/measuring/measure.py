@@ -107,8 +107,8 @@ def measure(
     importance. Padding is left out in tensors (samples, tokens, ...) and (samples * tokens, features). In models with a
     decoder it is not left out.
 
-    estimator="kronecker" takes, for each weight matrix, the second moments of what it meets and of the gradients of its
-    outputs: A = E[x x^T] and S = E[d d^T], with d = J^T v for random signs v at the outputs, so that on average S =
+    estimator="kronecker" takes, for each weight matrix, the second moments of its inputs and of the gradients of its
+    outputs: A = E[x x^T] and S = E[d d^T]. Here d = J^T v for random signs v at the outputs, so that on average S =
     sum_o J_o^T J_o. They are sums over samples, tokens, positions and uses, so that batch size, order and split do not
     matter. The signs belong to the place of a sample in the data. Linear layers, convolutions and their transposes,
     tables, attention and recurrent layers are matrices, with their biases. Norms and all other parameters get 1/N sum_k

@@ -173,9 +173,9 @@ class Estimator:
         magnitude: "abs" or "square".
         local: take the objective of every layer's own output, and differentiate it only by this layer's parameters.
             Only for the squared L2 norm.
-        factors: what to sum for weight matrices instead of f: "both" for the Kronecker factors, the second moments of
-            their inputs and of the objective's gradients at their outputs; "inputs" for the first alone, by forward
-            passes; None for an importance per weight.
+        factors: what to sum for weight matrices instead of f. "both" is for the Kronecker factors: the second moments
+            of their inputs and of the objective's gradients at their outputs. "inputs" is for the first alone, by
+            forward passes. None is for an importance per weight.
 
     Raises:
         OptionError: the magnitude or the factors are unknown, or a local objective is not the squared L2 norm.

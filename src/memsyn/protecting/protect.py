@@ -71,7 +71,7 @@ def protect(
     step, however many backward passes came before, and after your own gradient clipping. A parameter without a gradient
     is not touched in that step. The penalty has two forms; the same strength has the same effect in both. The gradient
     form adds 2 lambda Omega (theta - theta*) to `.grad` before the step. The proximal form sets theta to
-    (theta + k theta*) / (1 + k) after the step, with k = 2 s lambda Omega, where s is how far a unit of gradient moves
+    (theta + k theta*) / (1 + k) after the step, with k = 2 s lambda Omega. Here s is how far a unit of gradient moves
     the weight in a step: lr / (1 - momentum) for SGD, lr / (sqrt(v) + eps) for Adam. No strength makes the proximal
     form or the projected form diverge. The gradient form may: there is a warning before it does with SGD, and an error
     as soon as it does with an optimizer whose steps are not known.

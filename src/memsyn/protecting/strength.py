@@ -29,10 +29,10 @@ class Relative:
 
     The mean is over the weights with an importance above 0, so that unused rows of a table and dead units do not count.
     T is the number of tasks whose importance the memory holds: the number of consolidations with rule `sum`, 1 with
-    `mean`, `max` and `ema`. Any factor of Omega (the scale of the outputs, the objective) cancels, and the pull towards
-    one task stays the same when other tasks are added; if each task has its own head, it grows by about the heads'
-    share of the weights. A memory without a history, made by hand, counts as one task. A plain number in place of
-    `Relative` is lambda as in the paper.
+    `mean`, `max` and `ema`. Any factor of Omega (the scale of the outputs, the objective) cancels. The pull towards one
+    task stays the same when other tasks are added. If each task has its own head, it grows by about the heads' share of
+    the weights. A memory without a history, made by hand, counts as one task. A plain number in place of `Relative` is
+    lambda as in the paper.
 
     Attributes:
         value: positive, or 0 for no protection. The default 0.01 is also the default of `protect`.

@@ -60,10 +60,12 @@ class KroneckerFactors:
     2015; Ritter et al. 2018).
 
     Attributes:
-        sums: name -> sum over samples. `inputs/<key>` (G, n, n) and `outputs/<key>` (G, m, m) for G groups of a matrix;
-            (n,) the counts of a table's rows; `inputs_sketch/<key>` (G, n, l) with `inputs_trace/<key>` in place of a
-            matrix that is too wide, and so for outputs; `positions/<key>` the number of x; `diagonal/<parameter>` sums
-            of squared gradients, for parameters that are no matrices; `squared_outputs/` that of ||y||^2.
+        sums: name -> sum over samples. `inputs/<key>` (G, n, n) and `outputs/<key>` (G, m, m) for G groups of a matrix.
+            For a table `inputs/<key>` (n,) are the counts of its rows. A matrix that is too wide has instead
+            `inputs_sketch/<key>` (G, n, l) with `inputs_trace/<key>`, and so for outputs. `positions/<key>` is the
+            number of x.
+            `diagonal/<parameter>` holds sums of squared gradients, for parameters that are no matrices.
+            `squared_outputs/` is the sum of ||y||^2.
         num_samples: the number of samples.
         matrices: key -> which parameter is read as a matrix, and how. A key is the weight's name.
         routes: parameter name -> how it was computed.

@@ -256,9 +256,14 @@ class Memory:
     ) -> Memory:
         """A new memory that includes `importance`, with the anchor at the model's present weights and statistics.
 
-        With Omega the old importance, over N samples, and Omega' the mean of the new one, over N' samples:
-        `sum`: Omega + Omega' (the paper's code); `mean`: (N Omega + N' Omega') / (N + N'); `ema`: decay Omega +
-        (1 - decay) Omega'; `max`: the larger of the two. If only one side has a parameter, or a row of one, its value
+        Omega is the old importance, over N samples, and Omega' the mean of the new one, over N' samples. The rules:
+
+        - `sum`: Omega + Omega' (the paper's code)
+        - `mean`: (N Omega + N' Omega') / (N + N')
+        - `ema`: decay Omega + (1 - decay) Omega'
+        - `max`: the larger of the two
+
+        If only one side has a parameter, or a row of one, its value
         is kept. Parameters that the model has lost are dropped, with a warning.
 
         Kronecker factors become directions; the importance and its anchor stay as they are. A and S of each

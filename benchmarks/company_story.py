@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import memsyn
+from memsyn.comparing.verdict import MAX_CHANGE
 from memsyn_bench.data.drawings import augment, load_emoji8
 from memsyn_bench.data.strata import ranks_in_classes
 from memsyn_bench.methods.distillation import distillation
@@ -43,8 +44,8 @@ VARIANTS, MEASURED, REQUESTS = 5, 3, 10
 ESTIMATORS = {"MAS": "mas", "projection": "kronecker"}
 SOURCES = ("old training images", "images in use", "public images", "new images", "noise")
 CARELESS, STATISTICS, HEAD, LWF = "careless", "frozen statistics alone", "new head alone", "distillation (LwF)"
-REPAIRS = {"careless, then repair": None, "careless, then repair to 1%": 0.01}
-"""Arm -> `max_change` of the repair; None: the default."""
+REPAIRS = {"careless, then repair": MAX_CHANGE, "careless, then repair to 1%": 0.01}
+"""Arm -> `max_change` of the repair."""
 MEMORIES = {f"{memory}, {source}": (memory, source) for memory in ESTIMATORS for source in SOURCES}
 ARMS = (CARELESS, STATISTICS, HEAD, LWF, *MEMORIES, *REPAIRS)
 Extra = Callable[[Classifier, Tensor], Tensor]
@@ -215,7 +216,7 @@ def extend(
         learn(model, "added", company.new, optimizer, company, epochs=epochs, heads_first=first, extra=extra)
 
 
-def repaired(company: Company, max_change: float | None) -> Classifier:
+def repaired(company: Company, max_change: float) -> Classifier:
     """The careless model with what the old outputs need put back, and its new head trained again.
 
     The change is measured on images in use, which are not the requests.
@@ -226,8 +227,9 @@ def repaired(company: Company, max_change: float | None) -> Classifier:
         model, images, estimator="kronecker", forward=lambda own, batch: own(batch, "added"), progress=False
     )
     memory = company.memory("mas", "kronecker")
-    bound = {} if max_change is None else {"max_change": max_change}
-    found = memsyn.repair(model, memory, batches=company.images("images in use"), learned=learned, **bound)
+    found = memsyn.repair(
+        model, memory, batches=company.images("images in use"), learned=learned, max_change=max_change
+    )
     model.load_state_dict(found.weights, strict=False)
     epochs = max(1, company.epochs // 4)
     with memsyn.freeze_statistics(model):

@@ -192,7 +192,7 @@ def language_(
     domains: Annotated[str, typer.Option(help=f"In this order: of {', '.join(DOMAINS)}.")] = ",".join(DOMAINS),
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, ...")] = 1,
     steps: Annotated[int, typer.Option(help="Steps for each domain.")] = LanguageSettings().steps,
-    memory: Annotated[str, typer.Option(help=f"The memory's text: {' or '.join(MEMORY_TEXTS)}.")] = MEMORY_TEXTS[0],
+    memory: Annotated[str, typer.Option(help=f"The memory's text: of {', '.join(MEMORY_TEXTS)}.")] = MEMORY_TEXTS[0],
     precision: Annotated[
         str, typer.Option(help=f"Of products: {' or '.join(PRECISIONS)}.")
     ] = LanguageSettings().precision,

@@ -388,6 +388,54 @@ def test_the_memory_may_be_of_english(prepared, tmp_path):
     assert run_all(prepared, ["finetune"], tmp_path, domains=("abc",), settings=english) == []  # it needs no such text
 
 
+@pytest.mark.parametrize("method", ["mas", "projected-inputs"])
+def test_the_memory_may_be_of_the_new_text_measured_before_each_domain(
+    prepared, assistant, tmp_path, monkeypatch, method
+):
+    """Of no other text: before each domain its training blocks, at the weights before, and nothing after it."""
+    own, seen = replace(SMALL, memory_text="new", num_measured=5), []
+    monkeypatch.setattr(experiments, "own_text", None)  # a longer text of its own is not written
+    before = {name: tensor.clone() for name, tensor in assistant.network.state_dict().items()}
+
+    def noted(memory, network, blocks, chosen, label):
+        seen.append((label, blocks, {name: tensor.clone() for name, tensor in network.state_dict().items()}, memory))
+        return remembered(memory, network, blocks, chosen, label)
+
+    monkeypatch.setattr(experiments, "remembered", noted)
+    record = run_all(prepared, [method], tmp_path, settings=own)[-1]
+    names = list(tiny_llama.DOMAINS)
+    assert [label for label, *_ in seen] == names == list(record.domains)
+    assert all(torch.equal(one[1], prepared.domains[one[0]].training[:5]) for one in seen)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in seen[0][2].items())
+    assert [len(memory.history) for *_, memory in seen] == [0, 1, 2]
+    old = run_all(prepared, [method], tmp_path, settings=replace(own, memory_text="english"))[-1]
+    assert record.losses != old.losses
+    assert "memory of new" in language_page(tmp_path / LANGUAGE_FILE)
+    assert "A memory of new is measured on the new domain's training text" in language_page(tmp_path / LANGUAGE_FILE)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_memory_of_the_new_text_goes_on_after_a_cut_with_the_same_numbers(prepared, tmp_path, number):
+    own = replace(SMALL, memory_text="new")
+    whole = run_all(prepared, ["mas"], tmp_path / "whole", settings=own)
+
+    def stop(record):
+        if len(record.domains) == number + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_all(prepared, ["mas"], tmp_path / "cut", settings=own, say=stop)
+    run_all(prepared, ["mas"], tmp_path / "cut", settings=own)
+    found = read_language(tmp_path / "cut" / LANGUAGE_FILE)
+    assert [(one.key, one.losses, one.right) for one in found] == [(one.key, one.losses, one.right) for one in whole]
+
+
+def test_new_text_is_not_replayed():
+    with pytest.raises(OptionError, match=r"'replay' replays the memory's text, and the new text is learned anyway\."):
+        parse_method("replay", replace(SMALL, memory_text="new"))
+    assert parse_method("lora", replace(SMALL, memory_text="new"))[1].memory_text == "own"
+
+
 def test_a_larger_memory_is_of_more_text_and_is_scored_on_the_same(prepared, tmp_path):
     records = run_all(prepared, ["mas", "mas@blocks=9"], tmp_path, domains=("abc",))
     few, many = (record for record in records if record.method == "mas")
@@ -418,7 +466,7 @@ def test_methods_with_options_are_parsed():
     ("changes", "message"),
     [
         ({"steps": 0}, "steps must be at least 1; got 0"),
-        ({"memory_text": "french"}, "memory_text must be one of own, english; got 'french'"),
+        ({"memory_text": "french"}, "memory_text must be one of own, english, new; got 'french'"),
         ({"precision": "float8"}, "precision must be one of float32, bfloat16; got 'float8'"),
     ],
 )

@@ -40,7 +40,7 @@ def tasks():
 def test_default_strengths_are_those_of_the_recorded_results():
     """MAS has the paper's, which is not the library's `Relative(0.01)`; a projection has the library's."""
     of_mas = {name: METHODS[name].strength for name in METHODS if name.startswith("mas")}
-    assert len(of_mas) == 9
+    assert len(of_mas) == 12
     assert set(of_mas.values()) == {1.0}
     assert METHODS["projected"].make(0.0).strength == 10.0
 
@@ -50,8 +50,8 @@ def test_candidates_are_decades_around_the_methods_own_strength():
     assert candidates("ewc") == pytest.approx(tuple(100 * value for value in candidates("mas")))
     assert candidates("finetune") == ()
     assert set(WITH_STRENGTH) == set(METHODS) - {
-        "finetune", "joint", "alone", "frozen", "rehearsal", "projected", "projected-full", "projected-inputs", "gpm",
-        "adam-nscl",
+        "finetune", "joint", "alone", "frozen", "rehearsal", "projected", "projected-full", "projected-inputs",
+        "projected-test", "projected-public", "projected-new", "projected-noise", "gpm", "adam-nscl",
     }  # fmt: skip
 
 

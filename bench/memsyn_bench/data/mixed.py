@@ -1,6 +1,7 @@
 """Tasks with little in common: drawings and alphabets in turn.
 
-Owns how letters are made to look like drawings, and how many there are. Knows nothing of networks.
+Owns how letters are made to look like drawings, drawings like letters, and how many letters there are. Knows nothing
+of networks.
 """
 
 from __future__ import annotations
@@ -33,11 +34,21 @@ def load_mixed8(size: int) -> list[Task]:
 
 def among_drawings(letters: Task, size: int) -> Task:
     """The letters in three colours, and as large as drawings are."""
+    return replace(
+        letters,
+        train_images=as_drawings(letters.train_images, size),
+        test_images=as_drawings(letters.test_images, size),
+    )
 
-    def drawn(images: Tensor) -> Tensor:
-        return resize(images, size).expand(-1, 3, -1, -1).contiguous()
 
-    return replace(letters, train_images=drawn(letters.train_images), test_images=drawn(letters.test_images))
+def as_drawings(letters: Tensor, size: int) -> Tensor:
+    """Letters (N, 1, S, S) in three colours, (N, 3, size, size)."""
+    return resize(letters, size).expand(-1, 3, -1, -1).contiguous()
+
+
+def as_letters(drawings: Tensor, size: int) -> Tensor:
+    """Drawings (N, 3, S, S) in grey, the mean of the colours: (N, 1, size, size)."""
+    return resize(drawings, size).mean(1, keepdim=True)
 
 
 def fewer(letters: Task) -> Task:

@@ -36,8 +36,8 @@ TIED = "lm_head.weight"
 """The head shares the table of tokens."""
 BEFORE = "before"
 """The name of the line about the model as it was."""
-OWN_TEXT, ENGLISH_TEXT = "own", "english"
-MEMORY_TEXTS = (OWN_TEXT, ENGLISH_TEXT)
+OWN_TEXT, ENGLISH_TEXT, NEW_TEXT = "own", "english", "new"
+MEMORY_TEXTS = (OWN_TEXT, ENGLISH_TEXT, NEW_TEXT)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class LanguageSettings:
     strength: float | None = None
     """None: the method's own."""
     memory_text: str = OWN_TEXT
-    """What a memory is measured on before the first domain."""
+    """What a memory is measured on before the first domain: the model's own text, or English. After each domain the
+    memory takes in text of that domain. "new": before each domain, its own training text alone, and nothing after it.
+    """
     batch_size: int = 4
     length: int = 64
     num_measured: int = 40
@@ -261,6 +263,11 @@ def parse_method(text: str, settings: LanguageSettings) -> tuple[str, LanguageSe
             ) from None
         if key == "blocks" and not needs_text:
             raise OptionError(f"{text!r}: {name} measures no memory, so it takes no blocks.")
+    if own.extra == "replay" and settings.memory_text == NEW_TEXT:
+        raise OptionError(
+            f"{text!r} replays the memory's text, and the new text is learned anyway. Use the memory of another text: "
+            f"{OWN_TEXT} or {ENGLISH_TEXT}."
+        )
     text = settings.memory_text if needs_text else OWN_TEXT
     return name, replace(
         settings, lr=given["lr"], strength=given["strength"], memory_text=text, num_measured=given["blocks"]
@@ -312,7 +319,8 @@ class Course:
         kept = _bytes_of(memory)
         if not is_last:
             start = time.perf_counter()
-            memory = remembered(memory, done.network, training[: settings.num_measured], method, names[index])
+            if settings.memory_text != NEW_TEXT:
+                memory = remembered(memory, done.network, training[: settings.num_measured], method, names[index])
             spent += time.perf_counter() - start
             _save(self.checkpoint(index), done.network, memory)
         record = LanguageRecord(
@@ -336,20 +344,27 @@ class Course:
 
     @property
     def _old_text(self) -> Text:
-        """What the memory is measured on, and what is replayed."""
+        """What the memory is measured on before the first domain, and what is replayed."""
+        text = self.experiment.own
         if self.settings.memory_text == ENGLISH_TEXT:
             text = self.experiment.english
-        else:
-            text = _kept_longer_text(self.experiment.own, self.experiment.assistant, self.settings, self.out)
+        elif self.settings.memory_text == OWN_TEXT:
+            text = _kept_longer_text(text, self.experiment.assistant, self.settings, self.out)
         return replace(text, training=text.training[: self.settings.num_measured])
 
     def _state(self, index: int) -> tuple[nn.Module, Memory]:
         """The network and the memory before domain `index`."""
         network = deepcopy(self.experiment.assistant.network)
-        if index:
-            return network, _load(self.checkpoint(index - 1), network)
-        method = LANGUAGE_METHODS[self.name]
-        return network, remembered(Memory.empty(), network, self._old_text.training, method, self.settings.memory_text)
+        memory = _load(self.checkpoint(index - 1), network) if index else Memory.empty()
+        settings = self.settings
+        if settings.memory_text == NEW_TEXT:
+            label, text = list(self.experiment.domains.items())[index]
+        elif not index:
+            label, text = settings.memory_text, self._old_text
+        else:
+            return network, memory
+        blocks = text.training[: settings.num_measured]
+        return network, remembered(memory, network, blocks, LANGUAGE_METHODS[self.name], label)
 
 
 def _save(path: Path, network: nn.Module, memory: Memory) -> None:

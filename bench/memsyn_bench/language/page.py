@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from memsyn import MemsynError
-from memsyn_bench.language.experiment import BEFORE, LanguageRecord, LanguageSettings, read_language
+from memsyn_bench.language.experiment import BEFORE, NEW_TEXT, LanguageRecord, LanguageSettings, read_language
 from memsyn_bench.language.methods import LANGUAGE_METHODS
 from memsyn_bench.language.texts import DOMAINS
 from memsyn_bench.results.markdown import escape, meanings, table
@@ -28,6 +28,10 @@ number on it is typed.
 The linear layers learn, by AdamW with a constant learning rate. The table of tokens, which is also the head, stays. So
 do the normalisations. The memory is measured on conversations that the model wrote itself, its user's part too. No
 question, no label and no old training data is used. After each domain, the memory takes in text of that domain."""
+OF_NEW_TEXT = (
+    "A memory of new is measured on the new domain's training text, before each domain is learned. It takes in nothing "
+    "after it, so no old text is used."
+)
 COLUMN_MEANINGS = {
     "Loss": "mean cross-entropy on held-out text, in nats a token",
     "Loss, own": "the same on conversations that the model wrote before it learned anything",
@@ -53,6 +57,8 @@ def language_page(path: Path) -> str:
     """
     records = read_language(path)
     parts = [FIRST_WORDS, _summaries(records)]
+    if any(record.settings.memory_text == NEW_TEXT for record in records):
+        parts.append(OF_NEW_TEXT)
     for own, before in _tables(path, records):
         parts += [f"## {_heading(own[0].domains, _plain(own[0]))}", _score_table(own, before)]
     machines = list(dict.fromkeys(escape(record.machine) for record in records))

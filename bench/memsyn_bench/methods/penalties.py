@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from memsyn import Memory, measure
 from memsyn.parameters import trainable_parameters
 from memsyn_bench.methods.method import Method, TaskTraining
+from memsyn_bench.methods.sources import TRAINING, ImageSource, MeasuringMethod
 from memsyn_bench.methods.trajectory import PathIntegral, RiemannianWalk
-from memsyn_bench.task import Task
 
 MEASURE_BATCH = 64
 """Images in one pass of measuring or evaluating: it changes the speed and nothing else."""
 
-Consolidate = Callable[[TaskTraining, Memory], Memory]
-"""(training, memory of the tasks before) -> the memory with this task in it, the anchor at the present weights."""
+Consolidate = Callable[[TaskTraining, Memory, Tensor], Memory]
+"""(training, memory of the tasks before, images) -> the memory with this task in it, the anchor at the present weights.
+
+The images are unlabelled; importance is measured on them, through the task's head."""
 
 
 def through_head(training: TaskTraining) -> Callable[[nn.Module, Tensor], Tensor]:
@@ -35,55 +37,35 @@ def through_head(training: TaskTraining) -> Callable[[nn.Module, Tensor], Tensor
     return forward
 
 
-def training_images(task: Task) -> Tensor:
-    """The images that the task is learned from."""
-    return task.train_images
-
-
-def test_images(task: Task) -> Tensor:
-    """The images that the task is tested on, without labels: data that the network meets in use."""
-    return task.test_images
-
-
-def all_images(task: Task) -> Tensor:
-    """Training and test images."""
-    return torch.cat([task.train_images, task.test_images])
-
-
-def images_in_use(task: Task) -> Tensor:
-    """The training images of the classes in use."""
-    return task.train_images[task.uses(task.train_labels)]
-
-
-def _measured(training: TaskTraining, memory: Memory, *, estimator: str, images: Callable[[Task], Tensor]) -> Memory:
-    """Add the importance over images of the task, through its head, and move the anchor."""
-    batches = images(training.task).split(MEASURE_BATCH)
+def _measured(training: TaskTraining, memory: Memory, images: Tensor, *, estimator: str) -> Memory:
+    """Add the importance over images, through the task's head, and move the anchor."""
+    batches = images.split(MEASURE_BATCH)
     found = measure(training.model, batches, forward=through_head(training), estimator=estimator, progress=False)
     return memory.consolidate(training.model, found, rule="sum")
 
 
-def mas(training: TaskTraining, memory: Memory, *, images: Callable[[Task], Tensor] = training_images) -> Memory:
+def mas(training: TaskTraining, memory: Memory, images: Tensor) -> Memory:
     """Omega = sum over tasks of 1/N sum_k |d ||y_k||^2 / d theta|, exact (Aljundi et al. 2018, Eq. 2)."""
-    return _measured(training, memory, estimator="mas", images=images)
+    return _measured(training, memory, images, estimator="mas")
 
 
-def mas_local(training: TaskTraining, memory: Memory, *, images: Callable[[Task], Tensor] = training_images) -> Memory:
+def mas_local(training: TaskTraining, memory: Memory, images: Tensor) -> Memory:
     """The same with each layer's own output: local MAS, forward passes only (Aljundi et al. 2018, section 4.3)."""
-    return _measured(training, memory, estimator="mas-local", images=images)
+    return _measured(training, memory, images, estimator="mas-local")
 
 
-def ewc(training: TaskTraining, memory: Memory) -> Memory:
+def ewc(training: TaskTraining, memory: Memory, images: Tensor) -> Memory:
     """Omega = sum over tasks of 1/N sum_k sum_c p_c (d log p_c / d theta)^2: the exact diagonal Fisher information.
 
     The online variant: one sum, nothing decays, and one anchor that moves with each task (Kirkpatrick et al. 2017;
     Schwarz et al. 2018 with gamma = 1). Their penalty has a factor 1/2: strength is half their lambda.
     """
-    return _measured(training, memory, estimator="fisher", images=training_images)
+    return _measured(training, memory, images, estimator="fisher")
 
 
-def mas_batched(training: TaskTraining, memory: Memory) -> Memory:
+def mas_batched(training: TaskTraining, memory: Memory, images: Tensor) -> Memory:
     """MAS with the absolute value after the mean over a training batch: what most other libraries do."""
-    batches = training.task.train_images.split(training.settings.batch_size)
+    batches = images.split(training.settings.batch_size)
     found = measure(training.model, batches, forward=through_head(training), batched=True, progress=False)
     return memory.consolidate(training.model, found, rule="sum")
 
@@ -97,17 +79,16 @@ def l2(training: TaskTraining, memory: Memory) -> Memory:
 
 
 @final
-class ImportancePenalty(Method):
+class ImportancePenalty(MeasuringMethod):
     """Importance is measured when a task has been learned, and protected from the next task on."""
 
-    def __init__(self, strength: float, remember: Consolidate) -> None:
-        super().__init__(strength)
+    def __init__(self, strength: float, remember: Consolidate, source: ImageSource = TRAINING) -> None:
+        super().__init__(strength, source)
         self._remember = remember
 
-    def end(self, training: TaskTraining) -> None:
-        """Measure the importance."""
-        super().end(training)
-        self.memory = self._remember(training, self.memory)
+    def remembered(self, training: TaskTraining, images: Tensor) -> Memory:
+        """The memory with the importance over the images."""
+        return self._remember(training, self.memory, images)
 
 
 StartPath = Callable[[dict[str, Tensor], Method], PathIntegral | RiemannianWalk]

@@ -13,13 +13,14 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from memsyn import KroneckerFactors, measure
+from memsyn import KroneckerFactors, Memory, measure
 from memsyn.matrices import Matrix
 from memsyn.parameters import trainable_parameters
 from memsyn.values.directions import STRENGTH
 from memsyn.values.spectra import Spectrum
 from memsyn_bench.methods.method import Method, TaskTraining, TensorGroups
 from memsyn_bench.methods.penalties import MEASURE_BATCH, present_weights, through_head
+from memsyn_bench.methods.sources import TRAINING, ImageSource, MeasuringMethod
 from memsyn_bench.sequences.networks import MultiHead
 
 Moments = Literal["kronecker", "inputs"]
@@ -33,7 +34,7 @@ NULL_RATIO = 10.0
 
 
 @final
-class Projection(Method):
+class Projection(MeasuringMethod):
     """The factors of a task are measured when it has been learned, and projected away from the next task on.
 
     Args:
@@ -41,24 +42,30 @@ class Projection(Method):
         estimator: as `memsyn.measure` takes it.
         rank: the number of eigenvectors that are kept; None: all.
         every: steps between two projections.
+        source: the images that factors are measured on.
     """
 
     def __init__(
-        self, strength: float = STRENGTH, *, estimator: Moments = "kronecker", rank: int | None = 64, every: int = 10
+        self,
+        strength: float = STRENGTH,
+        *,
+        estimator: Moments = "kronecker",
+        rank: int | None = 64,
+        every: int = 10,
+        source: ImageSource = TRAINING,
     ) -> None:
-        super().__init__(strength)
+        super().__init__(strength, source)
         self.options = {"every": every}
         self._estimator, self._rank = estimator, rank
 
-    def end(self, training: TaskTraining) -> None:
-        """Measure the factors on the task's training images, and consolidate them."""
-        super().end(training)
-        factors = _factors(training, training.task.train_images, self._estimator)
-        self.memory = self.memory.consolidate(training.model, factors, rank=self._rank)
+    def remembered(self, training: TaskTraining, images: Tensor) -> Memory:
+        """The memory with the factors over the images."""
+        factors = _factors(training, images, self._estimator)
+        return self.memory.consolidate(training.model, factors, rank=self._rank)
 
 
 def _factors(training: TaskTraining, images: Tensor, estimator: Moments) -> KroneckerFactors:
-    """The factors over images of the task, through its head."""
+    """The factors over images, through the task's head."""
     batches = images.split(MEASURE_BATCH)
     forward = through_head(training)
     return measure(training.model, batches, forward=forward, estimator=estimator, progress=False)

@@ -8,33 +8,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
-from torch import Tensor
-
-from memsyn import Memory, OptionError
+from memsyn import OptionError
 from memsyn_bench.extensions import NamedEntries
 from memsyn_bench.methods.distillation import Distillation
 from memsyn_bench.methods.merging import WeightMerging, by_fisher, by_mean
 from memsyn_bench.methods.method import CombinedMethods, FineTuning, Method
 from memsyn_bench.methods.penalties import (
+    Consolidate,
     ImportancePenalty,
     PathPenalty,
-    all_images,
     ewc,
-    images_in_use,
     l2,
     mas,
     mas_batched,
     mas_local,
     rwalk,
     si,
-    test_images,
 )
 from memsyn_bench.methods.projections import OrthogonalProjection, Projection, adam_nscl, gpm
 from memsyn_bench.methods.references import Alone, FrozenBackbone
 from memsyn_bench.methods.rehearsal import PER_TASK, Rehearsal
-from memsyn_bench.task import Task
+from memsyn_bench.methods.sources import ALL, IN_USE, NEXT, NOISE, PUBLIC, TEST, ImageSource
 
 
 @dataclass(frozen=True)
@@ -78,14 +73,22 @@ the memory. It was chosen on three of these sequences, which would favour it her
 with 1. `--strength chosen` treats all methods alike."""
 
 
-def _on(remember: Callable[..., Memory], images: Callable[[Task], Tensor], summary: str) -> MethodEntry:
-    """The same method with importance from other images of the task."""
-    sees_test = images in (test_images, all_images)
+def _mas_on(source: ImageSource, remember: Consolidate = mas) -> MethodEntry:
+    """MAS with importance from other images."""
     return MethodEntry(
-        summary,
-        lambda strength: ImportancePenalty(strength, partial(remember, images=images)),
+        f"{'MAS' if remember is mas else 'local MAS'}, importance from {source.words}",
+        lambda strength: ImportancePenalty(strength, remember, source),
         PAPER_STRENGTH,
-        sees_test=sees_test,
+        sees_test=source.sees_test,
+    )
+
+
+def _projected_on(source: ImageSource) -> MethodEntry:
+    """The projection with directions from other images."""
+    return MethodEntry(
+        f"memsyn's projection, directions from {source.words}",
+        lambda _: Projection(source=source),
+        sees_test=source.sees_test,
     )
 
 
@@ -105,7 +108,9 @@ BUILT_IN_METHODS: dict[str, MethodEntry] = {
         lambda _: FrozenBackbone(),
     ),
     "l2": MethodEntry(
-        "penalise the change of every weight alike", lambda strength: ImportancePenalty(strength, l2), 1.0
+        "penalise the change of every weight alike",
+        lambda strength: ImportancePenalty(strength, lambda training, memory, _: l2(training, memory)),
+        1.0,
     ),
     "lwf": MethodEntry(
         "Learning without Forgetting (Li and Hoiem 2016): keep the old heads' outputs",
@@ -157,11 +162,14 @@ BUILT_IN_METHODS: dict[str, MethodEntry] = {
         lambda strength: ImportancePenalty(strength, mas_local),
         PAPER_STRENGTH,
     ),
-    "mas-test": _on(mas, test_images, "MAS, importance from the test images without their labels"),
-    "mas-both": _on(mas, all_images, "MAS, importance from training and test images"),
-    "mas-local-test": _on(mas_local, test_images, "local MAS, importance from the test images without their labels"),
-    "mas-local-both": _on(mas_local, all_images, "local MAS, importance from training and test images"),
-    "mas-in-use": _on(mas, images_in_use, "MAS, importance from the training images of the classes in use alone"),
+    "mas-test": _mas_on(TEST),
+    "mas-both": _mas_on(ALL),
+    "mas-local-test": _mas_on(TEST, mas_local),
+    "mas-local-both": _mas_on(ALL, mas_local),
+    "mas-in-use": _mas_on(IN_USE),
+    "mas-public": _mas_on(PUBLIC),
+    "mas-new": _mas_on(NEXT),
+    "mas-noise": _mas_on(NOISE),
     "mas-batched": MethodEntry(
         "MAS with the absolute value after the mean over a batch, as other libraries compute it",
         lambda strength: ImportancePenalty(strength, mas_batched),
@@ -175,6 +183,10 @@ BUILT_IN_METHODS: dict[str, MethodEntry] = {
     "projected-inputs": MethodEntry(
         "the same with the inputs' directions alone: forward passes only", lambda _: Projection(estimator="inputs")
     ),
+    "projected-test": _projected_on(TEST),
+    "projected-public": _projected_on(PUBLIC),
+    "projected-new": _projected_on(NEXT),
+    "projected-noise": _projected_on(NOISE),
     "gpm": MethodEntry(
         "Gradient Projection Memory (Saha et al. 2021): gradients orthogonal to old tasks' inputs",
         lambda _: OrthogonalProjection(gpm, of_updates=False),
@@ -198,7 +210,7 @@ BUILT_IN_METHODS: dict[str, MethodEntry] = {
     ),
 }
 
-"""One more way to measure importance, (training, memory) -> memory, is one more `ImportancePenalty`."""
+"""One more way to measure importance, (training, memory, images) -> memory, is one more `ImportancePenalty`."""
 
 METHODS = NamedEntries("method", MethodEntry, "memsyn_bench.methods", BUILT_IN_METHODS)
 """All methods that `memsyn-bench list` names."""

@@ -64,6 +64,9 @@ METHOD_STYLES: Final = {
     "mas-local-test": Style(SKY, "square", "dot"),
     "mas-local-both": Style(LEAF, "diamond", "dashdot"),
     "mas-in-use": Style(LEAF, "star", "longdash"),
+    "mas-public": Style(VIOLET, "triangle-up", "solid"),
+    "mas-new": Style(BLUE, "triangle-down", "dot"),
+    "mas-noise": Style(GREY, "square", "dash"),
     "mas-batched": Style(BROWN, "x", "dash"),
     "mas-rehearsal": Style(BLUE, "cross", "dash"),
     "finetune": Style(VERMILLION, "square", "solid"),
@@ -82,10 +85,14 @@ METHOD_STYLES: Final = {
     "projected": Style(PURPLE, "square", "dot"),
     "projected-full": Style(ORANGE, "diamond", "dot"),
     "projected-inputs": Style(VERMILLION, "triangle-up", "dot"),
+    "projected-test": Style(LEAF, "triangle-up", "dot"),
+    "projected-public": Style(BROWN, "circle", "dot"),
+    "projected-new": Style(PURPLE, "triangle-up", "longdash"),
+    "projected-noise": Style(INK, "star", "dash"),
     "gpm": Style(GREEN, "square", "dot"),
     "adam-nscl": Style(SKY, "star", "solid"),
 }
-"""Method of the benchmark -> style. At most three share a colour, and these differ in marker and dash."""
+"""Method of the benchmark -> style. At most four share a colour, and these differ in marker and dash."""
 
 TAKEN: Final = {(style.colour, style.marker) for style in METHOD_STYLES.values()}
 FREE: Final = [Style(*look) for look in product(COLOURS, MARKERS, DASHES) if look[:2] not in TAKEN]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from memsyn import OptionError
-from memsyn_bench.data.drawings import augment, load_emoji8, load_pretrained, move
+from memsyn_bench.data.drawings import augment, load_emoji8, load_emoji32, load_pretrained, move
 from memsyn_bench.data.facts import load_facts, load_kinds, load_sports_in_use
-from memsyn_bench.data.fashion import load_permuted_fashion, load_split_fashion
+from memsyn_bench.data.fashion import load_permuted_fashion, load_permuted_fashion_30, load_split_fashion
 from memsyn_bench.data.mixed import load_mixed8
 from memsyn_bench.data.paper8 import load_paper8, shift
 from memsyn_bench.data.scenes import load_scenes
@@ -29,6 +29,7 @@ from memsyn_bench.optimizers import OPTIMIZERS
 from memsyn_bench.sequences.networks import (
     MultiHead,
     Network,
+    OneHead,
     SharedHead,
     SmallConvNet,
     WordTransformer,
@@ -54,6 +55,7 @@ class TaskSequence:
         scorings: keys of `memsyn_bench.running.scoring.SCORINGS`; methods are compared by the first one.
         shares_head: whether one head serves all tasks, so that a frozen backbone forgets too.
         training: the fields of `Settings` for which it has other defaults.
+        records_plasticity: whether dead units and free directions are recorded after each task.
 
     Raises:
         OptionError: a value is of a wrong type, or there is no size, or `training` names no field of `Settings`.
@@ -68,6 +70,7 @@ class TaskSequence:
     scorings: tuple[str, ...] = ("multi-head", "class-incremental")
     shares_head: bool = False
     training: Mapping[str, float | str] = field(default_factory=dict)
+    records_plasticity: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.summary, str):
@@ -103,8 +106,10 @@ class TaskSequence:
             OptionError: `build` returns something else.
         """
         network = self.build(tasks, generator)
-        if not isinstance(network, (MultiHead, SharedHead)):
-            raise OptionError(f"build must return a MultiHead or a SharedHead, got {type(network).__name__}.")
+        if not isinstance(network, (MultiHead, SharedHead, OneHead)):
+            raise OptionError(
+                f"build must return a MultiHead, a SharedHead or a OneHead, got {type(network).__name__}."
+            )
         return network
 
 
@@ -145,6 +150,18 @@ def shared_perceptron(tasks: Sequence[Task], generator: torch.Generator) -> Shar
     """784-256-256 and one head for all tasks, drawn from `generator`."""
     model = SharedHead(perceptron(), 256, num_classes=len(tasks[0].class_names))
     draw_weights(model, generator)
+    return model
+
+
+def with_one_head(
+    build: Callable[[Sequence[Task], torch.Generator], MultiHead], tasks: Sequence[Task], generator: torch.Generator
+) -> OneHead:
+    """The backbone of another network, and one head over the classes of all tasks, drawn from `generator`."""
+    network = build(tasks, generator)
+    num_features = network.heads[0].in_features
+    assert isinstance(num_features, int)
+    model = OneHead(network.body, num_features, class_counts=[len(task.class_names) for task in tasks])
+    draw_weights(model.heads, generator)
     return model
 
 
@@ -331,6 +348,31 @@ BUILT_IN_SEQUENCES["adaptation"] = replace(
     summary="scripts8, with one letter of each alphabet in use",
     load=load_in_use,
     scorings=("multi-head", "in-use", "other-classes"),
+)
+for base, build, words in (
+    ("split-fashion", perceptron_network, "10 classes"),
+    ("emoji8", pretrained_network, "320 emoji"),
+    ("scripts8", fresh_network, "251 letters"),
+):
+    BUILT_IN_SEQUENCES[f"{base}-one-head"] = replace(
+        BUILT_IN_SEQUENCES[base],
+        summary=f"{base} with one head over all {words}: tests do not say which task",
+        build=partial(with_one_head, build),
+        scorings=("class-incremental", "task-given"),
+        shares_head=True,
+    )
+BUILT_IN_SEQUENCES["permuted-fashion-30"] = replace(
+    BUILT_IN_SEQUENCES["permuted-fashion"],
+    summary="Fashion-MNIST 30 times, fewer images each: whether a network can still learn",
+    load=load_permuted_fashion_30,
+    records_plasticity=True,
+)
+BUILT_IN_SEQUENCES["emoji32"] = replace(
+    BUILT_IN_SEQUENCES["emoji8"],
+    summary="the emoji of emoji8 in 32 tasks of 10: whether a network can still learn",
+    load=load_emoji32,
+    scorings=("multi-head",),
+    records_plasticity=True,
 )
 BUILT_IN_SEQUENCES["adaptation-facts"] = replace(
     BUILT_IN_SEQUENCES["facts"],

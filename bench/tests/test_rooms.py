@@ -21,7 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "settings": {"optimizers"},
     "data": {"task", "extras"},
     "sequences": LOWEST | {"data"},
-    "methods": LOWEST - {"extras", "optimizers"} | {"data", "sequences"},
+    "methods": LOWEST - {"optimizers"} | {"data", "sequences"},
     "running": LOWEST - {"extras", "extensions"} | {"methods", "sequences"},
     "results": {"settings", "methods", "sequences", "running"},
     "pages": {"settings", "extras", "running", "results"},

@@ -20,7 +20,7 @@ from memsyn_bench.sequences.sequences import SEQUENCES, default_settings, find_s
 from memsyn_bench.settings import Settings
 from memsyn_bench.task import Task, for_validation, validation_split
 
-OFFLINE = [name for name in SEQUENCES if name not in ("split-fashion", "permuted-fashion", "words5", "paper8", "6ds")]
+OFFLINE = [name for name in SEQUENCES if "fashion" not in name and name not in ("words5", "paper8", "6ds")]
 """Those whose data lie in the package."""
 
 

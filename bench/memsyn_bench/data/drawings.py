@@ -84,7 +84,7 @@ def _task_of_objects(name: str, objects: Sequence[tuple[Task, int]]) -> Task:
         train_labels=labels(trained),
         test_images=torch.cat([task.test_images[own] for task, own in tested]),
         test_labels=labels(tested),
-        train_families=torch.cat([task.train_families[own] for task, own in trained if task.train_families is not None]),
+        train_families=torch.cat([f[own] for task, own in trained if (f := task.train_families) is not None]),
     )
 
 

@@ -41,13 +41,20 @@ class Projection(Method):
         estimator: as `memsyn.measure` takes it.
         rank: the number of eigenvectors that are kept; None: all.
         every: steps between two projections.
+        protects_heads: whether heads are protected too; not if another method replaces them.
     """
 
     def __init__(
-        self, strength: float = STRENGTH, *, estimator: Moments = "kronecker", rank: int | None = 64, every: int = 10
+        self,
+        strength: float = STRENGTH,
+        *,
+        estimator: Moments = "kronecker",
+        rank: int | None = 64,
+        every: int = 10,
+        protects_heads: bool = True,
     ) -> None:
         super().__init__(strength)
-        self.options = {"every": every}
+        self.options = {"every": every} if protects_heads else {"every": every, "exclude": ["heads.*"]}
         self._estimator, self._rank = estimator, rank
 
     def end(self, training: TaskTraining) -> None:

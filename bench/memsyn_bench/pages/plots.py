@@ -88,8 +88,8 @@ def plot_strengths(strengths: list[float], curves: dict[str, list[list[float]]],
 def plot_plasticity(curves: dict[str, dict[str, list[list[float]]]], heading: str, path: Path) -> None:
     """Write a picture (PNG): over the tasks, with a panel for each quantity and a line for each method.
 
-    `curves`: quantity -> method -> for each task its values of every seed. Lines are means over the seeds, bands go from
-    the lowest seed to the highest. A method has one colour in all panels.
+    `curves`: quantity -> method -> for each task its values of every seed. Lines are means over the seeds, bands go
+    from the lowest seed to the highest. A method has one colour in all panels.
     """
     methods = list(dict.fromkeys(method for lines in curves.values() for method in lines))
     figure = Figure(figsize=(1.6 + 4.6 * len(curves), 3.8), dpi=150, layout="constrained")
@@ -98,8 +98,9 @@ def plot_plasticity(curves: dict[str, dict[str, list[list[float]]]], heading: st
         for method, values in lines.items():
             colour = COLOURS[methods.index(method) % len(COLOURS)]
             tasks = range(1, len(values) + 1)
+            low, high = [min(v) for v in values], [max(v) for v in values]
             panel.plot(tasks, [fmean(v) for v in values], color=colour, label=method)
-            panel.fill_between(tasks, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
+            panel.fill_between(tasks, low, high, color=colour, alpha=0.15, lw=0)
         panel.set_xlabel("tasks learned")
         panel.set_title(name, fontsize="medium")
         panel.grid(axis="y", alpha=0.3)

@@ -39,8 +39,8 @@ def plasticity_section(found: Findings, picture: str | None = None) -> str:
     size = window_size(found.run.num_tasks)
     middle = (found.run.num_tasks - size) // 2
     windows = {"first": slice(size), "middle": slice(middle, middle + size), "last": slice(-size, None)}
-    columns = ["Method"]
-    columns += [f"When learned, {name} {size} (%)" for name in windows] + ["Last minus first", "Slope (points / 10 tasks)"]
+    columns = ["Method", *(f"When learned, {name} {size} (%)" for name in windows)]
+    columns += ["Last minus first (points)", "Slope (points / 10 tasks)"]
     columns += [f"{name.capitalize()}, {place} (%)" for name in (DEAD_UNITS, FREE_DIRECTIONS) for place in windows]
     rows, said = [], []
     for method in found.methods:

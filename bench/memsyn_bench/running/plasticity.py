@@ -48,8 +48,8 @@ def dead_units(model: nn.Module, images: Tensor, task: int) -> float | None:
 def free_directions(memory: Memory) -> float | None:
     """The share of directions in which more than half of a step remains, in percent; None without directions.
 
-    The mean over the layers that the memory holds, weighted by their numbers of weights, as `memsyn report` says it: for
-    a direction with the eigenvalues a_j of inputs and s_i of outputs, c a_j ((1 - mu) s_i + mu) is below 1.
+    The mean over the layers that the memory holds, weighted by their numbers of weights, as in memsyn's reports. A
+    direction has the eigenvalues a_j of inputs and s_i of outputs, and is free if c a_j ((1 - mu) s_i + mu) < 1.
     """
     if memory.directions is None:
         return None

@@ -106,7 +106,7 @@ SCORINGS: dict[str, Callable[[nn.Module, Sequence[Task]], tuple[float, ...]]] = 
 }
 """By name, (model, tasks so far) -> percents, one for each task (retrieval-over-all: one for all).
 
-multi-head: the task is given. domain-incremental: all tasks have the same classes and one head. task-given: all classes have
-one head, and the task is given: the class is one of its own. class-incremental: the task is not given, and the class is one of those of all tasks so far (van de Ven and Tolias 2019). in-use: the task is
-given, and only images of classes in use count; other-classes: only the others. `memsyn_bench.running.retrieval` has
-those of embeddings."""
+multi-head: the task is given. domain-incremental: all tasks have the same classes and one head. task-given: the classes
+of all tasks have one head, and the class is one of the given task's. class-incremental: the task is not given, and the
+class is one of those of all tasks so far (van de Ven and Tolias 2019). in-use: the task is given, and only images of
+classes in use count; other-classes: only the others. `memsyn_bench.running.retrieval` has those of embeddings."""

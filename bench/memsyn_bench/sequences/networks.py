@@ -122,6 +122,10 @@ class MultiHead(nn.Module):
         logits: Tensor = self.heads[task](features)
         return logits
 
+    def place_of(self, task: int) -> tuple[int, int]:
+        """The head of a task's classes, and the row of its first class there."""
+        return task, 0
+
 
 class SharedHead(nn.Module):
     """A backbone and one linear head for all tasks, of the same classes; `model(images, task)` ignores the task.
@@ -145,6 +149,10 @@ class SharedHead(nn.Module):
         """The same for features (N, num_features)."""
         logits: Tensor = self.heads[0](features)
         return logits
+
+    def place_of(self, task: int) -> tuple[int, int]:
+        """The head of a task's classes, and the row of its first class there."""
+        return 0, 0
 
 
 class OneHead(nn.Module):
@@ -174,6 +182,10 @@ class OneHead(nn.Module):
         """The same for features (N, num_features)."""
         logits: Tensor = self.heads[0](features)
         return logits if task is None else logits.roll(-self.first_classes[task], dims=1)
+
+    def place_of(self, task: int) -> tuple[int, int]:
+        """The head of a task's classes, and the row of its first class there."""
+        return 0, self.first_classes[task]
 
 
 Network = MultiHead | SharedHead | OneHead

@@ -145,5 +145,5 @@ def test_the_page_names_the_fields_of_the_records():
 def test_the_page_names_the_groups_and_hooks_that_there_are():
     assert {METHODS.group, SEQUENCES.group} == set(re.findall(r'entry-points\."(.*?)"', PROJECT))
     hooks = re.findall(r"^\| `(\w+)\(training", TEXT, re.MULTILINE)
-    assert hooks == ["begin", "before_step", "after_step", "end"]
+    assert hooks == ["begin", "loss_outputs", "before_step", "after_step", "end"]
     assert all(hasattr(memsyn_bench.Method, hook) for hook in hooks)

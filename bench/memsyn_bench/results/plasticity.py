@@ -48,7 +48,8 @@ def plasticity_section(found: Findings, picture: str | None = None) -> str:
         learned = of[LEARNED_CURVE]
         apart = difference(learned[-1], learned[0])
         if apart is not None:
-            said.append(f"{escape(method)} learns the last {size} tasks {compared(apart, 'better', 'worse')}.")
+            words = compared(apart, f"better than the first {size}", f"worse than the first {size}")
+            said.append(f"{escape(method)} learns the last {size} tasks {words}.")
         others = [cells for name, cells in of.items() if name != LEARNED_CURVE]
         rows.append(
             [
@@ -60,10 +61,9 @@ def plasticity_section(found: Findings, picture: str | None = None) -> str:
             ]
         )
     note = (
-        f"Means over {size} tasks, ± half of the 95% interval over the seeds. Against the first {size} tasks; a task's "
-        "accuracy is that right after learning it. Dead units: hidden units that are 0 on all training images of the "
-        "task just learned. Free directions: those in which the projection leaves more than half of a step, the mean "
-        "over layers weighted by their weights."
+        f"Means over {size} tasks, ± half of the 95% interval over the seeds. When learned: right after a task. Dead "
+        "units: hidden units that are 0 on all training images of the task just learned. Free directions: those in "
+        "which the projection leaves more than half of a step, the mean over layers weighted by their weights."
     )
     shown = f"![Accuracy when learned, dead units and free directions, task by task]({picture})" if picture else ""
     return "\n\n".join(filter(None, [" ".join(said), table(columns, rows), shown, note]))

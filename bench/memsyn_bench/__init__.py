@@ -9,7 +9,7 @@ from memsyn_bench.methods.method import Method, TaskTraining
 from memsyn_bench.methods.registry import MethodEntry, register_method
 from memsyn_bench.running.record import Results, TaskRecord
 from memsyn_bench.running.runner import run
-from memsyn_bench.sequences.networks import MultiHead, SharedHead, SmallConvNet, draw_weights
+from memsyn_bench.sequences.networks import MultiHead, OneHead, SharedHead, SmallConvNet, draw_weights
 from memsyn_bench.sequences.sequences import TaskSequence, default_settings, register_sequence
 from memsyn_bench.settings import Settings
 from memsyn_bench.task import Task
@@ -19,6 +19,7 @@ __all__ = [
     "Method",
     "MethodEntry",
     "MultiHead",
+    "OneHead",
     "Results",
     "Settings",
     "SharedHead",

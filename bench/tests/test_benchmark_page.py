@@ -130,7 +130,7 @@ def test_the_page_names_every_field_that_a_run_writes_with_its_type(tmp_path, mo
         parts = {line["kind"]: line, **({"settings": line["settings"]} if line["kind"] == "run" else {})}
         for kind, part in parts.items():
             types = table(kind)
-            left_out = {"optimizer"} - part.keys()
+            left_out = {"optimizer", "plasticity"} - part.keys()
             assert [name for name in types if name not in left_out] == list(part), kind
             wrong = [name for name, value in part.items() if not has_type(value, types[name])]
             assert not wrong, (kind, wrong, part)
@@ -145,5 +145,5 @@ def test_the_page_names_the_fields_of_the_records():
 def test_the_page_names_the_groups_and_hooks_that_there_are():
     assert {METHODS.group, SEQUENCES.group} == set(re.findall(r'entry-points\."(.*?)"', PROJECT))
     hooks = re.findall(r"^\| `(\w+)\(training", TEXT, re.MULTILINE)
-    assert hooks == ["begin", "before_step", "after_step", "end"]
+    assert hooks == ["begin", "loss_outputs", "before_step", "after_step", "end"]
     assert all(hasattr(memsyn_bench.Method, hook) for hook in hooks)

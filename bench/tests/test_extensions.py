@@ -140,7 +140,7 @@ def test_a_sequence_without_tasks_is_refused():
         (
             {"build": lambda tasks, generator: nn.Linear(1, 1)},
             "finetune",
-            "must return a MultiHead or a SharedHead",
+            "must return a MultiHead, a SharedHead or a OneHead, got Linear",
         ),
         (
             {"scorings": ("best",)},

@@ -21,7 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "settings": {"optimizers"},
     "data": {"task", "extras"},
     "sequences": LOWEST | {"data"},
-    "methods": LOWEST - {"extras", "optimizers"} | {"data", "sequences"},
+    "methods": LOWEST - {"optimizers"} | {"data", "sequences"},
     "running": LOWEST - {"extras", "extensions"} | {"methods", "sequences"},
     "results": {"settings", "methods", "sequences", "running"},
     "language": {"extras", "results"},
@@ -111,8 +111,8 @@ def test_no_name_is_defined_twice():
 
 def test_public_names_are_sorted_and_there():
     assert memsyn_bench.__all__ == [
-        "Loss", "Method", "MethodEntry", "MultiHead", "Results", "Settings", "SharedHead", "SmallConvNet", "Task",
-        "TaskRecord", "TaskSequence", "TaskTraining", "cross_entropy", "default_settings", "draw_weights",
+        "Loss", "Method", "MethodEntry", "MultiHead", "OneHead", "Results", "Settings", "SharedHead", "SmallConvNet",
+        "Task", "TaskRecord", "TaskSequence", "TaskTraining", "cross_entropy", "default_settings", "draw_weights",
         "register_method", "register_sequence", "run", "similarity_loss",
     ]  # fmt: skip
     assert all(hasattr(memsyn_bench, name) for name in memsyn_bench.__all__)

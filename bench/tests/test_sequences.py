@@ -12,7 +12,8 @@ import torch
 import memsyn
 from memsyn.errors import MemsynError, OptionError
 from memsyn_bench.data import fashion
-from memsyn_bench.data.fashion import CLASSES, load_permuted_fashion, load_split_fashion
+from memsyn_bench.data.drawings import load_emoji8, load_emoji32
+from memsyn_bench.data.fashion import CLASSES, load_permuted_fashion, load_permuted_fashion_30, load_split_fashion
 from memsyn_bench.data.words import LANGUAGES, load_words5
 from memsyn_bench.running.scoring import SCORINGS
 from memsyn_bench.sequences.networks import SharedHead, SmallConvNet, draw_weights, perceptron
@@ -20,8 +21,8 @@ from memsyn_bench.sequences.sequences import SEQUENCES, default_settings, find_s
 from memsyn_bench.settings import Settings
 from memsyn_bench.task import Task, for_validation, validation_split
 
-ELSEWHERE = {"split-fashion", "permuted-fashion", "split-mnist", "words5", "paper8", "6ds"}
-OFFLINE = [name for name in SEQUENCES if name not in ELSEWHERE]
+ELSEWHERE = {"split-mnist", "words5", "paper8", "6ds"}
+OFFLINE = [name for name in SEQUENCES if "fashion" not in name and name not in ELSEWHERE]
 """Those whose data lie in the package."""
 
 
@@ -83,7 +84,42 @@ def test_permuted_fashion_uses_the_first_images(folder, monkeypatch):
     assert first_pixels(load_permuted_fashion(28, folder)[0].train_images)[:, 0].tolist() == list(range(7))
 
 
-@pytest.mark.parametrize("load", [load_split_fashion, load_permuted_fashion])
+def test_the_long_permuted_sequence_has_the_same_orders_and_fewer_images(folder, monkeypatch):
+    monkeypatch.setattr(fashion, "LONG_TRAIN", 7)
+    monkeypatch.setattr(fashion, "LONG_TEST", 5)
+    tasks, short = load_permuted_fashion_30(28, folder), load_permuted_fashion(28, folder)
+    assert [task.name for task in tasks] == [f"order {number}" for number in range(1, 31)]
+    for task, other in zip(tasks, short, strict=False):
+        assert torch.equal(task.train_images, other.train_images[:7])
+        assert torch.equal(task.train_labels, other.train_labels[:7])
+        assert torch.equal(task.test_images, other.test_images[:5])
+        assert torch.equal(task.test_labels, other.test_labels[:5])
+    assert len({tuple(task.test_images[0].tolist()) for task in tasks}) == 30
+
+
+def test_emoji32_deals_the_objects_of_emoji8_out():
+    tasks, again, whole = load_emoji32(16), load_emoji32(16), load_emoji8(16)
+    assert len(tasks) == 32
+    names = [(task.name, name) for task in whole for name in task.class_names]
+    dealt = [name for task in tasks for name in task.class_names]
+    assert sorted(dealt) == sorted(name for _, name in names)
+    assert len(set(dealt)) == 320
+    category = {name: task for task, name in names}
+    assert min(len({category[name] for name in task.class_names}) for task in tasks) >= 4
+    source = {name: (task, label) for task in whole for label, name in enumerate(task.class_names)}
+    for task, same in zip(tasks, again, strict=True):
+        assert torch.equal(task.train_images, same.train_images)
+        assert torch.equal(task.test_labels.bincount(), torch.full((10,), 2))
+        for label, name in enumerate(task.class_names):
+            of, old = source[name]
+            assert torch.equal(task.train_images[task.train_labels == label], of.train_images[of.train_labels == old])
+            assert torch.equal(
+                task.train_families[task.train_labels == label], of.train_families[of.train_labels == old]
+            )
+            assert torch.equal(task.test_images[task.test_labels == label], of.test_images[of.test_labels == old])
+
+
+@pytest.mark.parametrize("load", [load_split_fashion, load_permuted_fashion, load_permuted_fashion_30])
 def test_missing_fashion_says_what_to_install(tmp_path, load):
     with pytest.raises(MemsynError, match=r"train-images-idx3-ubyte\.gz is missing.*apt install dataset-fashion-mnist"):
         load(28, tmp_path)
@@ -152,12 +188,14 @@ NETWORKS = [
     ("scripts5", (1, 28, 28), 256),
     ("split-fashion", (784,), 256),
     ("permuted-fashion", (784,), 256),
+    ("permuted-fashion-30", (784,), 256),
+    ("emoji32", (3, 16, 16), 256),
 ]
 
 
 @pytest.mark.parametrize(("name", "shape", "num_features"), NETWORKS)
 def test_a_network_has_a_head_for_each_task_and_is_drawn_by_its_seed(name, shape, num_features):
-    tasks = [noise(shape, 2), noise(shape, 3)] if name != "permuted-fashion" else [noise(shape), noise(shape)]
+    tasks = [noise(shape, 2), noise(shape, 3)] if "permuted" not in name else [noise(shape), noise(shape)]
     first, again, other = (SEQUENCES[name].build(tasks, seeded(seed)) for seed in (1, 1, 2))
     assert first.heads[0].in_features == num_features
     images = tasks[0].train_images
@@ -167,7 +205,7 @@ def test_a_network_has_a_head_for_each_task_and_is_drawn_by_its_seed(name, shape
             assert torch.equal(first(images, index), again(images, index))
             assert not torch.equal(first(images, index), other(images, index))
     same_backbone = all(map(torch.equal, first.body.parameters(), other.body.parameters()))
-    assert same_backbone == (name in ("emoji8", "emoji8-pretrained", "mixed8-pretrained"))
+    assert same_backbone == (name in ("emoji8", "emoji32", "emoji8-pretrained", "mixed8-pretrained"))
 
 
 def test_drawn_weights_are_as_torch_draws_them():
@@ -229,6 +267,9 @@ def test_what_is_augmented_is_what_was_loaded(name):
 def test_every_sequence_can_be_scored_as_it_says():
     assert all(sequence.scorings and set(sequence.scorings) <= set(SCORINGS) for sequence in SEQUENCES.values())
     assert SEQUENCES["permuted-fashion"].scorings == ("domain-incremental",)
+    for name in ("split-fashion", "emoji8", "scripts8"):
+        assert SEQUENCES[f"{name}-one-head"].scorings == ("class-incremental", "task-given")
+        assert SEQUENCES[f"{name}-one-head"].load is SEQUENCES[name].load
 
 
 def test_a_sequence_has_defaults_of_its_own():

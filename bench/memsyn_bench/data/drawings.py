@@ -7,6 +7,7 @@ augmentation of drawings. Knows nothing of networks or training.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from memsyn_bench.task import Task
 
 EMOJI8_PACK = Path(__file__).parent / "packs" / "emoji8"
 WEIGHTS = "pretrained.safetensors"
+NUM_SMALL = 10
+"""Objects of each task of `emoji32`."""
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -47,6 +50,42 @@ def load_emoji8(size: int, pack: Path = EMOJI8_PACK) -> list[Task]:
     """
     manifest = json.loads(read_file(pack / "manifest.json"))
     return [_emoji_task(entry, manifest, pack, size) for entry in manifest["tasks"]]
+
+
+def load_emoji32(size: int, pack: Path = EMOJI8_PACK) -> list[Task]:
+    """Return the objects of `emoji8` as 32 tasks of ten, 20 test drawings each.
+
+    A fixed seed deals the objects out over all eight tasks, so that no task is harder than another by its place.
+
+    Raises:
+        MemsynError: a file of the pack is missing or is not the one the manifest describes.
+    """
+    whole = load_emoji8(size, pack)
+    objects = [(task, label) for task in whole for label in range(len(task.class_names))]
+    order = torch.randperm(len(objects), generator=torch.Generator().manual_seed(0))
+    return [
+        _task_of_objects(f"objects {number}", [objects[place] for place in part.tolist()])
+        for number, part in enumerate(order.split(NUM_SMALL), start=1)
+    ]
+
+
+def _task_of_objects(name: str, objects: Sequence[tuple[Task, int]]) -> Task:
+    """One task of objects, each a label of a task: the drawings object by object."""
+    trained = [(task, (task.train_labels == label).nonzero().flatten()) for task, label in objects]
+    tested = [(task, (task.test_labels == label).nonzero().flatten()) for task, label in objects]
+
+    def labels(places: Sequence[tuple[Task, Tensor]]) -> Tensor:
+        return torch.arange(len(places)).repeat_interleave(torch.tensor([len(own) for _, own in places]))
+
+    return Task(
+        name=name,
+        class_names=tuple(task.class_names[label] for task, label in objects),
+        train_images=torch.cat([task.train_images[own] for task, own in trained]),
+        train_labels=labels(trained),
+        test_images=torch.cat([task.test_images[own] for task, own in tested]),
+        test_labels=labels(tested),
+        train_families=torch.cat([f[own] for task, own in trained if (f := task.train_families) is not None]),
+    )
 
 
 def load_pretrained(pack: Path = EMOJI8_PACK) -> dict[str, Tensor]:

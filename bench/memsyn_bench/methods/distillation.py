@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from memsyn_bench.methods.method import Method, TaskTraining
 from memsyn_bench.methods.penalties import MEASURE_BATCH
@@ -27,6 +28,8 @@ FEATURES_PER_CODE = 4
 FIT_STEPS, FIT_LR = 300, 1e-2
 """The steps and learning rate of an autoencoder's training: Adam on all features of a task at once."""
 
+Classify = Callable[[Tensor], Tensor]
+"""Features (N, F) -> the logits of a task's classes."""
 Encoder = Mapping[str, Tensor]
 """`weight` (codes, features) and `bias` (codes,), which take unstandardised features."""
 
@@ -47,7 +50,7 @@ def code_loss(encoder: Encoder, features: Tensor, recorded: Tensor) -> Tensor:
     return 0.5 * (codes(encoder, features) - codes(encoder, recorded)).square().sum(1).mean()
 
 
-def fit_encoder(features: Tensor, labels: Tensor, head: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+def fit_encoder(features: Tensor, labels: Tensor, head: Classify, generator: torch.Generator) -> dict[str, Tensor]:
     """Train an under-complete autoencoder on a task's features, and return its encoder (Rannen et al. 2017).
 
     With z the features standardised, c = sigmoid(W z + b) and r = V c + d, it minimises mean (r - z)^2 + the
@@ -120,6 +123,6 @@ class Distillation(Method):
             model, task = training.model.eval(), training.task
             with torch.no_grad():
                 features = torch.cat([model.body(images) for images in task.train_images.split(MEASURE_BATCH)])
-            head = model.heads[: training.index + 1][-1]  # the one head, where all tasks share it
+            head = partial(model.classify, task=training.index)
             encoder = fit_encoder(features, task.train_labels, head, training.method_generator)
             self.kept = {**self.kept, f"encoder{training.index}": encoder}

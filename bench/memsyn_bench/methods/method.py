@@ -73,6 +73,10 @@ class Method:
                 training.optimizer, training.model, self.memory, strength=self.strength, **self.options
             )
 
+    def loss_outputs(self, training: TaskTraining, outputs: Tensor) -> Tensor:
+        """What the task's loss is computed of: by default all outputs, (N, D)."""
+        return outputs
+
     def before_step(self, training: TaskTraining, images: Tensor) -> None:
         """After the backward pass: `.grad` holds the gradients of the task's loss on `images`. May add to it."""
 
@@ -116,6 +120,12 @@ class CombinedMethods(Method):
         """Call each part in order."""
         for part in self.parts:
             part.begin(training)
+
+    def loss_outputs(self, training: TaskTraining, outputs: Tensor) -> Tensor:
+        """Each part takes what the part before it gives."""
+        for part in self.parts:
+            outputs = part.loss_outputs(training, outputs)
+        return outputs
 
     def before_step(self, training: TaskTraining, images: Tensor) -> None:
         """Call each part in order."""

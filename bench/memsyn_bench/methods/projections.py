@@ -43,6 +43,7 @@ class Projection(MeasuringMethod):
         rank: the number of eigenvectors that are kept; None: all.
         every: steps between two projections.
         source: the images that factors are measured on.
+        protects_heads: whether heads are protected too; not if another method replaces them.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class Projection(MeasuringMethod):
         rank: int | None = 64,
         every: int = 10,
         source: ImageSource = TRAINING,
+        protects_heads: bool = True,
     ) -> None:
         super().__init__(strength, source)
-        self.options = {"every": every}
+        self.options = {"every": every} if protects_heads else {"every": every, "exclude": ["heads.*"]}
         self._estimator, self._rank = estimator, rank
 
     def remembered(self, training: TaskTraining, images: Tensor) -> Memory:

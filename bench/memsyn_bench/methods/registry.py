@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from memsyn import OptionError
 from memsyn_bench.extensions import NamedEntries
+from memsyn_bench.methods.continual_backprop import ContinualBackprop
 from memsyn_bench.methods.distillation import Distillation
 from memsyn_bench.methods.merging import WeightMerging, by_fisher, by_mean
 from memsyn_bench.methods.method import CombinedMethods, FineTuning, Method
+from memsyn_bench.methods.one_head import DiscriminantHead, OwnClasses
 from memsyn_bench.methods.penalties import (
     Consolidate,
     ImportancePenalty,
@@ -187,6 +189,15 @@ BUILT_IN_METHODS: dict[str, MethodEntry] = {
     "projected-public": _projected_on(PUBLIC),
     "projected-new": _projected_on(NEXT),
     "projected-noise": _projected_on(NOISE),
+    "projected-lda": MethodEntry(
+        "the projection of the backbone, own classes in the loss, a head of class means (Hayes and Kanan 2020)",
+        lambda _: CombinedMethods(Projection(protects_heads=False), OwnClasses(), DiscriminantHead()),
+        classifies=True,
+    ),
+    "continual-backprop": MethodEntry(
+        "Continual backpropagation (Dohare et al. 2024): hidden units of little use start afresh",
+        lambda _: ContinualBackprop(),
+    ),
     "gpm": MethodEntry(
         "Gradient Projection Memory (Saha et al. 2021): gradients orthogonal to old tasks' inputs",
         lambda _: OrthogonalProjection(gpm, of_updates=False),
@@ -200,6 +211,17 @@ BUILT_IN_METHODS: dict[str, MethodEntry] = {
         lambda _: Rehearsal(),
         stores_data=True,
         needs_labels=True,
+    ),
+    "projected-rehearsal": MethodEntry(
+        f"the projection, and {PER_TASK} images of each task stored",
+        lambda _: CombinedMethods(Projection(), Rehearsal()),
+        stores_data=True,
+    ),
+    "projected-lda-rehearsal": MethodEntry(
+        f"projected-lda, and {PER_TASK} images of each task stored",
+        lambda _: CombinedMethods(Projection(protects_heads=False), OwnClasses(), DiscriminantHead(), Rehearsal()),
+        stores_data=True,
+        classifies=True,
     ),
     "mas-rehearsal": MethodEntry(
         f"MAS, and {PER_TASK} images of each task stored",

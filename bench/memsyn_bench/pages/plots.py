@@ -83,3 +83,29 @@ def plot_strengths(strengths: list[float], curves: dict[str, list[list[float]]],
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(heading)
     figure.savefig(path)
+
+
+def plot_plasticity(curves: dict[str, dict[str, list[list[float]]]], heading: str, path: Path) -> None:
+    """Write a picture (PNG): over the tasks, with a panel for each quantity and a line for each method.
+
+    `curves`: quantity -> method -> for each task its values of every seed. Lines are means over the seeds, bands go
+    from the lowest seed to the highest. A method has one colour in all panels.
+    """
+    methods = list(dict.fromkeys(method for lines in curves.values() for method in lines))
+    figure = Figure(figsize=(1.6 + 4.6 * len(curves), 3.8), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for panel, (name, lines) in zip(panels, curves.items(), strict=True):
+        for method, values in lines.items():
+            colour = COLOURS[methods.index(method) % len(COLOURS)]
+            tasks = range(1, len(values) + 1)
+            low, high = [min(v) for v in values], [max(v) for v in values]
+            panel.plot(tasks, [fmean(v) for v in values], color=colour, label=method)
+            panel.fill_between(tasks, low, high, color=colour, alpha=0.15, lw=0)
+        panel.set_xlabel("tasks learned")
+        panel.set_title(name, fontsize="medium")
+        panel.grid(axis="y", alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    found = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend([found[method] for method in methods], methods, loc="outside right center", frameon=False)
+    figure.suptitle(heading)
+    figure.savefig(path)

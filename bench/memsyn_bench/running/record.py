@@ -53,6 +53,8 @@ class TaskRecord:
     """Bytes of the tensors that the method held while it learned the task, beside the model and its optimizer."""
     scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """The sequence's other scorings by name: scores of tasks 0 to `task`, in percent."""
+    plasticity: Mapping[str, float] = field(default_factory=dict)
+    """Of `memsyn_bench.running.plasticity`, in percent; older lines and most sequences have none."""
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -127,7 +129,10 @@ def _processor() -> str:
 
 def append_task(path: Path, record: TaskRecord) -> None:
     """Write the result of one task."""
-    _append(path, {"kind": "task", **asdict(record)})
+    entry = {"kind": "task", **asdict(record)}
+    if not record.plasticity:
+        del entry["plasticity"]
+    _append(path, entry)
 
 
 def append_strength(path: Path, record: StrengthRecord) -> None:

@@ -23,6 +23,7 @@ from memsyn_bench.methods.method import Method
 from memsyn_bench.methods.registry import METHODS, new_method
 from memsyn_bench.running.checkpoint import load_checkpoint, save_checkpoint
 from memsyn_bench.running.examples import EXAMPLES_FILE, add_examples
+from memsyn_bench.running.plasticity import plasticity
 from memsyn_bench.running.record import (
     RESULTS_FILE,
     Results,
@@ -200,6 +201,9 @@ class _Runner:
             kept_bytes=learner.num_bytes(),
             working_bytes=result.num_bytes,
             scores=dict(others),
+            plasticity=plasticity(model, task.train_images, index, learner.memory)
+            if sequence.records_plasticity
+            else {},
         )
         if task.class_vectors is not None and seed == 0 and index in (0, len(self.tasks) - 1):
             add_examples(self.out / EXAMPLES_FILE, model, self.tasks[0], method, last=index > 0)

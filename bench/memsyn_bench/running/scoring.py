@@ -24,6 +24,10 @@ def _of_own_head(model: nn.Module, images: Tensor, index: int, tasks: Sequence[T
     return logits
 
 
+def _of_own_classes(model: nn.Module, images: Tensor, index: int, tasks: Sequence[Task]) -> Tensor:
+    return model(images, index)[:, : len(tasks[index].class_names)]  # type: ignore[no-any-return]
+
+
 def _of_shared_head(model: nn.Module, images: Tensor, index: int, tasks: Sequence[Task]) -> Tensor:
     logits: Tensor = model(images)
     return logits
@@ -91,6 +95,7 @@ def _named_rightly(answers: Answers, model: nn.Module, tasks: Sequence[Task], in
 SCORINGS: dict[str, Callable[[nn.Module, Sequence[Task]], tuple[float, ...]]] = {
     "multi-head": partial(_accuracies, _of_own_head),
     "domain-incremental": partial(_accuracies, _of_shared_head),
+    "task-given": partial(_accuracies, _of_own_classes),
     "class-incremental": partial(_accuracies, _of_all_heads, joined=True),
     "in-use": partial(_of_classes, in_use=True),
     "other-classes": partial(_of_classes, in_use=False),
@@ -101,7 +106,7 @@ SCORINGS: dict[str, Callable[[nn.Module, Sequence[Task]], tuple[float, ...]]] = 
 }
 """By name, (model, tasks so far) -> percents, one for each task (retrieval-over-all: one for all).
 
-multi-head: the task is given. domain-incremental: all tasks have the same classes and one head. class-incremental: the
-task is not given, and the class is one of those of all tasks so far (van de Ven and Tolias 2019). in-use: the task is
-given, and only images of classes in use count; other-classes: only the others. `memsyn_bench.running.retrieval` has
-those of embeddings."""
+multi-head: the task is given. domain-incremental: all tasks have the same classes and one head. task-given: the classes
+of all tasks have one head, and the class is one of the given task's. class-incremental: the task is not given, and the
+class is one of those of all tasks so far (van de Ven and Tolias 2019). in-use: the task is given, and only images of
+classes in use count; other-classes: only the others. `memsyn_bench.running.retrieval` has those of embeddings."""

@@ -79,7 +79,7 @@ def train(training: TaskTraining, method: Method, after_epoch: Callable[[], obje
             order = torch.randperm(len(task.train_labels), generator=training.generator)
             for chosen in order.split(settings.batch_size):
                 images = training.augment(task.train_images[chosen], training.generator)
-                outputs = model(images, training.index)
+                outputs = method.loss_outputs(training, model(images, training.index))
                 loss = training.loss(outputs, task.train_labels[chosen], task.class_vectors).mean()
                 optimizer.zero_grad()
                 loss.backward()

@@ -113,11 +113,18 @@ class MultiHead(nn.Module):
 
     def forward(self, inputs: Tensor, task: int | None = None) -> Tensor:
         """Return the logits of one task's head, (N, classes), or with no task of all heads side by side."""
-        features = self.body(inputs)
+        return self.classify(self.body(inputs), task)
+
+    def classify(self, features: Tensor, task: int | None = None) -> Tensor:
+        """The same for features (N, num_features)."""
         if task is None:
             return torch.cat([head(features) for head in self.heads], dim=1)
         logits: Tensor = self.heads[task](features)
         return logits
+
+    def place_of(self, task: int) -> tuple[int, int]:
+        """The head of a task's classes, and the row of its first class there."""
+        return task, 0
 
 
 class SharedHead(nn.Module):
@@ -136,9 +143,50 @@ class SharedHead(nn.Module):
 
     def forward(self, inputs: Tensor, task: int | None = None) -> Tensor:
         """Return the logits, (N, num_classes), the same for every task."""
-        logits: Tensor = self.heads[0](self.body(inputs))
+        return self.classify(self.body(inputs), task)
+
+    def classify(self, features: Tensor, task: int | None = None) -> Tensor:
+        """The same for features (N, num_features)."""
+        logits: Tensor = self.heads[0](features)
         return logits
 
+    def place_of(self, task: int) -> tuple[int, int]:
+        """The head of a task's classes, and the row of its first class there."""
+        return 0, 0
 
-Network = MultiHead | SharedHead
+
+class OneHead(nn.Module):
+    """A backbone and one linear head over the classes of all tasks: each task has classes of its own.
+
+    `model(images)` gives the logits of all classes, (N, C), in the order of the tasks. `model(images, task)` gives the
+    same logits, rolled so that the task's own classes come first: its labels count from 0.
+
+    Example:
+        >>> model = OneHead(perceptron(), 256, class_counts=[2, 3])
+        >>> images = torch.rand(4, 784)
+        >>> torch.equal(model(images, 1), model(images)[:, [2, 3, 4, 0, 1]])
+        True
+    """
+
+    def __init__(self, backbone: nn.Module, num_features: int, *, class_counts: Sequence[int]) -> None:
+        super().__init__()
+        self.body = backbone
+        self.heads = nn.ModuleList([nn.Linear(num_features, sum(class_counts))])
+        self.first_classes = [sum(class_counts[:task]) for task in range(len(class_counts))]
+
+    def forward(self, inputs: Tensor, task: int | None = None) -> Tensor:
+        """Return the logits of all classes, (N, C); those of the task come first, if it is given."""
+        return self.classify(self.body(inputs), task)
+
+    def classify(self, features: Tensor, task: int | None = None) -> Tensor:
+        """The same for features (N, num_features)."""
+        logits: Tensor = self.heads[0](features)
+        return logits if task is None else logits.roll(-self.first_classes[task], dims=1)
+
+    def place_of(self, task: int) -> tuple[int, int]:
+        """The head of a task's classes, and the row of its first class there."""
+        return 0, self.first_classes[task]
+
+
+Network = MultiHead | SharedHead | OneHead
 """What learns a sequence: a backbone, and a head for each task or one for all."""

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from memsyn import OptionError
-from memsyn_bench.data.drawings import augment, load_emoji8, load_pretrained, move
+from memsyn_bench.data.drawings import augment, load_emoji8, load_emoji32, load_pretrained, move
 from memsyn_bench.data.facts import load_facts, load_kinds, load_sports_in_use
-from memsyn_bench.data.fashion import load_permuted_fashion, load_split_fashion
+from memsyn_bench.data.fashion import load_permuted_fashion, load_permuted_fashion_30, load_split_fashion
 from memsyn_bench.data.mixed import load_mixed8
 from memsyn_bench.data.mnist import load_split_mnist
 from memsyn_bench.data.paper8 import load_paper8, shift
@@ -30,6 +30,7 @@ from memsyn_bench.optimizers import OPTIMIZERS
 from memsyn_bench.sequences.networks import (
     MultiHead,
     Network,
+    OneHead,
     SharedHead,
     SmallConvNet,
     WordTransformer,
@@ -57,6 +58,7 @@ class TaskSequence:
         training: the fields of `Settings` for which it has other defaults.
         shows: what results on it show, for the page of results: one sentence without numbers; empty if nobody has said.
         leaves_open: what they do not show, likewise.
+        records_plasticity: whether dead units and free directions are recorded after each task.
 
     Raises:
         OptionError: a value is of a wrong type, or there is no size, or `training` names no field of `Settings`.
@@ -73,6 +75,7 @@ class TaskSequence:
     training: Mapping[str, float | str] = field(default_factory=dict)
     shows: str = ""
     leaves_open: str = ""
+    records_plasticity: bool = False
 
     def __post_init__(self) -> None:
         for name in ("summary", "shows", "leaves_open"):
@@ -109,8 +112,10 @@ class TaskSequence:
             OptionError: `build` returns something else.
         """
         network = self.build(tasks, generator)
-        if not isinstance(network, (MultiHead, SharedHead)):
-            raise OptionError(f"build must return a MultiHead or a SharedHead, got {type(network).__name__}.")
+        if not isinstance(network, (MultiHead, SharedHead, OneHead)):
+            raise OptionError(
+                f"build must return a MultiHead, a SharedHead or a OneHead, got {type(network).__name__}."
+            )
         return network
 
 
@@ -151,6 +156,18 @@ def shared_perceptron(tasks: Sequence[Task], generator: torch.Generator) -> Shar
     """784-256-256 and one head for all tasks, drawn from `generator`."""
     model = SharedHead(perceptron(), 256, num_classes=len(tasks[0].class_names))
     draw_weights(model, generator)
+    return model
+
+
+def with_one_head(
+    build: Callable[[Sequence[Task], torch.Generator], MultiHead], tasks: Sequence[Task], generator: torch.Generator
+) -> OneHead:
+    """The backbone of another network, and one head over the classes of all tasks, drawn from `generator`."""
+    network = build(tasks, generator)
+    num_features = network.heads[0].in_features
+    assert isinstance(num_features, int)
+    model = OneHead(network.body, num_features, class_counts=[len(task.class_names) for task in tasks])
+    draw_weights(model.heads, generator)
     return model
 
 
@@ -378,6 +395,31 @@ BUILT_IN_SEQUENCES["adaptation"] = replace(
     leaves_open="",
     load=load_in_use,
     scorings=("multi-head", "in-use", "other-classes"),
+)
+for base, build, words in (
+    ("split-fashion", perceptron_network, "10 classes"),
+    ("emoji8", pretrained_network, "320 emoji"),
+    ("scripts8", fresh_network, "251 letters"),
+):
+    BUILT_IN_SEQUENCES[f"{base}-one-head"] = replace(
+        BUILT_IN_SEQUENCES[base],
+        summary=f"{base} with one head over all {words}: tests do not say which task",
+        build=partial(with_one_head, build),
+        scorings=("class-incremental", "task-given"),
+        shares_head=True,
+    )
+BUILT_IN_SEQUENCES["permuted-fashion-30"] = replace(
+    BUILT_IN_SEQUENCES["permuted-fashion"],
+    summary="Fashion-MNIST 30 times, fewer images each: whether a network can still learn",
+    load=load_permuted_fashion_30,
+    records_plasticity=True,
+)
+BUILT_IN_SEQUENCES["emoji32"] = replace(
+    BUILT_IN_SEQUENCES["emoji8"],
+    summary="the emoji of emoji8 in 32 tasks of 10: whether a network can still learn",
+    load=load_emoji32,
+    scorings=("multi-head",),
+    records_plasticity=True,
 )
 BUILT_IN_SEQUENCES["adaptation-facts"] = replace(
     BUILT_IN_SEQUENCES["facts"],

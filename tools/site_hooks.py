@@ -16,7 +16,6 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 from nbclient import NotebookClient
-from traitlets.config import Config
 
 LINK = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+[^)#\s]+)\)")
 """A link that climbs: `[the cases](../tests/cases.py)`."""
@@ -103,12 +102,10 @@ def notebook_page(path: Path) -> str:
         CellExecutionError: a cell failed.
     """
     notebook = nbformat.read(path, as_version=4)
-    local = Config(KernelManager={"transport": "ipc"})  # without ports, which others could listen to
     with TemporaryDirectory() as folder:
-        client = NotebookClient(
-            notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": folder}}, config=local
-        )
-        client.execute()
+        where = {"metadata": {"path": folder}}
+        quiet = ["--log-level=ERROR"]  # of the kernel's own log
+        NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where, extra_arguments=quiet).execute()
     parts = []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":

@@ -101,7 +101,7 @@ def notebook_page(path: Path) -> str:
     Raises:
         CellExecutionError: a cell failed.
     """
-    notebook = nbformat.read(path, as_version=4)
+    notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
     with TemporaryDirectory() as folder:
         where = {"metadata": {"path": folder}}
         quiet = ["--log-level=ERROR"]  # of the kernel's own log

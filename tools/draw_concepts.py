@@ -267,15 +267,16 @@ def draw_one_head(letters: list[Letters]) -> None:
         learner = copy.deepcopy(model)
         learn(learner, own, len(heads) - 1, protect=_protection(learner, memory, strength))
         with torch.no_grad():
-            answers = learner(letters[0][2], 0).argmax(1)
+            logits = learner(letters[0][2], 0)
+            answers = logits.argmax(1)
         right = 100 * float((answers == letters[0][3]).float().mean())
         stolen = 100 * float((answers >= num_old).float().mean())
         rows.append((said, right, 100 - right - stolen, stolen))
+        among_old = 100 * float((logits[:, :num_old].argmax(1) == letters[0][3]).float().mean())
+        print(f"one-head, {said}: {right:.1f}% right, {stolen:.1f}% new; {among_old:.1f}% right among old letters")
     figure, axis = axes(7.2, 2.6)
     _stacked_bars(axis, rows)
     save(figure, "one-head")
-    for row in rows:
-        print("one-head", *(part if isinstance(part, str) else f"{part:.1f}" for part in row))
 
 
 def _stacked_bars(axis: Axes, rows: list[tuple[str, float, float, float]]) -> None:

@@ -1,4 +1,4 @@
-"""What mkdocs does beyond Markdown for the documentation site: notebooks, files outside `docs/`, folders in `nav`.
+"""What mkdocs does beyond Markdown for the site: notebooks, sample pages, files outside `docs/`, folders in `nav`.
 
 Runs every notebook when the site is built, and fails if a cell fails. Owns no text of a page.
 """
@@ -6,7 +6,9 @@ Runs every notebook when the site is built, and fails if a cell fails. Owns no t
 import html
 import posixpath
 import re
+import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +18,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 from nbclient import NotebookClient
+
+from memsyn.report.page import write_page
 
 LINK = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+[^)#\s]+)\)")
 """A link that climbs: `[the cases](../tests/cases.py)`."""
@@ -58,12 +62,30 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if file.src_uri.endswith(".ipynb"):
             text = notebook_page(docs / file.src_uri)
             files.append(File.generated(config, _page_of(file.src_uri), content=text))
+    for name, text in sample_pages(root).items():
+        files.append(File.generated(config, f"gallery/{name}.html", content=text))
     outside = {path for file in files.documentation_pages() for path in _outside(file, docs, root)}
     for path in sorted(outside):
         text = f"# {path.name}\n\n`{path}`\n\n{_fenced((root / path).read_text(), LANGUAGES.get(path.suffix, 'text'))}"
         made = File.generated(config, _source_page(path), content=text, inclusion=InclusionLevel.NOT_IN_NAV)
         files.append(made)
     return files
+
+
+def sample_pages(root: Path) -> dict[str, str]:
+    """Name -> a page of memsyn as HTML, of the examples whose pictures are in the docs."""
+    sys.path.insert(0, str(root))
+    try:
+        made = import_module("tests.pages").pages()
+    finally:
+        sys.path.remove(str(root))
+    found = {}
+    with TemporaryDirectory() as folder:
+        for name, page in made.items():
+            path = Path(folder) / f"{name}.html"
+            write_page(page, path)
+            found[name] = path.read_text()
+    return found
 
 
 def _source_page(path: Path) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import indent
 from typing import Any
 
 import nbformat
@@ -72,6 +73,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_post_build(config: MkDocsConfig) -> None:
+    """Keep the search index as a script too: a page that was opened from a folder may not read other files."""
+    index = Path(config.site_dir) / "search" / "search_index.json"
+    index.with_suffix(".js").write_text(f"var __index = {index.read_text()}")
+
+
 def sample_pages(root: Path) -> dict[str, str]:
     """Name -> a page of memsyn as HTML, of the examples whose pictures are in the docs."""
     sys.path.insert(0, str(root))
@@ -127,13 +134,18 @@ def notebook_page(path: Path) -> str:
     with TemporaryDirectory() as folder:
         where = {"metadata": {"path": folder}}
         quiet = ["--log-level=ERROR"]  # of the kernel's own log
-        NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where, extra_arguments=quiet).execute()
+        client = NotebookClient(notebook, timeout=600, kernel_name="python3", coalesce_streams=True, resources=where)
+        client.extra_arguments = quiet
+        client.execute()
     parts = []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             parts.append(cell.source)
         else:
-            parts += [_fenced(cell.source, "python"), *map(_output, cell.outputs)]
+            source = _fenced(cell.source, "python")
+            if "folded" in cell.metadata.get("tags", []):
+                source = '??? note "The code that draws the picture"\n\n' + indent(source, "    ")
+            parts += [source, *map(_output, cell.outputs)]
     download = f'<p><a href="{path.name}" download>Download this notebook</a></p>'
     return "\n\n".join([parts[0], download, *parts[1:]]) + "\n"
 

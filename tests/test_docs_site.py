@@ -1,6 +1,7 @@
 """The documentation site: built strictly from docs/, read without a network, and true to the code."""
 
 import ast
+import fcntl
 import os
 import re
 import subprocess
@@ -34,14 +35,23 @@ LOADS = {
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole site, as `make docs` builds it: the notebooks run."""
-    folder = tmp_path_factory.mktemp("site")
+    """The whole site, as `make docs` builds it: the notebooks run. Processes of pytest-xdist share one build."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    with (shared / "site.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "site").exists():
+            build(shared / "unfinished-site")
+            (shared / "unfinished-site").rename(shared / "site")
+    return shared / "site"
+
+
+def build(folder: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(folder)]
     settings = os.environ | {"OMP_NUM_THREADS": "1", "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "WARNING" not in done.stdout + done.stderr
-    return folder
 
 
 class Found(HTMLParser):

@@ -9,7 +9,7 @@ TOOLS := .venv-tools
 TOOLS_STAMP := $(TOOLS)/.installed
 OUT := dist
 
-.PHONY: install demo test soak speed avalanche torch check lock sbom audit packages release-check
+.PHONY: install demo docs test soak speed avalanche torch check lock sbom audit packages release-check
 
 install: $(STAMP)
 
@@ -57,6 +57,10 @@ audit: $(TOOLS_STAMP)
 
 demo: $(STAMP)
 	$(BIN)/memsyn-bench run scripts5 --methods finetune,frozen,mas,projected --seeds 1 --out runs/demo
+
+# The site, in site/: the notebooks run, and any warning is an error. NO_MKDOCS_2_WARNING silences an advertisement.
+docs: $(STAMP)
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir site
 
 # One process for each core, of one thread each: threads of more of them than there are cores wait for one another.
 test: $(STAMP)

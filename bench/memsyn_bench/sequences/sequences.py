@@ -159,9 +159,10 @@ def shared_perceptron(tasks: Sequence[Task], generator: torch.Generator) -> Shar
     return model
 
 
-def with_one_head(
-    build: Callable[[Sequence[Task], torch.Generator], MultiHead], tasks: Sequence[Task], generator: torch.Generator
-) -> OneHead:
+MultiHeadBuild = Callable[[Sequence[Task], torch.Generator], MultiHead]
+
+
+def with_one_head(build: MultiHeadBuild, tasks: Sequence[Task], generator: torch.Generator) -> OneHead:
     """The backbone of another network, and one head over the classes of all tasks, drawn from `generator`."""
     network = build(tasks, generator)
     num_features = network.heads[0].in_features
@@ -396,11 +397,12 @@ BUILT_IN_SEQUENCES["adaptation"] = replace(
     load=load_in_use,
     scorings=("multi-head", "in-use", "other-classes"),
 )
-for base, build, words in (
-    ("split-fashion", perceptron_network, "10 classes"),
+_ONE_HEAD: tuple[tuple[str, MultiHeadBuild, str], ...] = (
+    ("split-fashion", partial(perceptron_network, 256), "10 classes"),
     ("emoji8", pretrained_network, "320 emoji"),
     ("scripts8", fresh_network, "251 letters"),
-):
+)
+for base, build, words in _ONE_HEAD:
     BUILT_IN_SEQUENCES[f"{base}-one-head"] = replace(
         BUILT_IN_SEQUENCES[base],
         summary=f"{base} with one head over all {words}: tests do not say which task",

@@ -6,7 +6,7 @@ Owns which pages there are, their names, and how they are written. Their texts c
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -14,15 +14,17 @@ from urllib.parse import quote
 from memsyn import MemsynError
 from memsyn_bench.language.page import last_table
 from memsyn_bench.pages.glance import glance_page
-from memsyn_bench.pages.plots import plot_strengths
+from memsyn_bench.pages.plots import plot_plasticity, plot_strengths
 from memsyn_bench.results.findings import MAS, Findings, Group, read_findings
-from memsyn_bench.results.groups import SENSITIVITY, GroupKind, in_groups
+from memsyn_bench.results.groups import PLASTICITY, SENSITIVITY, GroupKind, in_groups
 from memsyn_bench.results.markdown import details, escape
 from memsyn_bench.results.mas_strengths import strength_of
 from memsyn_bench.results.metrics import average_accuracy, forgetting
+from memsyn_bench.results.plasticity import plasticity_curves
 from memsyn_bench.results.report import title
 from memsyn_bench.results.sections import READING, row_commands, section
 
+Picture = tuple[Group, Callable[[Group, Path], None]]
 PUBLISHED = "published"
 """The page that is written by hand, if there is one; no page of a run takes its name."""
 LANGUAGE = Path("language") / "results.jsonl"
@@ -30,7 +32,7 @@ LANGUAGE = Path("language") / "results.jsonl"
 
 AGAIN = """The command above the tables makes all their rows. `OMP_NUM_THREADS=1` before it sets the number of threads.
 With the same versions, threads and kind of processor it gives the same digits, except for seconds. Another processor
-rounds sums differently, and training amplifies that: one seed's accuracy on a task can then differ by points. The files
+rounds sums differently, and training amplifies that: one seed's accuracy on a task can then differ by points. Older files
 do not say which processor made them."""
 
 
@@ -41,12 +43,12 @@ class ResultsPages:
     Attributes:
         glance: the page at a glance.
         details: page's name -> text.
-        pictures: picture's name -> the group of strengths that it shows.
+        pictures: picture's name -> the group that it shows, and how it is drawn.
     """
 
     glance: str
     details: dict[str, str]
-    pictures: dict[str, Group]
+    pictures: dict[str, Picture]
 
 
 def write_results(paths: Sequence[Path], out: Path | None = None) -> ResultsPages:
@@ -79,14 +81,15 @@ def results_pages(files: Sequence[Findings], place: Path) -> ResultsPages:
     names = {PUBLISHED}
     runs = {_free(found.name, names): found for found in sorted(single, key=lambda found: found.name)}
     together = [(_free(kind.page(group[0]), names), kind, group) for kind, group in groups]
-    pictures: dict[str, Group] = {}
+    pictures: dict[str, Picture] = {}
     texts = {name: _run_page(found) for name, found in runs.items()}
     taken: set[str] = set()
     for name, kind, group in together:
         picture = ""
-        if kind is SENSITIVITY:
-            picture = f"{_free(f'sensitivity-{group[0].run.settings.sequence}', taken)}.png"
-            pictures[picture] = group
+        if kind in PICTURES:
+            word, draw = PICTURES[kind]
+            picture = f"{_free(f'{word}-{group[0].run.settings.sequence}', taken)}.png"
+            pictures[picture] = (group, draw)
         texts[name] = _group_page(kind, group, picture, {id(found): own for own, found in runs.items()})
     home = f"[All results](../{quote(place.name)})"
 
@@ -125,7 +128,7 @@ def _run_page(found: Findings) -> str:
 def _group_page(kind: GroupKind, group: Group, picture: str, own_pages: dict[int, str]) -> str:
     """What the runs of a group say together, and then each, if it has no page of its own."""
     parts = [f"# {kind.heading(group[0])}", kind.describe(group)]
-    parts += [f"![Accuracy and forgetting]({picture})"] if picture else []
+    parts += [f"![{kind.heading(group[0])}]({picture})"] if picture else []
     parts.append("## The runs one by one")
     if kind.own_pages:
         parts.append("\n".join(f"- [{escape(one.name)}]({quote(own_pages[id(one)])}.md)" for one in group))
@@ -176,14 +179,14 @@ def _write(pages: ResultsPages, out: Path, inputs: set[Path]) -> None:
         folder.mkdir(exist_ok=True)
         for path, text in texts.items():
             path.write_text(text, encoding="utf-8")
-        for name, group in pages.pictures.items():
+        for name, (group, draw) in pages.pictures.items():
             path = folder / name
-            _plot_group(group, path)
+            draw(group, path)
     except OSError as error:
         raise MemsynError(f"{path} cannot be written: {error.strerror}. Use another -o.") from error
 
 
-def _plot_group(group: Group, path: Path) -> None:
+def _plot_strengths_of(group: Group, path: Path) -> None:
     """Accuracy and forgetting of MAS against its strength."""
     ordered = sorted(group, key=strength_of)
     columns = {"average accuracy (%)": average_accuracy, "forgetting (points)": forgetting}
@@ -193,3 +196,13 @@ def _plot_group(group: Group, path: Path) -> None:
         f"{MAS}: {title(group[0].run.settings, max(len(found.results[MAS]) for found in group))}",
         path,
     )
+
+
+def _plot_plasticity_of(group: Group, path: Path) -> None:
+    """Accuracy when learned, dead units and free directions, task by task; a group is one run."""
+    num_seeds = max(len(seeds) for seeds in group[0].results.values())
+    plot_plasticity(plasticity_curves(group[0]), title(group[0].run.settings, num_seeds), path)
+
+
+PICTURES = {SENSITIVITY: ("sensitivity", _plot_strengths_of), PLASTICITY: ("plasticity", _plot_plasticity_of)}
+"""Kind of group -> the first word of its picture's name, and what draws it."""

@@ -27,6 +27,9 @@ from memsyn_bench.results.findings import (
 from memsyn_bench.results.markdown import escape, table
 from memsyn_bench.results.mas_strengths import hindsight, sensitivity, with_strength
 from memsyn_bench.results.metrics import Matrix, diagonal, forgetting
+from memsyn_bench.results.one_head import GIVEN, one_head, said_of_one_head
+from memsyn_bench.results.plasticity import plasticity_section, said_of_plasticity
+from memsyn_bench.results.sources import compares_sources, measured_on, said_of_sources
 from memsyn_bench.sequences.sequences import find_sequence
 
 LOCAL, IN_USE, SI = "mas-local", "mas-in-use", "si"
@@ -296,6 +299,14 @@ def _of_facts(found: Findings) -> str:
     return "Facts: mean average precision"
 
 
+PLASTICITY = GroupKind(
+    heading=lambda found: f"Learning on over {found.run.num_tasks} tasks: {escape(found.name)}",
+    page=lambda found: f"plasticity-on-{found.name}",
+    key=lambda found: found.name if any(record.plasticity for record in found.run.records) else None,
+    describe=lambda group: "\n\n".join(map(plasticity_section, group)),
+    title="Learning on over many tasks",
+    glance=_each(lambda found: escape(found.name), lambda group: " ".join(map(said_of_plasticity, group))),
+)
 SENSITIVITY = GroupKind(
     heading=_of_strengths,
     page=lambda found: f"strengths-of-{MAS}-on-{found.run.settings.sequence}",
@@ -332,5 +343,22 @@ KINDS = (
         glance=_each(_of_facts, said_of_facts),
         own_pages=True,
     ),
+    GroupKind(
+        heading=lambda found: "Which unlabelled data",
+        page=lambda found: "which-unlabelled-data",
+        key=lambda found: True if compares_sources(found) else None,
+        describe=measured_on,
+        title="Which unlabelled data?",
+        glance=_each(lambda found: "Memories measured on other images", said_of_sources),
+    ),
+    GroupKind(
+        heading=lambda found: "One head over all classes",
+        page=lambda found: "one-head",
+        key=_scored(GIVEN),
+        describe=one_head,
+        title="One head over all classes",
+        glance=_each(lambda found: "Average accuracy over all classes (%)", said_of_one_head),
+    ),
+    PLASTICITY,
 )
 """All of them, in the order of the page. A new kind is one more entry."""

@@ -24,15 +24,11 @@ CURVES: dict[str, Callable[[TaskRecord], float | None]] = {
 """Quantity -> its value after one task; None if the record does not have it."""
 
 
-def plasticity_section(found: Findings, picture: str | None = None) -> str:
+def plasticity_section(found: Findings) -> str:
     """The section's Markdown without a heading; empty if no record of the run says how plastic the network is.
 
     Windows are the first, middle and last five tasks, or a third of the tasks if that is fewer. The slope is that of a
     least squares line through the accuracy when learned, task by task, for each seed.
-
-    Args:
-        found: the results of one run.
-        picture: a link to the picture of `plasticity_curves`, if there is one.
     """
     if found.run.num_tasks < 3 or not any(record.plasticity for record in found.run.records):
         return ""
@@ -42,14 +38,11 @@ def plasticity_section(found: Findings, picture: str | None = None) -> str:
     columns = ["Method", *(f"When learned, {name} {size} (%)" for name in windows)]
     columns += ["Last minus first (points)", "Slope (points / 10 tasks)"]
     columns += [f"{name.capitalize()}, {place} (%)" for name in (DEAD_UNITS, FREE_DIRECTIONS) for place in windows]
-    rows, said = [], []
+    rows = []
     for method in found.methods:
         of = {name: [window_means(found, method, name, tasks) for tasks in windows.values()] for name in CURVES}
         learned = of[LEARNED_CURVE]
         apart = difference(learned[-1], learned[0])
-        if apart is not None:
-            words = compared(apart, f"better than the first {size}", f"worse than the first {size}")
-            said.append(f"{escape(method)} learns the last {size} tasks {words}.")
         others = [cells for name, cells in of.items() if name != LEARNED_CURVE]
         rows.append(
             [
@@ -65,8 +58,20 @@ def plasticity_section(found: Findings, picture: str | None = None) -> str:
         "units: hidden units that are 0 on all training images of the task just learned. Free directions: those in "
         "which the projection leaves more than half of a step, the mean over layers weighted by their weights."
     )
-    shown = f"![Accuracy when learned, dead units and free directions, task by task]({picture})" if picture else ""
-    return "\n\n".join(filter(None, [" ".join(said), table(columns, rows), shown, note]))
+    return "\n\n".join([said_of_plasticity(found), table(columns, rows), note])
+
+
+def said_of_plasticity(found: Findings) -> str:
+    """How much better or worse each method learns the last tasks than the first ones."""
+    size = window_size(found.run.num_tasks)
+    said = []
+    for method in found.methods:
+        first, last = (window_means(found, method, LEARNED_CURVE, tasks) for tasks in (slice(size), slice(-size, None)))
+        apart = difference(last, first)
+        if apart is not None:
+            words = compared(apart, f"better than the first {size}", f"worse than the first {size}")
+            said.append(f"{escape(method)} learns the last {size} tasks {words}.")
+    return " ".join(said)
 
 
 def window_size(num_tasks: int) -> int:

@@ -45,14 +45,18 @@ def measured_on(group: Sequence[Findings]) -> str:
     ]
     if any(FINETUNE in found.results for found in group):
         rows.append(["none", NONE, *(cell for found in group for cell in _cells(found, FINETUNE, FINETUNE))])
-    said = [sentence for found in group for family in FAMILIES for sentence in _sentences(found, family)]
     note = (
         "The difference is of average accuracies, seed by seed, with its 95% interval. Public images are letters for "
         "drawings, and drawings in grey for letters. The next task's images are measured before it is learned, through "
         "the head of the task before: no old image is used. Noise is normal, each pixel with the mean and the "
         "deviation of the old training images."
     )
-    return "\n\n".join(filter(None, [" ".join(said), table(columns, rows), note]))
+    return "\n\n".join(filter(None, [said_of_sources(group), table(columns, rows), note]))
+
+
+def said_of_sources(group: Sequence[Findings]) -> str:
+    """The best and the worst other source of each file and family."""
+    return " ".join(sentence for found in group for family in FAMILIES for sentence in _sentences(found, family))
 
 
 def _cells(found: Findings, method: str, reference: str) -> list[str]:

@@ -82,6 +82,10 @@ METHOD_STYLES: Final = {
     "projected": Style(PURPLE, "square", "dot"),
     "projected-full": Style(ORANGE, "diamond", "dot"),
     "projected-inputs": Style(VERMILLION, "triangle-up", "dot"),
+    "projected-lda": Style(VIOLET, "triangle-up", "solid"),
+    "projected-rehearsal": Style(BROWN, "circle", "solid"),
+    "projected-lda-rehearsal": Style(BLUE, "square", "dot"),
+    "continual-backprop": Style(LEAF, "circle", "solid"),
     "gpm": Style(GREEN, "square", "dot"),
     "adam-nscl": Style(SKY, "star", "solid"),
 }

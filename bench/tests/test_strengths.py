@@ -51,7 +51,8 @@ def test_candidates_are_decades_around_the_methods_own_strength():
     assert candidates("finetune") == ()
     assert set(WITH_STRENGTH) == set(METHODS) - {
         "finetune", "joint", "alone", "frozen", "rehearsal", "projected", "projected-full", "projected-inputs",
-        "projected-test", "projected-public", "projected-new", "projected-noise", "gpm", "adam-nscl",
+        "projected-test", "projected-public", "projected-new", "projected-noise", "gpm", "adam-nscl", "projected-lda",
+        "projected-rehearsal", "projected-lda-rehearsal", "continual-backprop",
     }  # fmt: skip
 
 

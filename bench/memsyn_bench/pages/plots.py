@@ -10,6 +10,7 @@ from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from memsyn_bench.results.metrics import Matrix, average_accuracy, forgetting, spread
 from memsyn_bench.results.report import accuracy_matrices, title
@@ -102,6 +103,7 @@ def plot_plasticity(curves: dict[str, dict[str, list[list[float]]]], heading: st
             panel.plot(tasks, [fmean(v) for v in values], color=colour, label=method)
             panel.fill_between(tasks, low, high, color=colour, alpha=0.15, lw=0)
         panel.set_xlabel("tasks learned")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_title(name, fontsize="medium")
         panel.grid(axis="y", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)

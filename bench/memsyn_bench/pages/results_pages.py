@@ -32,8 +32,8 @@ LANGUAGE = Path("language") / "results.jsonl"
 
 AGAIN = """The command above the tables makes all their rows. `OMP_NUM_THREADS=1` before it sets the number of threads.
 With the same versions, threads and kind of processor it gives the same digits, except for seconds. Another processor
-rounds sums differently, and training amplifies that: one seed's accuracy on a task can then differ by points. Older files
-do not say which processor made them."""
+rounds sums differently, and training amplifies that: one seed's accuracy on a task can then differ by points. Files of
+before December 2026 may not say which processor made them."""
 
 
 @dataclass(frozen=True)

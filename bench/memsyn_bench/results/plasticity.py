@@ -33,6 +33,7 @@ def plasticity_section(found: Findings) -> str:
     if found.run.num_tasks < 3 or not any(record.plasticity for record in found.run.records):
         return ""
     size = window_size(found.run.num_tasks)
+    tasks = f"{size} task{'s' * (size > 1)}"
     middle = (found.run.num_tasks - size) // 2
     windows = {"first": slice(size), "middle": slice(middle, middle + size), "last": slice(-size, None)}
     columns = ["Method", *(f"When learned, {name} {size} (%)" for name in windows)]
@@ -40,7 +41,7 @@ def plasticity_section(found: Findings) -> str:
     columns += [f"{name.capitalize()}, {place} (%)" for name in (DEAD_UNITS, FREE_DIRECTIONS) for place in windows]
     rows = []
     for method in found.methods:
-        of = {name: [window_means(found, method, name, tasks) for tasks in windows.values()] for name in CURVES}
+        of = {name: [window_means(found, method, name, window) for window in windows.values()] for name in CURVES}
         learned = of[LEARNED_CURVE]
         apart = difference(learned[-1], learned[0])
         others = [cells for name, cells in of.items() if name != LEARNED_CURVE]
@@ -54,7 +55,7 @@ def plasticity_section(found: Findings) -> str:
             ]
         )
     note = (
-        f"Means over {size} tasks, ± half of the 95% interval over the seeds. When learned: right after a task. Dead "
+        f"Means over {tasks}, ± half of the 95% interval over the seeds. When learned: right after a task. Dead "
         "units: hidden units that are 0 on all training images of the task just learned. Free directions: those in "
         "which the projection leaves more than half of a step, the mean over layers weighted by their weights."
     )

@@ -89,6 +89,10 @@ METHOD_STYLES: Final = {
     "projected-public": Style(BROWN, "circle", "dot"),
     "projected-new": Style(PURPLE, "triangle-up", "longdash"),
     "projected-noise": Style(INK, "star", "dash"),
+    "projected-lda": Style(VIOLET, "triangle-up", "solid"),
+    "projected-rehearsal": Style(BROWN, "circle", "solid"),
+    "projected-lda-rehearsal": Style(BLUE, "square", "dot"),
+    "continual-backprop": Style(LEAF, "circle", "solid"),
     "gpm": Style(GREEN, "square", "dot"),
     "adam-nscl": Style(SKY, "star", "solid"),
 }

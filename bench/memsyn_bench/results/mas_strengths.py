@@ -62,7 +62,7 @@ def hindsight(groups: Mapping[str, Group], files: Sequence[Findings]) -> str:
     ]  # fmt: skip
     rows = [_hindsight_row(link, group, files) for link, group in groups.items()]
     return (
-        f"Chosen: the strength of {MAS} by validation data of the first tasks, as in the table above. In hindsight: "
+        f"Chosen: the strength of {MAS} by validation data, as in the table above. In hindsight: "
         "the strength with the highest average on the test data, of all those that were run. Best method: of the "
         "methods that store no data, at strengths chosen by the protocol. All are over the same seeds, which may be "
         "fewer than above. Hindsight looks at test data, so it cannot be used. It bounds what a better choice of the "

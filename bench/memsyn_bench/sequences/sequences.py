@@ -319,7 +319,7 @@ BUILT_IN_SEQUENCES: dict[str, TaskSequence] = {
         augment=move,
         training={"lr": 1e-3, "epochs": 10},
         shows="whether a network that starts from random weights keeps old alphabets while it learns to read new ones.",
-        leaves_open="the best that a strength can do: it is chosen on the first alphabets, which are more alike.",
+        leaves_open="how methods do on a network that can read already, or on whole words.",
     ),
     "split-fashion": TaskSequence(
         summary="Fashion-MNIST in 5 tasks of 2 classes, an MLP 784-256-256",

@@ -1,0 +1,107 @@
+"""Write the table of README.md from result files: what to use, and what was measured.
+
+    .venv/bin/python tools/readme_tables.py          # writes README.md
+    .venv/bin/python tools/readme_tables.py --check  # exit code 1 if it would change
+
+Owns which numbers README shows. Every one of them is computed from a file in docs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from statistics import fmean
+
+from memsyn_bench.language.experiment import LanguageRecord, read_language
+from memsyn_bench.results.findings import NONE, Findings, estimate, mean, read_findings
+from memsyn_bench.results.markdown import table
+
+DOCS = Path(__file__).parent.parent / "docs"
+README = DOCS.parent / "README.md"
+START, END = "<!-- written by tools/readme_tables.py from result files -->", "<!-- end -->"
+METHODS = ("finetune", "frozen", "mas", "projected", "joint")
+ROWS = (
+    ("The backbone must learn: drawings and alphabets, from ImageNet weights", "mixed8-pretrained"),
+    ("A network from random weights: eight alphabets", "scripts8"),
+    ("A backbone that fits the new tasks: drawings, from ImageNet weights", "emoji8-pretrained"),
+    ("One head, and inputs of another kind in each task", "permuted-fashion"),
+    ("A Transformer that reads words", "words5"),
+    ("One head over the classes of all tasks", "split-fashion-one-head"),
+)
+"""What is learned, and the run that measured it."""
+
+
+def found(name: str) -> Findings:
+    """The results of a run."""
+    return read_findings(DOCS / "results" / f"{name}.jsonl")
+
+
+def accuracies() -> str:
+    """A row for each kind of task."""
+    rows = []
+    for words, name in ROWS:
+        run = found(name)
+        cells = [estimate(run.averages(method)) if method in run.results else NONE for method in METHODS]
+        rows.append([f"{words} ([{name}](docs/results/{page(name)}.md))", *cells])
+    return table(["New tasks", "Fine-tuned", "Frozen", "MAS", "Projected", "Joint"], rows)
+
+
+def page(name: str) -> str:
+    """The page of a run."""
+    return "one-head" if name.endswith("one-head") else name
+
+
+def average(name: str, method: str) -> str:
+    """The average accuracy of a method."""
+    return f"{mean(found(name).averages(method)):.1f}%"
+
+
+def lost_answers(method: str, lr: float, strength: float | None = None) -> str:
+    """The answers that the language model has lost after the last domain, in points of all questions."""
+    records = read_language(DOCS / "language" / "results.jsonl")
+    (before,) = {record.flags for record in records if record.method == "before"}
+    own = [
+        record
+        for record in records
+        if (record.method, record.settings.lr, record.settings.strength) == (method, lr, strength)
+        and len(record.domains) == 3
+    ]
+    return f"{fmean(100 * _lost(record, before) / len(before) for record in own):.1f}"
+
+
+def _lost(record: LanguageRecord, before: str) -> int:
+    return sum(was == "1" and now == "0" for was, now in zip(before, record.flags, strict=True))
+
+
+def advice() -> str:
+    """What to use where the table does not say it."""
+    one_head = "split-fashion-one-head"
+    return f"""- **Freeze the backbone** if new heads on it are good enough: nothing is lost. **Project** if the backbone has to learn.
+- **One head over all classes**: protection alone does not keep old classes in the race. With a head of class means beside the projection
+  {average(one_head, "projected-lda")} are right, with 20 stored images a class too {average(one_head, "projected-lda-rehearsal")}.
+- **Old data that you may keep**: train on all of it (joint), or on a few samples beside the projection.
+- **A language model**: of 176 answers, in points, fine-tuning loses {lost_answers("finetune", 1e-4)}, LoRA {lost_answers("lora", 1e-3)}, the projection {lost_answers("projected-inputs", 5e-4, 30.0)} after German, code and
+  Spanish ([docs/language.md](docs/language.md)). Protection holds a model with LoRA too: [docs/adapters.md](docs/adapters.md).
+- **No old data at all**: measure on the new task's own inputs, before you train ([which data will do](docs/results/which-unlabelled-data.md)).
+- **A service**: `memsyn.Observer` measures on the requests that it serves ([docs/live.md](docs/live.md))."""
+
+
+def written(readme: str) -> str:
+    """README with its tables written anew."""
+    before, _, rest = readme.partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}\n\n{accuracies()}\n\n{advice()}\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if README would change")
+    readme = README.read_text(encoding="utf-8")
+    if parser.parse_args().check:
+        sys.exit(int(written(readme) != readme))
+    README.write_text(written(readme), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,9 +9,11 @@ Owns which numbers README shows. Every one of them is computed from a file in do
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 
 from memsyn_bench.language.experiment import LanguageRecord, read_language
 from memsyn_bench.results.findings import NONE, Findings, estimate, mean, read_findings
@@ -21,6 +23,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 README = DOCS.parent / "README.md"
 START, END = "<!-- written by tools/readme_tables.py from result files -->", "<!-- end -->"
 METHODS = ("finetune", "frozen", "mas", "projected", "joint")
+WIDTH = 135
 ROWS = (
     ("The backbone must learn: drawings and alphabets, from ImageNet weights", "mixed8-pretrained"),
     ("A network from random weights: eight alphabets", "scripts8"),
@@ -76,15 +79,36 @@ def _lost(record: LanguageRecord, before: str) -> int:
 
 def advice() -> str:
     """What to use where the table does not say it."""
-    one_head = "split-fashion-one-head"
-    return f"""- **Freeze the backbone** if new heads on it are good enough: nothing is lost. **Project** if the backbone has to learn.
-- **One head over all classes**: protection alone does not keep old classes in the race. With a head of class means beside the projection
-  {average(one_head, "projected-lda")} are right, with 20 stored images a class too {average(one_head, "projected-lda-rehearsal")}.
-- **Old data that you may keep**: train on all of it (joint), or on a few samples beside the projection.
-- **A language model**: of 176 answers, in points, fine-tuning loses {lost_answers("finetune", 1e-4)}, LoRA {lost_answers("lora", 1e-3)}, the projection {lost_answers("projected-inputs", 5e-4, 30.0)} after German, code and
-  Spanish ([docs/language.md](docs/language.md)). Protection holds a model with LoRA too: [docs/adapters.md](docs/adapters.md).
-- **No old data at all**: measure on the new task's own inputs, before you train ([which data will do](docs/results/which-unlabelled-data.md)).
-- **A service**: `memsyn.Observer` measures on the requests that it serves ([docs/live.md](docs/live.md))."""
+    means, stored = (average("split-fashion-one-head", f"projected-lda{end}") for end in ("", "-rehearsal"))
+    lost = [lost_answers("finetune", 1e-4), lost_answers("lora", 1e-3), lost_answers("projected-inputs", 5e-4, 30.0)]
+    kept = [same(arm) for arm in ("projection, new images", "projection, old training images", "careless")]
+    return "\n".join(
+        bullet(words)
+        for words in (
+            "**Freeze the backbone** if new heads on it are good enough: nothing is lost. **Project** if the backbone "
+            "has to learn.",
+            "**One head over all classes**: protection alone does not keep the old classes. With a head of class means "
+            f"beside the projection {means} are right, with 20 stored images of each class too {stored}.",
+            "**Old data that you may keep**: train on all of it (joint), or on a few samples beside the projection.",
+            f"**A language model**: of 176 answers, in points, fine-tuning loses {lost[0]}, LoRA {lost[1]}, the "
+            f"projection {lost[2]} after German, code and Spanish ([docs/language.md](docs/language.md)). Protection "
+            "also holds a model with LoRA ([docs/adapters.md](docs/adapters.md)).",
+            "**No old data at all**: measure on the new task's own inputs, before you train. A classifier that learned "
+            f"new classes kept {kept[0]} of its answers so, {kept[1]} with the old images, and {kept[2]} without "
+            "protection ([company](docs/results/company.md)).",
+        )
+    )
+
+
+def same(arm: str) -> str:
+    """The answers that stay as they were in the company's story, by the way in which it learns the new classes."""
+    lines = map(json.loads, (DOCS / "company.jsonl").read_text(encoding="utf-8").splitlines())
+    return f"{100 * fmean(line['same'] for line in lines if line['arm'] == arm):.1f}%"
+
+
+def bullet(words: str) -> str:
+    """An item of a list, in lines of README's width."""
+    return fill(f"- {words}", WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def written(readme: str) -> str:

@@ -568,24 +568,3 @@ def test_smollm2_knows_a_capital():
 def test_the_page_of_the_project_is_written_from_its_file():
     page = (DOCS / "language.md").read_text(encoding="utf-8")
     assert page == language_page(DOCS / "language" / "results.jsonl")
-
-
-def test_the_readme_has_the_pages_numbers():
-    def cells(line):
-        return [cell.strip() for cell in line.strip()[1:-1].split("|")]
-
-    page = (DOCS / "language.md").read_text().split("## After german, then code, then spanish")[1].splitlines()
-    measured = {cells(line)[0]: cells(line) for line in page if line.startswith("|")}
-    columns = ["Seeds", "Loss, german", "Loss, code", "Loss, spanish", "Loss, own", "Lost (points)"]
-    places = [measured["Method"].index(column) for column in columns]
-    names = {
-        "before": "before",
-        "fine-tuning": "finetune, lr 0.0001",
-        "LoRA, rank 8": "lora, lr 0.001",
-        "memsyn, strength 30": "projected-inputs, lr 0.0005, strength 30",
-    }
-    section = (DOCS.parent / "README.md").read_text().split("## A language model", 1)[1].split("\n## ", 1)[0]
-    told = [cells(line) for line in section.splitlines() if line.startswith("|")][2:]
-    assert [row[0] for row in told] == list(names)
-    for row in told:
-        assert row[1:] == [measured[names[row[0]]][place] for place in places]

@@ -55,9 +55,9 @@ GUIDE = (
     "very numbers, which favours it.",
     f"{JOINT.capitalize()} trains on the data of all tasks so far, rehearsal on a few stored images of each task. "
     f"{FROZEN.capitalize()} trains only heads after the first task.",
-    "Strengths are chosen on validation data, by one protocol for all methods: on all tasks of the sequence, or in older "
-    "files on the first three. The pages list all strengths that were tried, and on how many tasks. That choice sees the "
-    "future, which favours the methods that have a strength. The projection has one fixed strength.",
+    "Strengths are chosen on validation data, by one protocol for all methods: on all tasks of the sequence, or in "
+    "older files on the first three. The pages list all strengths that were tried, and on how many tasks. That choice "
+    "sees the future, which favours the methods that have a strength. The projection has one fixed strength.",
     "Learning rate, batch size and epochs of `emoji8` and of facts come from trials that looked at test results, "
     f"mostly of {FINETUNE} and {MAS}. The loss of facts raises {MAS} and lowers si on validation data "
     "([decisions](decisions.md), [log](log.md)).",

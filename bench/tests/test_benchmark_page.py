@@ -130,7 +130,7 @@ def test_the_page_names_every_field_that_a_run_writes_with_its_type(tmp_path, mo
         parts = {line["kind"]: line, **({"settings": line["settings"]} if line["kind"] == "run" else {})}
         for kind, part in parts.items():
             types = table(kind)
-            left_out = {"optimizer", "plasticity"} - part.keys()
+            left_out = {"optimizer", "plasticity", "processor", "num_tasks"} - part.keys()
             assert [name for name in types if name not in left_out] == list(part), kind
             wrong = [name for name, value in part.items() if not has_type(value, types[name])]
             assert not wrong, (kind, wrong, part)

@@ -235,7 +235,9 @@ def test_the_command_prints_the_glance_or_writes_it_and_a_folder_of_pages(tmp_pa
     for name in pages:
         assert f"(found/{name})" in out.read_text()
         assert "(../found.md)" in (folder / name).read_text()
-    assert "![Accuracy and forgetting](sensitivity-tiny.png)" in (folder / "strengths-of-mas-on-tiny.md").read_text()
+    assert (
+        "![Strengths of mas: tiny, 8x8](sensitivity-tiny.png)" in (folder / "strengths-of-mas-on-tiny.md").read_text()
+    )
     assert (folder / "sensitivity-tiny.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -290,7 +292,7 @@ def test_the_committed_pages_are_what_the_command_makes_of_the_committed_files(t
     copied = tmp_path / "results", tmp_path / "language"
     for folder in copied:
         folder.mkdir()
-    hand_written = {"published.md"}
+    hand_written = {"published.md", "company.md"}  # or by another command
     for path in [DOCS / "results" / name for name in hand_written] + [DOCS / "language" / "results.jsonl"]:
         if path.exists():
             (tmp_path / path.parent.name / path.name).write_bytes(path.read_bytes())

@@ -24,7 +24,7 @@ from memsyn_bench.results.plasticity import plasticity_curves
 from memsyn_bench.results.report import title
 from memsyn_bench.results.sections import READING, row_commands, section
 
-Picture = tuple[Group, Callable[[Group, Path], None]]
+GroupPicture = tuple[Group, Callable[[Group, Path], None]]
 PUBLISHED = "published"
 """The page that is written by hand, if there is one; no page of a run takes its name."""
 LANGUAGE = Path("language") / "results.jsonl"
@@ -48,7 +48,7 @@ class ResultsPages:
 
     glance: str
     details: dict[str, str]
-    pictures: dict[str, Picture]
+    pictures: dict[str, GroupPicture]
 
 
 def write_results(paths: Sequence[Path], out: Path | None = None) -> ResultsPages:
@@ -81,7 +81,7 @@ def results_pages(files: Sequence[Findings], place: Path) -> ResultsPages:
     names = {PUBLISHED}
     runs = {_free(found.name, names): found for found in sorted(single, key=lambda found: found.name)}
     together = [(_free(kind.page(group[0]), names), kind, group) for kind, group in groups]
-    pictures: dict[str, Picture] = {}
+    pictures: dict[str, GroupPicture] = {}
     texts = {name: _run_page(found) for name, found in runs.items()}
     taken: set[str] = set()
     for name, kind, group in together:

@@ -22,7 +22,7 @@ def one_head(group: Group) -> str:
         "Over all classes: the network chooses between the classes of all tasks. Task given: between those of the "
         "image's own task. Both are means over the tasks after the last one. Stored data: old images."
     )
-    return "\n\n".join([*(_table(found) for found in group), note])
+    return "\n\n".join([*(_of_run(found) for found in group), note])
 
 
 def said_of_one_head(group: Group) -> str:
@@ -30,17 +30,17 @@ def said_of_one_head(group: Group) -> str:
     return " ".join(
         f"{escape(found.name)}: "
         + ", ".join(f"{method} {mean(found.averages(method)):.1f}" for method in SAID if method in found.results)
-        + f" ({_seeds(found)})."
+        + f" ({_num_seeds(found)})."
         for found in group
     )
 
 
-def _seeds(found: Findings) -> str:
+def _num_seeds(found: Findings) -> str:
     num = max(len(seeds) for seeds in found.results.values())
     return "1 seed" if num == 1 else f"{num} seeds"
 
 
-def _table(found: Findings) -> str:
+def _of_run(found: Findings) -> str:
     rows = []
     for method in found.methods:
         stored = "yes" if has_more_data(method) else "no"
@@ -56,4 +56,4 @@ def _table(found: Findings) -> str:
         "Stored data",
         "Kept at the end",
     ]
-    return f"{escape(found.name)}, {_seeds(found)}:\n\n{table(columns, rows)}"
+    return f"{escape(found.name)}, {_num_seeds(found)}:\n\n{table(columns, rows)}"

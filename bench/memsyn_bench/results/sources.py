@@ -38,13 +38,13 @@ def measured_on(group: Sequence[Findings]) -> str:
             f"{of}average accuracy (%)", f"{of}forgetting (points)", f"{of}minus old training images (points)",
         ]  # fmt: skip
     rows = [
-        [name, words, *(cell for found in group for cell in _cells(found, method, family))]
+        [name, words, *(cell for found in group for cell in _source_cells(found, method, family))]
         for family, name in FAMILIES.items()
         for end, words in ENDINGS.items()
         if any((method := f"{family}{end}") in found.results for found in group)
     ]
     if any(FINETUNE in found.results for found in group):
-        rows.append(["none", NONE, *(cell for found in group for cell in _cells(found, FINETUNE, FINETUNE))])
+        rows.append(["none", NONE, *(cell for found in group for cell in _source_cells(found, FINETUNE, FINETUNE))])
     note = (
         "The difference is of average accuracies, seed by seed, with its 95% interval. Public images are letters for "
         "drawings, and drawings in grey for letters. The next task's images are measured before it is learned, through "
@@ -59,7 +59,7 @@ def said_of_sources(group: Sequence[Findings]) -> str:
     return " ".join(sentence for found in group for family in FAMILIES for sentence in _sentences(found, family))
 
 
-def _cells(found: Findings, method: str, reference: str) -> list[str]:
+def _source_cells(found: Findings, method: str, reference: str) -> list[str]:
     accuracy, forgotten = estimate(found.averages(method)), estimate(found.by_seed(method, forgetting))
     apart = None if method == reference else _apart(found, method, reference)
     return [accuracy, forgotten, signed(apart)]

@@ -117,7 +117,7 @@ def main() -> None:
                 key = (sequence, method, strength)
                 if key not in found:
                     found[key] = whole_sequence(*key)
-                    line = dict(zip(("sequence", "method", "strength"), key, strict=True))
+                    line = {**dict(zip(("sequence", "method", "strength"), key, strict=True)), "seed": SEED}
                     with options.out.open("a") as file:
                         file.write(json.dumps({**line, "matrix": found[key]}) + "\n")
                     print(*key, " ".join(f"{fmean(row):.1f}" for row in found[key]), flush=True)

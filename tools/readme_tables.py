@@ -9,7 +9,6 @@ Owns which numbers README shows. Every one of them is computed from a file in do
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -22,14 +21,14 @@ from memsyn_bench.results.markdown import table
 DOCS = Path(__file__).parent.parent / "docs"
 README = DOCS.parent / "README.md"
 START, END = "<!-- written by tools/readme_tables.py from result files -->", "<!-- end -->"
-METHODS = ("finetune", "frozen", "mas", "projected", "joint")
+METHODS = ("finetune", "frozen", "mas", "projected", "rehearsal", "joint")
 WIDTH = 135
+ONE_HEAD = "split-fashion-one-head"
 ROWS = (
     ("The backbone must learn: drawings and alphabets, from ImageNet weights", "mixed8-pretrained"),
     ("A network from random weights: eight alphabets", "scripts8"),
     ("A backbone that fits the new tasks: drawings, from ImageNet weights", "emoji8-pretrained"),
-    ("One head, and inputs of another kind in each task", "permuted-fashion"),
-    ("A Transformer that reads words", "words5"),
+    ("One head whose classes stay, and inputs of another kind in each task", "permuted-fashion"),
     ("One head over the classes of all tasks", "split-fashion-one-head"),
 )
 """What is learned, and the run that measured it."""
@@ -45,9 +44,14 @@ def accuracies() -> str:
     rows = []
     for words, name in ROWS:
         run = found(name)
-        cells = [estimate(run.averages(method)) if method in run.results else NONE for method in METHODS]
-        rows.append([f"{words} ([{name}](docs/results/{page(name)}.md))", *cells])
-    return table(["New tasks", "Fine-tuned", "Frozen", "MAS", "Projected", "Joint"], rows)
+        rows.append([f"{words} ([{name}](docs/results/{page(name)}.md))", *(cell(run, method) for method in METHODS)])
+    return table(["New tasks", "Fine-tuned", "Frozen", "MAS", "Projected", "Rehearsal", "Joint"], rows)
+
+
+def cell(run: Findings, method: str) -> str:
+    """The average accuracy of a method with its interval, and the number of seeds."""
+    numbers = run.averages(method) if method in run.results else {}
+    return f"{estimate(numbers)} ({len(numbers)})" if numbers else NONE
 
 
 def page(name: str) -> str:
@@ -79,31 +83,29 @@ def _lost(record: LanguageRecord, before: str) -> int:
 
 def advice() -> str:
     """What to use where the table does not say it."""
-    means, stored = (average("split-fashion-one-head", f"projected-lda{end}") for end in ("", "-rehearsal"))
+    plain, means, stored, both = (
+        average(ONE_HEAD, f"projected{end}") for end in ("", "-lda", "-rehearsal", "-lda-rehearsal")
+    )
     lost = [lost_answers("finetune", 1e-4), lost_answers("lora", 1e-3), lost_answers("projected-inputs", 5e-4, 30.0)]
-    kept = [same(arm) for arm in ("projection, new images", "projection, old training images", "careless")]
+    arms = ("projection, new images", "projection, old training images", "frozen statistics alone", "new head alone")
+    kept = [same(arm) for arm in arms]
     return "\n".join(
         bullet(words)
         for words in (
-            "**Freeze the backbone** if new heads on it are good enough: nothing is lost. **Project** if the backbone "
-            "has to learn.",
+            "**Freeze the backbone** if new heads on it are good enough. **Project** if the backbone has to learn.",
             "**One head over all classes**: protection alone does not keep the old classes. With a head of class means "
-            f"beside the projection {means} are right, with 20 stored images of each class too {stored}.",
-            "**Old data that you may keep**: train on all of it (joint), or on a few samples beside the projection.",
-            f"**A language model**: of 176 answers, in points, fine-tuning loses {lost[0]}, LoRA {lost[1]}, the "
-            f"projection {lost[2]} after German, code and Spanish ([docs/language.md](docs/language.md)). Protection "
-            "also holds a model with LoRA ([docs/adapters.md](docs/adapters.md)).",
-            "**No old data at all**: measure on the new task's own inputs, before you train. A classifier that learned "
-            f"new classes kept {kept[0]} of its answers so, {kept[1]} with the old images, and {kept[2]} without "
-            "protection ([company](docs/results/company.md)).",
+            f"beside the projection {means} are right, with 20 stored images of each class too {both}.",
+            "**Old data that you may keep**: train on all of it (joint). With one head, 20 stored images of each class "
+            f"beside the projection give {stored} in place of {plain}.",
+            f"**A language model**, after German, code and Spanish: fine-tuning loses {lost[0]} points of its old "
+            f"answers, LoRA {lost[1]}, the projection at strength 30 {lost[2]}. It learns less of the last language, and "
+            "the numbers depend on which is last ([docs/language.md](docs/language.md), 2 seeds).",
+            "**No old data at all**: measure on the new task's own inputs, before you train, and project. A classifier "
+            f"that learned new classes kept {kept[0]} of its answers so, {kept[1]} with its old images, {kept[2]} "
+            f"without a memory, and {kept[3]} with a frozen backbone, on which the new classes were as good "
+            "([company](docs/results/company.md), 3 seeds).",
         )
     )
-
-
-def same(arm: str) -> str:
-    """The answers that stay as they were in the company's story, by the way in which it learns the new classes."""
-    lines = map(json.loads, (DOCS / "company.jsonl").read_text(encoding="utf-8").splitlines())
-    return f"{100 * fmean(line['same'] for line in lines if line['arm'] == arm):.1f}%"
 
 
 def bullet(words: str) -> str:

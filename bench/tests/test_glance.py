@@ -104,7 +104,8 @@ def test_bytes_at_the_end_and_needs_are_by_method(tmp_path):
 
 
 def test_what_needs_labels_is_known_of_each_method():
-    needing = {"ebll", "joint", "mas-rehearsal", "rehearsal", "rwalk", "si"}
+    needing = {"ebll", "joint", "rwalk", "si", *(f"projected-{end}" for end in ("lda", "rehearsal", "lda-rehearsal"))}
+    needing |= {"rehearsal", "mas-rehearsal"}
     assert {name for name, entry in METHODS.items() if entry.needs_labels} == needing
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -71,14 +72,17 @@ def test_every_network_says_where_a_tasks_classes_are():
 def test_one_head_is_drawn_by_its_seed_over_the_classes_of_all_tasks():
     tasks = [Task("t", ("a", "b"), *2 * (torch.zeros(1, 784), torch.zeros(1).long()))] * 5
     first, again, other = (
-        with_one_head(perceptron_network, tasks, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        with_one_head(partial(perceptron_network, 256), tasks, torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
     )
     assert first.heads[0].weight.shape == (10, 256)
     images = torch.rand(3, 784)
     assert torch.equal(first(images), again(images))
     assert not torch.equal(first(images), other(images))
     # The backbone is drawn as that of the sequence with a head for each task.
-    assert_same(first.body.state_dict(), perceptron_network(tasks, torch.Generator().manual_seed(1)).body.state_dict())
+    assert_same(
+        first.body.state_dict(), perceptron_network(256, tasks, torch.Generator().manual_seed(1)).body.state_dict()
+    )
 
 
 def test_importance_through_one_head_is_that_of_single_images():

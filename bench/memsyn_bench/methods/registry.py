@@ -193,6 +193,7 @@ BUILT_IN_METHODS: dict[str, MethodEntry] = {
         "the projection of the backbone, own classes in the loss, a head of class means (Hayes and Kanan 2020)",
         lambda _: CombinedMethods(Projection(protects_heads=False), OwnClasses(), DiscriminantHead()),
         classifies=True,
+        needs_labels=True,
     ),
     "continual-backprop": MethodEntry(
         "Continual backpropagation (Dohare et al. 2024): hidden units of little use start afresh",
@@ -216,12 +217,14 @@ BUILT_IN_METHODS: dict[str, MethodEntry] = {
         f"the projection, and {PER_TASK} images of each task stored",
         lambda _: CombinedMethods(Projection(), Rehearsal()),
         stores_data=True,
+        needs_labels=True,
     ),
     "projected-lda-rehearsal": MethodEntry(
         f"projected-lda, and {PER_TASK} images of each task stored",
         lambda _: CombinedMethods(Projection(protects_heads=False), OwnClasses(), DiscriminantHead(), Rehearsal()),
         stores_data=True,
         classifies=True,
+        needs_labels=True,
     ),
     "mas-rehearsal": MethodEntry(
         f"MAS, and {PER_TASK} images of each task stored",

@@ -20,6 +20,9 @@ from memsyn_bench.data.scripts import load_scripts8
 from memsyn_bench.methods.method import Method, TaskTraining
 from memsyn_bench.task import Task
 
+MIXED = ("mixed8-pretrained",)
+"""Sequences of drawings and letters both, for which there are no public images."""
+
 
 @final
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ class MeasuringMethod(Method):
             OptionError: the source has no images for such tasks. This is said before the first task is learned.
         """
         if training.index == 0:
+            if self._source is PUBLIC and training.settings.sequence in MIXED:
+                raise OptionError(
+                    f"{training.settings.sequence} has drawings and letters, so no public images are of something "
+                    "else. Use a method that measures on other data, such as mas or mas-new."
+                )
             self._source.images(training.task, torch.Generator())
         elif self._source.of_next_task:
             self._measure(replace(training, index=training.index - 1))
@@ -82,8 +90,8 @@ def images_in_use(task: Task, generator: torch.Generator) -> Tensor:
 def public_images(task: Task, generator: torch.Generator) -> Tensor:
     """Images of something else that everybody has, at most as many as the task is learned from, drawn at random.
 
-    In colour they are the letters of `scripts8`, in grey the drawings of `emoji8`. So a sequence that mixes both has no
-    such images.
+    In colour they are the letters of `scripts8`, in grey the drawings of `emoji8`. A sequence that mixes both has no
+    such images (`MIXED`).
 
     Raises:
         OptionError: the task's inputs are no square images of one or three channels.

@@ -43,7 +43,8 @@ What the methods of `memsyn-bench list` reached. This page and those that it lin
 
 No number on them is typed. The data are drawings, letters, words and small pictures, not the photographs of the paper.
 Networks are smaller too, so the numbers cannot be compared with the paper's. Methods of one row share the network, the
-budget, the seeds and the order of the data. [How to read the numbers](#how-to-read-the-numbers) is at the end."""
+training of the new task, the order of the data and, if a cell does not say otherwise, the seeds.
+[How to read the numbers](#how-to-read-the-numbers) is at the end."""
 
 GUIDE = (
     "A cell is a mean over the seeds ± half of its 95% interval (Student's t). One seed has no interval. If a cell has "
@@ -55,9 +56,9 @@ GUIDE = (
     "very numbers, which favours it.",
     f"{JOINT.capitalize()} trains on the data of all tasks so far, rehearsal on a few stored images of each task. "
     f"{FROZEN.capitalize()} trains only heads after the first task.",
-    "Strengths are chosen on validation data, by one protocol for all methods: on all tasks of the sequence, or in "
-    "older files on the first three. The pages list all strengths that were tried, and on how many tasks. That choice "
-    "sees the future, which favours the methods that have a strength. The projection has one fixed strength.",
+    "Strengths are chosen on validation data: on all tasks of the sequence, or in older rows on the first three. The "
+    "pages list all strengths that were tried, and on how many tasks. A choice on all tasks sees the future, which "
+    "favours the methods that have a strength. The projection has one fixed strength.",
     "Learning rate, batch size and epochs of `emoji8` and of facts come from trials that looked at test results, "
     f"mostly of {FINETUNE} and {MAS}. The loss of facts raises {MAS} and lowers si on validation data "
     "([decisions](decisions.md), [log](log.md)).",
@@ -106,6 +107,7 @@ def glance_page(
     groups: Sequence[tuple[str, GroupKind, Group]],
     *,
     published: str = "",
+    company: str = "",
     language: str = "",
 ) -> str:
     """The page.
@@ -114,6 +116,7 @@ def glance_page(
         runs: link -> the run whose page it leads to.
         groups: (link, kind, group) of each group's page.
         published: what is held against published numbers, as Markdown; no section if empty.
+        company: a link to the company's experiment, likewise.
         language: the language model's table, likewise.
     """
     rows = _ordered(Row(link, found) for link, found in runs.items() if found.methods)
@@ -126,6 +129,7 @@ def glance_page(
         linked = {link: group for link, own, group in groups if own is kind}
         parts += [f"## {kind.title}", kind.glance(linked, files)] if linked else []
     parts += ["## Held against published numbers", published] if published else []
+    parts += ["## A deployed classifier learns new classes", company] if company else []
     parts += ["## A language model", language] if language else []
     parts += ["## How to read the numbers", "\n".join(f"- {line}" for line in GUIDE)]
     parts += ["## All pages", *_list_of_pages(runs, groups), *_rerun(rows)]

@@ -32,8 +32,9 @@ LANGUAGE = Path("language") / "results.jsonl"
 
 AGAIN = """The command above the tables makes all their rows. `OMP_NUM_THREADS=1` before it sets the number of threads.
 With the same versions, threads and kind of processor it gives the same digits, except for seconds. Another processor
-rounds sums differently, and training amplifies that: one seed's accuracy on a task can then differ by points. Files of
-before December 2026 may not say which processor made them."""
+rounds sums differently, and training amplifies that: one seed's accuracy on a task can then differ by points. Older
+files do not say which processor made them. If a strength was chosen on the first three tasks, as older versions did, a
+row's own command has it as a number: `--strength chosen` tries all tasks now."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def results_pages(files: Sequence[Findings], place: Path) -> ResultsPages:
     """
     groups, single = in_groups(sorted(files, key=lambda found: found.name))
     single += [found for kind, group in groups if kind.own_pages for found in group]
-    names = {PUBLISHED}
+    names = {PUBLISHED, "company"}
     runs = {_free(found.name, names): found for found in sorted(single, key=lambda found: found.name)}
     together = [(_free(kind.page(group[0]), names), kind, group) for kind, group in groups]
     pictures: dict[str, GroupPicture] = {}
@@ -100,6 +101,7 @@ def results_pages(files: Sequence[Findings], place: Path) -> ResultsPages:
         {link(name): found for name, found in runs.items()},
         [(link(name), kind, group) for name, kind, group in together],
         published=_published(place),
+        company=_company(place),
         language=_language(place),
     )
     return ResultsPages(glance, {name: f"{home}\n\n{text}\n" for name, text in texts.items()}, pictures)
@@ -118,11 +120,15 @@ def _free(name: str, taken: set[str]) -> str:
 def _run_page(found: Findings) -> str:
     """Everything about one run."""
     parts = [section(found, 1)]
-    commands = row_commands(found)
-    if commands:
-        lines = "\n".join(f"    {command}" for command in commands.values())
-        parts += ["## Run it again", AGAIN, details("The command of each row alone", lines)]
+    if row_commands(found):
+        parts += ["## Run it again", AGAIN, _commands(found)]
     return "\n\n".join([*parts, "## How to read the numbers", READING])
+
+
+def _commands(found: Findings) -> str:
+    """The command of each row, folded; nothing without rows."""
+    lines = "\n".join(f"    {command}" for command in row_commands(found).values())
+    return details("The command of each row alone", lines) if lines else ""
 
 
 def _group_page(kind: GroupKind, group: Group, picture: str, own_pages: dict[int, str]) -> str:
@@ -133,8 +139,9 @@ def _group_page(kind: GroupKind, group: Group, picture: str, own_pages: dict[int
     if kind.own_pages:
         parts.append("\n".join(f"- [{escape(one.name)}]({quote(own_pages[id(one)])}.md)" for one in group))
         return "\n\n".join(parts)
-    parts += [section(found, 3) for found in group]
-    return "\n\n".join([*parts, "## Run it again", AGAIN, "## How to read the numbers", READING])
+    for found in group:
+        parts += [section(found, 3), _commands(found)]
+    return "\n\n".join(filter(None, [*parts, "## Run it again", AGAIN, "## How to read the numbers", READING]))
 
 
 def _published(place: Path) -> str:
@@ -147,6 +154,16 @@ def _published(place: Path) -> str:
     opening = re.sub(r"\A# .*\n", "", opening.lstrip()).strip()
     opening = re.sub(r"\]\((?!\w+:|#|/)", f"]({folder}/", opening)
     return f"{opening}\n\n[Held against published numbers, in full]({folder}/{PUBLISHED}.md)"
+
+
+def _company(place: Path) -> str:
+    """A link to the page of `benchmarks/company_story.py`; empty if it is not there."""
+    if not (place.with_suffix("") / "company.md").exists():
+        return ""
+    return (
+        "80 classes are deployed, 40 are added in a head of their own: carelessly, with a memory of old, new or public "
+        f"images, and with repair. [Answers kept and classes learned]({quote(place.stem)}/company.md)."
+    )
 
 
 def _text(path: Path) -> str:

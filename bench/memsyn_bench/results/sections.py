@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from statistics import fmean, median
 
@@ -99,8 +99,19 @@ def commands(found: Findings) -> list[str]:
 
 
 def row_commands(found: Findings) -> dict[str, str]:
-    """Method -> the command that makes its row alone."""
-    return {method: _command(found, [method], max(seeds) + 1) for method, seeds in found.results.items()}
+    """Method -> the command that makes its row alone.
+
+    A strength that was chosen on the first tasks, as older versions did, is a number in it, and the folder another.
+    """
+    older = {choice.method: choice for choice in found.run.choices if choice.num_tasks < found.run.num_tasks}
+    commands = {}
+    for method, seeds in found.results.items():
+        alone = found
+        if method in older:
+            settings = replace(found.run.settings, strength=older[method].strength)
+            alone = replace(found, run=replace(found.run, settings=settings), name=f"{found.name}-{method}", folder="")
+        commands[method] = _command(alone, [method], max(seeds) + 1)
+    return commands
 
 
 def _command(found: Findings, methods: Sequence[str], num_seeds: int) -> str:

@@ -4,6 +4,7 @@ import ast
 import fcntl
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -215,15 +216,144 @@ def test_the_page_of_errors_has_every_class_and_quotes_real_messages() -> None:
                 assert part.rstrip() in code, f"{name}: no message of memsyn has {part!r}"
 
 
-def test_the_recipes_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "recipes.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 8
-    names: dict[str, object] = {}
-    exec(compile("\n".join(blocks), "recipes.md", "exec"), names)
+RECIPES = DOCS / "recipes"
+WITH_EXAMPLES = {"detection", "embeddings", "entities", "language-model", "lora"}
+"""Recipes that show a script of `examples/`; test_trainers_examples.py runs those."""
+WITHOUT_CODE = {"index", "larger-than-one-machine"}
+Rows = list[tuple[str, list[float]]]
+"""What a recipe printed: the words before the first colon of each line, and the numbers after it."""
+
+
+def rows_of(text: str) -> Rows:
+    """`protected: 99% of 5 right` -> ("protected", [99, 5])."""
+    return [(line.partition(":")[0], numbers_of(line.partition(":")[2])) for line in text.splitlines()]
+
+
+def numbers_of(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"\d+(?:\.\d+)?", text)]
+
+
+def settings() -> dict[str, str]:
+    """One thread, and the command `memsyn` of this environment."""
+    commands = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return os.environ | {"OMP_NUM_THREADS": "1", "PATH": commands}
+
+
+def check_new_classes(rows: Rows) -> None:
+    careless, protected = dict(rows)["careless"], dict(rows)["protected"]
+    assert careless[0] < 93
+    assert min(protected) > 96
+
+
+def check_no_old_data(rows: Rows) -> None:
+    (_, nothing, _), (same, new, learned), (_, noise, _), (_, old, _) = (numbers for _, numbers in rows)
+    assert nothing > 2 * noise > 3 * new
+    assert new < 1.5 * old
+    assert min(same, learned) > 95
+
+
+def check_time_series(rows: Rows) -> None:
+    (_, [begun]), (_, [forgotten, _]), (_, [kept, learned]), _, (_, [lost, _]), (_, [default, _]), _, (_, firm) = rows
+    assert forgotten > 5 * begun
+    assert max(kept, learned) < 1.5 * begun
+    assert min(lost, default) > 3 * max(firm)  # the LSTM: with the default strength, and with a large one
+
+
+def check_strength(rows: Rows) -> None:
+    changes, old, new = zip(*(numbers for words, numbers in rows if words.startswith("strength")), strict=True)
+    assert list(changes) == sorted(changes, reverse=True)
+    assert old[0] < 90 < 97 < old[2]
+    assert new[2] > new[4] + 2
+    trials = [numbers for words, numbers in rows if words.startswith("Relative")]
+    assert all(learned < 0.98 * trials[0][0] for learned, _ in trials[1:-1])
+    assert trials[-1][1] > trials[0][1] + 10
+    assert ("outputs times 5", [25]) in rows
+
+
+def check_gate(rows: Rows) -> None:
+    assert [numbers for _, numbers in rows] == [[0], [1], [2]]
+    steps = yaml.safe_load(blocks_of("gate-in-ci", "yaml"))["jobs"]["gate"]["steps"]
+    (in_workflow,) = (step["run"] for step in steps if step.get("run", "").startswith("memsyn gate"))
+    by_code = blocks_of("gate-in-ci", "bash")
+    for command, name, code, said in (
+        (in_workflow, "barely", 0, "Safe."),
+        (in_workflow, "much", 2, "Broken."),
+        (by_code, "much", 1, "broken: train again"),
+    ):
+        shutil.copy(f"{name}.safetensors", "candidate.safetensors")
+        done = subprocess.run(["bash", "-ec", command], env=settings(), capture_output=True, text=True)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert said in done.stdout
+    assert "Broken." in Path("verdict.html").read_text()
+
+
+def check_lightning(rows: Rows) -> None:
+    forgotten, kept = (numbers for _, numbers in rows[:2])
+    assert forgotten[0] < 80
+    assert min(kept) > 95
+
+
+def check_other_code(rows: Rows) -> None:
+    shares = [numbers[0] for words, numbers in rows if words.startswith("batches of")]
+    assert shares[0] == 100
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] < 80
+
+
+def check_one_head(rows: Rows) -> None:
+    found = dict(rows)
+    assert max(found["fine-tuned"][0], found["class means alone"][0]) < 35
+    assert found["projected, with class means"][0] > max(87, found["projected"][0] + 3)
+
+
+def check_short_answers(_: Rows) -> None:
     memory = memsyn.Memory.load("model.memsyn.safetensors")
     assert [entry.label for entry in memory.history] == ["shipped", "second month"]
     assert memsyn.Importance.load("traffic.safetensors").num_samples == 256
+
+
+CLAIMS = {
+    "gate-in-ci": check_gate,
+    "lightning": check_lightning,
+    "new-classes": check_new_classes,
+    "no-old-data": check_no_old_data,
+    "one-head": check_one_head,
+    "other-code": check_other_code,
+    "short-answers": check_short_answers,
+    "strength": check_strength,
+    "time-series": check_time_series,
+}
+"""Recipe -> what its page says of the numbers that its code prints."""
+
+
+def blocks_of(name: str, language: str) -> str:
+    page = (RECIPES / f"{name}.md").read_text()
+    return "\n".join(re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
+
+
+def test_each_recipe_runs_or_shows_a_script_that_is_run() -> None:
+    assert {path.stem for path in RECIPES.glob("*.md")} == CLAIMS.keys() | WITH_EXAMPLES | WITHOUT_CODE
+    shown = "".join(blocks_of(name, "py") for name in WITH_EXAMPLES)
+    scripts = re.findall(r'^--8<-- "examples/(\w+)\.py"$', shown, re.MULTILINE)
+    assert sorted(scripts) == ["detection", "entities", "lora", "retrieval", "sft"]
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_recipe_prints_what_its_page_shows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.py").write_text(blocks_of(name, "python"))
+    done = subprocess.run([sys.executable, "recipe.py"], env=settings(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    CLAIMS[name](rows_of(done.stdout))
+    shown = blocks_of(name, "text")
+    if shown:
+        printed = done.stdout.splitlines()
+        lines = [line for line in shown.splitlines() if line]
+        assert [re.sub(r"[\d.]+", "N", line) for line in lines] == [re.sub(r"[\d.]+", "N", line) for line in printed]
+        for line, own in zip(lines, printed, strict=True):
+            width = 12 if "%" in line else 0.2  # other processors round otherwise, and training amplifies that
+            assert numbers_of(own) == pytest.approx(numbers_of(line), abs=width), f"the page shows {line}, not {own}"
 
 
 def test_the_page_of_versions_has_those_that_are_tested() -> None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tools.readme_tables import END, README, ROWS, START, written
+from tools.readme_tables import END, PUBLISHED, README, ROWS, START, published, readme_content, written
 
 TEXT = README.read_text(encoding="utf-8")
 
@@ -17,10 +17,12 @@ def test_it_is_one_page():
 
 def test_its_numbers_are_those_of_the_result_files():
     """If this fails, run `python tools/readme_tables.py`."""
-    assert written(TEXT) == TEXT
+    assert written(TEXT, readme_content()) == TEXT
     table = TEXT.split(START)[1].split(END)[0]
     assert all(f"[{name}]" in table for _, name in ROWS)
-    assert written(TEXT.replace(table, " 12.3 ")) == TEXT
+    assert written(TEXT.replace(table, " 12.3 "), readme_content()) == TEXT
+    page = PUBLISHED.read_text(encoding="utf-8")
+    assert written(page, published()) == page
 
 
 def test_its_program_prints_what_it_says(tmp_path):

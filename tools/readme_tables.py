@@ -1,6 +1,6 @@
-"""Write the table of README.md from result files: what to use, and what was measured.
+"""Write the tables of README.md and of docs/results/published.md from result files.
 
-    .venv/bin/python tools/readme_tables.py          # writes README.md
+    .venv/bin/python tools/readme_tables.py          # writes both
     .venv/bin/python tools/readme_tables.py --check  # exit code 1 if it would change
 
 Owns which numbers README shows. Every one of them is computed from a file in docs.
@@ -9,6 +9,7 @@ Owns which numbers README shows. Every one of them is computed from a file in do
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +23,18 @@ DOCS = Path(__file__).parent.parent / "docs"
 README = DOCS.parent / "README.md"
 START, END = "<!-- written by tools/readme_tables.py from result files -->", "<!-- end -->"
 METHODS = ("finetune", "frozen", "mas", "projected", "rehearsal", "joint")
-WIDTH = 135
+PUBLISHED = DOCS / "results" / "published.md"
+THEIRS = (
+    ("nothing protected", "finetune", "87.19 ± 0.94"),
+    ("EWC", "ewc", "98.64 ± 0.22"),
+    ("SI", "si", "99.09 ± 0.15"),
+    ("LwF", "lwf", "99.57 ± 0.02"),
+    ("MAS", "mas", NONE),
+    ("projected", "projected", NONE),
+    ("all data (offline)", "", "99.66 ± 0.02"),
+)
+"""Words, the method here, and the number of van de Ven and Tolias (2019), Table 4, with its standard error."""
+WIDTH = 140
 ONE_HEAD = "split-fashion-one-head"
 ROWS = (
     ("The backbone must learn: drawings and alphabets, from ImageNet weights", "mixed8-pretrained"),
@@ -98,8 +110,8 @@ def advice() -> str:
             "**Old data that you may keep**: train on all of it (joint). With one head, 20 stored images of each class "
             f"beside the projection give {stored} in place of {plain}.",
             f"**A language model**, after German, code and Spanish: fine-tuning loses {lost[0]} points of its old "
-            f"answers, LoRA {lost[1]}, the projection at strength 30 {lost[2]}. It learns less of the last language, and "
-            "the numbers depend on which is last ([docs/language.md](docs/language.md), 2 seeds).",
+            f"answers, LoRA {lost[1]}, the projection at strength 30 {lost[2]}. It learns less of the last language. "
+            "The numbers depend on which is last ([docs/language.md](docs/language.md), 2 seeds).",
             "**No old data at all**: measure on the new task's own inputs, before you train, and project. A classifier "
             f"that learned new classes kept {kept[0]} of its answers so, {kept[1]} with its old images, {kept[2]} "
             f"without a memory, and {kept[3]} with a frozen backbone, on which the new classes were as good "
@@ -108,25 +120,45 @@ def advice() -> str:
     )
 
 
+def same(arm: str) -> str:
+    """The answers that stay as they were in the company's story, by the way in which it learns the new classes."""
+    lines = map(json.loads, (DOCS / "company.jsonl").read_text(encoding="utf-8").splitlines())
+    return f"{100 * fmean(line['same'] for line in lines if line['arm'] == arm):.1f}%"
+
+
 def bullet(words: str) -> str:
     """An item of a list, in lines of README's width."""
     return fill(f"- {words}", WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
-def written(readme: str) -> str:
-    """README with its tables written anew."""
-    before, _, rest = readme.partition(START)
+def readme_content() -> str:
+    """The tables and the list of README."""
+    return f"{accuracies()}\n\n{advice()}\n"
+
+
+def published() -> str:
+    """Split MNIST: published numbers beside those of this benchmark."""
+    run = found("split-mnist")
+    rows = [[words, theirs, cell(run, method) if method else NONE] for words, method, theirs in THEIRS]
+    return f"{table(['Method', 'Published', 'Here (seeds)'], rows)}\n"
+
+
+def written(text: str, content: str) -> str:
+    """A page with what stands between the marks written anew."""
+    before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
-    return f"{before}{START}\n\n{accuracies()}\n\n{advice()}\n{END}{after}"
+    return f"{before}{START}\n\n{content}{END}{after}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if README would change")
-    readme = README.read_text(encoding="utf-8")
-    if parser.parse_args().check:
-        sys.exit(int(written(readme) != readme))
-    README.write_text(written(readme), encoding="utf-8")
+    check = parser.parse_args().check
+    for path, content in ((README, readme_content), (PUBLISHED, published)):
+        text = path.read_text(encoding="utf-8")
+        if check and written(text, content()) != text:
+            sys.exit(1)
+        path.write_text(written(text, content()), encoding="utf-8")
 
 
 if __name__ == "__main__":

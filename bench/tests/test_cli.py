@@ -26,7 +26,7 @@ def _tiny_sequence(monkeypatch):
 
 
 def test_version():
-    assert call("--version").output == "memsyn-bench 0.1.0\n"
+    assert call("--version").output == "memsyn-bench 0.2.0\n"
 
 
 def test_list_names_sequences_and_methods():

@@ -116,7 +116,7 @@ def test_strengths_are_one_table_and_a_plateau(tmp_path):
     assert "highest average accuracy, 75.5%, at strength 1 of those tried." in section
     assert "within 1 point of it goes from 1 to 10: 1.0 orders of magnitude." in section
     assert "within 2 points of it goes from 1 to 100: 2.0 orders of magnitude." in section
-    assert "chosen" not in section
+    assert "(chosen" not in section
 
 
 def test_other_settings_are_no_other_strengths(tmp_path):

@@ -214,8 +214,8 @@ def chosen(choices: Sequence[StrengthRecord], word: str) -> Chart | None:
 
 
 def group_charts(group: Group, describe: Callable[[Group], str]) -> list[Chart]:
-    """The charts of a group that `describe` describes."""
-    return GROUP_CHARTS[describe](group)
+    """The charts of a group that `describe` describes; none for kinds that have none."""
+    return GROUP_CHARTS[describe](group) if describe in GROUP_CHARTS else []
 
 
 def _sensitivity_charts(group: Group) -> list[Chart]:

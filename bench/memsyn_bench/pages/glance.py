@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from memsyn_bench.losses import cross_entropy
 from memsyn_bench.methods.registry import METHODS
 from memsyn_bench.results.findings import (
-    ALONE,
     FINETUNE,
     FROZEN,
     JOINT,
@@ -201,11 +200,12 @@ def _gaps(rows: Sequence[Row]) -> list[str]:
 
 
 def _stored(rows: Sequence[Row]) -> str:
-    """A row for each method that a run has."""
-    known = dict.fromkeys([*METHODS, *(method for row in rows for method in row.found.methods)])
+    """A row for each method that has a column, and for each that no registry knows."""
+    unknown = (method for row in rows for method in row.found.methods if method not in METHODS)
+    known = dict.fromkeys([*(method for method in METHODS if method in METHOD_COLUMNS), *unknown])
     lines = []
     for method in known:
-        if method != ALONE and any(method in row.found.results for row in rows):
+        if any(method in row.found.results for row in rows):
             needs = [NONE, NONE]
             if method in METHODS:
                 entry = METHODS[method]

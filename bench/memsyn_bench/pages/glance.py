@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from memsyn_bench.losses import cross_entropy
-from memsyn_bench.methods.registry import METHODS
+from memsyn_bench.methods.registry import BUILT_IN_METHODS, METHODS
 from memsyn_bench.results.findings import (
     FINETUNE,
     FROZEN,
@@ -200,9 +200,9 @@ def _gaps(rows: Sequence[Row]) -> list[str]:
 
 
 def _stored(rows: Sequence[Row]) -> str:
-    """A row for each method that has a column, and for each that no registry knows."""
-    unknown = (method for row in rows for method in row.found.methods if method not in METHODS)
-    known = dict.fromkeys([*(method for method in METHODS if method in METHOD_COLUMNS), *unknown])
+    """A row for each method that has a column, and for each that is not built in."""
+    methods = [*METHODS, *(method for row in rows for method in row.found.methods)]
+    known = dict.fromkeys(name for name in methods if name in METHOD_COLUMNS or name not in BUILT_IN_METHODS)
     lines = []
     for method in known:
         if any(method in row.found.results for row in rows):

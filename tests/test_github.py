@@ -60,8 +60,15 @@ def test_files_fit_their_schemas(schema: str, paths: list[Path]) -> None:
     lint("check-jsonschema", "--builtin-schema", f"vendor.{schema}", *paths)
 
 
-def test_workflows_have_no_known_weakness() -> None:
+def test_workflows_have_no_known_weakness(tmp_path: Path) -> None:
     lint("zizmor", "--offline", "--no-progress", GITHUB)
+    weak = tmp_path / "weak.yml"
+    weak.write_text(
+        "on: issues\njobs:\n  greet:\n    runs-on: ubuntu-24.04\n    steps:\n"
+        "      - run: echo ${{ github.event.issue.title }}\n"
+    )
+    with pytest.raises(AssertionError, match="template-injection"):
+        lint("zizmor", "--offline", "--no-progress", weak)
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

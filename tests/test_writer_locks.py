@@ -148,8 +148,10 @@ def test_what_cannot_be_locked_is_let_pass(code: int, path: Path, monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr(writer_locks, "_lock" if code == errno.ENOLCK else "_locked", failing)
         locks.hold(path)
+    assert not (path.parent / ".it.st.lock").exists() or code == errno.ENOLCK
     locks.hold(path.parent / "no" / "it.st")
     locks.hold(path)
+    assert (path.parent / ".it.st.lock").exists()
     with IN_USE:
         WriterLocks().hold(path)
     locks.release()

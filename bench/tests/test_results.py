@@ -14,10 +14,11 @@ from memsyn import MemsynError
 from memsyn_bench.cli import app
 from memsyn_bench.methods.registry import METHODS
 from memsyn_bench.pages.results_pages import results_pages
-from memsyn_bench.results.findings import read_findings
-from memsyn_bench.results.sections import commands, readable
+from memsyn_bench.results.findings import Findings, read_findings
+from memsyn_bench.results.sections import commands, readable, row_commands
 from memsyn_bench.running.record import (
     RESULTS_FILE,
+    Run,
     StrengthRecord,
     TaskRecord,
     append_run,
@@ -274,6 +275,17 @@ def test_how_strengths_were_chosen_is_a_table(tmp_path):
     assert rows(text, heading="How the strengths")["mas"] == {
         "Chosen": "10", "Tasks": "2 of 2", "Candidate: score": "1: 60.0, 10: 70.0 (chosen, at the edge)"
     }  # fmt: skip
+
+
+def test_a_strength_chosen_on_the_first_tasks_is_a_number_in_the_command_of_its_row(tmp_path):
+    """`--strength chosen` would try all tasks now, and may find another one."""
+    of_all = StrengthRecord("mas", 10.0, (1.0, 10.0), (60.0, 70.0), SETTINGS.fingerprint, num_tasks=2)
+    settings = replace(SETTINGS, strength="chosen")
+    for choice, words in ((of_all, "--strength chosen"), (replace(of_all, num_tasks=1), "--strength 10")):
+        run = Run(settings, 2, ("here",), (), (choice,))
+        found = Findings("x", run, {"mas": {0: []}, "finetune": {0: []}}, ())
+        assert words in row_commands(found)["mas"]
+        assert "--strength chosen" in row_commands(found)["finetune"]
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,14 @@ def test_public_images_in_grey_are_drawings_and_at_most_as_many_as_there_are():
     assert 0 <= float(found.min()) < 0.1 < 1.5 < float(found.max()) <= 2
 
 
+def test_a_sequence_of_drawings_and_letters_has_no_public_images():
+    """Else a task's public images could be those that a later task is learned from."""
+    mixed = training(build(), 0, sequence="mixed8-pretrained")
+    for name in ("mas-public", "projected-public"):
+        with pytest.raises(OptionError, match=r"mixed8-pretrained has drawings and letters.*such as mas or mas-new"):
+            METHODS[name].make(1.0).begin(mixed)
+
+
 def test_grey_is_the_mean_of_the_colours():
     images = torch.rand(2, 3, 4, 4, generator=seeded())
     assert torch.allclose(as_letters(images, 4)[1, 0], (images[1, 0] + images[1, 1] + images[1, 2]) / 3)

@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from memsyn.adapters import modules_in_use
 from memsyn.errors import MismatchError, OptionError, RenamedParametersWarning
+from memsyn.sharding import gathered
 from memsyn.torch_private import compiled_original, persistent_buffers, uncompiled_name
 
 Patterns = str | Iterable[str]
@@ -333,12 +334,6 @@ def same_values(one: Tensor, other: Tensor) -> bool:
 def wide_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype for sums and penalties of a tensor: float32 at least, since half precision overflows."""
     return torch.float32 if tensor.dtype.itemsize == 1 else torch.promote_types(tensor.dtype, torch.float32)
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    """The values of a tensor without its graph; of a DTensor, the whole of it."""
-    whole: Tensor = tensor.detach()
-    return whole.full_tensor() if hasattr(whole, "full_tensor") else whole
 
 
 def fingerprint(of: nn.Module | Mapping[str, Tensor]) -> str:

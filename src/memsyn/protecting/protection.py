@@ -20,6 +20,7 @@ from memsyn.errors import NotProtectedWarning, ProtectionError
 from memsyn.parameters import named_parameters, unwrap, wide_dtype
 from memsyn.protecting.optimizers import PROJECTED, Stepping, known_kind
 from memsyn.protecting.predicting import Watched, of_another_memory
+from memsyn.sharding import local_part
 from memsyn.torch_private import num_steps_in_progress
 from memsyn.values.display import LayerRow, counted, html_table, html_text, percent, short_name
 from memsyn.weights_in_effect import WeightsInEffect, moving_parameters, weights_by_name
@@ -392,7 +393,7 @@ class Protection(ABC):
         optimizer = self._optimizer()
         held = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
         moving = moving_parameters(self._model, self._names)
-        local = {name: _local(p.detach()) for name, p in moving.items() if id(p) in held}
+        local = {name: local_part(p) for name, p in moving.items() if id(p) in held}
         return {
             (name, p.dtype, p.device): torch.linalg.vector_norm(p, dtype=wide_dtype(p)) for name, p in local.items()
         }
@@ -436,9 +437,3 @@ class Protection(ABC):
     @abstractmethod
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The optimizer has stepped."""
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that this process holds."""
-    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return found

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from memsyn.errors import GrownParametersWarning, MovedWeightsWarning, ProtectionError
-from memsyn.parameters import gathered, wide_dtype, with_their_layers
+from memsyn.parameters import wide_dtype, with_their_layers
 from memsyn.protecting.optimizers import PROJECTED
+from memsyn.sharding import gathered
 from memsyn.values.directions import excerpt
 from memsyn.values.memory import Memory
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from memsyn.errors import MismatchError
 from memsyn.matrices import EXACT_WIDTH, Layout, Matrix, num_weights_of
-from memsyn.parameters import gathered, layer_of, only_those, under_new_names, way_out
+from memsyn.parameters import layer_of, only_those, under_new_names, way_out
+from memsyn.sharding import gathered
 from memsyn.storage.reading_and_writing import Groups, checked, checked_count
 from memsyn.values.display import LayerRow, counted_matrices, html_table, size_in_memory
 from memsyn.values.factors import (

@@ -1,0 +1,160 @@
+"""Tensors of which each process holds a part: DTensors, as `fully_shard` makes of parameters.
+
+Owns what a process holds of a tensor, how parts become a tensor again, and sums over parts. Must not know models.
+Nothing here imports torch.distributed.tensor before a DTensor is met: the import takes a second.
+
+Words: a tensor is sharded if its values are cut between processes along one dimension. Each process holds a part. The
+mesh is the grid of processes; the placement says, for each of its dimensions, whether values are cut or repeated.
+
+    weight (5, 8), Shard(0), 2 processes    process 0 holds rows 0 to 2, process 1 rows 3 and 4
+    weight (2, 8), Shard(0), 4 processes    processes 0 and 1 hold a row each, the others a part (0, 8)
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from memsyn.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether a tensor is a DTensor, of which this process holds a part."""
+    own = tensor if type(tensor) is not torch.nn.Parameter else tensor.data
+    return type(own).__name__ == "DTensor"  # by its name: importing the class takes a second
+
+
+def any_sharded(tensors: Sequence[Tensor] | Mapping[str, Tensor]) -> bool:
+    """Whether one of some tensors is a DTensor."""
+    return any(is_sharded(t) for t in (tensors.values() if isinstance(tensors, Mapping) else tensors))
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, in the same memory and without its graph; of a plain tensor, all of it."""
+    own = tensor.detach()
+    return own.to_local() if is_sharded(own) else own
+
+
+def from_part(part: Tensor, like: Tensor) -> Tensor:
+    """A tensor of the shape, mesh and placement of `like`, of which this process holds `part`."""
+    if not is_sharded(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=_contiguous(like.shape)
+    )
+
+
+def cut_like(whole: Tensor, like: Tensor) -> Tensor:
+    """The part of a whole tensor that this process holds of `like`; no process talks to another.
+
+    Leading dimensions may be longer or shorter than those of `like` if it is not sharded.
+    """
+    if not is_sharded(like) or is_sharded(whole):
+        return local_part(whole)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole.detach(), like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+def rows_held(like: Tensor) -> slice:
+    """The rows (indices of dimension 0) of a tensor that this process holds; all rows unless they are cut.
+
+    Raises:
+        ModelError: the tensor is cut along another dimension.
+    """
+    if not is_sharded(like):
+        return slice(0, len(like))
+    if any(place.is_shard() and not place.is_shard(0) for place in like.placements):
+        raise ModelError(f"a tensor of shape {tuple(like.shape)} is cut along another dimension than 0.")
+    start, num_rows = 0, len(like)
+    for index, place in enumerate(like.placements):
+        if place.is_shard():
+            step = math.ceil(num_rows / like.device_mesh.size(index))
+            first = min(num_rows, step * like.device_mesh.get_local_rank(index))
+            start, num_rows = start + first, min(step, num_rows - first)
+    return slice(start, start + num_rows)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor in every process, without its graph. All processes must call it together."""
+    whole = tensor.detach()
+    return whole.full_tensor() if is_sharded(whole) else whole
+
+
+def summed_over_parts(numbers: Sequence[Tensor], likes: Sequence[Tensor]) -> list[Tensor]:
+    """Sums over whole tensors from sums over parts: `numbers[i]` is a scalar of this process's part of `likes[i]`.
+
+    All processes of the meshes must call it together, with the tensors in the same order.
+    """
+    found = list(numbers)
+    meshes: dict[Any, list[int]] = {}
+    for index, like in enumerate(likes):
+        if is_sharded(like):
+            cut = tuple(dim for dim, place in enumerate(like.placements) if place.is_shard())
+            meshes.setdefault((like.device_mesh, cut), []).append(index)
+    for (mesh, cut), indices in meshes.items():
+        total = torch.stack([found[index].double() for index in indices])
+        for dim in cut:
+            dist.all_reduce(total, group=mesh.get_group(dim))
+        for index, own in zip(indices, total.unbind(), strict=True):
+            found[index] = own.to(found[index].dtype)
+    return found
+
+
+def pieces_on_first(tensor: Tensor, size: int) -> Iterator[Tensor]:
+    """The numbers of a tensor in order, flat and on the CPU, at most `size` at a time; no copy of a plain CPU tensor.
+
+    Of a sharded tensor, only the first process gets them, part after part, and the others yield nothing: all processes
+    must iterate together. If the parts do not follow one another in the tensor's order, it is gathered first.
+    """
+    if not is_sharded(tensor):
+        yield from _pieces(local_part(tensor), size)
+        return
+    mesh, cut = tensor.device_mesh, [index for index, place in enumerate(tensor.placements) if place.is_shard()]
+    place: Any = tensor.placements[cut[0]] if len(cut) == 1 else None
+    if place is None or type(place).__name__ != "Shard" or math.prod(tensor.shape[: place.dim]) != 1:
+        whole = gathered(tensor)
+        if is_first(tensor):
+            yield from _pieces(whole, size)
+        return
+    ranks = mesh.mesh.movedim(cut[0], 0).reshape(mesh.size(cut[0]), -1)[:, 0].tolist()  # of the first copy
+    own, group = dist.get_rank(), mesh.get_group(cut[0])
+    if own not in ranks:
+        return
+    length, step = tensor.shape[place.dim], math.ceil(tensor.shape[place.dim] / len(ranks))
+    row = tensor.numel() // max(1, length)
+    for index, rank in enumerate(ranks):
+        count = row * max(0, min(step, length - index * step))
+        if rank == ranks[0] == own:
+            yield from _pieces(local_part(tensor), size)
+        elif own == ranks[0]:
+            for start in range(0, count, size):
+                piece = torch.empty(min(size, count - start), dtype=tensor.dtype, device=local_part(tensor).device)
+                dist.recv(piece, src=rank, group=group)
+                yield piece.cpu()
+        elif own == rank:
+            for piece in local_part(tensor).contiguous().reshape(-1).split(size) if count else ():
+                dist.send(piece, dst=ranks[0], group=group)
+
+
+def is_first(tensor: Tensor) -> bool:
+    """Whether this process is the first of a tensor's mesh: the one that `pieces_on_first` gives the numbers to."""
+    return not is_sharded(tensor) or dist.get_rank() == int(tensor.device_mesh.mesh.flatten()[0])
+
+
+def _pieces(own: Tensor, size: int) -> Iterator[Tensor]:
+    flat = own.cpu().contiguous().reshape(-1)
+    for start in range(0, len(flat), size):
+        yield flat[start : start + size]
+
+
+def _contiguous(shape: torch.Size) -> tuple[int, ...]:
+    return tuple(math.prod(shape[index + 1 :]) for index in range(len(shape)))

@@ -53,8 +53,8 @@ def _is_of_fabric(model: nn.Module) -> bool:
 
 
 def canonical_name(name: str) -> str:
-    """The name of a parameter in the user's own module, without what `torch.compile` and Lightning Fabric add."""
-    return uncompiled_name(name).replace("_forward_module.", "")
+    """The name of a parameter in the user's own module, without what `torch.compile`, Fabric and checkpoints add."""
+    return uncompiled_name(name).replace("_forward_module.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -25,7 +25,7 @@ from memsyn.live.window import BUCKETS, Window
 from memsyn.live.withheld_sums import PARTS, WithheldSums
 from memsyn.matrices import Matrix
 from memsyn.measuring.factor_scorer import FactorScorer, diagonals, traces
-from memsyn.measuring.measurement import Measurement
+from memsyn.measuring.measurement import Measurement, describe_slow
 from memsyn.measuring.objectives import Estimator, Forward
 from memsyn.parameters import trainable_parameters
 from memsyn.storage.reading_and_writing import FACTORS, IMPORTANCE
@@ -301,7 +301,8 @@ class SegmentSums:
         finally:
             self._measurement.num_samples = place
         if slow:
-            logging.getLogger("memsyn").warning(self._measurement.describe(slow))
+            own = self._measurement
+            logging.getLogger("memsyn").warning(describe_slow(own.model, slow, len(own.table.routes)))
         return None
 
     def _learn(self, matrices: Mapping[str, Matrix]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,8 @@ from memsyn.values.factors import matrices_from, matrices_header
 ProcessGroup = Any
 """A torch.distributed.ProcessGroup. The type is Any, since some builds of torch lack torch.distributed."""
 
-# The order matters: the maximum of two indices is the slower route.
-_FASTEST_FIRST = (UNUSED, BY_FACTORS, BY_RULE, BY_OPERATION, BY_SAMPLE)
+FASTEST_FIRST: Final = (UNUSED, BY_FACTORS, BY_RULE, BY_OPERATION, BY_SAMPLE)
+"""The routes in an order in which the maximum of two indices is the slower route."""
 
 
 def group_of(model: nn.Module) -> ProcessGroup | None:
@@ -77,13 +77,13 @@ def sum_over_processes(
     names, device = sorted(sums), next(iter(sums.values())).device
     count = torch.tensor([num_samples], device=device)
     dist.all_reduce(count, group=group)
-    slowest = torch.tensor([_FASTEST_FIRST.index(routes[name]) for name in names], device=device)
+    slowest = torch.tensor([FASTEST_FIRST.index(routes[name]) for name in names], device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
     for name in names:
         whole = sums[name].contiguous()
         dist.all_reduce(whole, group=group)
         sums[name].copy_(whole)
-    return int(count), {name: _FASTEST_FIRST[index] for name, index in zip(names, slowest.tolist(), strict=True)}
+    return int(count), {name: FASTEST_FIRST[index] for name, index in zip(names, slowest.tolist(), strict=True)}
 
 
 def share_sums(
@@ -107,7 +107,7 @@ def share_sums(
         "names": sorted(own_names),
         "used": [name for name, total in sums.items() if bool(total.any())],
     }
-    everyone = [json.loads(text) for text in _gather_text(json.dumps(mine), device, group)]
+    everyone = [json.loads(text) for text in gather_text(json.dumps(mine), device, group)]
     shared: dict[str, Matrix] = {}
     for other in everyone:
         for key, matrix in matrices_from(other["matrices"]).items():
@@ -128,7 +128,7 @@ def share_sums(
     return shared
 
 
-def _gather_text(text: str, device: torch.device, group: ProcessGroup) -> list[str]:
+def gather_text(text: str, device: torch.device, group: ProcessGroup) -> list[str]:
     """The text of every process, in the order of ranks."""
     data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)
     lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from memsyn.batches import Batch
 from memsyn.engine.matrix_tracer import MatrixFinder, MatrixTracer, complete_, zero_sums
-from memsyn.engine.passes import gradients
+from memsyn.engine.passes import run_backward
 from memsyn.engine.recorder import Recorder
 from memsyn.matrices import Matrix
 from memsyn.measuring.objectives import (
@@ -46,7 +46,7 @@ class FactorScorer(Scorer):
     def __init__(self, forward: Forward | None, estimator: Estimator, rank: int | None = None) -> None:
         super().__init__(forward, estimator)
         self._rank = rank
-        self._output_scorer = OutputScorer(forward, replace(estimator, objective=self._objective))
+        self.output_scorer = OutputScorer(forward, replace(estimator, objective=self._objective))
         self._adds_outputs = False
         self.matrices: dict[str, Matrix] = {}
         """Key -> matrix, as `MatrixFinder` names them."""
@@ -88,8 +88,26 @@ class FactorScorer(Scorer):
         """Find the matrices among the parameters, those that are known apart; returns their sums, which are zero.
 
         They take no gradient from now on. A parameter of `measured` has sums of another kind already, which would be
-        lost: it is measured as before. Of output gradients, a matrix is only taken if sum d x^T over its uses is the
-        gradient of autograd: then no use of it is hidden.
+        lost: it is measured as before.
+        """
+        found, _ = self.candidates(model, parameters, batch, position, measured)
+        own = self.take(found, parameters)
+        for name in self.names() & parameters.keys():
+            parameters[name].requires_grad_(False)
+        return own
+
+    def candidates(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        batch: Batch,
+        position: Position,
+        measured: Container[str],
+    ) -> tuple[dict[str, Matrix], set[str]]:
+        """(key -> matrix for the matrices among the parameters, parameters that the batch uses in another way).
+
+        Of output gradients, a matrix is only taken if sum d x^T over its uses is the gradient of autograd: then no use
+        of it is hidden.
         """
         several = (
             batch
@@ -107,15 +125,20 @@ class FactorScorer(Scorer):
             found = {key: matrix for key, matrix in found.items() if matrix.weight not in constant}
         if self.needs_outputs:
             names = sorted({matrix.weight for matrix in found.values()})
-            expected = gradients(values.sum(), {name: parameters[name] for name in names})
-            largest = max((float(own.abs().max()) for own in expected.values() if own.numel()), default=0.0)
-            hidden = {name for name in names if not _is_close(finder.gradients.get(name), expected[name], largest)}
+            hidden = _with_hidden_uses(finder, values, {name: parameters[name] for name in names})
             found = {key: matrix for key, matrix in found.items() if matrix.weight not in hidden}
+        weights = {matrix.weight for matrix in found.values()}
+        return found, (finder.others | finder.num_positions.keys()) - weights
+
+    def take(self, found: Mapping[str, Matrix], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Measure these matrices from now on; returns their sums, which are zero, on the parameters' device."""
         self.matrices.update(found)
-        for name in self.names() & parameters.keys():
-            parameters[name].requires_grad_(False)
-            self._parameters[name] = parameters[name]
+        self._parameters.update({name: parameters[name] for name in self.names() & parameters.keys()})
         return zero_sums(found, self._parameters, outputs=self.needs_outputs, rank=self._rank)
+
+    def watch(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Take the objects that the forward pass uses as the parameters of matrices."""
+        self._parameters.update(parameters)
 
     def _watched(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, position: Position
@@ -123,7 +146,7 @@ class FactorScorer(Scorer):
         """Run the model once while a finder watches; returns the finder and the objectives."""
         finder = MatrixFinder(parameters, torch.zeros((), requires_grad=True))
         with finder:
-            values = self._output_scorer.scores(model, parameters, batch.copied(), position)
+            values = self.output_scorer.scores(model, parameters, batch.copied(), position)
         return finder, values
 
     def _constant(self, together: MatrixFinder, model: nn.Module, batch: Batch, position: Position) -> set[str]:
@@ -151,7 +174,7 @@ class FactorScorer(Scorer):
         self._adds_outputs = recorder is not None and self.excluded is None
         try:
             with nullcontext() if recorder is None else self._tracer(model, batch, recorder.root):
-                return self._output_scorer.scores(model, parameters, batch, position, recorder)
+                return self.output_scorer.scores(model, parameters, batch, position, recorder)
         finally:
             self._adds_outputs = False
 
@@ -223,9 +246,34 @@ def traces(sums: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
 
 
-def _is_close(found: Tensor | None, expected: Tensor, largest: float) -> bool:
-    """Whether a gradient is that of autograd up to rounding, which counts by the largest gradient of the model."""
-    if found is None:
-        return not bool(expected.any())
-    tolerance = math.sqrt(torch.finfo(expected.dtype).eps)
-    return bool(torch.allclose(found, expected, rtol=tolerance, atol=tolerance * largest))
+def _with_hidden_uses(finder: MatrixFinder, values: Tensor, parameters: Mapping[str, nn.Parameter]) -> set[str]:
+    """The weights of which autograd has another gradient than the finder: up to rounding, by the model's largest one.
+
+    Each gradient is compared when it arrives, and freed.
+    """
+    largest, gaps = 0.0, dict[str, float]()
+
+    def compare(name: str, parameter: Tensor) -> None:
+        nonlocal largest
+        assert parameter.grad is not None
+        expected, parameter.grad = parameter.grad, None
+        expected = expected.to_dense() if expected.is_sparse else expected
+        if expected.numel():
+            found = finder.gradients.pop(name, None)
+            size, tolerance = expected.abs(), math.sqrt(torch.finfo(expected.dtype).eps)
+            gap = (expected if found is None else found - expected).abs() - tolerance * size
+            largest = max(largest, float(size.max()))
+            gaps[name] = float(gap.max()) / tolerance
+
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: compare(name, p))
+        for name, parameter in parameters.items()
+    ]
+    try:
+        if values.requires_grad and parameters:
+            run_backward(values.sum(), list(parameters.values()), retain_graph=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    unmatched = {name for name, own in finder.gradients.items() if name in parameters and bool(own.any())}
+    return unmatched | {name for name, gap in gaps.items() if not gap <= largest}

@@ -6,7 +6,7 @@ Owns the arguments, the progress bar, and the state of random generators. `measu
 import os
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, final, overload
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from memsyn.adapters import has_adapters
 from memsyn.batches import (
     Batch,
     BatchSplit,
@@ -27,11 +28,14 @@ from memsyn.batches import (
 )
 from memsyn.errors import MemsynError, ModelError, OptionError, SlowParametersWarning
 from memsyn.measuring.distributed import ProcessGroup, fail_together, group_of, rank_and_size
+from memsyn.measuring.factor_scorer import FactorScorer
 from memsyn.measuring.in_effect import in_base_names, model_to_measure
-from memsyn.measuring.measurement import Measurement
+from memsyn.measuring.measurement import Measurement, describe_slow
 from memsyn.measuring.model_copy import check_measurable
-from memsyn.measuring.objectives import Estimator, Forward, find_estimator
+from memsyn.measuring.objectives import Estimator, Forward, OutputScorer, Scorer, find_estimator
 from memsyn.measuring.resume import Checkpoint
+from memsyn.measuring.sharded_measurement import ShardedMeasurement, measure_in_place
+from memsyn.measuring.sharded_model import ShardedModel, is_sharded_model, lost_processes
 from memsyn.parameters import trainable_parameters
 from memsyn.progress import progress_bar
 from memsyn.values.factors import KroneckerFactors
@@ -184,6 +188,9 @@ def measure(
     chosen = find_estimator(estimator)
     _check_options(chosen, batched=batched, checkpoint=checkpoint, rank=rank)
     check_measurable(model)
+    if is_sharded_model(model):
+        refused = {"batched": batched, "checkpoint": checkpoint, "group": group}
+        return _measure_sharded(model, batches, forward, max_samples, chosen, refused, progress, rank, split, weights)
     group, given = group or group_of(model), model
     model = model_to_measure(model, weights, chosen)
     trainable = trainable_parameters(model)
@@ -214,6 +221,59 @@ def measure(
     if resumable is not None:
         resumable.finish()
     return in_base_names(result, given, weights)
+
+
+def _measure_sharded(
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Forward | None,
+    max_samples: int | None,
+    estimator: Estimator,
+    refused: Mapping[str, object],
+    progress: bool,
+    rank: int | None,
+    split: BatchSplit | None,
+    weights: str | None,
+) -> Importance | KroneckerFactors:
+    """`measure` of a model of which each process holds a part, in place.
+
+    Raises:
+        OptionError: an option is not for sharded models.
+    """
+    given = [f"{name}=" for name, value in refused.items() if value]
+    given += ["estimator='mas-local'"] if estimator.local else []
+    given += ["weights='effective'"] if weights == "effective" and has_adapters(model) else []
+    if given:
+        raise OptionError(f"{given[0]} is not for a sharded model: leave it out.")
+    model_to_measure(model, weights, estimator)
+    scorer = (FactorScorer(forward, estimator, rank)) if estimator.factors else OutputScorer(forward, estimator)
+    sharded = ShardedModel(model)
+    trainable = {name: p for name, p in sharded.weights.items() if p.requires_grad}
+    if not trainable:
+        raise ModelError("the model has no parameter that requires a gradient: there is nothing to measure.")
+    with (
+        untouched_generators(),
+        lost_processes(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(sharded.device.type, enabled=False),
+        sharded.in_evaluation(),
+    ):
+        measurement = ShardedMeasurement(sharded, trainable, scorer)
+        length, has_forward = length_of(batches, max_samples), forward is not None
+        read = (in_samples(batch, split, has_forward=has_forward) for batch in batches)
+        bar = progress_bar(first_samples(read, max_samples), "measuring", total=length, unit="batch", shown=progress)
+        parts = (
+            [batch_to_measure(scorer, part, whole=isinstance(batch, Samples)) for part in own]
+            for batch in bar
+            for own in (batch if isinstance(batch, Samples) else [batch],)
+        )
+
+        def warn(slow: set[str]) -> None:
+            warnings.warn(describe_slow(model, slow, len(trainable)), SlowParametersWarning, stacklevel=5)
+
+        measure_in_place(measurement, sharded, parts, warn)
+        return measurement.result()
 
 
 def _check_options(estimator: Estimator, *, batched: bool, checkpoint: object, rank: object) -> None:
@@ -271,10 +331,14 @@ class _Reader:
         return self.measurement.scorer.masks_padding
 
     def _read(self, batch: Any, *, whole: bool = False) -> Batch:
-        scorer = self.measurement.scorer
-        # With a `forward` of the user's, the batch is passed on as the loader gave it.
-        inputs = model_input(batch) if scorer.masks_padding else batch
-        return Batch.of(inputs, labels_of(batch) if scorer.estimator.needs_labels else None, whole=whole)
+        return batch_to_measure(self.measurement.scorer, batch, whole=whole)
+
+
+def batch_to_measure(scorer: Scorer, batch: Any, *, whole: bool) -> Batch:
+    """A batch as the loader gave it, in the form that is measured."""
+    # With a `forward` of the user's, the batch is passed on as the loader gave it.
+    inputs = model_input(batch) if scorer.masks_padding else batch
+    return Batch.of(inputs, labels_of(batch) if scorer.estimator.needs_labels else None, whole=whole)
 
 
 def _add_batches(
@@ -295,7 +359,8 @@ def _add_batches(
         with nullcontext() if resumable is None else resumable.batch(batch):
             slow = reader.add(batch, index)
         if slow:
-            warnings.warn(measurement.describe(slow), SlowParametersWarning, stacklevel=3)
+            words = describe_slow(measurement.model, slow, len(measurement.table.routes))
+            warnings.warn(words, SlowParametersWarning, stacklevel=3)
         bar.set_postfix_str(f"{measurement.num_samples} samples, {len(measurement.table.slow)} slow parameters")
 
 

@@ -370,17 +370,6 @@ class Measurement:
             )
         return values
 
-    def describe(self, slow: set[str]) -> str:
-        """The text of the warning: names the layers of the slow parameters, and their types."""
-        model = unwrap(self.model)
-        owners = sorted({name.rpartition(".")[0] for name in slow})  # paths of modules; "" is the model itself
-        named = [f"{owner or 'the model'} ({type(model.get_submodule(owner)).__name__})" for owner in owners]
-        return (
-            f"{len(slow)} of {len(self.table.routes)} parameters have no fast route, so they are measured one sample "
-            f"at a time. This is exact, but slow. They are in {', '.join(named)}. To save time, use fewer samples "
-            "(max_samples=), or freeze parameters that need no protection."
-        )
-
     def result(self, group: ProcessGroup | None) -> Importance | KroneckerFactors:
         """The result. With a group, the result for the samples of all processes.
 
@@ -476,6 +465,19 @@ class Measurement:
         scale = remainder_scale(self.estimator) if header["format"] == 1 else 1.0
         remainder = {name: total * scale for name, total in groups["remainder"].items()}
         self.sums.restore((groups["importance"], remainder), known["num_added"], num_folded)
+
+
+def describe_slow(model: nn.Module, slow: set[str], num_measured: int) -> str:
+    """The text of the warning: names the layers of the slow parameters, and their types."""
+    model = unwrap(model)
+    owners = sorted({name.rpartition(".")[0] for name in slow})  # paths of modules; "" is the model itself
+    kinds = {canonical_name(name): type(module).__name__ for name, module in model.named_modules()}
+    named = [f"{owner or 'the model'} ({kinds[owner]})" for owner in owners]
+    return (
+        f"{len(slow)} of {num_measured} parameters have no fast route, so they are measured one sample "
+        f"at a time. This is exact, but slow. They are in {', '.join(named)}. To save time, use fewer samples "
+        "(max_samples=), or freeze parameters that need no protection."
+    )
 
 
 def _scorer(forward: Forward | None, estimator: Estimator, rank: int | None) -> Scorer:

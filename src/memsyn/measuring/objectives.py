@@ -449,6 +449,10 @@ class OutputScorer(Scorer):
                 first_in_batch=position.first_in_batch,
             )
 
+    def asks_for_positions(self, batch: Batch) -> bool:
+        """Whether `scores` of this batch would run the model once more, to learn which outputs are padding."""
+        return self.masks_padding and self._padding.is_unknown_for(batch.inputs)
+
     def mask_of(self, output: Tensor, model: nn.Module, batch: Batch, batch_index: int) -> Tensor | None:
         """(samples, positions), not 0 where a position of the output is no padding; None if all of the output counts.
 

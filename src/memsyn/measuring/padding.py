@@ -55,6 +55,11 @@ class Padding:
         self._has_positions: bool | None = None
         self._is_known = False
 
+    def is_unknown_for(self, inputs: Any) -> bool:
+        """Whether `mask_of` would run the model for these inputs."""
+        mask = _mask(inputs)
+        return not self._is_known and mask is not None and mask.ndim == 2 and not bool((mask != 0).all())
+
     def mask_of(
         self, output: Tensor, model: nn.Module, inputs: Any, run: Callable[[Any], Tensor], batch_index: int
     ) -> Tensor | None:

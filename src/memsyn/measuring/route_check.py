@@ -6,7 +6,7 @@ samples alone with the same samples in a batch. Must not add to any importance, 
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Final, final
@@ -219,14 +219,22 @@ def check(
     with unchanged_buffers(model, served=served):
         try:
             clone = private_clone(model, torch.float64, served)
-            return _Check(model, clone, measured, scorer, position).verdict(batch.map(doubled))
+            return _Check(model, clone, _measured(clone, measured), scorer, position).verdict(batch.map(doubled))
         except ConstantError:
             # It is an OutputError too, but another precision would not help.
             raise
         except (BatchError, OutputError):
             # The forward pass fails in float64: it has a fixed precision.
             clone = private_clone(model, None, served)
-            return _Check(model, clone, measured, scorer, position).verdict(batch)
+            return _Check(model, clone, _measured(clone, measured), scorer, position).verdict(batch)
+
+
+def _measured(clone: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    own = named_parameters(clone)
+    found = {name: own[name] for name in names}
+    for parameter in found.values():
+        parameter.requires_grad_()
+    return found
 
 
 @contextmanager
@@ -242,24 +250,43 @@ def unchanged_buffers(model: nn.Module, *, served: bool) -> Iterator[None]:
                     buffer.copy_(value)
 
 
+def check_in_place(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], scorer: Scorer, batch: Batch, position: Position
+) -> CheckResult:
+    """`check` of a model that cannot be cloned, on the model itself and in its own precision.
+
+    A parameter that no rule measures is measured one sample at a time: other routes read weights at times at which a
+    sharded model does not hold them.
+
+    Args:
+        model: the user's model, in evaluation mode.
+        parameters: name -> parameter as the forward pass uses it, for the parameters to measure.
+        scorer, batch, position: as for `check`.
+
+    Raises:
+        OutputError: the objective does not depend on the parameters.
+        SamplesInteractError: the samples interact, or the forward pass draws random numbers.
+    """
+    return _Check(model, model, dict(parameters), scorer, position, in_place=True).verdict(batch)
+
+
 @dataclass(eq=False)
 class _Check:
     """One check of a few samples."""
 
     model: nn.Module
     clone: nn.Module
-    measured: list[str]
+    parameters: dict[str, nn.Parameter]
     scorer: Scorer
     position: Position
+    in_place: bool = False
+    """Whether the clone is the user's model itself."""
     splits: dict[ValuePath, Split | None] = field(default_factory=dict)
     changes_inputs: bool = False
 
     def __post_init__(self) -> None:
-        own = named_parameters(self.clone)
-        self.parameters = {name: own[name] for name in self.measured}
-        for parameter in self.parameters.values():
-            parameter.requires_grad_()
         self.precise = all(p.dtype == torch.float64 for p in self.parameters.values())
+        self.routes = (BY_RULE,) if self.in_place else (BY_RULE, BY_OPERATION)
 
     def scores(self, batch: Batch, first_sample: int = 0) -> Tensor:
         """The objectives of the samples. The forward pass gets a copy of the batch, so it may write to it."""
@@ -274,11 +301,13 @@ class _Check:
         groups = self._record(batch) if len(values) > 1 else {}
         comparison = _Comparison(self, groups, _sample_weights(len(values)).to(values))
         comparison.run(values)
-        if self.precise:
+        if self.precise and not self.in_place:  # a sharded model has freed its weights by now
             check_not_constant(values, self.parameters, comparison.total_norm)
         slow = comparison.unmatched
-        if slow and len(values) > 1 and batch.num_samples is not None:
+        if slow and len(values) > 1 and batch.num_samples is not None and not self.in_place:
             self._check_slow(batch, len(values), slow, comparison.total_norm)
+        if self.in_place:
+            return CheckResult(comparison.routes, self.splits, comparison.unproven(), written, self.changes_inputs)
         own = named_parameters(self.model)
         # Conversion to float64 is exact, so a parameter of the clone differs from the model only if it was written to.
         written |= {
@@ -292,10 +321,11 @@ class _Check:
     def _trace(self, batch: Batch) -> tuple[Tensor, set[str]]:
         """Find the splits. Returns the scores, and the names of the parameters that the forward pass writes to."""
         together = ShapeTracer(self.parameters, batch.tensors)
-        cached = {name: tensor.requires_grad_() for name, tensor in cached_values(self.model, self.clone).items()}
+        found = {} if self.in_place else cached_values(self.model, self.clone)
+        cached = {name: tensor.requires_grad_() for name, tensor in found.items()}
         with together:
             values = self.scores(batch)
-        check_dependence(values.sum(1), trainable_parameters(self.model).values())
+        check_dependence(values.sum(1), [] if self.in_place else trainable_parameters(self.model).values())
         check_cached(values.sum(1), cached)
         if batch.num_samples is None:
             self.splits = guess(together, len(values))
@@ -330,7 +360,8 @@ class _Check:
         """Parameter -> its group, with all uses and their output gradients."""
         groups: list[ParameterGroup] = []
         recorder = Recorder(self.parameters, Plans(self.splits), groups.append, keeps=True)
-        with torch.autograd.set_multithreading_enabled(False), recorder:
+        kept = no_gradients_kept(self.parameters) if self.in_place else nullcontext()
+        with torch.autograd.set_multithreading_enabled(False), kept, recorder:
             values = self.scores(batch)
             # Signed gradients may be added before they are compared, so one backward pass serves all R objectives.
             backward_to_activations(recorder, values.sum(1, keepdim=True), self.parameters.values())
@@ -355,6 +386,21 @@ class _Check:
         )
         if differing:
             raise samples_interact(f"the gradient of {', '.join(differing[:3])}")
+
+
+@contextmanager
+def no_gradients_kept(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Drop what autograd adds to gathered weights: `fully_shard` would add it up over the processes."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    hooks = [parameter.register_post_accumulate_grad_hook(drop) for parameter in parameters.values()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @dataclass(eq=False)
@@ -409,6 +455,10 @@ class _Comparison:
                 self.routes.update(dict.fromkeys(group.names, route))
                 for done in group.names:
                     del self.unmatched[done], self.group_of[done]
+        if self.check.in_place and name in self.unmatched and expected.numel() > COMPARED:
+            # A large gradient is not kept for a second comparison: a sharded model has no room for it.
+            self.routes[name] = BY_SAMPLE
+            del self.unmatched[name]
 
     def _compare_rest(self) -> None:
         """Compare the gradients that are still unmatched.
@@ -418,7 +468,10 @@ class _Comparison:
         """
         parameters = self.check.parameters
         for name in parameters.keys() - self.unmatched.keys() - self.routes.keys():
-            self.unmatched[name] = torch.zeros_like(parameters[name])
+            if name in self.group_of:
+                self.unmatched[name] = torch.zeros_like(parameters[name])
+            else:
+                self.routes[name] = UNUSED
         for name in [name for name in parameters if name in self.unmatched]:
             group = self.group_of.get(name, ParameterGroup(frozenset((name,))))
             route = self._route(group) if name in self.unmatched else None
@@ -441,7 +494,7 @@ class _Comparison:
         for uses in (group.uses, _with_interleaved_samples(group.uses, len(self.weights))):
             if uses is None:
                 continue
-            for route in (BY_RULE, BY_OPERATION):
+            for route in self.check.routes:
                 found = self._signed_sums(route, ParameterGroup(group.names, list(uses)))
                 if found is not None and self._agrees(found):
                     if uses is not group.uses:

@@ -450,6 +450,8 @@ class ShardedMeasurement:
         zeros = self._scorer.take(agreed, self._on_meta(agreed))
         names = self._scorer.names()
         self._scorer.watch({name: p for name, p in self._parameters.items() if name in names})
+        # An activation checkpoint runs layers again without the tracer, and must find that nothing takes a gradient there.
+        self._model.freeze([name for name in self._parameters if name in names])
         self._parameters = _without(self._parameters, names)
         self._sums.leave_out(names)
         for own_names in self._of_unit.values():

@@ -150,6 +150,7 @@ class ShardedModel:
     def in_evaluation(self) -> Iterator[None]:
         """Evaluation mode, without what would change gradients; afterwards the model is bit for bit as it was."""
         flags = [(module, module.training) for module in self.module.modules()]
+        learning = {name: parameter.requires_grad for name, parameter in self.weights.items()}
         options = [
             (module, name, getattr(module, name))
             for module in self.module.modules()
@@ -177,6 +178,13 @@ class ShardedModel:
                 setattr(module, name, value)
             for unit in self.units:
                 unit.module.reshard()
+            for name, requires_grad in learning.items():
+                self.weights[name].requires_grad_(requires_grad)
+
+    def freeze(self, names: Collection[str]) -> None:
+        """Let some parameters take no gradient, until `in_evaluation` ends."""
+        for name in names:
+            self.weights[name].requires_grad_(False)
 
     @contextmanager
     def handing_over(

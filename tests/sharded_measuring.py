@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -264,8 +265,12 @@ def check_errors() -> None:
 def check_death() -> None:
     """The process that is killed in the second batch is the last; the others say so."""
 
+    died = 0.0
+
     def until_death() -> Iterable[Tensor]:
+        nonlocal died
         yield torch.randint(0, 11, (4, 5))
+        died = time.monotonic()
         if dist.get_rank() == dist.get_world_size() - 1:
             os._exit(9)
         yield torch.randint(0, 11, (4, 5))
@@ -274,7 +279,8 @@ def check_death() -> None:
     shard(model, model.blocks)
     with pytest.raises(memsyn.ProcessError, match="another process has ended or does not answer"):
         memsyn.measure(model, until_death(), progress=False)
-    print(f"process {dist.get_rank()} saw it", file=sys.stderr, flush=True)
+    seconds = time.monotonic() - died
+    print(f"process {dist.get_rank()} saw it after {seconds:.1f} s", file=sys.stderr, flush=True)
     os._exit(0)
 
 

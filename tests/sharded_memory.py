@@ -1,15 +1,18 @@
 """The memory of a process that measures a part of a model with 100 million weights, started by torchrun."""
 
-import os
+import gc
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import memsyn
+from memsyn.sharding import local_part
 
 
 def resident(what: str) -> int:
@@ -19,52 +22,76 @@ def resident(what: str) -> int:
     return int(found[1]) * 1024
 
 
-def main() -> None:
-    """Print the peak over what it should be: the part of the weights, two numbers for each, and one layer."""
-    estimator = sys.argv[1]
-    dist.init_process_group("gloo")
+def a_llama(width: int, layers: int) -> nn.Module:
+    """A Llama without values, cut for all processes."""
     import transformers
 
     config = transformers.LlamaConfig(
         vocab_size=8192,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=13,
-        num_attention_heads=12,
+        hidden_size=width,
+        intermediate_size=8 * width // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
         use_cache=False,
         tie_word_embeddings=True,
     )
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
-    num_weights = sum(p.numel() for p in model.parameters())
-    layer = sum(p.numel() for p in model.model.layers[0].parameters())
     for own in model.model.layers:
         fully_shard(own)
-    fully_shard(model)
-    tokens = torch.randint(0, 8192, (2, 16))
-    # What is loaded and allocated once, whatever the size of the model: the small model has the same layers, but narrow.
-    before = resident("VmRSS")
+    return fully_shard(model)
+
+
+def with_values(model: nn.Module) -> nn.Module:
     model.to_empty(device="cpu")
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.to_local().normal_(0, 0.02)
-        for module in model.modules():
-            if hasattr(module, "inv_freq"):
-                module.inv_freq.copy_(1.0 / 10000 ** (torch.arange(0, 64, 2) / 64))
+        for tensor in (*model.parameters(), *model.buffers()):
+            local_part(tensor).normal_(0, 0.02)
+    return model
+
+
+def peak_of(run: Callable[[], object]) -> int:
+    """The most bytes that were resident while a function ran, beyond those before."""
+    gc.collect()
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    found = memsyn.measure(model, [{"input_ids": tokens}] * 3, estimator=estimator, progress=False)
-    peak = resident("VmHWM") - before
-    part = 4 * num_weights / dist.get_world_size()
-    expected = 3 * part + 4 * layer
+    run()
+    return resident("VmHWM") - before
+
+
+def main() -> None:
+    """Print the peak over what it should be: two numbers for each weight of the part, and what a plain pass needs."""
+    estimator = sys.argv[1]
+    dist.init_process_group("gloo")
+    tokens = torch.randint(0, 8192, (2, 16))
+
+    def measure(model: nn.Module) -> None:
+        # Ten batches: after eight, there is a second set of sums.
+        memsyn.measure(model, [{"input_ids": tokens}] * 10, estimator=estimator, progress=False)
+
+    def plain(model: nn.Module) -> None:
+        model(input_ids=tokens).logits.square().sum().backward()
+
+    small = with_values(a_llama(36, 2))  # what is imported and allocated once, whatever the size of the model
+    plain(small)
+    measure(small)
+    model = with_values(a_llama(576, 26))
+    num_weights = sum(p.numel() for p in model.parameters())
+    layer = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
+    part = 4 * num_weights // dist.get_world_size()
+    own = peak_of(lambda: plain(model)) - part  # without the gradients, which are a number for each weight
+    model.zero_grad()
+    peak = peak_of(lambda: measure(model))
+    sizes = {"part": part, "layer": layer, "plain": own, "peak": peak}
+    words = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items())
+    ratio, by_layer = (part + peak) / (3 * part + own), (part + peak) / (3 * part + layer)
     print(
-        f"weights {num_weights / 1e6:.1f}M, layer {layer / 1e6:.1f}M, part {part / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB, "
-        f"expected {expected / 1e6:.0f} MB, ratio {peak / expected:.3f}, in parts {sum(v.to_local().numel() * 4 for v in found.sums.values() if hasattr(v, 'to_local')) / 1e6:.0f}",
-        flush=True,
+        f"{num_weights / 1e6:.1f} million weights: {words}; ratio {ratio:.3f}, by one layer {by_layer:.3f}", flush=True
     )
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()

@@ -10,7 +10,7 @@ has, takes part with a sample that does not count.
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, final
 
@@ -58,11 +58,13 @@ class ShardedSums(MutableMapping[str, Tensor]):
     Attributes:
         totals: name -> tensor of the shape and placement of the result; its part is not read.
         counts: whether additions count. If not, zeros are handed over.
+        begins: called with a name before its first addition since it was handed over.
     """
 
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
         self.counts = True
+        self.begins: Callable[[str], None] = lambda name: None
         self.running = RunningSums({})
         self._whole: dict[str, Tensor] = {}
 
@@ -78,12 +80,17 @@ class ShardedSums(MutableMapping[str, Tensor]):
             self.totals.pop(name, None)
 
     def __getitem__(self, name: str) -> Tensor:
-        total = self.totals[name]
         if name not in self._whole:
-            device = total.device_mesh.device_type if is_sharded(total) else total.device
-            with without_function_modes():
-                self._whole[name] = torch.zeros(total.shape, dtype=total.dtype, device=device)
+            if name in self.totals:
+                self.begins(name)
+            self._whole[name] = self._zeros(name)
         return self._whole[name]
+
+    def _zeros(self, name: str) -> Tensor:
+        total = self.totals[name]
+        with without_function_modes():
+            device = total.device_mesh.device_type if is_sharded(total) else total.device
+            return torch.zeros(total.shape, dtype=total.dtype, device=device)
 
     def __setitem__(self, name: str, value: Tensor) -> None:
         self._whole[name] = value
@@ -109,10 +116,9 @@ class ShardedSums(MutableMapping[str, Tensor]):
         """Add up the sums of these names over all processes. All must call it together, with the same names."""
         with without_function_modes(), torch.no_grad():
             for name in names:
-                whole = self[name]
-                del self[name]
-                if not self.counts:
-                    whole.zero_()
+                whole = self._whole.pop(name, None)
+                if whole is None or not self.counts:
+                    whole = self._zeros(name)
                 if name.startswith(("inputs/", "outputs/")) and whole.ndim == 3:
                     mirror_(whole)
                 recent = self.running.recent[name]
@@ -132,6 +138,29 @@ def _summed(whole: Tensor, total: Tensor) -> Tensor:
     mesh = total.device_mesh
     terms = DTensor.from_local(whole, mesh, [Partial()] * mesh.ndim, run_check=False)
     return terms.redistribute(placements=total.placements).to_local()
+
+
+class _Progress:
+    """How far the sums of a unit were handed over in a pass, in an order that is the same in all processes.
+
+    Args:
+        order: the names. With the order a, b, c: when a pass has begun c and then a, and begins b, c and a are
+            complete. Then a is handed over, and c waits for b.
+    """
+
+    def __init__(self, order: Sequence[str]) -> None:
+        self._order = list(order)
+        self._complete: list[str] = []
+        self.handed_over: set[str] = set()
+
+    def complete_before(self, name: str) -> list[str]:
+        """The names that may be handed over when `name` begins: all that began earlier are complete."""
+        found = []
+        while self._order and self._order[0] in self._complete:
+            found.append(self._order.pop(0))
+        self._complete.append(name)
+        self.handed_over.update(found)
+        return found
 
 
 @final
@@ -155,7 +184,10 @@ class ShardedMeasurement:
         self._parameters = {name: gathered[name] for name in trainable}
         self._unit_of = {name: unit for unit in model.units for name in unit.places}
         self._of_unit: dict[Any, list[str]] = {}
-        """Unit -> the names of its sums."""
+        """Unit -> the names of its sums, in the order in which they are handed over."""
+        self._innermost: dict[str, Any] = {}
+        """Name of a sum -> its unit, if no other unit runs inside of it."""
+        self._is_ordered = False
         self._sums = ShardedSums()
         self._begin({name: _like(parameter) for name, parameter in trainable.items()}, {n: n for n in trainable})
         if isinstance(scorer, FactorScorer):
@@ -267,13 +299,17 @@ class ShardedMeasurement:
         """
         has_work = bool(own) or (isinstance(self._scorer, FactorScorer) and self.table.seen != Seen.SEVERAL_SAMPLES)
         samples = list(batch.one_by_one()) if batch is not None and has_work else []
+        several = self.table.seen == Seen.SEVERAL_SAMPLES
+        names = set(self._model.any_of(own.keys(), self._parameters)) if several else None
         for k in range(self._model.largest(len(samples))[0]):
             self._sums.counts = k < len(samples)
             assert self._idle is not None
-            self._add_one_sample(samples[k] if k < len(samples) else self._idle, index, own, k)
+            self._add_one_sample(samples[k] if k < len(samples) else self._idle, index, own, k, names)
         self._sums.counts = batch is not None
 
-    def _add_one_sample(self, sample: Batch, index: int, own: Mapping[str, nn.Parameter], k: int) -> None:
+    def _add_one_sample(
+        self, sample: Batch, index: int, own: Mapping[str, nn.Parameter], k: int, names: Collection[str] | None
+    ) -> None:
         # The rules' parameters are cut from the graph, which then reaches as deep in every process: a backward pass to
         # the experts of one sample alone would end at another layer than that of another process.
         by_rule = {} if self.table.seen != Seen.SEVERAL_SAMPLES else _without(self._parameters, own)
@@ -283,7 +319,7 @@ class ShardedMeasurement:
         if isinstance(self._scorer, FactorScorer) and excludes:
             self._scorer.excluded = set(self._scorer.matrices)
         try:
-            with torch.autograd.set_multithreading_enabled(False), self._handing_over(), recorder:
+            with torch.autograd.set_multithreading_enabled(False), self._handing_over(names), recorder:
                 values = self._scores(index, sample, k, recorder)
                 if not values.requires_grad:
                     check_dependence(values, [])
@@ -334,34 +370,61 @@ class ShardedMeasurement:
 
     # What is handed over, and when
 
-    def _handing_over(self) -> ExitStack:
-        """A context for one pass: sums are handed over by unit, and what is left at its end."""
-        stack = ExitStack()
-        stack.callback(self._hand_over_rest)
+    @contextmanager
+    def _handing_over(self, names: Collection[str] | None = None) -> Iterator[None]:
+        """For one pass: hand over the sums of each unit as soon as they are there, and at the end what is left.
 
-        def hand_over(side: str, unit: Any) -> None:
-            names = [name for name in self._names_of(unit) if name.startswith("inputs") == (side == "inputs")]
-            self._sums.hand_over(names)
+        Args:
+            names: the sums that the pass may add to, the same in all processes; None: all.
+        """
+        ended: dict[Any, _Progress] = {}
+        begun: list[str] = []
+
+        def order(unit: Any) -> list[str]:
+            # Without those that no process uses.
+            is_known = self.table.seen == Seen.SEVERAL_SAMPLES
+            own = [n for n in self._of_unit.get(unit, ()) if not (is_known and self.table.routes.get(n) == UNUSED)]
+            return own if names is None else [name for name in own if name in names]
+
+        def begins(name: str) -> None:
+            unit = self._innermost.get(name)
+            if unit is not None and not name.startswith(SIDES):
+                begun.append(name)
+                progress = ended.setdefault(unit, _Progress([own for own in order(unit) if not own.startswith(SIDES)]))
+                self._sums.hand_over(progress.complete_before(name))
+
+        def after_backward(unit: Any) -> None:
+            done = ended.pop(unit, _Progress([])).handed_over
+            self._sums.hand_over([n for n in order(unit) if n not in done and not n.startswith("inputs")])
+
+        def after_forward(unit: Any) -> None:
+            self._sums.hand_over([name for name in order(unit) if name.startswith("inputs")])
 
         looks_at_inputs = isinstance(self._scorer, FactorScorer)
-        stack.enter_context(
-            self._model.handing_over(
-                partial(hand_over, "inputs") if looks_at_inputs else None, partial(hand_over, "gradients")
-            )
-        )
-        return stack
-
-    def _names_of(self, unit: Any) -> list[str]:
-        """The sums of a unit in the same order in all processes, without those that no process uses."""
-        is_known = self.table.seen == Seen.SEVERAL_SAMPLES
-        return [n for n in self._of_unit.get(unit, ()) if not (is_known and self.table.routes.get(n) == UNUSED)]
+        self._sums.begins = begins
+        try:
+            with self._model.handing_over(after_forward if looks_at_inputs else None, after_backward):
+                yield
+        finally:
+            self._sums.begins = lambda name: None
+        self._hand_over_rest()
+        if not self._is_ordered:
+            # Once the sums are in the order of a pass, few have to wait for another one.
+            first = json.loads(self._model.from_everyone(json.dumps(begun))[0])
+            place = {name: index for index, name in enumerate(first)}
+            for own in self._of_unit.values():
+                own.sort(key=lambda name: place.get(name, -1))
+            self._is_ordered = True
 
     def _begin(self, totals: Mapping[str, Tensor], weights: Mapping[str, str]) -> None:
         """Begin sums, which belong to the units of their weights."""
         self._sums.begin(totals)
         for name, total in totals.items():
             if is_sharded(total):
-                self._of_unit.setdefault(self._unit_of[weights[name]], []).append(name)
+                unit = self._unit_of[weights[name]]
+                self._of_unit.setdefault(unit, []).append(name)
+                if self._model.is_innermost(unit):
+                    self._innermost[name] = unit
 
     def _hand_over_rest(self) -> None:
         """Hand over what the units of this pass have not: those whose inputs have no gradient, and late uses."""
@@ -450,7 +513,7 @@ class ShardedMeasurement:
         zeros = self._scorer.take(agreed, self._on_meta(agreed))
         names = self._scorer.names()
         self._scorer.watch({name: p for name, p in self._parameters.items() if name in names})
-        # An activation checkpoint runs layers again without the tracer, and must find that nothing takes a gradient there.
+        # An activation checkpoint runs layers again without the tracer: there too, nothing may take a gradient.
         self._model.freeze([name for name in self._parameters if name in names])
         self._parameters = _without(self._parameters, names)
         self._sums.leave_out(names)

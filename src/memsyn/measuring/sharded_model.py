@@ -166,8 +166,8 @@ class ShardedModel:
                     setattr(module, name, False)
                 yield
         except BaseException:
-            # A pass that was broken off leaves gathered weights and marks behind. Older versions of torch have no reset,
-            # and before the first pass there is nothing to reset.
+            # A pass that was broken off leaves gathered weights and marks behind. Older versions of torch have no
+            # reset, and before the first pass there is nothing to reset.
             with suppress(AttributeError, RuntimeError):
                 self.units[0].module.reset_iter_state()
             raise
@@ -180,6 +180,11 @@ class ShardedModel:
                 unit.module.reshard()
             for name, requires_grad in learning.items():
                 self.weights[name].requires_grad_(requires_grad)
+
+    def is_innermost(self, unit: _Unit) -> bool:
+        """Whether no other unit lies inside of a unit."""
+        inside = {id(module) for module in unit.module.modules()}
+        return not any(id(other.module) in inside for other in self.units if other is not unit)
 
     def freeze(self, names: Collection[str]) -> None:
         """Let some parameters take no gradient, until `in_evaluation` ends."""

@@ -1,4 +1,4 @@
-"""What processes measure together of a model that fully_shard has cut, started by torchrun from test_sharded_measuring.py."""
+"""What processes measure together of a model that fully_shard has cut: test_sharded_measuring.py starts them."""
 
 import os
 import sys
@@ -89,7 +89,7 @@ def together(model: nn.Module, data: Data, **options: Any) -> Any:
 
 
 def check_same(found: Any, expected: Any, tolerance: float) -> None:
-    """||x - ref|| <= tolerance max(||ref||, 1e-6 ||ref of the model||) for each parameter, as docs/exactness.md says."""
+    """||x - ref|| <= tolerance max(||ref||, 1e-6 ||ref of the model||) for each parameter, as in docs/exactness.md."""
     assert found.num_samples == expected.num_samples
     assert found.sums.keys() == expected.sums.keys()
     total = sum(float(own.double().square().sum()) for own in expected.sums.values()) ** 0.5
@@ -109,14 +109,21 @@ def check_equal_to_one_process() -> None:
     """Every estimator, precision, and way to share the data out."""
     words = torch.randint(0, 11, (13, 5))
     empty = [[], *shares(words, 3)[1:]]
-    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-6)):
-        for estimator in ("mas", "kronecker", "inputs"):
-            for data in (shares(words, 3), shares(words, 1), empty):
-                model = Tied().to(dtype)
-                expected = alone(model, data, estimator=estimator)
-                found = together(shard(model, model.blocks), data, estimator=estimator)
-                check_same(found, expected, tolerance)
-                assert all(is_sharded(own) for name, own in found.sums.items() if name.startswith("table"))
+    uneven, single = shares(words, 3), shares(words, 1)
+    for estimator, dtype, data in (
+        ("mas", torch.float64, single),
+        ("mas", torch.float64, empty),
+        ("mas", torch.float32, uneven),
+        ("kronecker", torch.float64, single),
+        ("kronecker", torch.float64, empty),
+        ("kronecker", torch.float32, uneven),
+        ("inputs", torch.float64, empty),
+    ):
+        model = Tied().to(dtype)
+        expected = alone(model, data, estimator=estimator)
+        found = together(shard(model, model.blocks), data, estimator=estimator)
+        check_same(found, expected, 1e-9 if dtype == torch.float64 else 1e-6)
+        assert all(is_sharded(own) for name, own in found.sums.items() if name.startswith("table"))
     model = Tied().double()
     expected = alone(model, shares(words, 3))
     found = together(shard(model, model.blocks), shares(words, 3), max_samples=10**6)
@@ -138,7 +145,7 @@ def check_settings() -> None:
         settings += [{"mesh": mesh}, {"reshard_after_forward": 2}]
     for estimator in ("mas", "kronecker"):
         expected = alone(Tied().double(), data, estimator=estimator)
-        for options in settings:
+        for options in settings if estimator == "mas" else settings[-1:]:
             model = Tied().double()
             check_same(together(shard(model, model.blocks, **options), data, estimator=estimator), expected, 1e-9)
         for wrapped_first in (True, False):

@@ -91,7 +91,10 @@ def gathered(tensor: Tensor) -> Tensor:
     if not is_sharded(whole):
         return whole
     part = local_part(whole)
-    return from_part(part.to(_wire(whole)), whole).full_tensor().to(part.device)  # type: ignore[attr-defined]
+    found: Tensor = _sharded(
+        part.to(_wire(part.device, whole.device_mesh)), whole.shape, whole, whole.placements
+    ).full_tensor()
+    return found.to(part.device)
 
 
 def summed_over_parts(numbers: Sequence[Tensor], likes: Sequence[Tensor]) -> list[Tensor]:
@@ -105,7 +108,8 @@ def summed_over_parts(numbers: Sequence[Tensor], likes: Sequence[Tensor]) -> lis
         if is_sharded(like):
             meshes.setdefault((like.device_mesh, tuple(_cut_mesh_dimensions(like))), []).append(index)
     for (mesh, cut), indices in meshes.items():
-        total = torch.stack([found[index].double() for index in indices]).to(_wire(likes[indices[0]]))
+        total = torch.stack([found[index].double() for index in indices])
+        total = total.to(_wire(total.device, mesh))
         for dim in cut:
             dist.all_reduce(total, group=mesh.get_group(dim))
         for index, own in zip(indices, total.unbind(), strict=True):
@@ -225,7 +229,7 @@ def values_at(tensor: Tensor, places: Tensor) -> Tensor:
     found = torch.zeros(len(places), dtype=part.dtype, device=part.device)
     found[held.to(part.device)] = part[tuple(own)]
     # Of each number all bytes are zero in all processes but one. So the sum of bytes is exact: -0.0 stays -0.0.
-    data = found.view(torch.uint8).to(_wire(tensor))
+    data = found.view(torch.uint8).to(_wire(part.device, tensor.device_mesh))
     for dim in _cut_mesh_dimensions(tensor):
         dist.all_reduce(data, group=tensor.device_mesh.get_group(dim))
     return data.to(part.device).view(part.dtype)
@@ -251,7 +255,8 @@ def whole_on(tensor: Tensor, rank: int) -> Tensor | None:
 
 def told_by(rank: int, tensor: Tensor, like: "DTensor") -> Tensor:
     """A tensor of one process, in all processes of the mesh of `like`; the others give one of its shape and dtype."""
-    mesh, data = like.device_mesh, tensor.contiguous().reshape(-1).view(torch.uint8).to(_wire(like))
+    mesh, data = like.device_mesh, tensor.contiguous().reshape(-1).view(torch.uint8)
+    data = data.to(_wire(data.device, mesh))
     place = (mesh.mesh == rank).nonzero()[0].tolist()
     for dim, index in enumerate(place if len(data) else ()):
         # After each dimension, all that differ from the process in the dimensions so far have the tensor.
@@ -272,16 +277,19 @@ Job = tuple[Callable[..., Sequence[Tensor]], Sequence[Tensor]]
 """A function that returns tensors, and the tensors that it takes: whole ones, whatever is sharded."""
 
 
-def divided(jobs: Sequence[Job], like: "DTensor") -> list[list[Tensor]]:
+def divided(jobs: Sequence[Job], like: "DTensor | None") -> list[Sequence[Tensor]]:
     """The results of jobs, bit for bit equal in all processes of the mesh of `like`: each process does its share.
 
     Job i is done by process i modulo their number. It alone gets the job's sharded tensors whole, one job at a time,
-    and tells the others its result. All processes must call it together, with the same jobs.
+    and tells the others its result. All processes must call it together, with the same jobs. Without `like`, this
+    process does them all.
 
     Raises:
         ProcessError: a job failed in another process.
     """
-    ranks, found, own = like.device_mesh.mesh.flatten().tolist(), list[list[Tensor]](), dist.get_rank()
+    if like is None:
+        return [function(*tensors) for function, tensors in jobs]
+    ranks, found, own = like.device_mesh.mesh.flatten().tolist(), list[Sequence[Tensor]](), dist.get_rank()
     for start in range(0, len(jobs), len(ranks)):
         turn = list(zip(ranks, jobs[start:], strict=False))
         mine = None
@@ -404,19 +412,18 @@ def _slices(box: Box, origin: Box | None = None) -> tuple[slice, ...]:
     return tuple(slice(start - first, stop - first) for (start, stop), first in zip(box, starts, strict=True))
 
 
-def _wire(like: "DTensor") -> torch.device:
-    """A device that the processes can send from: that of the part, or that of the mesh.
+def _wire(own: torch.device, mesh: Any) -> torch.device:
+    """A device that the processes can send from: that of a tensor, or that of the mesh.
 
     NCCL alone sends nothing from the CPU, where `fully_shard` may keep parameters. Then pieces pass through the GPU.
     """
-    own = local_part(like).device
     known = {pair.partition(":")[0] for pair in dist.get_backend_config().split(",")}
-    return own if own.type in known else torch.device(like.device_mesh.device_type)
+    return own if own.type in known else torch.device(mesh.device_type)
 
 
 def _send_part(tensor: "DTensor", rank: int, box: Box) -> None:
     part = local_part(tensor)[_slices(box, _own_box(tensor))].contiguous()
-    dist.send(part.reshape(-1).view(torch.uint8).to(_wire(tensor)), dst=rank)
+    dist.send(part.reshape(-1).view(torch.uint8).to(_wire(part.device, tensor.device_mesh)), dst=rank)
 
 
 def _received(tensor: "DTensor", rank: int, box: Box, device: torch.device | str = "cpu") -> Tensor:
@@ -424,7 +431,8 @@ def _received(tensor: "DTensor", rank: int, box: Box, device: torch.device | str
     if rank == dist.get_rank():
         return local_part(tensor)[_slices(box, _own_box(tensor))].to(device).contiguous()
     shape = [stop - start for start, stop in box]
-    data = torch.empty(math.prod(shape) * tensor.dtype.itemsize, dtype=torch.uint8, device=_wire(tensor))
+    wire = _wire(local_part(tensor).device, tensor.device_mesh)
+    data = torch.empty(math.prod(shape) * tensor.dtype.itemsize, dtype=torch.uint8, device=wire)
     dist.recv(data, src=rank)
     return data.to(device).view(tensor.dtype).reshape(shape)
 

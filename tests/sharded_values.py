@@ -6,7 +6,7 @@ The truth is that of one process: each process also has the whole model and comp
 processes of one run stay in FOLDER for the next run, with another number of processes.
 """
 
-import copy
+import functools
 import os
 import re
 import resource
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import memsyn
@@ -80,6 +80,7 @@ def data(seed: int, count: int = 12) -> Tensor:
     return torch.randint(11, (count,), generator=torch.Generator().manual_seed(seed))
 
 
+@functools.cache
 def measured(seed: int, rows: int = 5, **options: object) -> memsyn.Importance:
     found = memsyn.measure(whole_model(rows), [data(seed)], progress=False, **options)  # type: ignore[call-overload]
     assert isinstance(found, memsyn.Importance | memsyn.KroneckerFactors)
@@ -141,7 +142,9 @@ def check_equal_everywhere(tensors: list[Tensor]) -> None:
         assert not sharding.is_sharded(tensor)
         everyone = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, tensor.contiguous())
-        assert all(torch.equal(other.view(torch.uint8), tensor.view(torch.uint8)) for other in everyone if tensor.numel())
+        assert all(
+            torch.equal(other.view(torch.uint8), tensor.view(torch.uint8)) for other in everyone if tensor.numel()
+        )
 
 
 def check_boxes(mesh: DeviceMesh) -> None:
@@ -226,6 +229,9 @@ def check_fingerprints(mesh: DeviceMesh) -> None:
     changed = memsyn.fingerprint(model)
     assert changed != memsyn.fingerprint(whole)
     check_equal_everywhere([torch.tensor(list(changed.encode()), dtype=torch.uint8)])
+    held = DTensor.from_local(torch.ones(9), mesh, [Partial()])
+    with pytest.raises(memsyn.ModelError, match="expected one whose values are cut or repeated"):
+        memsyn.fingerprint({"a": held})
     alone = init_device_mesh("cpu", (mesh.size(), 1), mesh_dim_names=("a", "b"))["b"]
     mixed = {"a": distribute_tensor(torch.ones(9), mesh, [Shard(0)])}
     mixed["b"] = sharding._sharded(torch.ones(3), [3], distribute_tensor(torch.ones(3), alone, [Shard(0)]), [Shard(0)])
@@ -264,7 +270,8 @@ def check_consolidation(mesh: DeviceMesh) -> None:
     chosen = {"only": ["first.*", "last.*"], "exclude": "last.bias"}
     check_same_memory(found.select(**chosen), expected.select(**chosen))
     check_same_memory(
-        consolidated(model, cuts[0], **chosen), consolidated(whole, one, **chosen)  # type: ignore[arg-type]
+        consolidated(model, cuts[0], **chosen),
+        consolidated(whole, one, **chosen),  # type: ignore[arg-type]
     )
     merged = consolidated(model, cuts[0]).merge(consolidated(model, cuts[1]))
     check_same_memory(merged, consolidated(whole, one).merge(consolidated(whole, other)))
@@ -326,8 +333,12 @@ def check_files(mesh: DeviceMesh, folder: Path) -> None:
     halves = {name: total.bfloat16() for name, total in one.sums.items()}
     small = replace(one, sums=halves)
     for number, (mine, expected) in enumerate(
-        [(memory, alone), (cut_importance(one, model), one), (cut_importance(small, model), small)]
-        + [(cut_factors(measured_factors(1), mesh), measured_factors(1))]  # type: ignore[list-item]
+        [
+            (memory, alone),
+            (cut_importance(one, model), one),
+            (cut_importance(small, model), small),
+            (cut_factors(measured_factors(1), mesh), measured_factors(1)),
+        ]
     ):
         path = folder / f"{number}-{mesh.size()}.safetensors"
         mine.save(path)
@@ -391,7 +402,9 @@ def check_loading(mesh: DeviceMesh, folder: Path) -> None:
     with pytest.warns(memsyn.MovedWeightsWarning, match="parameters"):
         grown = memsyn.Memory.load(paths[0], like=wide)
     assert not sharding.is_sharded(grown.importance["last.weight"])  # the model's rows are cut at other places
-    check_same(grown.consolidate(wide, measured(2, 9)).importance, alone.consolidate(whole_model(9), measured(2, 9)).importance)
+    check_same(
+        grown.consolidate(wide, measured(2, 9)).importance, alone.consolidate(whole_model(9), measured(2, 9)).importance
+    )
 
 
 def check_same_directions(found: Directions, expected: Directions) -> None:
@@ -481,7 +494,10 @@ def check_division_of_work(mesh: DeviceMesh) -> None:
             alive[0] = max(alive[0], sum(own() is not None for own in refs))
         return found
 
-    with mock.patch.object(factors_module, "spectrum_of", spectrum_of), mock.patch.object(sharding, "whole_on", whole_on):
+    with (
+        mock.patch.object(factors_module, "spectrum_of", spectrum_of),
+        mock.patch.object(sharding, "whole_on", whole_on),
+    ):
         memsyn.Memory.empty().consolidate(sharded_model(mesh), factors)
     num_jobs = sum(name.startswith(("inputs/", "outputs/")) for name in factors.sums)
     share = num_jobs // mesh.size() + (dist.get_rank() < num_jobs % mesh.size())
@@ -493,7 +509,9 @@ def check_division_of_work(mesh: DeviceMesh) -> None:
             raise ArithmeticError("no eigenvalues")
         return real_spectrum(moment, rank)
 
-    error, says = (ArithmeticError, "no") if dist.get_rank() == mesh.size() - 1 else (memsyn.ProcessError, "process . failed")
+    error, says = (
+        (ArithmeticError, "no") if dist.get_rank() == mesh.size() - 1 else (memsyn.ProcessError, "process . failed")
+    )
     with mock.patch.object(factors_module, "spectrum_of", broken), pytest.raises(error, match=says):
         memsyn.Memory.empty().consolidate(sharded_model(mesh), factors)
     dist.barrier()
@@ -510,6 +528,37 @@ def check_copies() -> None:
     assert expected.directions is not None
     check_equal_everywhere(numbers_of(found.directions))
     check_same_directions(found.directions, expected.directions)
+
+
+def adapted(model: Net) -> nn.Module:
+    """A model with adapters of PEFT, which change its weights."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(3)
+    found = inject_adapter_in_model(LoraConfig(r=2, target_modules=["first", "second", "last"]), model).double()
+    with torch.no_grad():
+        for name, p in found.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    return found
+
+
+def check_adapters(mesh: DeviceMesh) -> None:
+    """A memory of the base model goes to the weights in effect, which each process computes for its part."""
+    whole, model = adapted(whole_model()), adapted(whole_model())
+    for layer in (model.first, model.second, model.last):
+        fully_shard(layer, mesh=mesh)  # type: ignore[arg-type]
+    fully_shard(model, mesh=mesh)
+    found, expected = (
+        memsyn.Memory.empty().consolidate(own, measured(1)).consolidate(own, measured_factors(2))
+        for own in (model, whole)
+    )
+    check_same_memory(found, expected)
+    assert not torch.equal(expected.anchor["first.weight"], whole_model().first.weight)
+    assert found.directions is not None
+    assert expected.directions is not None
+    check_same_directions(found.directions, expected.directions)
+    assert found.matches(model)
 
 
 def check_importance_on(grid: DeviceMesh) -> None:
@@ -600,6 +649,7 @@ def check_memory(mesh: DeviceMesh, folder: Path) -> None:
     held, part = status("RssAnon") - before, sharding.local_part(found.sums["weight"]).numel() * 4
     assert part <= 104_000_000
     assert held < part + 20_000_000, (held, part)
+    assert peak(lambda: sharding.gathered(tensor)) > 150_000_000  # what a gathered tensor would have shown
     print(f"process {dist.get_rank()} of {mesh.size()}: {grown} beside a part of {part}", file=sys.stderr)
 
 
@@ -621,12 +671,18 @@ def main() -> None:
     check_loading(mesh, folder)
     check_checkpoints(mesh, folder)
     check_memory(mesh, folder)
+    if mesh.size() == 3:
+        check_adapters(mesh)
     if mesh.size() == 4:
         check_tensor_parallel()
         check_copies()
     dist.barrier()
     dist.destroy_process_group()
-    print(f"process {dist.get_rank() if dist.is_initialized() else os.environ['RANK']} is done", file=sys.stderr, flush=True)
+    print(
+        f"process {dist.get_rank() if dist.is_initialized() else os.environ['RANK']} is done",
+        file=sys.stderr,
+        flush=True,
+    )
     os._exit(0)  # all is checked: threads of torch were once seen to abort the interpreter's own way out
 
 

@@ -343,8 +343,15 @@ def _sharded(part: Tensor, shape: Sequence[int], like: "DTensor", placements: Se
 
 
 def _cut_dimension(place: Any, ndim: int) -> int | None:
-    """The dimension of a tensor along which a placement cuts it; None if it repeats it."""
-    return int(place.dim) % max(1, ndim) if type(place).__name__ in ("Shard", "_StridedShard") else None
+    """The dimension of a tensor along which a placement cuts it; None if it repeats it.
+
+    Raises:
+        ModelError: it does neither: processes hold terms of a sum.
+    """
+    kind = type(place).__name__
+    if kind not in ("Shard", "_StridedShard", "Replicate"):
+        raise ModelError(f"a tensor is held as {place}; expected one whose values are cut or repeated.")
+    return None if kind == "Replicate" else int(place.dim) % max(1, ndim)
 
 
 def _cut_mesh_dimensions(tensor: "DTensor") -> list[int]:

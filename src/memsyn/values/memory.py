@@ -30,6 +30,7 @@ from memsyn.parameters import (
     fingerprint,
     fitted,
     moved_statistics,
+    named_parameters,
     only_those,
     same_values,
     statistics,
@@ -50,6 +51,7 @@ from memsyn.sharding import (
     one_sharded,
     summed_over_parts,
     text_told_by,
+    told_by,
 )
 from memsyn.storage.checkpoints import checkpoint_entries
 from memsyn.storage.reading_and_writing import (
@@ -240,7 +242,7 @@ class Memory:
         has_moved = bool(moved_statistics(self.statistics, model))
         if like is not None:  # statistics may differ between processes, and no process may leave the others waiting
             has_moved = bool(text_told_by(first_process(like), "moved" if has_moved else "", like))
-        return not has_moved and entry.fingerprint == fingerprint({n: parameters[n].detach() for n in names})
+        return not has_moved and entry.fingerprint == fingerprint({n: parameters[n].detach() for n in sorted(names)})
 
     def renamed(self, names: Mapping[str, str]) -> Memory:
         """The same memory with other names: old name -> new name; names that are not given stay.
@@ -782,8 +784,14 @@ def _of_unknown_weights(history: tuple[Consolidation, ...]) -> tuple[Consolidati
 
 
 def _kept_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the model's statistics. A mask may hold infinity, and so may an observer: no file may hold that."""
-    present = {name: gathered(buffer) for name, buffer in statistics(model).items()}
+    """Copies of the model's statistics; of a sharded model, those of the first process.
+
+    A mask may hold infinity, and so may an observer: no file may hold that.
+    """
+    present, like = statistics(model), one_sharded(named_parameters(model).values())
+    present = {name: gathered(buffer) for name, buffer in present.items()}
+    if like is not None:
+        present = {name: told_by(first_process(like), buffer, like) for name, buffer in present.items()}
     return {n: b.clone() for n, b in present.items() if bool(b.to(wide_dtype(b)).isfinite().all())}
 
 

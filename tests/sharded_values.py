@@ -161,7 +161,12 @@ def check_boxes(mesh: DeviceMesh) -> None:
             assert torch.equal(sharding.cut_like(whole, tensor), tensor.to_local())
             cut_again = sharding.cut_whole(whole, tensor)
             assert torch.equal(sharding.local_part(cut_again), tensor.to_local())
-            for size in (1, 4, 20, 10**6):
+            if len(own.mesh.shape) == 1 and places == [Shard(0)]:
+                assert torch.equal(whole[sharding.rows_held(tensor)], tensor.to_local())
+            elif Shard(1) in places:
+                with pytest.raises(memsyn.ModelError, match="cut along another dimension than 0"):
+                    sharding.rows_held(tensor)
+            for size in (4, 20, 10**6):
                 pieces = list(sharding.pieces_on_first(tensor, size))
                 assert sharding.is_first(tensor) or not pieces
                 assert all(0 < len(piece) <= size for piece in pieces)
@@ -349,18 +354,18 @@ def check_files(mesh: DeviceMesh, folder: Path) -> None:
     with pytest.raises(memsyn.MemoryFileError, match="could not be written"):
         importance.save(folder / "no" / "folder.safetensors")
     before = path.read_bytes()
-    large = {"w": distribute_tensor(torch.ones(3_000_000), mesh, [Shard(0)])}
-    with at_most(5_000_000), pytest.raises(memsyn.MemoryFileError, match="File too large"):
+    large = {"w": distribute_tensor(torch.ones(1_500_000), mesh, [Shard(0)])}
+    with at_most(3_000_000), pytest.raises(memsyn.MemoryFileError, match="File too large"):
         memsyn.Importance(large, 1).save(path)
     for wrong, says in ((float("nan"), "NaN or infinite"), (-1.0, "negative")):
-        bad = distribute_tensor(torch.tensor([1.0] * 3_000_000 + [wrong] + [1.0] * 2_000_000), mesh, [Shard(0)])
+        bad = distribute_tensor(torch.tensor([1.0] * 1_500_000 + [wrong] + [1.0] * 1_000_000), mesh, [Shard(0)])
         with pytest.raises(memsyn.MemoryFileError, match=f"a: .*w holds {says}|w holds {says}"):
             memsyn.Importance({"a": large["w"], "w": bad, "z": large["w"]}, 1).save(path)
     assert path.read_bytes() == before
     assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
     dist.barrier()
     memsyn.Importance(large, 1).save(path)  # and the processes still understand one another
-    assert memsyn.Importance.load(path).sums["w"].shape == (3_000_000,)
+    assert memsyn.Importance.load(path).sums["w"].shape == (1_500_000,)
 
 
 def check_loading(mesh: DeviceMesh, folder: Path) -> None:
@@ -454,7 +459,7 @@ def check_factors(mesh: DeviceMesh) -> None:
             for name, value in list(vars(theirs).items())[1:]:
                 assert getattr(mine, name) == pytest.approx(value, rel=1e-6, abs=1e-9), name
         assert cuts[0].lost("first.weight", 1) == pytest.approx(one.lost("first.weight", 1), rel=1e-6, abs=1e-9)
-        for rule, rank in (("sum", 64), ("mean", 2), ("ema", 64)):
+        for rule, rank in (("sum", 64), ("mean", 2), ("ema", 64))[: 1 if options else 3]:
             expected, found = memsyn.Memory.empty(), memsyn.Memory.empty()
             for mine, theirs in zip(cuts, (one, other), strict=True):
                 found = found.consolidate(model, mine, rule=rule, rank=rank)
@@ -670,7 +675,8 @@ def main() -> None:
     check_files(mesh, folder)
     check_loading(mesh, folder)
     check_checkpoints(mesh, folder)
-    check_memory(mesh, folder)
+    if mesh.size() == 2:
+        check_memory(mesh, folder)
     if mesh.size() == 3:
         check_adapters(mesh)
     if mesh.size() == 4:

@@ -391,6 +391,13 @@ def check_loading(mesh: DeviceMesh, folder: Path) -> None:
     assert "first.weight" in factors.matrices
     assert "table.weight" + AS_TABLE in factors.matrices
     assert not any(map(sharding.is_sharded, memsyn.Importance.load(paths[1], like=whole).sums.values()))
+    if rank == 1:
+        paths[0].rename(folder / "away")
+    error, says = (memsyn.MemoryFileError, "exist") if rank == 1 else (memsyn.ProcessError, "failed in another process")
+    with pytest.raises(error, match=says):
+        memsyn.Memory.load(paths[0], like=model)
+    if rank == 1:
+        (folder / "away").rename(paths[0])
     damaged = bytearray(paths[0].read_bytes())
     damaged[-1] ^= 1
     paths[0].write_bytes(damaged)

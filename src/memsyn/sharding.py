@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -271,6 +272,29 @@ def text_told_by(rank: int, text: str, like: "DTensor") -> str:
     length = int(told_by(rank, torch.tensor([len(data)]), like))
     own = data if dist.get_rank() == rank else torch.zeros(length, dtype=torch.uint8)
     return bytes(told_by(rank, own, like).tolist()).decode()
+
+
+@contextmanager
+def failing_in_all(like: "DTensor | None") -> Iterator[None]:
+    """If the block fails in one process of the mesh of `like`, it fails in all, so that none waits for another.
+
+    Raises:
+        ProcessError: the block failed in another process.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as failure:
+        error = failure
+    if like is not None:
+        mesh, flag = like.device_mesh, torch.tensor([int(error is not None)])
+        flag = flag.to(_wire(flag.device, mesh))
+        for dim in range(mesh.ndim):
+            dist.all_reduce(flag, group=mesh.get_group(dim))
+        if int(flag) and error is None:
+            raise ProcessError("this failed in another process. Read the errors of the other processes for the cause.")
+    if error is not None:
+        raise error
 
 
 Job = tuple[Callable[..., Sequence[Tensor]], Sequence[Tensor]]

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ from memsyn.parameters import (
 )
 from memsyn.sharding import (
     cut_like,
+    failing_in_all,
     first_process,
     from_part,
     gathered,
@@ -81,6 +82,9 @@ from memsyn.values.importance import (
 )
 from memsyn.values.parts import from_checkpoint, in_parts, read_for
 from memsyn.weights_in_effect import WeightsInEffect, free_names, moving_parameters, weights_by_name
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Fold = Callable[[Tensor, Tensor, int, int, float], Tensor]
 
@@ -609,12 +613,14 @@ class Memory:
 
         Raises:
             MemoryFileError: the checkpoint is missing or damaged, or does not hold one memory at `key`.
+            ProcessError: another process could not read it, if `like` is sharded.
             MismatchError: the memory is of another architecture than `like`.
 
         Warns:
             MovedWeightsWarning, MovedStatisticsWarning, RenamedParametersWarning: as for `load`.
         """
-        memory = cls.from_file(folder, *from_checkpoint(folder, MEMORY, key, like))
+        with failing_in_all(_sharded_parameter(like)):
+            memory = cls.from_file(folder, *from_checkpoint(folder, MEMORY, key, like))
         return memory if like is None else memory.fitted(like)._of_model(like, folder)
 
     def header(self) -> dict[str, Any]:
@@ -641,6 +647,7 @@ class Memory:
 
         Raises:
             MemoryFileError: the file is missing, damaged, not a memory, or of a newer format.
+            ProcessError: another process could not read it, if `like` is sharded.
             MismatchError: the memory is of another architecture than `like`. If a part was replaced, load without
                 `like`, and `select` the rest.
 
@@ -649,8 +656,9 @@ class Memory:
             MovedStatisticsWarning: its running statistics, or other buffers, differ from the memory's.
             RenamedParametersWarning: the names of the memory differ from the model's in a known way.
         """
-        header, groups = read_for(path, MEMORY, like)
-        memory = cls.from_file(path, header, in_parts(groups, like))
+        with failing_in_all(_sharded_parameter(like)):
+            header, groups = read_for(path, MEMORY, like)
+            memory = cls.from_file(path, header, in_parts(groups, like))
         return memory if like is None else memory.fitted(like)._of_model(like, path)
 
     def _of_model(self, like: nn.Module, path: str | os.PathLike[str]) -> Memory:
@@ -783,12 +791,16 @@ def _of_unknown_weights(history: tuple[Consolidation, ...]) -> tuple[Consolidati
     return (*history[:-1], *(replace(entry, fingerprint=None) for entry in history[-1:]))
 
 
+def _sharded_parameter(model: nn.Module | None) -> DTensor | None:
+    return None if model is None else one_sharded(named_parameters(model).values())
+
+
 def _kept_statistics(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the model's statistics; of a sharded model, those of the first process.
 
     A mask may hold infinity, and so may an observer: no file may hold that.
     """
-    present, like = statistics(model), one_sharded(named_parameters(model).values())
+    present, like = statistics(model), _sharded_parameter(model)
     present = {name: gathered(buffer) for name, buffer in present.items()}
     if like is not None:
         present = {name: told_by(first_process(like), buffer, like) for name, buffer in present.items()}

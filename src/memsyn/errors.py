@@ -38,7 +38,7 @@ class ProtectionError(MemsynError, ValueError):
 
 
 class ProcessError(MemsynError, RuntimeError):
-    """Another process of the group that measures together has failed."""
+    """Another process of the group that works together has failed."""
 
 
 class MemoryFileError(MemsynError, OSError):

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from memsyn.adapters import modules_in_use
 from memsyn.errors import MismatchError, OptionError, RenamedParametersWarning
-from memsyn.sharding import gathered
+from memsyn.sharding import check_same_processes, first_process, gathered, is_sharded, pieces_on_first, text_told_by
 from memsyn.torch_private import compiled_original, persistent_buffers, uncompiled_name
 
 Patterns = str | Iterable[str]
@@ -327,7 +327,8 @@ def same_values(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have the same shape, and the same values in the dtype of the first; NaN is equal to NaN."""
     if one.shape != other.shape:
         return False
-    one, other = (tensor.detach().to(one).to(wide_dtype(one)) for tensor in (one, other))
+    like = one
+    one, other = (gathered(tensor).to(like.device, like.dtype).to(wide_dtype(like)) for tensor in (one, other))
     return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
@@ -341,10 +342,14 @@ def fingerprint(of: nn.Module | Mapping[str, Tensor]) -> str:
 
     `Importance.fingerprint` says at which weights an importance
     was measured, if it is known. Names, dtypes, shapes and bytes count; the order, the device and the strides do not.
-    At most one tensor is copied at a time.
+    Of sharded tensors (`fully_shard`), the first process hashes the parts that the others send, piece by piece, and
+    tells the result: all processes must call it together. No tensor is gathered; of others, one is copied at a time.
 
     Args:
         of: a model, of which parameters and floating point buffers count; or tensors by name.
+
+    Raises:
+        ModelError: tensors are cut between different processes.
 
     Example:
         >>> import torch, memsyn
@@ -356,10 +361,20 @@ def fingerprint(of: nn.Module | Mapping[str, Tensor]) -> str:
         False
     """
     tensors = weights(of) if isinstance(of, nn.Module) else of
-    digest = hashlib.sha256()
+    digest, like = hashlib.sha256(), None
     for name in sorted(tensors):
-        tensor = gathered(tensors[name])
-        tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor.resolve_conj().resolve_neg()
+        tensor = tensors[name].detach()
+        if is_sharded(tensor):
+            like = tensor if like is None else like
+            check_same_processes(like, tensor)
+        else:
+            tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor.resolve_conj().resolve_neg()
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return f"sha256:{digest.hexdigest()}"
+        for piece in pieces_on_first(tensor, HASHED):
+            digest.update(piece.view(torch.uint8).numpy().data)
+    found = f"sha256:{digest.hexdigest()}"
+    return found if like is None else text_told_by(first_process(like), found, like)
+
+
+HASHED: Final = 2**20
+"""How many numbers are hashed at a time."""

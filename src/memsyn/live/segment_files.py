@@ -19,6 +19,7 @@ from memsyn.matrices import Matrix
 from memsyn.storage.reading_and_writing import (
     FACTORS,
     IMPORTANCE,
+    MOMENTS,
     Groups,
     checked,
     read,
@@ -28,7 +29,7 @@ from memsyn.storage.reading_and_writing import (
     write,
 )
 from memsyn.storage.writer_locks import WriterLocks
-from memsyn.values.factors import MOMENTS, KroneckerFactors
+from memsyn.values.factors import KroneckerFactors
 from memsyn.values.importance import Importance, check_same_shapes
 
 

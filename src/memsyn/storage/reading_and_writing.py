@@ -30,12 +30,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import MISSING, fields
 from importlib.metadata import version
-from typing import Any, BinaryIO, Final, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
 from memsyn.errors import MemoryFileError, MissingFileError
+from memsyn.sharding import first_process, is_first, local_part, one_sharded, pieces_on_first, text_told_by
 from memsyn.storage.atomic_files import open_file, replace_file
 from memsyn.storage.safetensors_header import (
     MAX_HEADER,
@@ -47,6 +48,9 @@ from memsyn.storage.safetensors_header import (
     parse,
 )
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 FORMAT: Final = 2
 """The format that is written; see the rule above."""
 
@@ -57,9 +61,10 @@ FACTORS: Final = "factors"
 _SUM: Final = "sum"
 _ANCHOR: Final = "anchor"
 STATISTICS: Final = "statistics"
+MOMENTS: Final = "moments"
 
 _COMPUTED: Final = frozenset(
-    [_SUM, IMPORTANCE, _ANCHOR, "remainder", "moments", "diagonal"]
+    [_SUM, IMPORTANCE, _ANCHOR, "remainder", MOMENTS, "diagonal"]
     + [f"{side}_{part}" for side in ("input", "output") for part in ("values", "rest", "vectors")]
 )
 """The groups whose tensors are computed with."""
@@ -103,6 +108,10 @@ def write(
     show the old file until the new one has arrived completely; a server without that (`sftp://`, `ftp://`) may be left
     with half a file, which does not load. Memory needed: a copy of one tensor, if it is not contiguous on the CPU.
 
+    If a tensor is sharded, all processes must call it together. The first process writes the file; the others send it
+    their parts, in pieces, and raise its error if it fails. No tensor is gathered, and the bytes are those that one
+    process would write.
+
     Args:
         path: the file, or its URL.
         kind: `IMPORTANCE`, `MEMORY`, or another.
@@ -111,42 +120,122 @@ def write(
 
     Raises:
         MemoryFileError: the file cannot be written, or holds tensors that no file may hold; an old file stays whole.
+        ModelError: tensors are cut between different processes.
     """
-    groups = {_stored_name(kind, group): members for group, members in groups.items()}
-    tensors = {f"{group}/{name}": tensor for group, members in groups.items() for name, tensor in members.items()}
+    tensors = by_key(kind, groups)
+    like = one_sharded(tensors.values())
+    # The checksum stands inside the bytes it covers. So the file is hashed with a blank in its place:
+    #   written and hashed   ..."checksum": "sha256:0000...0000"...tensors
+    #   then overwritten     ..."checksum": "sha256:9f3c...51aa"...
+    # A reader puts the blank back before it hashes.
+    try:
+        stored = arranged(path, tensors)
+        for each in stored:
+            _check_dtype(path, each.key, each.dtype)
+        head = header_bytes(path, {"memsyn": entry_text(kind, header, groups, {"checksum": _BLANK})}, stored)
+    except ValueError as error:
+        raise _not_written(path, error) from error
+    pieces = ((key, piece) for key, _, _ in stored for piece in pieces_on_first(tensors[key], _CHUNK))
+    if like is None:
+        with _writing(path), _replace(path) as file:
+            _fill(path, file, head, pieces)
+    elif is_first(like):
+        _write_for_all(path, head, pieces, like)
+    else:
+        _told(first_process(like), None, like)  # whether the file is open
+        for _ in pieces:
+            pass
+        _told(first_process(like), None, like)
+
+
+def by_key(kind: str, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """`<group>/<parameter>` -> tensor, as a file of this kind names them."""
+    return {
+        f"{_stored_name(kind, group)}/{name}": tensor
+        for group, members in groups.items()
+        for name, tensor in members.items()
+    }
+
+
+def entry_text(
+    kind: str, header: Mapping[str, Any], groups: Mapping[str, Mapping[str, Tensor]], more: Mapping[str, Any]
+) -> str:
+    """The metadata of a file as JSON.
+
+    Raises:
+        ValueError: the header holds what JSON does not.
+    """
     entry = {
         **header,
         "kind": kind,
         "format": FORMAT,
         "memsyn": version("memsyn"),
-        "groups": {group: list(members) for group, members in groups.items()},  # in the model's order
-        "checksum": _BLANK,
+        "groups": {_stored_name(kind, group): list(members) for group, members in groups.items()},  # the model's order
+        **more,
     }
+    return json.dumps(entry, sort_keys=True, allow_nan=False)
+
+
+def _fill(path: object, file: BinaryIO, head: bytes, pieces: Iterator[tuple[str, Tensor]]) -> None:
+    """Write the header, the tensors, and the checksum of both."""
+    digest = hashlib.sha256(head)
+    file.write(head)
+    for key, piece in pieces:
+        _check_values(path, key, piece)
+        data = _bytes_of(piece)
+        digest.update(data)
+        file.write(data)
+    file.seek(head.index(_BLANK.encode()))
+    file.write(f"{_PREFIX}{digest.hexdigest()}".encode())
+
+
+def _write_for_all(
+    path: str | os.PathLike[str], head: bytes, pieces: Iterator[tuple[str, Tensor]], like: DTensor
+) -> None:
+    """Write a file in the first process; whatever fails, the others are told, and none waits for ever.
+
+    Raises:
+        MemoryFileError: the file cannot be written.
+    """
+    own, opened = first_process(like), False
+    error: MemoryFileError | None = None
     try:
-        stored = arranged(path, tensors)
-        head = header_bytes(path, {"memsyn": json.dumps(entry, sort_keys=True, allow_nan=False)}, stored)
-        with _replace(path) as file:
-            # The checksum stands inside the bytes it covers. So the file is hashed with a blank in its place:
-            #   written and hashed   ..."checksum": "sha256:0000...0000"...tensors
-            #   then overwritten     ..."checksum": "sha256:9f3c...51aa"...
-            # A reader puts the blank back before it hashes.
-            digest = hashlib.sha256(head)
-            file.write(head)
-            for key, _, _ in stored:
-                _check_dtype(path, key, tensors[key].dtype)
-                for piece in _pieces(tensors[key]):
-                    _check_values(path, key, piece)
-                    data = _bytes_of(piece)
-                    digest.update(data)
-                    file.write(data)
-            file.seek(head.index(_BLANK.encode()))
-            file.write(f"{_PREFIX}{digest.hexdigest()}".encode())
+        with _writing(path), _replace(path) as file:
+            opened = True
+            _told(own, None, like)
+            _fill(path, file, head, pieces)
+    except MemoryFileError as failure:
+        error = failure
+    if opened:
+        for _ in pieces:  # the others go on sending what is left
+            pass
+    _told(own, error, like)
+
+
+def _told(rank: int, error: MemoryFileError | None, like: DTensor) -> None:
+    """Tell all processes whether the first one has failed.
+
+    Raises:
+        MemoryFileError: it has.
+    """
+    said = text_told_by(rank, "" if error is None else str(error), like)
+    if said:
+        raise error or MemoryFileError(said)
+
+
+@contextmanager
+def _writing(path: object) -> Iterator[None]:
+    """In this block, what writing raises becomes an error about the file."""
+    try:
+        yield
     except MemoryFileError:
         raise
     except (OSError, ValueError, RuntimeError) as error:  # the disk, a name, or moving a tensor to the CPU failed
-        raise MemoryFileError(
-            f"{path} could not be written: {error}. A file that was there before is whole."
-        ) from error
+        raise _not_written(path, error) from error
+
+
+def _not_written(path: object, error: Exception) -> MemoryFileError:
+    return MemoryFileError(f"{path} could not be written: {error}. A file that was there before is whole.")
 
 
 def read(
@@ -171,7 +260,7 @@ def read(
     with _readable(path):
         with _open(path) as (file, size):
             head, header, stored = _read_header(path, file, size)
-            _check_header(path, header, kind)
+            check_header(path, header, kind)
             digest = hashlib.sha256(head.replace(header["checksum"].encode(), _BLANK.encode(), 1))
             if mapped and "://" not in str(path):
                 tensors = _mapped_tensors(file, len(head), stored, digest)
@@ -182,11 +271,7 @@ def read(
                 f"{path} is damaged: its checksum does not match its content. Restore it from a copy."
             )
         # Values are checked after the checksum, so that damage is reported as damage and not as a NaN.
-        for key, tensor in tensors.items():
-            _check_dtype(path, key, tensor.dtype)
-            for piece in _pieces(tensor):
-                _check_values(path, key, piece)
-        return header, _grouped(path, header, tensors)
+        return header, checked_groups(path, header, tensors)
 
 
 def read_entry(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -327,7 +412,12 @@ def _read_header(path: object, file: BinaryIO, size: int) -> tuple[bytes, dict[s
     return start + text, entry, stored
 
 
-def _check_header(path: object, header: Mapping[str, Any], kind: str | None) -> None:
+def check_header(path: object, header: Mapping[str, Any], kind: str | None) -> None:
+    """Check the format, the kind and the number of groups that the metadata tell.
+
+    Raises:
+        MemoryFileError: says which is not as expected.
+    """
     written = header.get("format")
     if type(written) is not int or written < 1:
         raise MemoryFileError(f"{path} was not written by memsyn: its metadata has no format number.")
@@ -346,7 +436,7 @@ def _check_header(path: object, header: Mapping[str, Any], kind: str | None) -> 
 def _read_tensor(path: object, stored: StoredTensor, file: BinaryIO, digest: Any) -> Tensor:
     """The next tensor of a file; its bytes are added to `digest`."""
     tensor = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
-    for piece in _pieces(tensor):
+    for piece in pieces_on_first(tensor, _CHUNK):
         data = _bytes_of(piece)
         if file.readinto(data) != len(data):  # type: ignore[attr-defined]
             raise MemoryFileError(f"{path} became shorter while it was read. Read it again.")
@@ -364,9 +454,22 @@ def _mapped_tensors(file: BinaryIO, start: int, stored: list[StoredTensor], dige
         flat = torch.frombuffer(whole, dtype=each.dtype, count=count, offset=start) if count else torch.empty(0)
         found[each.key] = flat.to(each.dtype).reshape(each.shape)
         start += num_bytes(each)
-        for piece in _pieces(found[each.key]):
+        for piece in pieces_on_first(found[each.key], _CHUNK):
             digest.update(_bytes_of(piece))
     return found
+
+
+def checked_groups(path: object, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Groups:
+    """The tensors of a file or checkpoint by the caller's group names; of sharded ones this process checks its part.
+
+    Raises:
+        MemoryFileError: a tensor has a dtype or values that no file may hold, or is not among those of the header.
+    """
+    for key, tensor in tensors.items():
+        _check_dtype(path, key, tensor.dtype)
+        for piece in pieces_on_first(local_part(tensor), _CHUNK):
+            _check_values(path, key, piece)
+    return _grouped(path, header, tensors)
 
 
 def _grouped(path: object, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Groups:
@@ -386,15 +489,6 @@ def _grouped(path: object, header: Mapping[str, Any], tensors: Mapping[str, Tens
         IMPORTANCE if group == sums else group: {name: tensors[f"{group}/{name}"] for name in members}
         for group, members in names.items()
     }
-
-
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor's numbers in order, flat, on the CPU, `_CHUNK` at a time; no copy if it is contiguous on the CPU."""
-    if type(tensor).__name__ == "DTensor":  # the class itself is slow to import
-        tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    for start in range(0, len(flat), _CHUNK):
-        yield flat[start : start + _CHUNK]
 
 
 def _bytes_of(piece: Tensor) -> memoryview:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from memsyn.parameters import fingerprint
+from memsyn.sharding import first_process, one_sharded, text_told_by
 
 MERGED: Final = "merge"
 """The rule of entries that came from another memory by `Memory.merge`."""
@@ -42,9 +43,10 @@ class Consolidation:
 
     @classmethod
     def now(cls, anchor: Mapping[str, Tensor], **what: Any) -> Consolidation:
-        """An entry with the present time and versions."""
+        """An entry with the present time and versions; the time is that of the first process if weights are sharded."""
+        when, like = datetime.now(timezone.utc).isoformat(timespec="seconds"), one_sharded(anchor.values())
         return cls(
-            when=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            when=when if like is None else text_told_by(first_process(like), when, like),
             memsyn=version("memsyn"),
             torch=str(torch.__version__),
             fingerprint=fingerprint(anchor),

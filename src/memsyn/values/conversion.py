@@ -21,11 +21,11 @@ from memsyn.errors import MemoryFileError, MissingFileError, OptionError
 from memsyn.parameters import canonical_name, near_names, wide_dtype
 from memsyn.storage.atomic_files import open_file, replace_file
 from memsyn.storage.foreign_files import check_size, load_dict, load_tensors
-from memsyn.storage.reading_and_writing import STATISTICS
+from memsyn.storage.reading_and_writing import MOMENTS, STATISTICS
 from memsyn.storage.safetensors_header import DTYPES
 from memsyn.values.consolidation import Consolidation
 from memsyn.values.directions import GROUPS
-from memsyn.values.factors import MOMENTS, KroneckerFactors
+from memsyn.values.factors import KroneckerFactors
 from memsyn.values.importance import MAGNITUDE, OBJECTIVE, Importance, check_same_shapes
 from memsyn.values.memory import Held, Memory
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final, final
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from memsyn.errors import MismatchError
 from memsyn.matrices import EXACT_WIDTH, Layout, Matrix, num_weights_of
 from memsyn.parameters import layer_of, only_those, under_new_names, way_out
-from memsyn.sharding import gathered
+from memsyn.sharding import Job, divided, gathered, is_sharded, local_part, on_parts, one_sharded, values_at
 from memsyn.storage.reading_and_writing import Groups, checked, checked_count
 from memsyn.values.display import LayerRow, counted_matrices, html_table, size_in_memory
 from memsyn.values.factors import (
@@ -27,8 +28,10 @@ from memsyn.values.factors import (
     matrices_from,
     matrices_header,
     names_read,
+    packed,
     renamed_key,
     renamed_matrix,
+    unpacked,
 )
 from memsyn.values.spectra import Spectrum, combined
 
@@ -268,7 +271,7 @@ class Directions:
             name
             for name, own in self.excerpts.items()
             if name in parameters
-            and not torch.equal(excerpt(parameters[name], rows.get(name)), own.to(parameters[name]))
+            and not torch.equal(excerpt(parameters[name], rows.get(name)), own.to(local_part(parameters[name])))
         ]
 
     def differs(self, other: Directions) -> bool:
@@ -490,12 +493,12 @@ def excerpt(parameter: Tensor, rows: int | None = None) -> Tensor:
     """Values of a parameter at `EXCERPT` evenly spaced places of its first `rows` rows; all of them, if they are fewer.
 
     They tell whether a parameter was replaced since. Of n values in order, those with the numbers floor(i n / EXCERPT).
+    Of a sharded parameter, each process tells the others those that it holds: all must call it together.
     """
-    whole = gathered(parameter)
-    flat = (whole if rows is None or not whole.ndim else whole[:rows]).reshape(-1)
-    if len(flat) <= EXCERPT:
-        return flat.clone()
-    return flat[torch.arange(EXCERPT, device=flat.device) * len(flat) // EXCERPT]
+    count = parameter.numel()
+    if rows is not None and parameter.ndim and len(parameter):
+        count = min(rows, len(parameter)) * (count // len(parameter))
+    return values_at(parameter, torch.arange(min(count, EXCERPT)) * count // max(1, min(count, EXCERPT)))
 
 
 LARGEST_SCALE: Final = 1e60
@@ -538,46 +541,87 @@ def _difference(name: str, before: Mapping[str, Tensor], after: Mapping[str, Ten
     for which, weights in (("before", before), ("after", after)):
         if name not in weights:
             raise MismatchError(f"{name} is not among the weights {which} the change.")
-    old, new = (weights[name].detach()[slice(rows) if rows is not None else ...] for weights in (before, after))
+    old, new = (weights[name].detach() for weights in (before, after))
+    if old.shape == new.shape and (is_sharded(old) or is_sharded(new)):
+        return gathered(on_parts(_change, new, old))[slice(rows) if rows is not None else ...]
+    old, new = (gathered(own)[slice(rows) if rows is not None else ...] for own in (old, new))
+    return _change(new, old)
+
+
+def _change(new: Tensor, old: Tensor) -> Tensor:
     wide = torch.promote_types(old.dtype, torch.float32)
     return new.to(wide) - old.to(new.device, wide)
 
 
-def consolidated(
-    old: Directions, factors: KroneckerFactors, weights: tuple[float, float], rank: int | None
-) -> Directions:
-    """The directions of all tasks: A is added up with the weights (old, new), S averaged in the same proportion.
+def directions_alone(factors: KroneckerFactors, rank: int | None) -> Directions:
+    """The directions of one task. A matrix that the samples leave free is left out.
 
-    With weights (1, 1), rule `sum`, the masses of tasks count their number. A matrix or parameter that only one side
-    has is taken over. A matrix that these samples leave free is left out: its inputs are zero (it was not used), or its
-    output gradients (no output relied on it).
+    Its inputs are zero (it was not used), or its output gradients (no output relied on it). If the factors are sharded,
+    each process computes the eigenvectors of some matrices, and all must call this together.
     """
-    layers = dict(old.layers)
+    layers, spectra = {}, factors.spectra(rank)
     for key, matrix in factors.matrices.items():
-        inputs, outputs = factors.spectrum("inputs", key, rank), factors.spectrum("outputs", key, rank)
+        inputs, outputs = spectra["inputs", key], spectra["outputs", key]
         if inputs is None or (outputs is None and factors.magnitude == BOTH):
             continue
         # Of weighted factors, the positions are no whole number.
         counts = (max(1, round(float(factors.sums[f"positions/{key}"]))), factors.num_samples)
-        found = LayerDirections(
-            matrix,
-            inputs[0],
-            None if outputs is None else outputs[0],
-            1.0,
-            (inputs[1], 1.0 if outputs is None else outputs[1]),
-            counts,
-        )
-        layers[key] = _combined(layers[key], found, weights, rank) if key in layers else found
-    diagonal = dict(old.diagonal)
-    for name, total in factors.sums.items():
-        side, _, parameter = name.partition("/")
-        mean = float(total.double().mean()) if side == "diagonal" and total.numel() else 0.0
+        scales = inputs[1], 1.0 if outputs is None else outputs[1]
+        spectrum = None if outputs is None else outputs[0]
+        layers[key] = LayerDirections(matrix, inputs[0], spectrum, 1.0, scales, counts)
+    diagonal, of_parameters = {}, [name for name in factors.sums if name.startswith("diagonal/")]
+    jobs: list[Job] = [(_scaled, [factors.sums[name]]) for name in of_parameters]
+    for name, (mean, squares) in zip(of_parameters, divided(jobs, one_sharded(factors.sums.values())), strict=True):
         if mean > 0:
-            own = DiagonalDirections(total / mean, 1.0, mean / factors.num_samples)
-            before = diagonal.get(parameter)
-            diagonal[parameter] = own if before is None else _combined_diagonal(before, own, weights)
+            own = DiagonalDirections(squares, 1.0, float(mean) / factors.num_samples)
+            diagonal[name.removeprefix("diagonal/")] = own
+    found = Directions(layers, diagonal, rank, squared_outputs=factors.squared_outputs, mass=1.0)
+    return replace(found, free=frozenset(factors.routes.keys() - found.names()))
+
+
+def _scaled(total: Tensor) -> list[Tensor]:
+    """The mean of squared gradients, and the gradients divided by it."""
+    mean = total.double().mean() if total.numel() else torch.zeros((), dtype=torch.float64)
+    return [mean, total / float(mean) if mean > 0 else total[:0] if total.ndim else total]
+
+
+def consolidated(
+    old: Directions,
+    factors: KroneckerFactors,
+    weights: tuple[float, float],
+    rank: int | None,
+    new: Directions | None = None,
+) -> Directions:
+    """The directions of all tasks: A is added up with the weights (old, new), S averaged in the same proportion.
+
+    With weights (1, 1), rule `sum`, the masses of tasks count their number. A matrix or parameter that only one side
+    has is taken over. What the samples leave free is left out, as in `directions_alone`.
+
+    Args:
+        old: of earlier tasks.
+        factors: of the new task. If they are sharded, all processes must call this together.
+        weights: of the old and of the new.
+        rank: how many eigenvectors are kept.
+        new: `directions_alone` of the factors, if they are known.
+    """
+    new = directions_alone(factors, rank) if new is None else new
+    both = {key: (_grown(old.layers[key], own.matrix), own) for key, own in new.layers.items() if key in old.layers}
+    sides = [(key, "inputs") for key in both]
+    sides += [(key, "outputs") for key, pair in both.items() if all(own.outputs is not None for own in pair)]
+    jobs: list[Job] = [(partial(_combined_side, *both[key], side, weights, rank), ()) for key, side in sides]
+    results = divided(jobs, one_sharded(factors.sums.values()))
+    spectra = {own: unpacked(result)[0] for own, result in zip(sides, results, strict=True)}
+    combined_layers = {
+        key: _combined(*pair, weights, spectra[key, "inputs"], spectra.get((key, "outputs")))
+        for key, pair in both.items()
+    }
+    diagonal = dict(old.diagonal)
+    for name, own in new.diagonal.items():
+        before = diagonal.get(name)
+        diagonal[name] = own if before is None else _combined_diagonal(before, own, weights)
     masses = (weights[0] * old.mass, weights[1]) if old.mass else (0.0, 1.0)
     length = _mean_length((old.squared_outputs, factors.squared_outputs), masses)
+    layers = {**old.layers, **new.layers, **combined_layers}
     whole = Directions(layers, diagonal, rank, squared_outputs=length, mass=sum(masses))
     return replace(whole, free=frozenset((old.free | factors.routes.keys()) - whole.names()))
 
@@ -592,19 +636,33 @@ def _mean_length(squares: tuple[float | None, float | None], masses: tuple[float
     return total / sum(masses) if total > 0 else None
 
 
-def _combined(
-    old: LayerDirections, new: LayerDirections, weights: tuple[float, float], rank: int | None
-) -> LayerDirections:
-    old = _grown(old, new.matrix)
+def _shares(old: LayerDirections, new: LayerDirections, weights: tuple[float, float]) -> tuple[float, float]:
+    """The parts of the old and the new tasks in a mean over tasks."""
     masses = weights[0] * old.mass, weights[1] * new.mass
-    mass = sum(masses)
-    shares = masses[0] / mass, masses[1] / mass
-    inputs = combined(old.inputs, new.inputs, weights, rank, EXACT_WIDTH)
-    outputs = None
-    if old.outputs is not None and new.outputs is not None:
-        outputs = combined(old.outputs, new.outputs, shares, rank, EXACT_WIDTH)
+    return masses[0] / sum(masses), masses[1] / sum(masses)
+
+
+def _combined_side(
+    old: LayerDirections, new: LayerDirections, side: str, weights: tuple[float, float], rank: int | None
+) -> list[Tensor]:
+    """The spectrum of one side over all tasks, `packed`."""
+    if side == "inputs" or old.outputs is None or new.outputs is None:
+        return packed(combined(old.inputs, new.inputs, weights, rank, EXACT_WIDTH), 1.0)
+    return packed(combined(old.outputs, new.outputs, _shares(old, new, weights), rank, EXACT_WIDTH), 1.0)
+
+
+def _combined(
+    old: LayerDirections,
+    new: LayerDirections,
+    weights: tuple[float, float],
+    inputs: Spectrum,
+    outputs: Spectrum | None,
+) -> LayerDirections:
+    """The directions of a matrix over all tasks, from its two combined spectra."""
+    shares = _shares(old, new, weights)
     scales = [shares[0] * one + shares[1] * other for one, other in zip(old.scales, new.scales, strict=True)]
     counts = (old.counts[0] + new.counts[0], old.counts[1] + new.counts[1])
+    mass = weights[0] * old.mass + weights[1] * new.mass
     return LayerDirections(new.matrix, inputs, outputs, mass, (scales[0], scales[1]), counts)
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from torch import Tensor
+
+from memsyn.sharding import is_sharded, local_part
 
 LARGEST_TABLE: Final = 30
 """The most layers in a table."""
@@ -63,14 +65,17 @@ def counted_matrices(num_matrices: int, num_others: int, num_weights: int) -> st
     return f"{matrices}, {counted(num_others, 'other parameter')}, {counted(num_weights, 'weight')}"
 
 
-def size_in_memory(tensors: Iterable[Tensor]) -> str:
-    """The bytes of tensors: "845 B", "18.6 MB"."""
-    size = float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+def size_in_memory(tensors: Collection[Tensor]) -> str:
+    """The bytes of tensors: "845 B", "18.6 MB"; of sharded ones, "18.6 MB in this process"."""
+    held, where = [local_part(tensor) for tensor in tensors], ""
+    if any(map(is_sharded, tensors)):
+        where = " in this process"
+    size = float(sum(tensor.numel() * tensor.element_size() for tensor in held))
     for unit in ("B", "kB", "MB"):
         if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+            return f"{size:.0f} B{where}" if unit == "B" else f"{size:.1f} {unit}{where}"
         size /= 1000
-    return f"{size:,.1f} GB"
+    return f"{size:,.1f} GB{where}"
 
 
 def html_text(text: str) -> str:

@@ -6,18 +6,23 @@ Owns addition, files and summaries of factors. How a memory keeps them is in `di
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final, final
 
+import torch
 from torch import Tensor, nn
 
 from memsyn.errors import MismatchError
 from memsyn.matrices import AS_TABLE, Layout, Matrix, num_weights_of
 from memsyn.parameters import fingerprint, layer_of, under_new_names
-from memsyn.storage.reading_and_writing import FACTORS, Groups, checked, checked_count, read, well_formed, write
+from memsyn.sharding import Job, divided, is_sharded, local_part, on_parts, one_sharded, summed_over_parts
+from memsyn.storage.checkpoints import checkpoint_entries
+from memsyn.storage.reading_and_writing import FACTORS, MOMENTS, Groups, checked, checked_count, well_formed, write
 from memsyn.values.display import LayerRow, counted, counted_matrices, html_table, size_in_memory
-from memsyn.values.importance import check_same_shapes, checked_num_samples, checked_origin
+from memsyn.values.importance import added, check_same_shapes, checked_num_samples, checked_origin
+from memsyn.values.parts import from_checkpoint, in_parts, read_for
 from memsyn.values.spectra import Spectrum, spectrum_of, spectrum_of_sketch
 
 BOTH: Final = "second moments of inputs and output gradients"
@@ -25,9 +30,6 @@ INPUTS_ALONE: Final = "second moments of inputs"
 
 SQUARED_OUTPUTS: Final = "squared_outputs/"
 """The name of sum_k ||y_k||^2 among the sums: it is of no matrix."""
-
-MOMENTS: Final = "moments"
-"""The group of a file that holds the sums."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class KroneckerFactors:
     over the positions of a sample, averaged over samples. A bias is a further column of W, whose input is 1. A change D
     of W changes the output's squared norm, to second order and on average, by about tr(S D A D^T) (Martens and Grosse
     2015; Ritter et al. 2018).
+
+    Of a sharded model (`fully_shard`) the sums are DTensors: second moments and sketches are cut along dimension 1,
+    counts of rows along 0, `diagonal/` as the parameters. Positions, traces and scalars are whole in all processes.
+    Then all must call together what needs eigenvectors (`spectrum`, `lost`, `summary`), `matches` and `save`.
 
     Attributes:
         sums: name -> sum over samples. `inputs/<key>` (G, n, n) and `outputs/<key>` (G, m, m) for G groups of a matrix.
@@ -150,7 +156,7 @@ class KroneckerFactors:
         Raises:
             MismatchError: there is no such matrix, or it is so wide that only a sketch of A was summed.
         """
-        return self._whole("inputs", key) / self.sums[f"positions/{key}"].clamp_min(1.0)
+        return self._whole("inputs", key) / float(self.sums[f"positions/{key}"].clamp_min(1.0))
 
     def outputs(self, key: str) -> Tensor:
         """S of a matrix, (G, m, m): the sum of d d^T over a sample's positions, averaged over samples.
@@ -176,14 +182,29 @@ class KroneckerFactors:
 
         The scale is the mean eigenvalue of A or S. None if this side was not measured, or is zero.
         """
-        count = float(self.sums[f"positions/{key}"]) if side == "inputs" else float(self.num_samples)
-        if f"{side}/{key}" in self.sums:
-            found, mean = spectrum_of(self.sums[f"{side}/{key}"], rank)
-        elif f"{side}_sketch/{key}" in self.sums:
-            found, mean = spectrum_of_sketch(self.sums[f"{side}_sketch/{key}"], self.sums[f"{side}_trace/{key}"], rank)
-        else:
-            return None
-        return (found, mean / count) if mean > 0 and count > 0 else None
+        return self._spectra([(side, key)], rank)[side, key]
+
+    def spectra(self, rank: int | None = None) -> dict[tuple[str, str], tuple[Spectrum, float] | None]:
+        """`spectrum` for each side and key. Of sharded sums, each process computes its share, one matrix at a time."""
+        return self._spectra([(side, key) for key in self.matrices for side in _SIDES], rank)
+
+    def _spectra(
+        self, wanted: Sequence[tuple[str, str]], rank: int | None
+    ) -> dict[tuple[str, str], tuple[Spectrum, float] | None]:
+        measured = [own for own in wanted if self._moments(*own)]
+        jobs: list[Job] = [(partial(_packed_spectrum, rank, packed), self._moments(*own)) for own in measured]
+        found = dict[tuple[str, str], tuple[Spectrum, float] | None].fromkeys(wanted)
+        for (side, key), packed_one in zip(measured, divided(jobs, one_sharded(self.sums.values())), strict=True):
+            count = float(self.sums[f"positions/{key}"]) if side == "inputs" else float(self.num_samples)
+            spectrum, mean = unpacked(packed_one)
+            found[side, key] = (spectrum, mean / count) if mean > 0 and count > 0 else None
+        return found
+
+    def _moments(self, side: str, key: str) -> list[Tensor]:
+        """The sums of one side of a matrix: its second moment, or a sketch and the trace; none if not measured."""
+        whole, sketch = f"{side}/{key}", f"{side}_sketch/{key}"
+        names = [whole] if whole in self.sums else [sketch, f"{side}_trace/{key}"] if sketch in self.sums else []
+        return [self.sums[name] for name in names]
 
     def lost(self, key: str, rank: int | None = None) -> dict[str, float]:
         """The share of a second moment's trace that its kept eigenvectors leave out, by side (`inputs`, `outputs`).
@@ -191,16 +212,28 @@ class KroneckerFactors:
         Of a sketch, this is exactly the nuclear norm of what the sketch lost, relative to the trace. It is replaced by
         its mean, never by zero.
         """
-        found = {side: self.spectrum(side, key, rank) for side in ("inputs", "outputs")}
-        return {side: own[0].lost() for side, own in found.items() if own is not None}
+        return {side: lost for side, (_, lost) in self._sizes([key], rank)[key].items()}
+
+    def _sizes(self, keys: Iterable[str], rank: int | None) -> dict[str, dict[str, tuple[float, float]]]:
+        """Key -> side -> the dimension of its spectrum, and what its kept vectors leave out; no vector is told."""
+        sides = [(key, side) for key in keys for side in _SIDES if self._moments(side, key)]
+        jobs: list[Job] = [(partial(_packed_spectrum, rank, _sizes_of), self._moments(s, k)) for k, s in sides]
+        found: dict[str, dict[str, tuple[float, float]]] = {key: {} for key in keys}
+        for (key, side), (numbers,) in zip(sides, divided(jobs, one_sharded(self.sums.values())), strict=True):
+            dimension, lost, mean = numbers.tolist()
+            if mean > 0 and (side == "outputs" or float(self.sums[f"positions/{key}"]) > 0):
+                found[key][side] = dimension, lost
+        return found
 
     def __add__(self, other: KroneckerFactors) -> KroneckerFactors:
         """The factors over the samples of both, the same as measuring all samples together.
 
-        A matrix or parameter that only one of the two has used is taken over.
+        A matrix or parameter that only one of the two has used is taken over. Whole sums are cut as those of the other,
+        if these are sharded.
 
         Raises:
             MismatchError: quantities or shapes differ, or both fingerprints are known and differ.
+            ModelError: both are sharded, in different ways.
         """
         if self.quantity != other.quantity:
             raise MismatchError(
@@ -222,12 +255,13 @@ class KroneckerFactors:
         both = self.sums.keys() & other.sums.keys()
         check_same_shapes(_only(self.sums, both), _only(other.sums, both), "the first factors", "the second factors")
         sums = {**other.sums, **self.sums}
-        sums |= {name: self.sums[name] + other.sums[name].to(self.sums[name].device) for name in both}
+        sums |= {name: on_parts(added, self.sums[name], other.sums[name]) for name in both}
         if SQUARED_OUTPUTS not in both:  # the other samples are not known
             sums.pop(SQUARED_OUTPUTS, None)
         every = (self.matrices | other.matrices).values()
-        taken = {f"diagonal/{name}" for matrix in every for name in (matrix.weight, matrix.bias)} & sums.keys()
-        mixed = sorted(name.removeprefix("diagonal/") for name in taken if bool(sums[name].any()))
+        taken = sorted({f"diagonal/{name}" for matrix in every for name in (matrix.weight, matrix.bias)} & sums.keys())
+        used = summed_over_parts([local_part(sums[n]).any().double() for n in taken], [sums[n] for n in taken])
+        mixed = [name.removeprefix("diagonal/") for name, own in zip(taken, used, strict=True) if bool(own)]
         if mixed:
             raise MismatchError(
                 f"{', '.join(mixed)}: only one of the two has measured this parameter as a matrix. Measure both with a "
@@ -241,11 +275,9 @@ class KroneckerFactors:
 
     def summary(self) -> list[FactorSummary]:
         """Per matrix, how many directions its inputs and output gradients fill."""
-        found, layers = [], layer_names(self.matrices)
+        found, layers, sizes = [], layer_names(self.matrices), self._sizes(self.matrices, None)
         for key, matrix in self.matrices.items():
-            sides = {side: self.spectrum(side, key) for side in ("inputs", "outputs")}
-            dimensions = {side: None if own is None else own[0].dimension() for side, own in sides.items()}
-            lost = {side: None if own is None else own[0].lost() for side, own in sides.items()}
+            inputs, sketched = sizes[key].get("inputs", (0.0, 0.0)), sizes[key].get("outputs", (None, None))
             groups, outputs = matrix.layout.groups, matrix.layout.outputs
             found.append(
                 FactorSummary(
@@ -253,16 +285,18 @@ class KroneckerFactors:
                     num_weights=matrix.num_weights,
                     inputs=groups * matrix.width,
                     outputs=groups * outputs,
-                    input_dimension=dimensions["inputs"] or 0.0,
-                    output_dimension=dimensions["outputs"],
-                    input_lost=lost["inputs"] or 0.0,
-                    output_lost=lost["outputs"],
+                    input_dimension=inputs[0],
+                    output_dimension=sketched[0],
+                    input_lost=inputs[1],
+                    output_lost=sketched[1],
                 )
             )
         return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file atomically, tensor by tensor. It holds the sums.
+
+        If they are sharded, all processes must call it together, as for `Memory.save`.
 
         Args:
             path: the file, or a URL, as for `Memory.save`.
@@ -285,13 +319,35 @@ class KroneckerFactors:
         }
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> KroneckerFactors:
-        """Read a file that `save` wrote, from a path or a URL. Tensors are on the CPU.
+    def load(cls, path: str | os.PathLike[str], *, like: nn.Module | None = None) -> KroneckerFactors:
+        """Read a file that `save` wrote, from a path or a URL.
+
+        Args:
+            path: the file, or its URL.
+            like: a sharded model: the sums are cut for it, and each process keeps its part of them. None, or another
+                model: they are whole, on the CPU.
 
         Raises:
             MemoryFileError: the file is missing, damaged, holds no factors, or is of a newer format.
         """
-        return cls.from_file(path, *read(path, FACTORS))
+        header, groups = read_for(path, FACTORS, like)
+        whole = cls.from_file(path, header, groups)
+        return replace(whole, sums=in_parts(groups, like)[MOMENTS])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums and a header as tensors by name, for torch.distributed.checkpoint: see `Memory.state_dict`."""
+        return checkpoint_entries(FACTORS, self.header(), {MOMENTS: self.sums})
+
+    @classmethod
+    def from_checkpoint(
+        cls, folder: str | os.PathLike[str], *, key: str | None = None, like: nn.Module | None = None
+    ) -> KroneckerFactors:
+        """Read what `state_dict` gave to torch.distributed.checkpoint: see `Memory.from_checkpoint`.
+
+        Raises:
+            MemoryFileError: the checkpoint is missing or damaged, or does not hold factors alone at `key`.
+        """
+        return cls.from_file(folder, *from_checkpoint(folder, FACTORS, key, like))
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], header: Mapping[str, Any], groups: Groups) -> KroneckerFactors:
@@ -374,6 +430,30 @@ def matrices_from(plain: Mapping[str, Any]) -> dict[str, Matrix]:
     return found
 
 
+def packed(spectrum: Spectrum, mean: float) -> list[Tensor]:
+    """A spectrum and its scale as tensors, which processes can tell each other."""
+    vectors = [] if spectrum.vectors is None else [spectrum.vectors]
+    return [torch.tensor(mean, dtype=torch.float64), spectrum.values, spectrum.rest, *vectors]
+
+
+def unpacked(tensors: Sequence[Tensor]) -> tuple[Spectrum, float]:
+    """The inverse of `packed`."""
+    mean, values, rest, *vectors = tensors
+    return Spectrum(values, vectors[0] if vectors else None, rest), float(mean)
+
+
+def _packed_spectrum(
+    rank: int | None, packing: Callable[[Spectrum, float], list[Tensor]], *moments: Tensor
+) -> list[Tensor]:
+    """The spectrum of a whole second moment, or of a sketch and its trace."""
+    found = spectrum_of(moments[0], rank) if len(moments) == 1 else spectrum_of_sketch(moments[0], moments[1], rank)
+    return packing(*found)
+
+
+def _sizes_of(spectrum: Spectrum, mean: float) -> list[Tensor]:
+    return [torch.tensor([spectrum.dimension(), spectrum.lost(), mean], dtype=torch.float64)]
+
+
 SYMMETRY: Final = 1e-3
 """How far a second moment in a file may be from its transpose, relative to its largest number."""
 
@@ -391,7 +471,9 @@ def _check_sums(sums: Mapping[str, Tensor], matrices: Mapping[str, Matrix]) -> N
         side, _, key = name.partition("/")
         free = side == "diagonal" or (name == SQUARED_OUTPUTS and not total.ndim)
         fits = free or tuple(total.shape) in _shapes(side, matrices[key], total)
-        if not fits or not _can_be_moment(total, side):
+        # A part shows neither symmetry nor the diagonal: of a matrix that is cut, only shapes are checked.
+        may_be = is_sharded(total) and total.ndim == 3
+        if not fits or not (may_be or _can_be_moment(local_part(total), side)):
             raise ValueError(f"{name} is no sum of second moments")
     for key in matrices:
         # A side is whole, or a sketch with its trace. Only the outputs may be missing.
@@ -402,7 +484,7 @@ def _check_sums(sums: Mapping[str, Tensor], matrices: Mapping[str, Matrix]) -> N
         if not complete or f"positions/{key}" not in sums:
             raise ValueError(f"the sums of {key} are incomplete, or there are too many")
         inputs = next(own for own in (f"inputs/{key}", f"inputs_trace/{key}") if own in sums)
-        if bool(sums[f"positions/{key}"] == 0) and bool(sums[inputs].any()):
+        if bool(sums[f"positions/{key}"] == 0) and bool(local_part(sums[inputs]).any()):
             raise ValueError(f"positions/{key} is 0, but {inputs} is not")
 
 

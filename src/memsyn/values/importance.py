@@ -16,17 +16,19 @@ from torch import Tensor, nn
 
 from memsyn.errors import MismatchError, OptionError
 from memsyn.parameters import fingerprint, layer_of, only_those, under_new_names
+from memsyn.sharding import any_sharded, gathered, local_part, on_parts, summed_over_parts
+from memsyn.storage.checkpoints import checkpoint_entries
 from memsyn.storage.reading_and_writing import (
     IMPORTANCE,
     Groups,
     checked,
     checked_count,
     checked_texts,
-    read,
     well_formed,
     write,
 )
 from memsyn.values.display import LayerRow, counted, html_table, html_text, size_in_memory
+from memsyn.values.parts import from_checkpoint, in_parts, read_for
 
 OBJECTIVE = "squared_l2_norm"
 """The objective of MAS, the default."""
@@ -57,6 +59,9 @@ class LayerSummary:
 @dataclass(frozen=True, eq=False)
 class Importance:
     """How much each weight matters: Omega = sums / num_samples, the mean over samples of |gradient|.
+
+    Of a sharded model (`fully_shard`) the sums are DTensors, cut as the parameters: each process holds its part. Then
+    `matches`, `summary` and `save` must be called by all processes together; addition and means need no communication.
 
     Attributes:
         sums: parameter name -> sum over samples of |d s_k / d theta|, of the parameter's shape.
@@ -128,8 +133,11 @@ class Importance:
     def __add__(self, other: Importance) -> Importance:
         """The importance over the samples of both, the same as measuring all samples together.
 
+        Whole sums, as `load` gives them, are cut as those of the other, if these are sharded.
+
         Raises:
             MismatchError: parameters or quantities differ, or both fingerprints are known and differ.
+            ModelError: both are sharded, in different ways.
         """
         if self.quantity != other.quantity:
             raise MismatchError(
@@ -142,18 +150,23 @@ class Importance:
                 "reload. Add importances of one version only."
             )
         check_same_shapes(self.sums, other.sums, "the first importance", "the second importance")
-        sums = {name: total + other.sums[name].to(total.device) for name, total in self.sums.items()}
+        sums = {name: on_parts(added, total, other.sums[name]) for name, total in self.sums.items()}
         routes = {**other.routes, **self.routes}
         count = self.num_samples + other.num_samples
         of = self.fingerprint if self.fingerprint == other.fingerprint else None
         return Importance(sums, count, routes, self.objective, self.magnitude, of)
 
     def summary(self) -> list[LayerSummary]:
-        """Per layer its share of the total, mean, maximum and concentration, in the model's order."""
+        """Per layer its share of the total, mean, maximum and concentration, in the model's order.
+
+        Of sharded sums, one layer is gathered at a time: all processes must call it together.
+        """
         return summarize(self.sums, self.num_samples)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file atomically, tensor by tensor. It holds the sums, as `sum/<parameter>`.
+
+        If they are sharded, all processes must call it together, as for `Memory.save`.
 
         Args:
             path: the file, or a URL, as for `Memory.save`.
@@ -175,15 +188,34 @@ class Importance:
         }
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Importance:
+    def load(cls, path: str | os.PathLike[str], *, like: nn.Module | None = None) -> Importance:
         """Read a file that `save` wrote, from a path or a URL (`simplecache::s3://...` keeps a local copy).
 
-        Tensors are on the CPU.
+        Args:
+            path: the file, or its URL.
+            like: a sharded model: the sums are cut as its parameters, and each process keeps its part of them. None, or
+                another model: they are whole, on the CPU.
 
         Raises:
             MemoryFileError: the file is missing, damaged, not an importance, or of a newer format.
         """
-        return cls.from_file(path, *read(path, IMPORTANCE))
+        header, groups = read_for(path, IMPORTANCE, like)
+        return cls.from_file(path, header, in_parts(groups, like))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums and a header as tensors by name, for torch.distributed.checkpoint: see `Memory.state_dict`."""
+        return checkpoint_entries(IMPORTANCE, self.header(), {"importance": self.sums})
+
+    @classmethod
+    def from_checkpoint(
+        cls, folder: str | os.PathLike[str], *, key: str | None = None, like: nn.Module | None = None
+    ) -> Importance:
+        """Read what `state_dict` gave to torch.distributed.checkpoint: see `Memory.from_checkpoint`.
+
+        Raises:
+            MemoryFileError: the checkpoint is missing or damaged, or does not hold one importance at `key`.
+        """
+        return cls.from_file(folder, *from_checkpoint(folder, IMPORTANCE, key, like))
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], header: Mapping[str, Any], groups: Groups) -> Importance:
@@ -224,13 +256,22 @@ def checked_num_samples(given: object, needs: str) -> int:
     return count
 
 
+def added(one: Tensor, other: Tensor) -> Tensor:
+    """The sum of two tensors, on the device of the first."""
+    return one + other.to(one.device)
+
+
 def summarize(sums: Mapping[str, Tensor], count: int = 1) -> list[LayerSummary]:
-    """The summary by layer of an importance per weight: of sums / count."""
+    """The summary by layer of an importance per weight: of sums / count. One layer is gathered at a time."""
     layers: dict[str, list[Tensor]] = {}
     for name, values in sums.items():
-        layers.setdefault(layer_of(name), []).append(values.detach().flatten())
-    total = sum(float(values.sum(dtype=torch.float64)) for values in sums.values())
-    return [_summarize_layer(layer, torch.cat(parts), total, count) for layer, parts in layers.items()]
+        layers.setdefault(layer_of(name), []).append(values)
+    own = [local_part(values).sum(dtype=torch.float64) for values in sums.values()]
+    total = sum(float(of_all) for of_all in summed_over_parts(own, list(sums.values())))
+    return [
+        _summarize_layer(layer, torch.cat([gathered(part).flatten() for part in parts]), total, count)
+        for layer, parts in layers.items()
+    ]
 
 
 def _summarize_layer(layer: str, values: Tensor, total: float, count: int) -> LayerSummary:
@@ -256,6 +297,8 @@ def html_by_layer(title: str, sums: Mapping[str, Tensor], count: int = 1) -> str
     """A notebook's table of the importance sums / count by layer."""
     if not sums:
         return html_text(title)
+    if any_sharded(sums):
+        return html_text(f"{title}\nsummary() has the layers: all processes must call it together.")
     if sum(values.numel() for values in sums.values()) > SUMMED:
         return html_text(f"{title}\nsummary() has the layers; with so many weights it takes its time.")
     rows = [

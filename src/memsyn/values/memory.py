@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, final
+from functools import partial
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from memsyn.parameters import (
     fingerprint,
     fitted,
     moved_statistics,
+    named_parameters,
     only_those,
     same_values,
     statistics,
@@ -38,6 +40,21 @@ from memsyn.parameters import (
     weights,
     wide_dtype,
 )
+from memsyn.sharding import (
+    cut_like,
+    failing_in_all,
+    first_process,
+    from_part,
+    gathered,
+    is_sharded,
+    local_part,
+    on_parts,
+    one_sharded,
+    summed_over_parts,
+    text_told_by,
+    told_by,
+)
+from memsyn.storage.checkpoints import checkpoint_entries
 from memsyn.storage.reading_and_writing import (
     FACTORS,
     IMPORTANCE,
@@ -52,7 +69,7 @@ from memsyn.storage.reading_and_writing import (
     write,
 )
 from memsyn.values.consolidation import MERGED, Consolidation
-from memsyn.values.directions import GROUPS, RANK, Directions, consolidated, excerpt, merged
+from memsyn.values.directions import GROUPS, RANK, Directions, consolidated, directions_alone, excerpt, merged
 from memsyn.values.display import counted, html_text, size_in_memory
 from memsyn.values.factors import BOTH, INPUTS_ALONE, KroneckerFactors
 from memsyn.values.importance import (
@@ -63,7 +80,11 @@ from memsyn.values.importance import (
     html_by_layer,
     summarize,
 )
+from memsyn.values.parts import from_checkpoint, in_parts, read_for
 from memsyn.weights_in_effect import WeightsInEffect, free_names, moving_parameters, weights_by_name
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Fold = Callable[[Tensor, Tensor, int, int, float], Tensor]
 
@@ -84,6 +105,12 @@ DECAY = 0.5
 @dataclass(frozen=True, eq=False)
 class Memory:
     """What `protect` needs of the old data: an importance per weight with an anchor, directions per matrix, or both.
+
+    Of a sharded model (`fully_shard`) anchor and importance are DTensors, cut as the parameters: each process holds its
+    part. Directions and statistics are whole and equal in all processes. Then `consolidate`, `merge`, `matches`,
+    `summary`, `predicted_change`, `save`, and `load` with `like` must be called by all processes together, in the same
+    order. If parameters are kept on the CPU (`CPUOffloadPolicy`) and processes talk by NCCL alone, pieces pass through
+    the GPU.
 
     Attributes:
         anchor: the weights theta* when the memory was last consolidated.
@@ -203,7 +230,8 @@ class Memory:
 
         True if the fingerprint in the last entry of the history is that of the model's parameters of the same names,
         and `statistics` are the model's. Parameters that the memory does not hold may have any values. False if the
-        fingerprint is unknown: nothing was consolidated, or the memory was renamed or selected from.
+        fingerprint is unknown: nothing was consolidated, or the memory was renamed or selected from. Of a sharded
+        model, the statistics of the first process count.
         """
         entry = self.history[-1] if self.history else None
         if entry is None or entry.fingerprint is None:
@@ -212,9 +240,13 @@ class Memory:
         is_of_factors = own is not None and entry.magnitude in (BOTH, INPUTS_ALONE)
         names = own.names() | own.free if own is not None and is_of_factors else set(self.anchor)
         parameters = weights_by_name(model, names)
-        if not names <= parameters.keys() or moved_statistics(self.statistics, model):
+        if not names <= parameters.keys():
             return False
-        return entry.fingerprint == fingerprint({name: parameters[name].detach() for name in names})
+        like = one_sharded(moving_parameters(model, names).values())
+        has_moved = bool(moved_statistics(self.statistics, model))
+        if like is not None:  # statistics may differ between processes, and no process may leave the others waiting
+            has_moved = bool(text_told_by(first_process(like), "moved" if has_moved else "", like))
+        return not has_moved and entry.fingerprint == fingerprint({n: parameters[n].detach() for n in sorted(names)})
 
     def renamed(self, names: Mapping[str, str]) -> Memory:
         """The same memory with other names: old name -> new name; names that are not given stay.
@@ -270,6 +302,11 @@ class Memory:
         consolidation are scaled to mean eigenvalue 1. Then A is combined by the rule (`max` is not for matrices), and S
         averaged in the same proportion. Of each, `rank` eigenvectors are kept, and the mean of the other eigenvalues.
 
+        Of a sharded model, anchor and importance become DTensors, cut as its parameters. What is whole, as `load` gives
+        it, is cut without communication. Eigenvectors are computed one matrix at a time by each process, of different
+        matrices, and told to the others. If a sharded parameter has more rows than a sharded memory, the old importance
+        of that parameter is gathered.
+
         Args:
             model: the model the importance was measured on, with the same weights.
             importance: importance or factors, from `measure` or from an `Observer`.
@@ -286,7 +323,9 @@ class Memory:
             OptionError: the rule is unknown, decay is given for another rule, the label is not text, or a pattern
                 matches no parameter.
             MismatchError: the model lacks a parameter of the importance or all parameters of the memory, or has one in
-                another shape (a parameter may have more rows than in the memory).
+                another shape (a parameter may have more rows than in the memory); or memory and model are not both
+                sharded.
+            ModelError: importance, memory and model are cut in different ways.
 
         Warns:
             MovedWeightsWarning: the importance was measured at other weights than the model has.
@@ -303,24 +342,17 @@ class Memory:
         check_fit(memory.importance, parameters, "the memory", may_change=True)
         _check_same_quantity(memory.quantity or importance.quantity, importance.quantity, "the importance", "folded")
         new, old, count = importance.mean(), memory.importance, importance.num_samples
-        fold = RULES[rule]
 
-        def folded(name: str) -> Tensor:
-            if name not in old:
-                return new[name]
-            before, whole = old[name].to(parameters[name].device), parameters[name]
-            grown = before.shape != whole.shape
-            if name not in new:
-                return (
-                    torch.cat([before, torch.zeros_like(whole[len(before) :], dtype=before.dtype)]) if grown else before
-                )
-            first = new[name][: len(before)] if grown else new[name]
-            found = fold(before.to(first), first, memory.counts.get(name, 0), count, decay or 0.0)
-            return torch.cat([found, new[name][len(before) :]]) if grown else found
+        def fold(name: str, before: Tensor, after: Tensor) -> Tensor:
+            return RULES[rule](before.to(after), after, memory.counts.get(name, 0), count, decay or 0.0)
 
-        omega = {name: folded(name) for name in parameters if name in old or name in new}
+        omega = {
+            name: _folded(old.get(name), new.get(name), parameters[name], partial(fold, name))
+            for name in parameters
+            if name in old or name in new
+        }
         counts = {name: memory.counts.get(name, 0) + (count if name in new else 0) for name in omega}
-        anchor = {name: parameters[name].detach().clone() for name in omega}
+        anchor = {name: on_parts(_copy, parameters[name].detach()) for name in omega}
         entry = Consolidation.now(
             anchor,
             num_samples=importance.num_samples,
@@ -385,7 +417,7 @@ class Memory:
         _check_same_quantity(self.directions_quantity or factors.quantity, factors.quantity, "the factors", "folded")
         parameters = weights_by_name(model, factors.names)
         old = _present(self.directions or Directions(), parameters)
-        new = consolidated(Directions(), factors, (0.0, 1.0), rank)
+        new = directions_alone(factors, rank)
         missing = sorted((new.names() | new.free) - parameters.keys())
         if missing:
             raise MismatchError(
@@ -395,7 +427,7 @@ class Memory:
         earlier = sum(entry.num_samples for entry in self.history if entry.magnitude in (BOTH, INPUTS_ALONE))
         share = factors.num_samples / (earlier + factors.num_samples)
         masses = {"sum": (1.0, 1.0), "mean": (1 - share, share), "ema": (decay or 0.0, 1 - (decay or 0.0))}[rule]
-        directions = consolidated(old, factors, masses, rank)
+        directions = consolidated(old, factors, masses, rank, new)
         directions = directions if chosen is None else directions.only(chosen)
         excerpts = {name: excerpt(parameters[name]) for name in sorted(directions.names())}
         directions = replace(directions, excerpts=excerpts)
@@ -418,7 +450,7 @@ class Memory:
 
         tr(S D A D^T), for the change D from the reference to the model (see `KroneckerFactors`). The total change is
         the sum over layers, if their effects do not cancel. If only inputs were measured, it is tr(D A D^T): the mean
-        squared change of each layer's own output.
+        squared change of each layer's own output. Of sharded weights, the change of one is gathered at a time.
 
         Args:
             model: a model, or its weights by name (a state_dict).
@@ -477,7 +509,7 @@ class Memory:
         assert other.quantity is not None
         _check_same_quantity(self.quantity, other.quantity, "the other memory", "merged")
         check_same_shapes(self.anchor, other.anchor, "the first memory", "the second memory")
-        moved = [name for name, value in self.anchor.items() if not torch.equal(value, other.anchor[name].to(value))]
+        moved = _differing((name, value, other.anchor[name]) for name, value in self.anchor.items())
         if moved:
             raise MismatchError(
                 f"the anchors of {len(moved)} of {len(self.anchor)} parameters differ (the first is {moved[0]}). Only "
@@ -485,7 +517,7 @@ class Memory:
             )
         n, m = ({name: own.counts.get(name, own.num_samples) for name in self.anchor} for own in (self, other))
         omega = {
-            name: RULES["mean"](mine, other.importance[name].to(mine), n[name], m[name], 0.0)
+            name: on_parts(partial(_weighted_mean, n[name], m[name]), mine, other.importance[name])
             for name, mine in self.importance.items()
         }
         counts = {name: n[name] + m[name] for name in omega}
@@ -507,11 +539,18 @@ class Memory:
         return replace(self, history=history, directions=merged(self.directions, directions, counts))
 
     def summary(self) -> list[LayerSummary]:
-        """Per layer its share of the total importance, mean, maximum and concentration, in the model's order."""
+        """Per layer its share of the total importance, mean, maximum and concentration, in the model's order.
+
+        Of a sharded importance, one layer is gathered at a time: all processes must call it together.
+        """
         return summarize(self.importance)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file atomically, tensor by tensor.
+
+        If tensors are sharded, all processes must call it together. The first one writes: the others send it their
+        parts, piece by piece, and raise its error if it fails. No tensor is gathered, and the file is the same as that
+        of one process. To let each process write its part, see `state_dict`.
 
         Args:
             path: the file, or any URL that fsspec knows (`s3://`, `gs://`, ...; the extra `remote`). A file at a URL is
@@ -522,15 +561,67 @@ class Memory:
         Raises:
             MemoryFileError: the file cannot be written; an old file stays.
             MismatchError: anchor and importance have different parameters.
+            ModelError: tensors are cut between different processes.
             OptionError: a count is not a whole number.
         """
+        self._check_consistency()
+        write(path, MEMORY, self.header(), self.groups())
+
+    def _check_consistency(self) -> None:
+        """Check what a file may not hold."""
         check_same_shapes(self.anchor, self.importance, "the anchor", "the importance")
         try:
             for name, count in self.counts.items():
                 checked_count(count, name)
         except ValueError as error:
             raise OptionError(f"the memory's counts: {error}.") from None
-        write(path, MEMORY, self.header(), self.groups())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The memory as tensors by name, for torch.distributed.checkpoint: each process writes its parts.
+
+        Beside the tensors, `anchor/<parameter>` and so on, it has a header: the JSON of a file's metadata, as bytes.
+
+        Raises:
+            MismatchError, OptionError: as for `save`.
+
+        Example:
+            `torch.distributed.checkpoint.save({"memory": memory.state_dict()}, checkpoint_id=folder)` in all processes,
+            and then `Memory.from_checkpoint(folder)`.
+
+            >>> import torch, memsyn
+            >>> memory = memsyn.Memory({"weight": torch.ones(2)}, {"weight": torch.ones(2)})
+            >>> sorted(memory.state_dict())
+            ['anchor/weight', 'importance/weight', 'memsyn']
+        """
+        self._check_consistency()
+        return checkpoint_entries(MEMORY, self.header(), self.groups())
+
+    @classmethod
+    def from_checkpoint(
+        cls, folder: str | os.PathLike[str], *, key: str | None = None, like: nn.Module | None = None
+    ) -> Memory:
+        """Read what `state_dict` gave to torch.distributed.checkpoint, in any number of processes.
+
+        Each process reads what it holds. Torch reads the checkpoint's own `.metadata` by pickle, which can run code:
+        load only checkpoints that you trust. A file that `save` wrote has no pickle.
+
+        Args:
+            folder: the checkpoint.
+            key: where the memory is in the dict that was saved: `memory` for `{"memory": memory.state_dict()}`, and ""
+                if it is the dict. None: the checkpoint holds one value of memsyn.
+            like: as for `load`. If it is sharded, tensors are cut as its parameters. None: they are whole, on the CPU.
+
+        Raises:
+            MemoryFileError: the checkpoint is missing or damaged, or does not hold one memory at `key`.
+            ProcessError: another process could not read it, if `like` is sharded.
+            MismatchError: the memory is of another architecture than `like`.
+
+        Warns:
+            MovedWeightsWarning, MovedStatisticsWarning, RenamedParametersWarning: as for `load`.
+        """
+        with failing_in_all(_sharded_parameter(like)):
+            memory = cls.from_file(folder, *from_checkpoint(folder, MEMORY, key, like))
+        return memory if like is None else memory.fitted(like)._of_model(like, folder)
 
     def header(self) -> dict[str, Any]:
         """The entries of a file's metadata."""
@@ -550,10 +641,13 @@ class Memory:
         Args:
             path: the file, or its URL (`simplecache::s3://...` keeps a local copy).
             like: the model of the memory: names and shapes are checked, and tensors are put on the devices of its
-                parameters. The memory gets the model's names, as `fitted` gives them. None: tensors are on the CPU.
+                parameters. The memory gets the model's names, as `fitted` gives them. If it is sharded, all processes
+                must call `load` together: the file stays on the disk while it is read, and each process keeps its part
+                of the tensors (of a file at a URL, each reads the whole first). None: tensors are on the CPU.
 
         Raises:
             MemoryFileError: the file is missing, damaged, not a memory, or of a newer format.
+            ProcessError: another process could not read it, if `like` is sharded.
             MismatchError: the memory is of another architecture than `like`. If a part was replaced, load without
                 `like`, and `select` the rest.
 
@@ -562,36 +656,39 @@ class Memory:
             MovedStatisticsWarning: its running statistics, or other buffers, differ from the memory's.
             RenamedParametersWarning: the names of the memory differ from the model's in a known way.
         """
-        memory = cls.from_file(path, *read(path, MEMORY))
-        if like is None:
-            return memory
-        memory = memory.fitted(like)
-        check_model(memory, like)
-        parameters = weights_by_name(like, memory.names)
-        moved = [n for n, anchor in memory.anchor.items() if n in parameters and not _stands_at(parameters[n], anchor)]
-        if not memory.anchor and memory.directions is not None:
-            names, mark = sorted(memory.names & parameters.keys()), memory.history[-1].fingerprint
+        with failing_in_all(_sharded_parameter(like)):
+            header, groups = read_for(path, MEMORY, like)
+            memory = cls.from_file(path, header, in_parts(groups, like))
+        return memory if like is None else memory.fitted(like)._of_model(like, path)
+
+    def _of_model(self, like: nn.Module, path: str | os.PathLike[str]) -> Memory:
+        """The memory on the model's devices, whose names it has; `load` says what is checked and warned of."""
+        check_model(self, like, stacklevel=4)
+        parameters = weights_by_name(like, self.names)
+        moved = _differing((n, anchor, parameters[n]) for n, anchor in self.anchor.items() if n in parameters)
+        if not self.anchor and self.directions is not None:
+            names, mark = sorted(self.names & parameters.keys()), self.history[-1].fingerprint
             if mark is None:  # the memory has other names than when it was consolidated
-                moved = memory.directions.moved(parameters)
+                moved = self.directions.moved(parameters)
             elif mark != fingerprint({n: parameters[n].detach() for n in names}):
                 moved = names
         if moved:
             warnings.warn(
-                f"{len(moved)} of {len(memory.names)} parameters (the first is {moved[0]}) have other weights in the "
+                f"{len(moved)} of {len(self.names)} parameters (the first is {moved[0]}) have other weights in the "
                 f"model than at the last consolidation of {path}. This is right if the model was trained since. If "
                 "not, load its weights first: protect would pull the model towards the weights of another one.",
                 MovedWeightsWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
 
-        warn_of_moved_statistics(memory.statistics, like, stacklevel=3)
+        warn_of_moved_statistics(self.statistics, like, stacklevel=4)
         places = {**statistics(like), **parameters}
 
         def placed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {n: tensor.to(places[n].device) if n in places else tensor for n, tensor in tensors.items()}
+            return {n: t.to(local_part(places[n]).device) if n in places else t for n, t in tensors.items()}
 
-        groups = [placed(tensors) for tensors in (memory.anchor, memory.importance, memory.statistics)]
-        return replace(memory, anchor=groups[0], importance=groups[1], statistics=groups[2])
+        groups = [placed(tensors) for tensors in (self.anchor, self.importance, self.statistics)]
+        return replace(self, anchor=groups[0], importance=groups[1], statistics=groups[2])
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], header: Mapping[str, Any], groups: Groups) -> Memory:
@@ -694,10 +791,20 @@ def _of_unknown_weights(history: tuple[Consolidation, ...]) -> tuple[Consolidati
     return (*history[:-1], *(replace(entry, fingerprint=None) for entry in history[-1:]))
 
 
+def _sharded_parameter(model: nn.Module | None) -> DTensor | None:
+    return None if model is None else one_sharded(named_parameters(model).values())
+
+
 def _kept_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the model's statistics. A mask may hold infinity, and so may an observer: no file may hold that."""
-    present = statistics(model).items()
-    return {n: b.detach().clone() for n, b in present if bool(b.to(wide_dtype(b)).isfinite().all())}
+    """Copies of the model's statistics; of a sharded model, those of the first process.
+
+    A mask may hold infinity, and so may an observer: no file may hold that.
+    """
+    present, like = statistics(model), _sharded_parameter(model)
+    present = {name: gathered(buffer) for name, buffer in present.items()}
+    if like is not None:
+        present = {name: told_by(first_process(like), buffer, like) for name, buffer in present.items()}
+    return {n: b.clone() for n, b in present.items() if bool(b.to(wide_dtype(b)).isfinite().all())}
 
 
 def warn_of_moved_statistics(remembered: Mapping[str, Tensor], model: nn.Module, *, stacklevel: int) -> None:
@@ -748,10 +855,57 @@ def _check_same_quantity(mine: tuple[str, str], other: tuple[str, str], whose: s
         )
 
 
-def _stands_at(parameter: Tensor, anchor: Tensor) -> bool:
-    """Whether a parameter, or the rows of it that the memory knows, has the anchor's values."""
-    rows = parameter.detach()[: len(anchor)] if parameter.shape != anchor.shape else parameter.detach()
-    return torch.equal(rows, anchor.to(rows))
+def _folded(
+    old: Tensor | None, new: Tensor | None, parameter: Tensor, fold: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """The consolidated importance of a parameter, cut as the parameter, which may have more rows than the old one.
+
+    Raises:
+        MismatchError: an importance is sharded and the parameter is not.
+    """
+    if not is_sharded(parameter) and any(own is not None and is_sharded(own) for own in (old, new)):
+        raise MismatchError(
+            f"an importance of shape {tuple(parameter.shape)} is cut between processes, and the model's parameter is "
+            "not. Save it, and load it where the model is whole."
+        )
+    after = None if new is None else cut_like(new, parameter)
+    if old is None:
+        assert after is not None
+        return from_part(after, parameter)
+    grown, whole = old.shape != parameter.shape, local_part(parameter)
+    before = cut_like(gathered(old) if grown else old, parameter).to(whole.device)
+    if after is None:
+        more = torch.zeros_like(whole[len(before) :], dtype=before.dtype) if grown else None
+        return from_part(before if more is None else torch.cat([before, more]), parameter)
+    found = fold(before, after[: len(before)] if grown else after)
+    return from_part(torch.cat([found, after[len(before) :]]) if grown else found, parameter)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.clone()
+
+
+def _weighted_mean(num_one: int, num_other: int, one: Tensor, other: Tensor) -> Tensor:
+    return RULES["mean"](one, other.to(one), num_one, num_other, 0.0)
+
+
+def _differing(pairs: Iterable[tuple[str, Tensor, Tensor]]) -> list[str]:
+    """The names whose two tensors differ in any process; of a second one with more rows, the first rows count."""
+    names, flags, likes = [], [], []
+    for name, one, other in pairs:
+        like = next(filter(is_sharded, (other, one)), other)
+        known, present = (cut_like(_whole_if_grown(own, like), like) for own in (one, other))
+        rows = present[: len(known)] if one.shape != other.shape else present
+        names.append(name)
+        flags.append(torch.tensor(float(not torch.equal(rows, known.to(rows)))))
+        likes.append(one if is_sharded(one) else like)  # not a weight in effect, which would be kept
+    counts = summed_over_parts(flags, likes)
+    return [name for name, count in zip(names, counts, strict=True) if count]
+
+
+def _whole_if_grown(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor with other rows than a sharded one is cut at other places: it is gathered, to be cut as that one."""
+    return gathered(tensor) if is_sharded(like) and tensor.shape != like.shape else tensor
 
 
 def check_fit(

@@ -208,7 +208,9 @@ def test_the_kernel_compiles_for_gpus(
         capability = (80, 90)[number % 2]
         source = compiler.ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants)
         target = targets.GPUTarget("cuda", capability, 32)
-        compiled = compiler.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+        compiled = compiler.compile(
+            source, target=target, options={"num_warps": warps, "num_stages": stages, **products.OPTIONS}
+        )
         assert f".target sm_{capability}" in compiled.asm["ptx"]
         assert compiled.asm["cubin"][:4] == b"\x7fELF"
 
@@ -245,4 +247,5 @@ def test_on_a_gpu_the_tuned_kernel_is_launched_with_enough_programs(monkeypatch:
     monkeypatch.setattr(products, "_tuned", Tuned)
     left, out = OnGpu(), OnGpu(shape=(7, 2, 130, 300))
     products._launch(left, left, out, (1, 2, 3), "abs")
-    assert launches == [((7 * 2 * 3 * 3,), (left, left, out, 1, 2, 3), {"KIND": "abs", "WIDEN": False})]
+    options = {"KIND": "abs", "WIDEN": False, "enable_fp_fusion": True}
+    assert launches == [((7 * 2 * 3 * 3,), (left, left, out, 1, 2, 3), options)]

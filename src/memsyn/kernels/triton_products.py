@@ -21,9 +21,9 @@ FUNCTIONS: Final[dict[Magnitude, str]] = {absolute: "abs", square: "square", sig
 """The functions f that the kernel has."""
 
 PROGRAMS: Final = 1024
-"""The least number of programs in a launch, if there are enough samples: some for each multiprocessor of a large GPU.
+"""About how many programs a launch has at least, if there are enough samples: some for each processor of a large GPU.
 
-It is not read from the device, so that the same data are added in the same order on all of them.
+It is not read from the device, so that samples are added in the same order on all GPUs.
 """
 
 LARGEST_OUTPUT: Final = 2**25
@@ -37,6 +37,9 @@ They were chosen so that float32 needs no more registers than an A100 or H100 ha
 
 TOKENS: Final = 32
 """Tokens that one step multiplies. The same for all block sizes, so that they add tokens in the same order."""
+
+OPTIONS: Final = {"enable_fp_fusion": True}
+"""For the compiler: multiply and add by one instruction. Triton 3.9 warns unless this is said, 3.10 will not do it."""
 
 
 @triton.jit(do_not_specialize=["bucket_rows", "bucket_columns", "bucket_tokens"])  # type: ignore[untyped-decorator]
@@ -140,7 +143,7 @@ def _launch(left: Tensor, right: Tensor, out: Tensor, numbers: tuple[int, ...], 
     options: dict[str, Any] = {"KIND": kind, "WIDEN": False}
     kernel: Any = products_kernel
     if left.is_cuda:
-        kernel = _tuned()
+        kernel, options = _tuned(), options | OPTIONS
     else:
         # The interpreter multiplies the bits of bfloat16 as integers.
         options |= {"WIDEN": True, "BLOCK_ROWS": 16, "BLOCK_COLUMNS": 16, "BLOCK_TOKENS": 16}

@@ -24,14 +24,14 @@ def extras(distribution):
     return set(re.findall(r"^([\w-]+) = ", section, re.MULTILINE))
 
 
-def test_the_library_is_below_480_kb_and_holds_no_pictures():
+def test_the_library_is_below_560_kb_and_holds_no_pictures():
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as wheel:
         for path in (ROOT / "src" / "memsyn").rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
                 assert path.suffix in {".py", ".typed", ".c", ".css", ".js", ".jinja"}, path
                 wheel.write(path, path.relative_to(ROOT))
-    assert file.tell() < 480_000
+    assert file.tell() < 560_000
 
 
 def test_the_benchmark_comes_with_its_types_and_the_licences_of_its_pictures():

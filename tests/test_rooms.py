@@ -93,15 +93,19 @@ def test_the_table_of_rooms_has_no_circle() -> None:
             del left[room]
 
 
+IMPORTED_WHEN_NEEDED = {"urls.py", "triton_products.py"}
+"""Files of the core that need an optional package. Others import them inside a function: for a URL, or on a GPU."""
+
+
 def test_the_core_imports_nothing_optional() -> None:
     for path in PACKAGE.rglob("*.py"):
-        if room_of(path) not in {"cli", "report", "integrations"} and path.name != "urls.py":
+        if room_of(path) not in {"cli", "report", "integrations"} and path.name not in IMPORTED_WHEN_NEEDED:
             foreign = {name.split(".")[0] for name in imports(path)} - CORE - sys.stdlib_module_names
             assert not foreign, f"{path.name} imports {foreign}"
 
 
 def test_importing_memsyn_imports_nothing_optional() -> None:
-    optional = ("typer", "rich", "PIL", "matplotlib", "memsyn_bench", "fsspec", "plotly", "jinja2")
+    optional = ("typer", "rich", "PIL", "matplotlib", "memsyn_bench", "fsspec", "plotly", "jinja2", "triton")
     code = f"import sys, memsyn; print([m for m in {optional} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -13,6 +13,7 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 
+from memsyn.kernels.fused_products import add_fused_products
 from memsyn.torch_private import version_of
 
 
@@ -182,6 +183,8 @@ def _add_tiles(pairs: Sequence[tuple[Tensor, Tensor]], total: Tensor, magnitude:
 
     With more than one group and large products, each group is added by a call of its own.
     """
+    if add_fused_products(pairs, total, magnitude):
+        return
     num_samples, (groups, rows, columns) = len(pairs[0][0]), total.shape
     threads = torch.get_num_threads() if total.device.type == "cpu" else 1
     area = TILE * threads if total.device.type == "cpu" else TILE_ELSEWHERE

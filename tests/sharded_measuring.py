@@ -232,6 +232,28 @@ def check_language_models() -> None:
             check_same(found, expected, tolerance)
 
 
+def check_remembered() -> None:
+    """A memory of what the processes measured is that of one process, in the file too."""
+    data, folder = shares(torch.randint(0, 11, (13, 5)), 3), os.environ["FOLDER"]
+    for estimator in ("mas", "kronecker"):
+        plain = Tied().double()
+        expected = memsyn.Memory.empty().consolidate(plain, alone(plain, data, estimator=estimator))
+        model = Tied().double()
+        shard(model, model.blocks)
+        memory = memsyn.Memory.empty().consolidate(model, together(model, data, estimator=estimator))
+        memory.save(f"{folder}/{estimator}.safetensors")
+        dist.barrier()
+        found = memsyn.Memory.load(f"{folder}/{estimator}.safetensors")
+        assert found.matches(plain)
+        for name, omega in expected.importance.items():
+            torch.testing.assert_close(found.importance[name], omega, rtol=1e-9, atol=1e-15)
+        if estimator == "kronecker":
+            torch.manual_seed(5)
+            moved = {name: own + 0.01 * torch.randn_like(own) for name, own in plain.state_dict().items()}
+            change, other = (memory.predicted_change(moved, plain) for memory in (found, expected))
+            assert change == pytest.approx(other, rel=1e-6)
+
+
 def check_errors() -> None:
     """What goes wrong is said in all processes."""
     rank = dist.get_rank()
@@ -297,6 +319,7 @@ CHECKS: dict[str, Callable[[], None]] = {
         check_equal_to_one_process,
         check_settings,
         check_images,
+        check_remembered,
         check_language_models,
         check_errors,
         check_death,

@@ -11,10 +11,10 @@ import pytest
 HERE = Path(__file__).parent
 
 
-def torchrun(number: int, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def torchrun(number: int, script: str, *arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
     # Each large tensor is given back to the system at once, so that what is resident is what is used.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "FOLDER": str(folder)}
     return subprocess.run(
         [*command, str(HERE / script), *arguments],
         capture_output=True,
@@ -28,12 +28,12 @@ def torchrun(number: int, script: str, *arguments: str) -> subprocess.CompletedP
 @pytest.mark.parametrize(
     ("number", "checks"),
     [
-        (2, ["equal_to_one_process", "images", "errors", "language_models", "settings"]),
+        (2, ["equal_to_one_process", "images", "errors", "remembered", "language_models", "settings"]),
         (4, ["language_models", "settings"]),
     ],
 )
-def test_several_processes_measure_what_one_process_measures(number: int, checks: list[str]) -> None:
-    done = torchrun(number, "sharded_measuring.py", *checks)
+def test_several_processes_measure_what_one_process_measures(number: int, checks: list[str], tmp_path: Path) -> None:
+    done = torchrun(number, "sharded_measuring.py", *checks, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-6000:]
     assert len(re.findall(r"process \d is done", done.stderr)) == number
 

@@ -42,7 +42,7 @@ from memsyn.measuring.route_check import (
 )
 from memsyn.measuring.sharded_model import ShardedModel
 from memsyn.parameters import wide_dtype
-from memsyn.sharding import from_part, is_sharded, local_part
+from memsyn.sharding import empty_cut, from_part, is_sharded, local_part
 from memsyn.torch_private import without_function_modes
 from memsyn.values.factors import BOTH, INPUTS_ALONE, KroneckerFactors, matrices_from, matrices_header
 from memsyn.values.importance import Importance
@@ -589,11 +589,7 @@ def _like_factor(name: str, shape: Tensor, weight: Tensor) -> Tensor:
     if not is_sharded(weight) or shape.ndim == 0 or "_trace/" in name:
         device = weight.device_mesh.device_type if is_sharded(weight) else weight.device
         return torch.empty_like(shape, device=device)
-    from torch.distributed.tensor import Replicate, Shard, empty
-
-    dim = 1 if shape.ndim == 3 else 0
-    cut = [Shard(dim) if place.is_shard() else Replicate() for place in weight.placements]
-    return empty(*shape.shape, dtype=shape.dtype, device_mesh=weight.device_mesh, placements=cut)
+    return empty_cut(shape.shape, shape.dtype, weight, 1 if shape.ndim == 3 else 0)
 
 
 def _without(values: Mapping[str, nn.Parameter], names: Collection[str]) -> dict[str, nn.Parameter]:

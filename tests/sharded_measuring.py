@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import memsyn
 from memsyn.sharding import gathered, is_sharded, local_part
@@ -286,6 +287,12 @@ def check_errors() -> None:
     short = shard(nn.Sequential(nn.Embedding(5, 4, max_norm=1.0), nn.Linear(4, 2)), [])
     with pytest.raises(memsyn.ModelError, match="max_norm"):
         memsyn.measure(short, [words % 5], progress=False)
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("data", "tensor"))
+    cut = parallelize_module(Block(6), mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    with pytest.raises(memsyn.ModelError, match="fully_shard did not make, as of tensor parallelism"):
+        memsyn.measure(cut, [torch.randn(2, 6)], progress=False)
+    with pytest.raises(memsyn.ModelError, match="by tensor parallelism"):
+        memsyn.measure(fully_shard(cut, mesh=mesh["data"]), [torch.randn(2, 6)], progress=False)
     fixed = shard(nn.Linear(4, 2).requires_grad_(False), [])
     with pytest.raises(memsyn.ModelError, match="nothing to measure"):
         memsyn.measure(fixed, [torch.randn(2, 4)], progress=False)

@@ -37,31 +37,46 @@ def any_sharded(tensors: Sequence[Tensor] | Mapping[str, Tensor]) -> bool:
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, in the same memory and without its graph; of a plain tensor, all of it."""
-    own = tensor.detach()
-    return own.to_local() if is_sharded(own) else own
+    if is_sharded(tensor):
+        with torch.no_grad():  # then this is the tensor that is held, and no view of it, at a fifth of the time
+            return tensor.to_local()
+    return tensor.detach()
 
 
-def from_part(part: Tensor, like: Tensor) -> Tensor:
-    """A tensor of the shape, mesh and placement of `like`, of which this process holds `part`."""
+def from_part(part: Tensor, like: Tensor, shape: torch.Size | None = None) -> Tensor:
+    """A tensor of the mesh and placement of `like`, of which this process holds `part`; of its shape, or another."""
     if not is_sharded(like):
         return part
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=_contiguous(like.shape)
+    whole = like.shape if shape is None else shape
+    found = DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=whole, stride=_contiguous(whole)
     )
+    # `from_local` moves a part to the device of the mesh, also that of a parameter that is kept on the CPU.
+    return found if part.device.type == like.device_mesh.device_type else found.to(part.device)
 
 
 def cut_like(whole: Tensor, like: Tensor) -> Tensor:
     """The part of a whole tensor that this process holds of `like`; no process talks to another.
 
-    Leading dimensions may be longer or shorter than those of `like` if it is not sharded.
+    A view, so that of a tensor that is mapped from a file no other part is read. Leading dimensions may be longer or
+    shorter than those of `like` if it is not sharded.
     """
     if not is_sharded(like) or is_sharded(whole):
         return local_part(whole)
-    from torch.distributed.tensor import distribute_tensor
+    part = whole.detach()
+    for index, place in enumerate(like.placements):
+        if type(place).__name__ == "Shard":
+            length = part.shape[place.dim]  # type: ignore[attr-defined]
+            step = math.ceil(length / like.device_mesh.size(index))
+            start = min(length, step * like.device_mesh.get_local_rank(index))
+            part = part.narrow(place.dim, start, min(step, length - start))  # type: ignore[attr-defined]
+        elif not place.is_replicate():
+            from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(whole.detach(), like.device_mesh, like.placements, src_data_rank=None).to_local()
+            return distribute_tensor(whole.detach(), like.device_mesh, like.placements, src_data_rank=None).to_local()
+    return part
 
 
 def rows_held(like: Tensor) -> slice:
@@ -86,7 +101,12 @@ def rows_held(like: Tensor) -> slice:
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a tensor in every process, without its graph. All processes must call it together."""
     whole = tensor.detach()
-    return whole.full_tensor() if is_sharded(whole) else whole
+    if not is_sharded(whole):
+        return whole
+    part = local_part(whole)
+    if part.device.type == whole.device_mesh.device_type:
+        return whole.full_tensor()
+    return from_part(part.to(whole.device_mesh.device_type), whole).full_tensor().to(part.device)
 
 
 def summed_over_parts(numbers: Sequence[Tensor], likes: Sequence[Tensor]) -> list[Tensor]:
@@ -98,14 +118,12 @@ def summed_over_parts(numbers: Sequence[Tensor], likes: Sequence[Tensor]) -> lis
     meshes: dict[Any, list[int]] = {}
     for index, like in enumerate(likes):
         if is_sharded(like):
-            cut = tuple(dim for dim, place in enumerate(like.placements) if place.is_shard())
-            meshes.setdefault((like.device_mesh, cut), []).append(index)
+            meshes.setdefault((like.device_mesh, _cut_dims(like)), []).append(index)
     for (mesh, cut), indices in meshes.items():
         total = torch.stack([found[index].double() for index in indices])
-        for dim in cut:
-            dist.all_reduce(total, group=mesh.get_group(dim))
+        total = _reduced(total, mesh, cut, dist.ReduceOp.SUM)
         for index, own in zip(indices, total.unbind(), strict=True):
-            found[index] = own.to(found[index].dtype)
+            found[index] = own.to(found[index])
     return found
 
 
@@ -158,3 +176,74 @@ def _pieces(own: Tensor, size: int) -> Iterator[Tensor]:
 
 def _contiguous(shape: torch.Size) -> tuple[int, ...]:
     return tuple(math.prod(shape[index + 1 :]) for index in range(len(shape)))
+
+
+def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor as `like` is placed, in memory of its own if it had to be cut or gathered: a DTensor, or a whole tensor.
+
+    No process talks to another if the tensor is whole, or is placed like `like` already. Else it is gathered, and all
+    processes must call this together.
+    """
+    if not is_sharded(like):
+        return gathered(tensor)
+    if is_sharded(tensor) and (tensor.device_mesh, tensor.placements) == (like.device_mesh, like.placements):
+        return tensor.detach()
+    whole = gathered(tensor)
+    return from_part(cut_like(whole, like).clone(memory_format=torch.contiguous_format), like, whole.shape)
+
+
+def part_beside(tensor: Tensor, like: Tensor) -> Tensor:
+    """The rows of a tensor that lie beside those which this process holds of `like`; `like` may have more rows.
+
+        tensor (3, 8), like (5, 8), 2 processes    process 0 holds rows 0 to 2 of both, process 1 a part (0, 8)
+
+    All processes must call it together if a DTensor is not placed like `like`: it is gathered.
+    """
+    if tensor.shape == like.shape:
+        return local_part(placed_like(tensor, like))
+    held = rows_held(like)
+    return gathered(tensor)[held.start : held.stop]
+
+
+def summed_over_parts_(tensors: Sequence[Tensor], like: Tensor) -> None:
+    """Add up tensors over the processes among which `like` is cut, in place, at once. They have one dtype and device.
+
+    All processes of the mesh must call it together.
+    """
+    if not is_sharded(like):
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    flat = _reduced(flat, like.device_mesh, _cut_dims(like), dist.ReduceOp.SUM).to(flat.device)
+    for tensor, own in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(own.view_as(tensor))
+
+
+def largest_over_parts(numbers: Sequence[float], likes: Sequence[Tensor]) -> list[float]:
+    """Each number's largest value over the processes among which one of `likes` is cut. All must call it together."""
+    found = torch.tensor(numbers, dtype=torch.float64)
+    for like in {(own.device_mesh, own.placements): own for own in likes if is_sharded(own)}.values():
+        found = _reduced(found, like.device_mesh, _cut_dims(like), dist.ReduceOp.MAX).cpu()
+    return found.tolist()  # type: ignore[no-any-return]
+
+
+def _cut_dims(like: "DTensor") -> tuple[int, ...]:
+    """The dimensions of the mesh along which a tensor is cut."""
+    return tuple(dim for dim, place in enumerate(like.placements) if place.is_shard())
+
+
+def _reduced(tensor: Tensor, mesh: Any, cut: Sequence[int], operation: Any) -> Tensor:
+    """On the device of the mesh: parameters that are kept on the CPU belong to a mesh of accelerators."""
+    found = tensor.to(mesh.device_type) if tensor.device.type != mesh.device_type else tensor
+    for dim in cut:
+        dist.all_reduce(found, op=operation, group=mesh.get_group(dim))
+    return found
+
+
+def reshard(model: "torch.nn.Module") -> None:
+    """Let the parameters of a model be those that its optimizer holds: parts, also after a forward pass alone.
+
+    `fully_shard` shows whole parameters, which are other tensors, from a forward pass to the end of a backward pass.
+    """
+    for module in model.modules():
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            module.reshard()  # type: ignore[operator]

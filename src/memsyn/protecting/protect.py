@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from memsyn.errors import OptionError, ProtectionError
-from memsyn.parameters import Patterns, listed, only_those
+from memsyn.parameters import Patterns, listed, only_those, refuse_other_sharding
 from memsyn.protecting.optimizers import (
     AUTO,
     GRADIENT,
@@ -29,6 +29,7 @@ from memsyn.protecting.protection import Protection, check_optimizer, is_protect
 from memsyn.protecting.replaced import check_replaced, warn_of_grown
 from memsyn.protecting.statistics import WatchedStatistics
 from memsyn.protecting.strength import Relative, checked_strength
+from memsyn.sharding import reshard
 from memsyn.values.directions import STRENGTH
 from memsyn.values.memory import Memory, check_model
 from memsyn.weights_in_effect import adapted_weights, parameters_by_name, weights_by_name
@@ -158,6 +159,8 @@ def protect(
     if not (isinstance(model, nn.Module) and isinstance(memory, Memory)):
         given = ", ".join(type(value).__name__ for value in (optimizer, model, memory))
         raise OptionError(f"expected protect(optimizer, model, memory), got ({given}).")
+    refuse_other_sharding(model)
+    reshard(model)
     found = stepping_optimizer(optimizer)
     optimizer = found.optimizer
     whole = memory.fitted(model)

@@ -9,7 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, final
+from itertools import count
+from typing import Any, Final, final
 from weakref import WeakMethod, WeakSet, ref
 
 import torch
@@ -20,7 +21,7 @@ from memsyn.errors import NotProtectedWarning, ProtectionError
 from memsyn.parameters import named_parameters, unwrap, wide_dtype
 from memsyn.protecting.optimizers import PROJECTED, Stepping, known_kind
 from memsyn.protecting.predicting import Watched, of_another_memory
-from memsyn.sharding import local_part
+from memsyn.sharding import local_part, reshard
 from memsyn.torch_private import num_steps_in_progress
 from memsyn.values.display import LayerRow, counted, html_table, html_text, percent, short_name
 from memsyn.weights_in_effect import WeightsInEffect, moving_parameters, weights_by_name
@@ -30,6 +31,9 @@ _protected: "WeakSet[Optimizer]" = WeakSet()
 
 _handles: "WeakSet[Protection]" = WeakSet()
 """The handles that were not collected."""
+
+
+_numbers: Final = count()
 
 
 def is_protected(optimizer: Optimizer) -> bool:
@@ -253,6 +257,8 @@ class Protection(ABC):
         optimizer = found.optimizer
         self.wrappers = tuple(type(wrapper).__name__ for wrapper in found.wrappers)
         self._optimizer = ref(optimizer)  # the optimizer's hooks refer to this object: no reference cycle
+        self._number = next(_numbers)
+        """Of the handle: where processes talk about several handles, all take them in one order."""
         self._depth = 0
         """How many calls of `step` are in progress: 2 in a `step` that calls `super().step()`."""
         # A step that is known calls its hooks once.
@@ -353,7 +359,8 @@ class Protection(ABC):
     def _weights_after_flush(self) -> Iterator[Mapping[str, Tensor]]:
         """The weights in effect, with the values that `flush` of all handles of the model would give them."""
         waiting: dict[int, Tensor] = {}
-        for handle in _handles:
+        reshard(self._model)
+        for handle in sorted(_handles, key=lambda handle: handle._number):
             if unwrap(handle._model) is unwrap(self._model):
                 waiting |= handle._waiting_values()
         weights = weights_by_name(self._model, self._names)
@@ -392,6 +399,7 @@ class Protection(ABC):
         """
         optimizer = self._optimizer()
         held = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
+        reshard(self._model)
         moving = moving_parameters(self._model, self._names)
         local = {name: local_part(p) for name, p in moving.items() if id(p) in held}
         return {

@@ -12,6 +12,7 @@ mesh is the grid of processes; the placement says, for each of its dimensions, w
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -87,26 +88,17 @@ def rows_held(like: Tensor) -> slice:
     """
     if not is_sharded(like):
         return slice(0, len(like))
-    if any(place.is_shard() and not place.is_shard(0) for place in like.placements):
-        raise ModelError(f"a tensor of shape {tuple(like.shape)} is cut along another dimension than 0.")
-    start, num_rows = 0, len(like)
-    for index, place in enumerate(like.placements):
-        if place.is_shard():
-            step = math.ceil(num_rows / like.device_mesh.size(index))
-            first = min(num_rows, step * like.device_mesh.get_local_rank(index))
-            start, num_rows = start + first, min(step, num_rows - first)
-    return slice(start, start + num_rows)
+    return _rows_at(like, [like.device_mesh.get_local_rank(index) for index in range(like.device_mesh.ndim)])
 
 
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a tensor in every process, without its graph. All processes must call it together."""
-    whole = tensor.detach()
-    if not is_sharded(whole):
-        return whole
-    part = local_part(whole)
-    if part.device.type == whole.device_mesh.device_type:
-        return whole.full_tensor()
-    return from_part(part.to(whole.device_mesh.device_type), whole).full_tensor().to(part.device)
+    if not is_sharded(tensor):
+        return tensor.detach()
+    own, place = tensor.detach(), tensor.device_mesh.device_type
+    found: Any = own if own.device.type == place else from_part(local_part(own).to(place), own)
+    whole: Tensor = found.full_tensor()
+    return whole.to(own.device)
 
 
 def summed_over_parts(numbers: Sequence[Tensor], likes: Sequence[Tensor]) -> list[Tensor]:
@@ -176,6 +168,26 @@ def _pieces(own: Tensor, size: int) -> Iterator[Tensor]:
 
 def _contiguous(shape: torch.Size) -> tuple[int, ...]:
     return tuple(math.prod(shape[index + 1 :]) for index in range(len(shape)))
+
+
+def all_rows_held(like: Tensor) -> list[slice]:
+    """`rows_held` of each process of the mesh of a tensor."""
+    if not is_sharded(like):
+        return [slice(0, len(like))]
+    return [_rows_at(like, place) for place in product(*map(range, like.device_mesh.shape))]
+
+
+def _rows_at(like: "DTensor", place: Sequence[int]) -> slice:
+    """The rows of a tensor at a place in its mesh."""
+    if any(own.is_shard() and not own.is_shard(0) for own in like.placements):
+        raise ModelError(f"a tensor of shape {tuple(like.shape)} is cut along another dimension than 0.")
+    start, num_rows = 0, len(like)
+    for index, own in enumerate(like.placements):
+        if own.is_shard():
+            step = math.ceil(num_rows / like.device_mesh.size(index))
+            first = min(num_rows, step * place[index])
+            start, num_rows = start + first, min(step, num_rows - first)
+    return slice(start, start + num_rows)
 
 
 def placed_like(tensor: Tensor, like: Tensor) -> Tensor:

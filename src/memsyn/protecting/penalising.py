@@ -31,6 +31,7 @@ from memsyn.protecting.penalty import (
     Preconditioner,
     ProtectedWeights,
     add_gradients_,
+    check_placed,
     check_tensors,
     distances,
     known_rows,
@@ -70,12 +71,7 @@ class _Slot(NamedTuple):
         """The known rows that this process holds of a tensor like the parameter: its gradient, an optimizer's state."""
         if not self.is_cut:
             return known_rows(tensor, self.protected.omega)
-        if tensor.placements != self.parameter.placements:  # type: ignore[attr-defined]
-            raise ProtectionError(
-                f"{self.name} is placed as {self.parameter.placements}, and its gradient or the optimizer's state as "  # type: ignore[attr-defined]
-                f"{tensor.placements}: leave it free, by exclude={self.name!r}, or redistribute its gradient before "  # type: ignore[attr-defined]
-                "the step."
-            )
+        check_placed(tensor, self.parameter, self.name)
         return known_rows(local_part(tensor), self.protected.omega)
 
     def mark(self) -> int | float:
@@ -161,8 +157,8 @@ class Penalising(Protection):
     def _sums(self) -> list[tuple[str, _Sums]]:
         """Sums over each protected weight, over all processes, by its name."""
         slots, optimizer = self._now(), self._optimizer()
-        all_slots = [*slots, *self._adapted.slots]
-        sums = [[0.0] * len(_Sums._fields) for _ in all_slots]
+        names = [*(slot.name for slot in slots), *(slot.name for slot in self._adapted.slots)]
+        sums = [[0.0] * len(_Sums._fields) for _ in names]
         for index, moved, omega in distances(self._protected_now()):
             own = sums[index]
             own[0] += float((omega * moved.abs()).sum())
@@ -176,7 +172,7 @@ class Penalising(Protection):
         if any_sharded(likes):
             parts = [torch.tensor(own, dtype=torch.float64) for own in sums[: len(slots)]]
             sums[: len(slots)] = [own.tolist() for own in summed_over_parts(parts, likes)]
-        return [(slot.name, _Sums(*own)) for slot, own in zip(all_slots, sums, strict=True)]
+        return list(zip(names, (_Sums(*own) for own in sums), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Strength, form and the memory's values, as tensors and plain values, for `load_state_dict`."""

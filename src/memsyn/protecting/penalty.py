@@ -141,6 +141,20 @@ def check_tensors(parameters: Mapping[str, Tensor]) -> None:
             )
 
 
+def check_placed(tensor: Tensor, parameter: Tensor, name: str) -> None:
+    """Refuse a gradient, or an optimizer's state, that is cut in another way than its sharded parameter.
+
+    Raises:
+        ProtectionError: names the parameter.
+    """
+    if not is_sharded(tensor) or not is_sharded(parameter) or tensor.placements != parameter.placements:
+        raise ProtectionError(
+            f"{name} is placed as {getattr(parameter, 'placements', 'whole')}, and its gradient or its state in the "
+            f"optimizer as {getattr(tensor, 'placements', 'whole')}: redistribute it before the step, or leave "
+            f"the parameter free: exclude={name!r}."
+        )
+
+
 def known_rows(parameter: Tensor, held: Tensor) -> Tensor:
     """The rows of a parameter, or of its gradient, that the memory holds: all but those added since.
 

@@ -1,22 +1,27 @@
-"""Protection under fully_shard beside one process with all data; started by torchrun from test_sharded_protection.py."""
+"""Protection under fully_shard beside one process with all data, started by test_sharded_protection.py."""
 
 import copy
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import memsyn
+from memsyn.sharding import local_part, reshard
 
 VOCABULARY = 19
 SIZES = {
@@ -41,7 +46,9 @@ def of_layers() -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "layers": of_layers,
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=5, num_experts_per_tok=2, experts_implementation="eager")),
+    "mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(**SIZES, num_local_experts=5, num_experts_per_tok=2, experts_implementation="eager")
+    ),
 }
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -49,6 +56,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
     "adamw, fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
     "adam, one by one": lambda p: torch.optim.Adam(p, lr=0.01, foreach=False, amsgrad=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
 }
 
 
@@ -90,7 +98,7 @@ def sharded(model: nn.Module, mesh: DeviceMesh | None = None, **options: Any) ->
     """Each block on its own, and the rest together, as FSDP2 is used."""
     blocks = model.model.layers if isinstance(model, (LlamaForCausalLM, MixtralForCausalLM)) else model
     for block in blocks:
-        if any(True for _ in block.parameters()):
+        if any(True for _ in block.parameters()) and not isinstance(block, Conv1D):  # whose output is a view
             fully_shard(block, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
     return model
@@ -118,7 +126,7 @@ def pair(name: str, dtype: torch.dtype, **options: Any) -> tuple[nn.Module, nn.M
 
 def values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
-        yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        yield name, parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 def assert_same(model: nn.Module, twin: nn.Module, dtype: torch.dtype, what: object) -> None:
@@ -166,17 +174,217 @@ def check_steps(name: str, dtype: torch.dtype, form: str, kind: str, every: int 
     assert max(moved) > 1e-4  # protection did something
 
 
+def check_all_steps() -> None:
+    """Each form with SGD and AdamW, on each model, in both precisions."""
+    for name in MODELS:
+        for dtype in (torch.float64, torch.float32):
+            for form in ("gradient", "proximal", "projected"):
+                for kind in ("sgd", "adamw"):
+                    check_steps(name, dtype, form, kind)
+    for kind in ("adamw, fused", "adam, one by one", "rmsprop"):
+        check_steps("layers", torch.float64, "gradient", kind)
+        check_steps("layers", torch.float64, "projected", kind, every=2)
+        if kind != "rmsprop":
+            check_steps("layers", torch.float64, "proximal", kind)
+
+
+def oracle(model: nn.Module, twin: nn.Module) -> None:
+    """Give a plain model the gradients of the sharded one."""
+    for mine, own in zip(model.parameters(), twin.parameters(), strict=True):
+        own.grad = None if mine.grad is None else mine.grad.full_tensor().clone()
+
+
+def check_policies() -> None:
+    """Mixed precision, weights that stay on the CPU, whole weights after the forward pass, and two copies of parts."""
+    size = dist.get_world_size()
+    copies = init_device_mesh("cpu", (2, size // 2)) if size > 2 else None
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for options in (
+        {"mp_policy": mixed},
+        {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+        {"reshard_after_forward": False},
+        {"mesh": copies},
+    ):
+        for form in ("gradient", "proximal", "projected"):
+            twin, model, memory = pair("llama", torch.float32, **options)
+            made = [OPTIMIZERS["adamw"](own.parameters()) for own in (model, twin)]
+            handles = [
+                memsyn.protect(optimizer, own, memory, strength=5.0, form=form, every=2)
+                for optimizer, own in zip(made, (model, twin), strict=True)
+            ]
+            for seed in (2, 3, 4):
+                made[0].zero_grad()
+                loss_of(model, share(batches("llama", torch.float32, seed))).backward()
+                oracle(model, twin)
+                for optimizer in made:
+                    optimizer.step()
+                with torch.no_grad():
+                    loss_of(model, share(batches("llama", torch.float32, seed)))  # shows whole weights, if it may
+                reports = [handle.report() for handle in handles]
+                assert abs(reports[0].change - reports[1].change) <= 1e-4 * reports[1].change
+            reshard(model)
+            assert_same(model, twin, torch.float32, (options, form))
+
+
+def grown(name: str, model: nn.Module) -> nn.Module:
+    """More rows: of a head and its bias, or of a table that is the head too."""
+    torch.manual_seed(5)
+    if name == "layers":
+        old = model[-1]
+        model[-1] = nn.Linear(11, 8).to(old.weight)
+        with torch.no_grad():
+            model[-1].weight[:3], model[-1].bias[:3] = old.weight, old.bias
+    else:
+        model.resize_token_embeddings(VOCABULARY + 12, mean_resizing=False)
+    return model
+
+
+def check_grown() -> None:
+    """Some processes hold known rows alone, some a few of them, some none."""
+    for name in ("layers", "llama"):
+        for form in ("gradient", "proximal", "projected"):
+            twin = built(name, torch.float64)
+            memory = memory_of(twin, name, torch.float64)
+            twin = grown(name, twin)
+            model = sharded(copy.deepcopy(twin))
+            made = [OPTIMIZERS["adamw"](own.parameters()) for own in (model, twin)]
+            with pytest.warns(memsyn.GrownParametersWarning):
+                handles = [
+                    memsyn.protect(optimizer, own, memory, strength=5.0, form=form, every=2)
+                    for optimizer, own in zip(made, (model, twin), strict=True)
+                ]
+            for seed in (2, 3):
+                data = batches(name, torch.float64, seed)
+                step(model, made[0], share(data))
+                step(twin, made[1], data)
+            assert_same(model, twin, torch.float64, (name, form))
+            reports = [handle.report() for handle in handles]
+            assert reports[0].num_weights == reports[1].num_weights
+            assert abs(reports[0].change - reports[1].change) <= 1e-9
+            assert abs(memsyn.penalty(model, memory) - memsyn.penalty(twin, memory)) < 1e-9
+
+
+def check_accumulation() -> None:
+    """Several backward passes of which the last sums over processes, then clipping, then the step."""
+    for form in ("gradient", "proximal", "projected"):
+        twin, model, memory = pair("llama", torch.float64)
+        made = [OPTIMIZERS["adamw"](own.parameters()) for own in (model, twin)]
+        for optimizer, own in zip(made, (model, twin), strict=True):
+            memsyn.protect(optimizer, own, memory, strength=5.0, form=form, every=2)
+        for seed in (2, 3):
+            data = batches("llama", torch.float64, seed)
+            halves = share(data).chunk(2)
+            for index, half in enumerate(halves):
+                model.set_requires_gradient_sync(index == len(halves) - 1)
+                (loss_of(model, half) / 2).backward()
+            loss_of(twin, data).backward()
+            for own, optimizer in zip((model, twin), made, strict=True):
+                nn.utils.clip_grad_norm_(own.parameters(), 0.1)
+                optimizer.step()
+                optimizer.zero_grad()
+        assert_same(model, twin, torch.float64, form)
+
+
+def check_no_communication() -> None:
+    """A step of the penalty forms talks to no process; a projection sums small tensors, and gathers nothing."""
+    for form in ("gradient", "proximal", "projected"):
+        for kind in ("sgd", "adamw"):
+            _, model, memory = pair("llama", torch.float32)
+            optimizer = OPTIMIZERS[kind](model.parameters())
+            memsyn.protect(optimizer, model, memory, strength=1e-3, form=form, every=1)
+            for _ in range(2):
+                loss_of(model, share(batches("llama", torch.float32, 2))).backward()
+                with CommDebugMode() as seen, counted_reductions() as sizes:
+                    optimizer.step()
+                assert seen.get_total_counts() == len(sizes), seen.get_comm_counts()
+                num_weights = sum(p.numel() for p in model.parameters())
+                assert len(sizes) == (3 if form == "projected" else 0), sizes
+                assert sum(sizes) < num_weights, sizes
+
+
+@contextmanager
+def counted_reductions() -> Iterator[list[int]]:
+    """The sizes of what `all_reduce` is called with."""
+    sizes: list[int] = []
+    before = dist.all_reduce
+
+    def reduced(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(tensor.numel())
+        return before(tensor, *args, **kwargs)
+
+    dist.all_reduce = reduced
+    try:
+        yield sizes
+    finally:
+        dist.all_reduce = before
+
+
+def check_penalty() -> None:
+    """The term for a loss: its value is whole in each process, and its gradient beside that of the loss."""
+    for name in ("layers", "llama"):
+        twin, model, memory = pair(name, torch.float64)
+        for own in (model, twin):
+            with torch.no_grad():
+                for parameter in own.parameters():
+                    parameter.mul_(1.1)
+        data = batches(name, torch.float64, 2)
+        for before in (True, False):  # the root's weights are whole after the forward pass
+            for own, batch in ((model, share(data)), (twin, data)):
+                own.zero_grad()
+                if before:
+                    term = memsyn.penalty(own, memory)
+                    loss = loss_of(own, batch) + 3 * term
+                else:
+                    loss = loss_of(own, batch)
+                    term = memsyn.penalty(own, memory)
+                    loss = loss + 3 * term
+                loss.backward()
+                own.value = float(term.detach())
+            assert abs(model.value - twin.value) <= 1e-9 * twin.value
+            oracle(model, gradients := copy.deepcopy(twin))
+            for mine, expected in zip(gradients.parameters(), twin.parameters(), strict=True):
+                assert torch.allclose(mine.grad, expected.grad, rtol=1e-9, atol=1e-12)
+    _, model, memory = pair("layers", torch.float64)
+    places = dict(model.named_parameters())
+    cut = {
+        n: distribute_tensor(own, places[n].device_mesh, places[n].placements) for n, own in memory.importance.items()
+    }
+    sharded_memory = replace(memory, importance=cut)
+    assert memsyn.Relative(0.5).of(sharded_memory) == pytest.approx(memsyn.Relative(0.5).of(memory), rel=1e-12)
+    assert float(memsyn.penalty(model, sharded_memory)) == pytest.approx(0.0, abs=1e-12)
+
+
+def check_scaler() -> None:
+    """A step that GradScaler skips in one process is skipped in all."""
+    for kind in ("adamw", "adamw, fused"):
+        twin, model, memory = pair("layers", torch.float32)
+        made = [OPTIMIZERS[kind](own.parameters()) for own in (model, twin)]
+        scalers = [torch.amp.GradScaler("cpu", init_scale=16.0) for _ in made]
+        for optimizer, own in zip(made, (model, twin), strict=True):
+            memsyn.protect(optimizer, own, memory, strength=5.0, form="proximal")
+        for seed in (2, 3, 4):
+            data = batches("layers", torch.float32, seed)
+            for own, optimizer, scaler, batch in zip((model, twin), made, scalers, (share(data), data), strict=True):
+                optimizer.zero_grad()
+                scaler.scale(loss_of(own, batch)).backward()
+                if seed == 3:
+                    first = next(p for p in own.parameters() if p.grad is not None)
+                    local_part(first.grad).mul_(float("inf") if dist.get_rank() == 0 or own is twin else 1.0)
+                scaler.step(optimizer)
+                scaler.update()
+        assert_same(model, twin, torch.float32, kind)
+
+
+CHECKS = {name.removeprefix("check_"): own for name, own in dict(globals()).items() if name.startswith("check_")}
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    checks = sys.argv[1:]
-    init_device_mesh("cpu", (dist.get_world_size(),))
-    for name in MODELS:
-        for form in ("gradient", "proximal", "projected"):
-            for kind in ("sgd", "adamw"):
-                check_steps(name, torch.float64, form, kind)
-                if dist.get_rank() == 0:
-                    print(name, form, kind, flush=True)
+    for name in sys.argv[1:]:
+        start = time.perf_counter()
+        CHECKS[name]()
+        print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
     dist.barrier()
     dist.destroy_process_group()
     print(f"process {os.environ['RANK']} is done", file=sys.stderr, flush=True)

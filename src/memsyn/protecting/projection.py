@@ -186,6 +186,8 @@ class _Protected:
     """As in `HeldLayer`."""
     is_cut: bool = False
     """Whether a parameter is sharded."""
+    leaves_out_outputs: bool = False
+    """As in `HeldLayer`."""
 
     @property
     def is_summed(self) -> bool:
@@ -593,7 +595,6 @@ class Projecting(Protection):
         names = self._directions.names()
         parameters = {name: p for name, p in parameters_by_name(self._model, names).items() if id(p) in learning}
         self._directions.check(weights_by_name(self._model, names))
-        self._without_outputs: list[str] = []
         made = [self._layer(key, own, parameters) for key, own in self._directions.layers.items()]
         made += [self._single(name, own, parameters) for name, own in self._directions.diagonal.items()]
         made += [
@@ -601,9 +602,10 @@ class Projecting(Protection):
         ]
         self._layers = [layer for layer in made if layer is not None]
         self._seen = seen
-        if self._without_outputs:
+        reduced = [layer.name for layer in self._layers if layer.leaves_out_outputs]
+        if reduced:
             warn(
-                f"{len(self._without_outputs)} matrices (the first is {self._without_outputs[0]}) are projected by "
+                f"{len(reduced)} matrices (the first is {reduced[0]}) are projected by "
                 "their inputs alone: the model is cut between processes along their outputs, of which the memory keeps "
                 "so many directions that each step would sum nearly as many numbers as the weight has. Consolidate "
                 "with a smaller rank to project by the outputs too.",
@@ -625,13 +627,20 @@ class Projecting(Protection):
 
     def _held(self, key: str, own: LayerDirections, weight: Tensor, bias: Tensor | None) -> _Protected:
         held, layout = held_layer(own, weight, bias), own.matrix.layout
-        if held.leaves_out_outputs:
-            self._without_outputs.append(own.matrix.weight)
         damped = Damping(held.directions, self.strength, weight.device, wide_dtype(weight), held.summed)
         parameters = (weight,) if bias is None else (weight, bias)
         known = (layout.rows, layout.groups * layout.outputs)[: len(parameters)]
-        matrix, is_cut = held.directions.matrix, any_sharded(parameters)
-        return _Protected(key, parameters, matrix, damped, held.num_rows, known, held.bias_rows, is_cut)
+        return _Protected(
+            key,
+            parameters,
+            held.directions.matrix,
+            damped,
+            held.num_rows,
+            known,
+            held.bias_rows,
+            any_sharded(parameters),
+            held.leaves_out_outputs,
+        )
 
     def _bias(self, key: str, own: LayerDirections, bias: nn.Parameter) -> _Protected:
         """A bias that moves without its weight."""

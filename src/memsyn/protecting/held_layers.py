@@ -98,10 +98,10 @@ def _cut_along_inputs(
 ) -> HeldLayer:
     inputs, layout = own.inputs, own.matrix.layout
     assert inputs.vectors is not None  # it is no table
-    if not _is_cheap(inputs.rank, layout.inputs, layout.outputs, weight):
+    if not _is_cheap(inputs.rank, own.matrix.width, layout.outputs, weight):
         raise ProtectionError(
             f"{own.matrix.weight} is cut between processes along its inputs, of which the memory keeps {inputs.rank} "
-            f"directions of {layout.inputs}: each projection would sum nearly as many numbers over processes as the "
+            f"directions of {own.matrix.width}: each projection would sum nearly as many numbers over processes as the "
             f"weight has. Consolidate with a smaller rank, or leave it free: exclude={list(own.matrix.names)}."
         )
     parts = [inputs.vectors[:, rows]] + ([] if of_bias is None else [inputs.vectors[:, layout.inputs :]])
@@ -155,6 +155,6 @@ def check_cut(name: str, parameter: Tensor) -> None:
     wrong = [place for place in places if not (place.is_shard(0) or place.is_replicate())]
     if wrong:
         raise ProtectionError(
-            f"{name} is placed as {wrong[0]}: the projected form is for weights that are cut along their first "
+            f"{name} is placed as {wrong[0]!r}: the projected form is for weights that are cut along their first "
             f"dimension, as fully_shard does. Leave it free, by exclude={name!r}, or protect an importance."
         )

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -515,7 +516,7 @@ def check_refusals() -> None:
         r"1.weight is cut between processes along its inputs, of which the memory keeps 5 directions of 5",
     )
     _, model, memory = pair("llama", torch.float64)
-    with pytest.warns(memsyn.OutputSideWarning, match=r"14 matrices .* are projected by their inputs alone"):
+    with pytest.warns(memsyn.OutputSideWarning, match=r"15 matrices .* are projected by their inputs alone"):
         handle = memsyn.protect(torch.optim.SGD(model.parameters(), lr=0.1), model, memory)
     handle.remove()
     held_layers.SMALL_SUM, held_layers.SMALL_SHARE = limits
@@ -523,6 +524,7 @@ def check_refusals() -> None:
     for form in ("gradient", "projected"):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         handle = memsyn.protect(optimizer, model, memory, form=form)
+        optimizer.zero_grad()
         loss_of(model, share(batches("layers", torch.float64, 2))).backward()
         first = model[3].weight
         first.grad = first.grad.redistribute(placements=[Replicate()])
@@ -560,6 +562,56 @@ def grouped_steps(groups: int) -> None:
         for _ in range(2):
             step(own, optimizer, batch)
     assert_same(model, twin, torch.float64, "groups")
+
+
+def check_adapters() -> None:
+    """LoRA under fully_shard, fresh and not: each form that is for it, beside one process."""
+    for form, kind, fresh in (
+        ("gradient", "adamw", False),
+        ("gradient", "sgd", True),
+        ("projected", "adamw", True),
+        ("projected", "sgd", False),
+    ):
+        base = built("llama", torch.float64)
+        memory = memory_of(base, "llama", torch.float64).select(only="*proj*")
+        torch.manual_seed(7)
+        config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=fresh)
+        twin = get_peft_model(base, config).double()
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.mul_(0.3 if parameter.requires_grad else 1.0)
+        model = copy.deepcopy(twin)
+        for block in (*model.base_model.model.model.layers, model):
+            fully_shard(block)
+        made, handles = [], []
+        for own in (model, twin):
+            made.append(OPTIMIZERS[kind]([p for p in own.parameters() if p.requires_grad]))
+            handles.append(memsyn.protect(made[-1], own, memory, strength=5.0, form=form, every=2))
+        for seed in (2, 3):
+            data = batches("llama", torch.float64, seed)
+            step(model, made[0], share(data))
+            step(twin, made[1], data)
+        assert_same(model, twin, torch.float64, (form, kind, fresh))
+        reports = [handle.report() for handle in handles]
+        for mine, expected in (
+            ("penalty", "penalty"),
+            ("bound", "bound"),
+            ("num_weights", "num_weights"),
+            ("held", "held"),
+            ("change", "change"),
+        ):
+            mine, expected = getattr(reports[0], mine), getattr(reports[1], expected)
+            assert mine == pytest.approx(expected, rel=1e-9, nan_ok=True)
+        assert reports[0].change
+        penalties = [float(memsyn.penalty(own, memory).detach()) for own in (model, twin)]
+        assert penalties[0] == pytest.approx(penalties[1], rel=1e-9)
+        for handle in handles:
+            handle.remove()
+        with pytest.raises(memsyn.OptionError, match=r"q_proj.weight is cut between processes: use form='gradient'"):
+            memsyn.protect(made[0], model, memory, form="proximal")
+        handle = memsyn.protect(made[0], model, replace(memory, directions=None))
+        assert handle.form == "gradient"
+        handle.remove()
 
 
 FOLDER = Path(os.environ.get("SHARDED_FOLDER", "."))

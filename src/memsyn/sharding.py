@@ -204,6 +204,11 @@ def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
     return from_part(cut_like(whole, like).clone(memory_format=torch.contiguous_format), like, whole.shape)
 
 
+def redistributed_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A DTensor as `like` is placed, such as a gradient that is still to be summed. All processes must call it."""
+    return tensor.redistribute(like.device_mesh, like.placements) if is_sharded(tensor) and is_sharded(like) else tensor
+
+
 def part_beside(tensor: Tensor, like: Tensor) -> Tensor:
     """The rows of a tensor that lie beside those which this process holds of `like`; `like` may have more rows.
 
@@ -235,7 +240,7 @@ def largest_over_parts(numbers: Sequence[float], likes: Sequence[Tensor]) -> lis
     found = torch.tensor(numbers, dtype=torch.float64)
     for like in {(own.device_mesh, own.placements): own for own in likes if is_sharded(own)}.values():
         found = _reduced(found, like.device_mesh, _cut_dims(like), dist.ReduceOp.MAX).cpu()
-    return found.tolist()  # type: ignore[no-any-return]
+    return found.tolist()
 
 
 def _cut_dims(like: "DTensor") -> tuple[int, ...]:

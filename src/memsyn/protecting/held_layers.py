@@ -73,7 +73,7 @@ def held_layer(own: LayerDirections, weight: Tensor, bias: Tensor | None) -> Hel
     counts = tuple(part.stop - part.start for part in (rows, of_bias) if part is not None)
     if layout.groups > 1:
         return HeldLayer(_groups_of(own, weight, bias, rows), counts)
-    if layout.is_table:
+    if layout.is_table and layout.inputs_first:
         inputs = replace(own.inputs, values=own.inputs.values[:, rows])
         held = layout._replace(inputs=counts[0])
         return HeldLayer(replace(own, matrix=replace(own.matrix, layout=held), inputs=inputs), counts)

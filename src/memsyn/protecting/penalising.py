@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from memsyn.errors import NotProtectedWarning, OptionError, ProtectionError, StrengthWarning
+from memsyn.errors import MemsynError, NotProtectedWarning, OptionError, ProtectionError, StrengthWarning
 from memsyn.parameters import layer_of, same_values, wide_dtype
 from memsyn.protecting.adapter_penalty import AdapterPenalty, adapter_slots, check_low_rank
 from memsyn.protecting.optimizers import (
@@ -122,7 +122,11 @@ class Penalising(Protection):
         self._marks: list[int | float] | None = []
         """Of the parameters before a step, until a gradient was found on one."""
         super().__init__(found, model, memory.importance.keys(), watched)
-        self._find_slots(found.optimizer)
+        try:
+            self._find_slots(found.optimizer)
+        except MemsynError:
+            self._let_go()
+            raise
 
     def value(self) -> float:
         """The penalty now: lambda sum Omega (theta - theta*)^2 over the protected parameters.
@@ -156,6 +160,7 @@ class Penalising(Protection):
 
     def _sums(self) -> list[tuple[str, _Sums]]:
         """Sums over each protected weight, over all processes, by its name."""
+        reshard(self._model)
         slots, optimizer = self._now(), self._optimizer()
         names = [*(slot.name for slot in slots), *(slot.name for slot in self._adapted.slots)]
         sums = [[0.0] * len(_Sums._fields) for _ in names]
@@ -168,10 +173,10 @@ class Penalising(Protection):
         if optimizer is not None and known_kind(optimizer) is not None:
             for own, slot in zip(sums, slots, strict=False):
                 own[4] = float(sum(num_held(*pulls) for pulls in self._pulls(optimizer, [slot], self.strength)))
-        likes: list[Tensor] = [slot.parameter for slot in slots]
+        likes = [*(slot.parameter for slot in slots), *(slot.layer.base.weight for slot in self._adapted.slots)]
         if any_sharded(likes):
-            parts = [torch.tensor(own, dtype=torch.float64) for own in sums[: len(slots)]]
-            sums[: len(slots)] = [own.tolist() for own in summed_over_parts(parts, likes)]
+            parts = [torch.tensor(own, dtype=torch.float64) for own in sums]
+            sums = [own.tolist() for own in summed_over_parts(parts, likes)]
         return list(zip(names, (_Sums(*own) for own in sums), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
@@ -345,6 +350,8 @@ class Penalising(Protection):
     def _begin(self, optimizer: Optimizer) -> None:
         """Gradients are there, and the update comes next. A step may end in `zero_grad()`: later is too late."""
         self._stepped = self._with_gradients(optimizer)
+        if any(slot.is_sharded for slot in self._adapted.slots):
+            reshard(self._model)
         has_moved = bool(self._adapted.slots) and self._adapted.begin(optimizer, self.form, self.strength)
         self._marks = None if self._stepped or has_moved else self._marks
         if self.form == GRADIENT and self._stepped:

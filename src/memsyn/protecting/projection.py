@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from memsyn.errors import OptionError, OutputSideWarning
+from memsyn.errors import MemsynError, OptionError, OutputSideWarning
 from memsyn.matrices import Matrix
 from memsyn.parameters import fitted, layer_of, wide_dtype
 from memsyn.protecting.adapter_projection import AdaptedMatrix, adapted_matrices, is_fresh
@@ -158,6 +158,12 @@ class UpDamping:
     def __call__(self, change: Tensor) -> Tensor:
         """The damped change, (1, m, r)."""
         return Damping(self._own.of_up(), self._strength, change.device, change.dtype)(change)
+
+    def of_part(self) -> Damping:
+        """The damping of what this process holds of B, by all of A. All processes must call it together."""
+        up = self._own.term.up
+        held = held_layer(self._own.of_up(), up, None)
+        return Damping(held.directions, self._strength, up.device, wide_dtype(up), held.summed)
 
 
 def _with_rest(spectrum: Spectrum) -> Tensor:
@@ -318,7 +324,7 @@ def _damp_all(changes: Iterable[_Change]) -> list[tuple[Tensor, Tensor] | None]:
     waiting: list[tuple[int, _Change, Projections]] = []
     touched: set[int] = set()
     size = 0
-    for index, change in enumerate(changes):
+    for index, change in enumerate(map(_as_it_is, changes)):
         if touched and touched & {id(parameter) for parameter in change.layer.parameters}:
             found |= _damp_together(waiting)
             waiting, touched, size = [], set(), 0
@@ -334,6 +340,14 @@ def _damp_all(changes: Iterable[_Change]) -> list[tuple[Tensor, Tensor] | None]:
             waiting, touched, size = [], set(), 0
     found |= _damp_together(waiting)
     return [found[index] for index in sorted(found)]
+
+
+def _as_it_is(change: _Change) -> _Change:
+    """Of the part of B of an adapter, with the damping that A as it is asks for; it holds until B is damped."""
+    layer = change.layer
+    if layer.is_cut and isinstance(layer.damping, UpDamping):
+        return change._replace(layer=replace(layer, damping=layer.damping.of_part()))
+    return change
 
 
 def _damp_together(waiting: Sequence[tuple[int, _Change, Projections]]) -> dict[int, tuple[Tensor, Tensor] | None]:
@@ -387,7 +401,11 @@ class Projecting(Protection):
         self._averaged: dict[int, Tensor] = {}
         """id of a parameter -> schedule-free's `z` before the step."""
         super().__init__(found, model, directions.names(), watched)
-        self._find_layers(found.optimizer)
+        try:
+            self._find_layers(found.optimizer)
+        except MemsynError:
+            self._let_go()
+            raise
         self._take_norms()  # fresh adapters were damped
 
     def value(self) -> float:
@@ -649,18 +667,15 @@ class Projecting(Protection):
     def _adapter(self, own: AdaptedMatrix, learning: Set[int]) -> Iterator[_Protected]:
         """A and B of an adapter. If it adds nothing yet, A is damped itself, so that B A x is small for old inputs."""
         down, up = own.term.down, own.term.up
-        matrix = own.of_down()
-        damped = Damping(matrix, self.strength, down.device, wide_dtype(down))
         if id(down) in learning:
-            part = _Protected(f"{own.path} A", (down,), matrix.matrix, damped, (len(down),), (len(down),))
+            part = self._held(f"{own.path} A", own.of_down(), down, None)
             if id(down) not in self._befores and self.strength and is_fresh(own.term):
                 with torch.no_grad():
-                    part.since({id(down): torch.zeros_like(down)}).damp()
+                    part.since({id(down): torch.zeros_like(part.part(down))}).damp()
             yield part
         if id(up) in learning:
-            matrix = own.of_up()
-            rows = matrix.matrix.layout.rows
-            yield _Protected(f"{own.path} B", (up,), matrix.matrix, UpDamping(own, self.strength), (rows,), (rows,))
+            part = self._held(f"{own.path} B", own.of_up(), up, None)
+            yield replace(part, damping=UpDamping(own, self.strength))
 
     def _single(self, name: str, own: DiagonalDirections, parameters: Mapping[str, nn.Parameter]) -> _Protected | None:
         parameter = parameters.get(name)

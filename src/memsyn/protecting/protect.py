@@ -29,7 +29,7 @@ from memsyn.protecting.protection import Protection, check_optimizer, is_protect
 from memsyn.protecting.replaced import check_replaced, warn_of_grown
 from memsyn.protecting.statistics import WatchedStatistics
 from memsyn.protecting.strength import Relative, checked_strength
-from memsyn.sharding import reshard
+from memsyn.sharding import is_sharded, reshard
 from memsyn.values.directions import STRENGTH
 from memsyn.values.memory import Memory, check_model
 from memsyn.weights_in_effect import adapted_weights, parameters_by_name, weights_by_name
@@ -201,8 +201,9 @@ def _form_for(optimizer: Optimizer, model: nn.Module, memory: Memory) -> str:
     """The form for form="auto": projected where the memory has directions and the optimizer allows it."""
     if memory.directions is not None and not (isinstance(optimizer, torch.optim.LBFGS) and memory.importance):
         return PROJECTED
-    low_rank = all(layer.is_low_rank() for _, layer in adapted_weights(model, memory.importance.keys()))
-    return best_form(optimizer) if low_rank else GRADIENT
+    adapted = adapted_weights(model, memory.importance.keys())
+    can_pull = all(layer.is_low_rank() and not is_sharded(layer.base.weight) for _, layer in adapted)
+    return best_form(optimizer) if can_pull else GRADIENT
 
 
 def _check_dense_gradients(model: nn.Module, memory: Memory, held: Set[int]) -> None:

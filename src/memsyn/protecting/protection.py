@@ -329,15 +329,20 @@ class Protection(ABC):
         if self._hooks and optimizer is not None:
             self.flush()
             self._check_acted()
-            for hook in self._hooks:
-                hook.remove()
-            _protected.discard(optimizer)
-            _handles.discard(self)
             for other in _handles if self._acted else ():
                 if unwrap(other._model) is unwrap(self._model):
                     other._norms = None  # this handle has let the weights move
-        for guard in self._guards:
-            guard.remove()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Take every hook away, also of a handle that could not be made: then another call of `protect` may follow."""
+        self._watched.statistics.end()
+        optimizer = self._optimizer()
+        if optimizer is not None and self._hooks:
+            _protected.discard(optimizer)
+        _handles.discard(self)
+        for hook in (*self._hooks, *self._guards):
+            hook.remove()
         self._hooks, self._guards = [], []
 
     def _with_outputs(self, report: Report) -> Report:

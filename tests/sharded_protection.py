@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from transformers.pytorch_utils import Conv1D
 
 import memsyn
+from memsyn.integrations.lightning import MemsynCallback
 from memsyn.protecting import held_layers
 from memsyn.sharding import local_part, reshard
 
@@ -531,6 +532,10 @@ def check_refusals() -> None:
         with pytest.raises(memsyn.ProtectionError, match=r"3.weight is placed as .*Shard.* as .*Replicate"):
             optimizer.step()
         handle.remove()
+    wide = fully_shard(nn.Linear(8, 5, bias=False), shard_placement_fn=lambda p: Shard(1))
+    small = memsyn.Memory({"weight": torch.zeros(4, 8)}, {"weight": torch.ones(4, 8)})
+    with pytest.raises(memsyn.ModelError, match=r"a tensor of shape \(5, 8\) is cut along another dimension than 0"):
+        memsyn.penalty(wide, small)
     for groups in (3, 4) if dist.get_world_size() == 4 else (4,):  # of three groups, the last process holds none
         grouped_steps(groups)
 
@@ -612,6 +617,66 @@ def check_adapters() -> None:
         handle = memsyn.protect(made[0], model, replace(memory, directions=None))
         assert handle.form == "gradient"
         handle.remove()
+        name = "model.layers.0.self_attn.q_proj.weight"
+        fewer = memsyn.Memory({name: memory.anchor[name][:5]}, {name: memory.importance[name][:5]})
+        with pytest.raises(memsyn.ProtectionError, match=r"has adapters, and has more rows than the memory knows"):
+            memsyn.protect(made[0], model, fewer)
+
+
+def in_parts(memory: memsyn.Memory, model: nn.Module) -> memsyn.Memory:
+    """A memory as one that was measured under fully_shard: DTensors of the parameters' placement."""
+    places = dict(model.named_parameters())
+
+    def cut(name: str, own: Tensor) -> Tensor:
+        return distribute_tensor(own, places[name].device_mesh, places[name].placements)
+
+    assert memory.directions is not None
+    diagonal = {n: replace(own, squares=cut(n, own.squares)) for n, own in memory.directions.diagonal.items()}
+    assert diagonal
+    return replace(
+        memory,
+        anchor={name: cut(name, own) for name, own in memory.anchor.items()},
+        importance={name: cut(name, own) for name, own in memory.importance.items()},
+        directions=replace(memory.directions, diagonal=diagonal),
+    )
+
+
+def check_memory_in_parts() -> None:
+    """A sharded memory protects as the whole one does, also a model of another placement, or none."""
+    for form in ("gradient", "proximal", "projected"):
+        twin, model, memory = pair("mixtral", torch.float64)
+        other = copy.deepcopy(twin)
+        parts = in_parts(memory, model)
+        reports = []
+        for own, held in ((model, parts), (twin, memory), (other, parts)):
+            optimizer = OPTIMIZERS["adamw"](own.parameters())
+            handle = memsyn.protect(optimizer, own, held, strength=5.0, form=form, every=2)
+            for seed in (2, 3):
+                data = batches("mixtral", torch.float64, seed)
+                step(own, optimizer, share(data) if own is model else data)
+            reports.append(handle.report())
+            state = handle.state_dict()
+            handle.load_state_dict(state)
+            assert handle.report().change == pytest.approx(reports[-1].change, rel=1e-9)
+            handle.remove()
+        assert_same(model, twin, torch.float64, form)
+        assert_same(other, twin, torch.float64, form)
+        assert reports[0].change == pytest.approx(reports[1].change, rel=1e-9)
+        assert reports[2].change == pytest.approx(reports[1].change, rel=1e-9)
+
+
+def check_exception() -> None:
+    """Lightning tells the callback of the process that failed alone: it must not wait for the others."""
+    _, model, memory = pair("llama", torch.float64)
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    handle = memsyn.protect(optimizer, model, memory, every=5)
+    step(model, optimizer, share(batches("llama", torch.float64, 2)))
+    callback = MemsynCallback(memory)
+    callback.protections = [handle]
+    if dist.get_rank() == 0:
+        callback.on_exception(None, None, RuntimeError())
+    dist.barrier()
+    handle.remove()
 
 
 FOLDER = Path(os.environ.get("SHARDED_FOLDER", "."))

@@ -9,6 +9,7 @@ A weight under `fully_shard` is cut along its first dimension, and its direction
     table (n, m), rows are inputs with factors         all is local
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final, NamedTuple
 
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from memsyn.errors import ProtectionError
 from memsyn.parameters import wide_dtype
-from memsyn.sharding import all_rows_held, is_sharded, rows_held
-from memsyn.values.directions import LayerDirections
+from memsyn.sharding import all_rows_held, is_sharded, placed_like, rows_held
+from memsyn.values.directions import Directions, LayerDirections
 from memsyn.values.spectra import Spectrum
 
 U_D: Final = "U^T D"
@@ -80,6 +81,18 @@ def held_layer(own: LayerDirections, weight: Tensor, bias: Tensor | None) -> Hel
     if layout.inputs_first:
         return _cut_along_inputs(own, weight, rows, of_bias, counts)
     return _cut_along_outputs(own, weight, rows, counts)
+
+
+def placed_directions(directions: Directions, parameters: Mapping[str, Tensor]) -> Directions:
+    """The same, with the squared gradients of parameters that are no matrices placed as these are: experts are large.
+
+    All processes must call it together if some are DTensors of another placement.
+    """
+    diagonal = {
+        name: replace(own, squares=placed_like(own.squares, parameters[name])) if name in parameters else own
+        for name, own in directions.diagonal.items()
+    }
+    return replace(directions, diagonal=diagonal)
 
 
 def _cut_along_outputs(own: LayerDirections, weight: Tensor, rows: slice, counts: tuple[int, ...]) -> HeldLayer:

@@ -81,6 +81,14 @@ class _Slot(NamedTuple):
         return float(torch.linalg.vector_norm(self.protected.parameter, dtype=self.protected.anchor.dtype))
 
 
+class _Held(NamedTuple):
+    """What is protected; of sharded parameters the parts that lie beside those of this process."""
+
+    memory: Memory
+    excerpts: dict[str, Tensor]
+    """Values of those parts of the anchor: torch.distributed.checkpoint overwrites them before `load_state_dict`."""
+
+
 class _Sums(NamedTuple):
     """Sums over a protected weight."""
 
@@ -163,7 +171,7 @@ class Penalising(Protection):
         reshard(self._model)
         slots, optimizer = self._now(), self._optimizer()
         names = [*(slot.name for slot in slots), *(slot.name for slot in self._adapted.slots)]
-        sums = [[0.0] * len(_Sums._fields) for _ in names]
+        sums = [[0.0] * 5 for _ in names]
         for index, moved, omega in distances(self._protected_now()):
             own = sums[index]
             own[0] += float((omega * moved.abs()).sum())
@@ -180,12 +188,16 @@ class Penalising(Protection):
         return list(zip(names, (_Sums(*own) for own in sums), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Strength, form and the memory's values, as tensors and plain values, for `load_state_dict`."""
+        """Strength, form and the memory's values, as tensors and plain values, for `load_state_dict`.
+
+        Those of sharded parameters are DTensors, in the memory of this handle: what torch.distributed.checkpoint loads
+        into them acts at once.
+        """
         return {
             "strength": self.strength,
             "form": self.form,
-            "anchor": dict(self._memory.anchor),
-            "importance": dict(self._memory.importance),
+            "anchor": dict(self._held.memory.anchor),
+            "importance": dict(self._held.memory.importance),
             "statistics": dict(self._watched.statistics.remembered),
         }
 
@@ -206,7 +218,7 @@ class Penalising(Protection):
         if form == PROJECTED:
             raise OptionError("the state is of form='projected': protect with that form, then load it.")
         self.strength, self.form = checked_strength(state["strength"]), form
-        before, excerpts = self._memory.anchor, self._excerpts
+        before, excerpts = self._held.memory.anchor, self._held.excerpts
         self._take(memory, self._model)
         self._restored(is_same=self._is_anchor(before, excerpts))
         self._watched.statistics.take(
@@ -223,19 +235,20 @@ class Penalising(Protection):
             name: (placed_like(omega, own[name]) if name in own else omega).to(dtype or omega.dtype)
             for name, omega in memory.importance.items()
         }
-        self._memory = Memory(anchor, importance)
-        self._excerpts = {name: excerpt(local_part(old)) for name, old in anchor.items() if is_sharded(old)}
-        """Of the parts of the anchor, which torch.distributed.checkpoint overwrites before `load_state_dict`."""
+        self._held = _Held(
+            Memory(anchor, importance),
+            {name: excerpt(local_part(old)) for name, old in anchor.items() if is_sharded(old)},
+        )
         self._slots: list[_Slot] = []
         self._seen: list[Any] = []
 
     def _is_anchor(self, before: Mapping[str, Tensor], excerpts: Mapping[str, Tensor]) -> bool:
         """Whether an anchor is that of now, in all processes."""
-        now = self._memory.anchor
+        now = self._held.memory.anchor
         whole = {name for name in before.keys() & now.keys() if not any_sharded([before[name], now[name]])}
         differs = any(not same_values(before[name], now[name]) for name in whole)
-        parts = excerpts.keys() & self._excerpts.keys()
-        differs |= any(not same_values(excerpts[name], self._excerpts[name]) for name in parts)
+        parts = excerpts.keys() & self._held.excerpts.keys()
+        differs |= any(not same_values(excerpts[name], self._held.excerpts[name]) for name in parts)
         return not any(largest_over_parts([float(differs)], list(now.values())))
 
     def _now(self) -> list[_Slot]:
@@ -262,8 +275,8 @@ class Penalising(Protection):
             self._renew_views()
             return
         reshard(self._model)
-        known = self._memory.importance.keys()
-        slots = adapter_slots(self._model, self._memory, *self._held_as)
+        known = self._held.memory.importance.keys()
+        slots = adapter_slots(self._model, self._held.memory, *self._held_as)
         if self.form == PROXIMAL:
             check_low_rank(slots, OptionError)
         self._adapted = AdapterPenalty(slots)
@@ -278,16 +291,16 @@ class Penalising(Protection):
                     held = self._hold(name, parameter)
                     self._slots.append(_Slot(name, parameter, group, held, is_sharded(parameter)))
         self._seen = seen
-        self._cut = [index for index, slot in enumerate(self._slots) if slot.is_cut]
-        """Indices of the slots of sharded parameters."""
-        self._most: dict[int, float] = self._largest_of_parts(optimizer) if self._cut and self.form == GRADIENT else {}
+        is_cut = any(slot.is_cut for slot in self._slots)
+        self._most: dict[int, float] = self._largest_of_parts(optimizer) if is_cut and self.form == GRADIENT else {}
         self._unstable: dict[int, Overshoot | None] = {}
         """Index of a group -> the weights that are watched; None if a warning was given in their place."""
 
     def _renew_views(self) -> None:
         """Of sharded parameters that were given other memory: `fully_shard` pads parts in the first forward pass."""
-        for index in self._cut:
-            slot = self._slots[index]
+        for index, slot in enumerate(self._slots):
+            if not slot.is_cut:
+                continue
             part = slot.rows(slot.parameter)
             if part.numel() and part.data_ptr() != slot.protected.parameter.data_ptr():
                 self._slots[index] = slot._replace(protected=slot.protected._replace(parameter=part))
@@ -306,11 +319,11 @@ class Penalising(Protection):
     def _hold(self, name: str, parameter: nn.Parameter) -> ProtectedWeights:
         """Anchor and importance in float32 at least, on the parameter's device or on `device`."""
         check_tensors({name: parameter})
-        check_fit({name: self._memory.importance[name]}, {name: parameter}, "the memory", may_change=True)
+        check_fit({name: self._held.memory.importance[name]}, {name: parameter}, "the memory", may_change=True)
         own = local_part(parameter)
         device, dtype = self._held_as[0] or own.device, wide_dtype(own)
-        omega = part_beside(self._memory.importance[name], parameter).to(device, self._held_as[1] or dtype)
-        anchor = part_beside(self._memory.anchor[name], parameter).to(device, dtype)
+        omega = part_beside(self._held.memory.importance[name], parameter).to(device, self._held_as[1] or dtype)
+        anchor = part_beside(self._held.memory.anchor[name], parameter).to(device, dtype)
         if anchor.untyped_storage().data_ptr() == own.untyped_storage().data_ptr():
             anchor = anchor.clone()  # a memory made by hand may hold the weights themselves, which move
         return ProtectedWeights(known_rows(own, omega), anchor, omega)

@@ -22,7 +22,7 @@ from memsyn.errors import MemsynError, OptionError, OutputSideWarning
 from memsyn.matrices import Matrix
 from memsyn.parameters import fitted, layer_of, wide_dtype
 from memsyn.protecting.adapter_projection import AdaptedMatrix, adapted_matrices, is_fresh
-from memsyn.protecting.held_layers import D_V, U_D, held_layer
+from memsyn.protecting.held_layers import D_V, U_D, held_layer, placed_directions
 from memsyn.protecting.optimizers import PROJECTED, Stepping
 from memsyn.protecting.penalty import check_placed
 from memsyn.protecting.predicting import Watched
@@ -465,6 +465,7 @@ class Projecting(Protection):
         fit = fitted(directions.names() | directions.free, parameters)
         directions = directions.renamed(fit.names)
         directions.check(parameters)
+        directions = placed_directions(directions, parameters_by_name(self._model, directions.names()))
         self.flush()
         every = checked_every(state["every"])
         self.strength, self.every = checked_strength(state["strength"]), 1 if self._in_each_step else every

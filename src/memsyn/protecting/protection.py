@@ -9,9 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import count
-from typing import Any, Final, final
-from weakref import WeakMethod, WeakSet, ref
+from typing import Any, final
+from weakref import WeakKeyDictionary, WeakMethod, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +28,8 @@ from memsyn.weights_in_effect import WeightsInEffect, moving_parameters, weights
 _protected: "WeakSet[Optimizer]" = WeakSet()
 """The optimizers with a handle that was not removed."""
 
-_handles: "WeakSet[Protection]" = WeakSet()
-"""The handles that were not collected."""
-
-
-_numbers: Final = count()
+_handles: "WeakKeyDictionary[Protection, None]" = WeakKeyDictionary()
+"""The handles that were not collected, in order: processes that talk about several take them one after the other."""
 
 
 def is_protected(optimizer: Optimizer) -> bool:
@@ -257,8 +253,6 @@ class Protection(ABC):
         optimizer = found.optimizer
         self.wrappers = tuple(type(wrapper).__name__ for wrapper in found.wrappers)
         self._optimizer = ref(optimizer)  # the optimizer's hooks refer to this object: no reference cycle
-        self._number = next(_numbers)
-        """Of the handle: where processes talk about several handles, all take them in one order."""
         self._depth = 0
         """How many calls of `step` are in progress: 2 in a `step` that calls `super().step()`."""
         # A step that is known calls its hooks once.
@@ -280,7 +274,7 @@ class Protection(ABC):
         self._norms: dict[tuple[str, torch.dtype, torch.device], Tensor] | None = self._norms_now()
         """Of the parameters when protection began; None if they were loaded since."""
         _protected.add(optimizer)
-        _handles.add(self)
+        _handles[self] = None
         self._watched = watched
         watched.statistics.begin(optimizer)
 
@@ -300,11 +294,17 @@ class Protection(ABC):
 
     @abstractmethod
     def value(self) -> float:
-        """The penalty now: lambda sum Omega (theta - theta*)^2; 0 in the projected form, which has none."""
+        """The penalty now: lambda sum Omega (theta - theta*)^2; 0 in the projected form, which has none.
+
+        Of a model under `fully_shard`, all processes must call it together.
+        """
 
     @abstractmethod
     def report(self) -> Report:
-        """What protection does to the weights, layer by layer."""
+        """What protection does to the weights, layer by layer.
+
+        Of a model under `fully_shard`, all processes must call it together, and all get the same.
+        """
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -320,7 +320,10 @@ class Protection(ABC):
         """
 
     def flush(self) -> None:  # noqa: B027 (the penalty forms have nothing to do)
-        """Project the changes of the last steps that are not projected yet; only the projected form delays any."""
+        """Project the changes of the last steps that are not projected yet; only the projected form delays any.
+
+        Of a model under `fully_shard`, all processes must call it together.
+        """
 
     def remove(self) -> None:
         """Stop protecting; a second call does nothing."""
@@ -340,7 +343,7 @@ class Protection(ABC):
         optimizer = self._optimizer()
         if optimizer is not None and self._hooks:
             _protected.discard(optimizer)
-        _handles.discard(self)
+        _handles.pop(self, None)
         for hook in (*self._hooks, *self._guards):
             hook.remove()
         self._hooks, self._guards = [], []
@@ -365,7 +368,7 @@ class Protection(ABC):
         """The weights in effect, with the values that `flush` of all handles of the model would give them."""
         waiting: dict[int, Tensor] = {}
         reshard(self._model)
-        for handle in sorted(_handles, key=lambda handle: handle._number):
+        for handle in list(_handles):
             if unwrap(handle._model) is unwrap(self._model):
                 waiting |= handle._waiting_values()
         weights = weights_by_name(self._model, self._names)

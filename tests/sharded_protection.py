@@ -623,6 +623,39 @@ def check_adapters() -> None:
             memsyn.protect(made[0], model, fewer)
 
 
+def check_still() -> None:
+    """A part that does not move in one process, beside one that does: both damp the change together."""
+    twin, model, memory = pair("layers", torch.float64)
+    for own, batch in (
+        (model, share(batches("layers", torch.float64, 2))),
+        (twin, batches("layers", torch.float64, 2)),
+    ):
+        optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
+        memsyn.protect(optimizer, own, memory, every=2, form="projected")
+        for _ in range(4):
+            optimizer.zero_grad()
+            own(batch)[:, 0].square().mean().backward()
+            optimizer.step()
+    assert_same(model, twin, torch.float64, "still")
+
+
+def check_converted() -> None:
+    """After `protect`, the same parameters get other memory, and then another dtype too."""
+    for form in ("gradient", "proximal", "projected"):
+        for convert in (lambda own: own.double().float(), lambda own: own.double()):
+            twin, model, memory = pair("layers", torch.float32)
+            for own in (model, twin):
+                optimizer = torch.optim.SGD(own.parameters(), lr=0.05)
+                handle = memsyn.protect(optimizer, own, memory, strength=5.0, form=form, every=2)
+                convert(own)
+                dtype = next(own.parameters()).dtype
+                for seed in (2, 3):
+                    data = batches("layers", dtype, seed)
+                    step(own, optimizer, share(data) if own is model else data)
+                handle.remove()
+            assert_same(model, twin, torch.float32, (form, dtype))
+
+
 def in_parts(memory: memsyn.Memory, model: nn.Module) -> memsyn.Memory:
     """A memory as one that was measured under fully_shard: DTensors of the parameters' placement."""
     places = dict(model.named_parameters())

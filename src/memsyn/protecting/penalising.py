@@ -270,7 +270,12 @@ class Penalising(Protection):
         groups = optimizer.param_groups
         # `_hold` keeps views of the weights. So the address counts: if `p.data` was replaced, the views are old. That
         # of a DTensor is always 0: all processes find slots again, or none does, since they may talk about them.
-        seen = [key for group in groups for p in group["params"] for key in (id(p), p.data_ptr(), p.shape, id(group))]
+        seen = [
+            key
+            for group in groups
+            for p in group["params"]
+            for key in (id(p), p.data_ptr(), p.shape, p.dtype, p.device, id(group))
+        ]
         if seen == self._seen:
             self._renew_views()
             return

@@ -601,7 +601,7 @@ class Projecting(Protection):
     def _find_layers(self, optimizer: Optimizer) -> None:
         """Look for the protected parameters again if the optimizer's parameters have changed."""
         held = [p for group in optimizer.param_groups for p in group["params"]]
-        seen = [key for p in held for key in (id(p), p.data_ptr(), p.shape, p.device, p.requires_grad)]
+        seen = [key for p in held for key in (id(p), p.data_ptr(), p.shape, p.dtype, p.device, p.requires_grad)]
         if seen == self._seen:
             return
         if self._num_waiting and all(id(p) in self._befores for layer in self._layers for p in layer.parameters):

@@ -28,11 +28,12 @@ def run(num_processes: int, folder: Path, *checks: str) -> None:
 
 
 def test_steps_in_two_processes_are_those_of_one(tmp_path: Path) -> None:
-    run(2, tmp_path, "all_steps", "accumulation", "scaler", "policies")
+    run(2, tmp_path, "all_steps", "accumulation", "scaler", "policies", "converted", "exception")
 
 
 def test_steps_in_four_processes_are_those_of_one_and_go_on_in_two_and_one(tmp_path: Path) -> None:
-    run(4, tmp_path, "grown", "no_communication", "penalty", "state", "refusals", "some_steps", "policies", "save")
+    several = ("grown", "no_communication", "penalty", "state", "still", "adapters", "memory_in_parts")
+    run(4, tmp_path, *several, "refusals", "some_steps", "policies", "save")
     run(2, tmp_path, "load", "refusals")
     alone = [sys.executable, "-c", "from tests import sharded_protection as own; own.go_on_alone()"]
     environment = {**os.environ, "SHARDED_FOLDER": str(tmp_path)}

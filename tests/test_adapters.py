@@ -725,7 +725,8 @@ def test_what_the_proximal_form_cannot_hold_is_said() -> None:
     memory = learned(model)
     wrapped = adapted(model, CONFIGS["dora"])
     with pytest.raises(memsyn.OptionError, match=r"0\.weight is adapted in another way, by PEFT's lora Linear: use"):
-        memsyn.protect(sgd(wrapped), wrapped, memory, form="proximal")
+        memsyn.protect(optimizer := sgd(wrapped), wrapped, memory, form="proximal")
+    assert memsyn.protect(optimizer, wrapped, memory).form == "gradient"  # the first call has left nothing behind
     wrapped = adapted(model)
     optimizer = sgd(wrapped)
     memsyn.protect(optimizer, wrapped, memory, strength=1.0)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, RMSprop
+from transformers.pytorch_utils import Conv1D
 
 import memsyn
 from memsyn.matrices import Layout, Matrix
@@ -676,6 +677,28 @@ def test_a_projected_step_runs_through_three_of_our_files() -> None:
     memsyn.protect(optimizer, model, a_memory(model), every=1)
     train(model, optimizer, batches(1))
     assert files_of(optimizer.step) == {"protecting/projection.py", "matrices.py", "parameters.py"}
+
+
+def test_a_weight_whose_rows_are_inputs_and_its_longer_bias_are_damped_as_its_transpose() -> None:
+    torch.manual_seed(0)
+    turned = Conv1D(9, 4).double()  # of transformers: weight (4, 9), bias (9,)
+    plain = nn.Linear(4, 9).double()
+    with torch.no_grad():
+        plain.weight.copy_(turned.weight.T)
+        plain.bias.copy_(turned.bias.normal_())
+    data = torch.randn(6, 4, dtype=torch.float64)
+    for layer in (turned, plain):
+        factors = memsyn.measure(layer, [data], estimator="kronecker", progress=False)
+        optimizer = Adam(layer.parameters(), lr=0.1)
+        memsyn.protect(optimizer, layer, memsyn.Memory.empty().consolidate(layer, factors), every=2)
+        before = layer.weight.detach().clone()
+        for _ in range(2):
+            optimizer.zero_grad()
+            (layer(data) - 1).square().sum().backward()
+            optimizer.step()
+        assert (layer.weight - before).abs().max() > 1e-3
+    torch.testing.assert_close(turned.weight.T, plain.weight, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(turned.bias, plain.bias, rtol=1e-9, atol=1e-12)
 
 
 def test_what_does_not_fit_together() -> None:

@@ -141,6 +141,7 @@ def test_public_names_are_sorted_and_there() -> None:
         "Observer",
         "OptionError",
         "OutputError",
+        "OutputSideWarning",
         "PairedDifference",
         "ProcessError",
         "Protection",

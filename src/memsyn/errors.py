@@ -89,6 +89,10 @@ class RepeatedDataWarning(UserWarning):
     """A trainer's callback trains again on the data that it has measured. The new measurement replaces the last one."""
 
 
+class OutputSideWarning(UserWarning):
+    """Some matrices of a sharded model are projected by their inputs alone. Sums over processes would be large."""
+
+
 class NotProtectedWarning(UserWarning):
     """Protected weights were moved by something else than a step of the optimizer that is protected."""
 

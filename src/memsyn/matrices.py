@@ -3,6 +3,7 @@
 Owns the layout of a weight as matrices of m outputs and n inputs, y = W x. Must not know operations or files.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -39,7 +40,7 @@ class Layout(NamedTuple):
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight, or a tensor of its shape, as (G, m, n); a view if it is contiguous."""
-        split = weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+        split = weight.reshape(self.groups, weight.shape[0] // self.groups, math.prod(weight.shape[1:]))
         return split.transpose(1, 2) if self.inputs_first else split
 
     def weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
@@ -81,7 +82,7 @@ class Matrix:
     def joined(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """A tensor like the weight as (G, m, n), with one like the bias as the last column."""
         split = self.layout.matrix(weight)
-        return split if bias is None else torch.cat([split, bias.reshape(len(split), -1, 1).to(split)], 2)
+        return split if bias is None else torch.cat([split, bias.reshape(*split.shape[:2], 1).to(split)], 2)
 
     def split(self, matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         """The inverse of `joined`: tensors in the shapes of the weight, and of the bias if it is given."""

@@ -22,7 +22,7 @@ from torch.nn.parameter import UninitializedBuffer
 from torch.optim.swa_utils import AveragedModel
 
 from memsyn.adapters import modules_in_use
-from memsyn.errors import MismatchError, OptionError, RenamedParametersWarning
+from memsyn.errors import MismatchError, ModelError, OptionError, RenamedParametersWarning
 from memsyn.sharding import check_same_processes, first_process, gathered, is_sharded, pieces_on_first, text_told_by
 from memsyn.torch_private import compiled_original, persistent_buffers, uncompiled_name
 
@@ -46,6 +46,29 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = original
         else:
             return model
+
+
+def refuse_other_sharding(model: nn.Module) -> None:
+    """Refuse a model whose parameters are cut in another way than by `fully_shard`: their values are not to be found.
+
+    Raises:
+        ModelError: it is under DeepSpeed's ZeRO-3 or the old FullyShardedDataParallel.
+    """
+    kind = "FullyShardedDataParallel" if any(_is_old_fsdp(module) for module in model.modules()) else None
+    # ZeRO-3 gives each parameter a number, and takes its values away: its shape is (0,).
+    if any(getattr(parameter, "ds_id", None) is not None for parameter in model.parameters()):
+        kind = "DeepSpeed's ZeRO-3"
+    if kind is not None:
+        raise ModelError(
+            f"the model is cut between processes by {kind}, which memsyn cannot read. Use fully_shard (FSDP2) of "
+            "torch.distributed.fsdp: in Accelerate and transformers fsdp_version: 2, in Lightning the "
+            "ModelParallelStrategy. Or keep the model whole in each process, as DistributedDataParallel does."
+        )
+
+
+def _is_old_fsdp(module: nn.Module) -> bool:
+    kinds = ((kind.__name__, kind.__module__) for kind in type(module).__mro__)
+    return any(name == "FullyShardedDataParallel" and "fsdp" in place for name, place in kinds)
 
 
 def _is_of_fabric(model: nn.Module) -> bool:

@@ -43,13 +43,17 @@ def any_sharded(tensors: Sequence[Tensor] | Mapping[str, Tensor]) -> bool:
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, in the same memory and without its graph; of a plain tensor, all of it."""
-    own = tensor.detach()
-    return own.to_local() if is_sharded(own) else own
+    if is_sharded(tensor):
+        with torch.no_grad():  # then this is the tensor that is held, and no view of it, at a fifth of the time
+            return tensor.to_local()
+    return tensor.detach()
 
 
-def from_part(part: Tensor, like: Tensor) -> Tensor:
-    """A tensor of the shape, mesh and placement of `like`, of which this process holds `part`."""
-    return _sharded(part, like.shape, like, like.placements) if is_sharded(like) else part
+def from_part(part: Tensor, like: Tensor, shape: torch.Size | None = None) -> Tensor:
+    """A tensor of the mesh and placement of `like`, of which this process holds `part`; of its shape, or another."""
+    if not is_sharded(like):
+        return part
+    return _sharded(part, like.shape if shape is None else shape, like, like.placements)
 
 
 def cut_like(whole: Tensor, like: Tensor) -> Tensor:
@@ -81,9 +85,7 @@ def rows_held(like: Tensor) -> slice:
     """
     if not is_sharded(like):
         return slice(0, len(like))
-    if any(_cut_dimension(place, like.ndim) not in (0, None) for place in like.placements):
-        raise ModelError(f"a tensor of shape {tuple(like.shape)} is cut along another dimension than 0.")
-    return slice(*_own_box(like)[0])
+    return _rows_at(like, like.device_mesh.get_coordinate() or ())
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -110,9 +112,7 @@ def summed_over_parts(numbers: Sequence[Tensor], likes: Sequence[Tensor]) -> lis
             meshes.setdefault((like.device_mesh, tuple(_cut_mesh_dimensions(like))), []).append(index)
     for (mesh, cut), indices in meshes.items():
         total = torch.stack([found[index].double() for index in indices])
-        total = total.to(_wire(total.device, mesh))
-        for dim in cut:
-            dist.all_reduce(total, group=mesh.get_group(dim))
+        total = _reduced(total, mesh, cut, dist.ReduceOp.SUM)
         for index, own in zip(indices, total.unbind(), strict=True):
             found[index] = own.to(found[index])
     return found
@@ -363,7 +363,10 @@ def _sharded(part: Tensor, shape: Sequence[int], like: "DTensor", placements: Se
 
     size = torch.Size(shape)
     strides = tuple(math.prod(size[index + 1 :]) for index in range(len(size)))
-    return DTensor.from_local(part, like.device_mesh, placements, run_check=False, shape=size, stride=strides)
+    found: Any = DTensor.from_local(part, like.device_mesh, placements, run_check=False, shape=size, stride=strides)
+    # `from_local` moves a part to the device of the mesh, also that of a parameter that is kept on the CPU.
+    whole: DTensor = found if part.device.type == like.device_mesh.device_type else found.to(part.device)
+    return whole
 
 
 def _cut_dimension(place: Any, ndim: int) -> int | None:
@@ -474,3 +477,92 @@ def _joined(pieces: Sequence[tuple[Box, Tensor]], block: Box, dtype: torch.dtype
     for box, piece in pieces:
         whole[_slices(box, block)] = piece
     return whole
+
+
+def all_rows_held(like: Tensor) -> list[slice]:
+    """`rows_held` of each process of the mesh of a tensor."""
+    if not is_sharded(like):
+        return [slice(0, len(like))]
+    return [_rows_at(like, place) for place in itertools.product(*map(range, like.device_mesh.shape))]
+
+
+def _rows_at(like: "DTensor", where: Sequence[int]) -> slice:
+    """The rows of a tensor at a place in its mesh.
+
+    Raises:
+        ModelError: the tensor is cut along another dimension than 0.
+    """
+    if any(_cut_dimension(place, like.ndim) not in (0, None) for place in like.placements):
+        raise ModelError(f"a tensor of shape {tuple(like.shape)} is cut along another dimension than 0.")
+    return slice(*_box(like.shape, like.device_mesh.shape, like.placements, where)[0])
+
+
+def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor as `like` is placed, in memory of its own if it had to be cut or gathered: a DTensor, or a whole tensor.
+
+    No process talks to another if the tensor is whole, or is placed like `like` already. Else it is gathered, and all
+    processes must call this together.
+    """
+    if not is_sharded(like):
+        return gathered(tensor)
+    if is_sharded(tensor) and (tensor.device_mesh, tensor.placements) == (like.device_mesh, like.placements):
+        return tensor.detach()
+    whole = gathered(tensor)
+    return from_part(cut_like(whole, like), like, whole.shape)
+
+
+def redistributed_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A DTensor as `like` is placed, such as a gradient that is still to be summed. All processes must call it."""
+    return tensor.redistribute(like.device_mesh, like.placements) if is_sharded(tensor) and is_sharded(like) else tensor
+
+
+def part_beside(tensor: Tensor, like: Tensor) -> Tensor:
+    """The rows of a tensor that lie beside those which this process holds of `like`; `like` may have more rows.
+
+        tensor (3, 8), like (5, 8), 2 processes    process 0 holds rows 0 to 2 of both, process 1 a part (0, 8)
+
+    All processes must call it together if a DTensor is not placed like `like`: it is gathered.
+    """
+    if tensor.shape == like.shape:
+        return local_part(placed_like(tensor, like))
+    held = rows_held(like)
+    return gathered(tensor)[held.start : held.stop]
+
+
+def summed_over_parts_(tensors: Sequence[Tensor], like: Tensor) -> None:
+    """Add up tensors over the processes among which `like` is cut, in place, at once. They have one dtype and device.
+
+    All processes of the mesh must call it together.
+    """
+    if not is_sharded(like):
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    flat = _reduced(flat, like.device_mesh, _cut_mesh_dimensions(like), dist.ReduceOp.SUM).to(flat.device)
+    for tensor, own in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(own.view_as(tensor))
+
+
+def largest_over_parts(numbers: Sequence[float], likes: Sequence[Tensor]) -> list[float]:
+    """Each number's largest value over the processes among which one of `likes` is cut. All must call it together."""
+    found = torch.tensor(numbers, dtype=torch.float64)
+    for like in {(own.device_mesh, own.placements): own for own in likes if is_sharded(own)}.values():
+        found = _reduced(found, like.device_mesh, _cut_mesh_dimensions(like), dist.ReduceOp.MAX).cpu()
+    return found.tolist()
+
+
+def _reduced(tensor: Tensor, mesh: Any, cut: Sequence[int], operation: Any) -> Tensor:
+    """A reduction over some dimensions of a mesh, where its processes can send from."""
+    found = tensor.to(_wire(tensor.device, mesh))
+    for dim in cut:
+        dist.all_reduce(found, op=operation, group=mesh.get_group(dim))
+    return found
+
+
+def reshard(model: "torch.nn.Module") -> None:
+    """Let the parameters of a model be those that its optimizer holds: parts, also after a forward pass alone.
+
+    `fully_shard` shows whole parameters, which are other tensors, from a forward pass to the end of a backward pass.
+    """
+    for module in model.modules():
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            module.reshard()  # type: ignore[operator]

@@ -26,6 +26,7 @@ from memsyn.integrations.training_end import (
     begun,
     ended,
     failures_as_warnings,
+    is_cut_between_processes,
     reported,
     try_batch,
     use_kept_weights,
@@ -194,8 +195,13 @@ class MemsynCallback(pl.Callback):
             self._report(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Project the steps that wait, since the weights may be used after an interruption."""
-        self._flush()
+        """Project the steps that wait, since the weights may be used after an interruption.
+
+        Not those of sharded weights: the other processes may be elsewhere, and this one would wait for them.
+        """
+        for protection in self.protections:
+            if not is_cut_between_processes(protection.optimizer):
+                protection.flush()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop protecting. Other callbacks, and the module's own hook, may still replace the weights."""

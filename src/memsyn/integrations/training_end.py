@@ -153,12 +153,20 @@ def reported(protections: Sequence[Protection], settings: Settings, step: int) -
     return scalars, True
 
 
+def is_cut_between_processes(optimizer: Optimizer | None) -> bool:
+    """Whether an optimizer holds DTensors, so that a flush may talk to other processes."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    return any(getattr(p, "device_mesh", None) is not None for group in groups for p in group["params"])
+
+
 def _largest_of_processes(change: float, optimizer: Optimizer | None) -> float:
     """The largest value of all processes, so that all decide alike."""
     if not (dist.is_available() and dist.is_initialized()) or optimizer is None:
         return change
-    # Where the weights are: NCCL knows no tensors of the CPU.
-    largest = torch.tensor(change, dtype=torch.float64, device=optimizer.param_groups[0]["params"][0].device)
+    # NCCL knows no tensors of the CPU. Weights under `fully_shard` may be kept there, and their mesh is elsewhere.
+    first = optimizer.param_groups[0]["params"][0]
+    place = getattr(getattr(first, "device_mesh", None), "device_type", first.device)
+    largest = torch.tensor(change, dtype=torch.float64, device=place)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return float(largest)
 

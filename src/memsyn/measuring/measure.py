@@ -36,7 +36,7 @@ from memsyn.measuring.objectives import Estimator, Forward, OutputScorer, Scorer
 from memsyn.measuring.resume import Checkpoint
 from memsyn.measuring.sharded_measurement import ShardedMeasurement, measure_in_place
 from memsyn.measuring.sharded_model import ShardedModel, is_sharded_model, lost_processes
-from memsyn.parameters import trainable_parameters
+from memsyn.parameters import refuse_other_sharding, trainable_parameters
 from memsyn.progress import progress_bar
 from memsyn.values.factors import KroneckerFactors
 from memsyn.values.importance import Importance
@@ -188,6 +188,7 @@ def measure(
     chosen = find_estimator(estimator)
     _check_options(chosen, batched=batched, checkpoint=checkpoint, rank=rank)
     check_measurable(model)
+    refuse_other_sharding(model)
     if is_sharded_model(model):
         refused = {"batched": batched, "checkpoint": checkpoint, "group": group}
         return _measure_sharded(model, batches, forward, max_samples, chosen, refused, progress, rank, split, weights)

@@ -16,6 +16,7 @@ from memsyn.errors import MemsynError, ProtectionError
 from memsyn.parameters import wide_dtype
 from memsyn.protecting.optimizers import PROXIMAL, StepSize, known_kind, step_size
 from memsyn.protecting.penalty import BUCKET, ProtectedWeights, known_rows
+from memsyn.sharding import gathered, is_sharded, local_part, placed_like, redistributed_like
 from memsyn.values.memory import Memory
 from memsyn.weights_in_effect import adapted_weights
 
@@ -34,10 +35,15 @@ class AdapterSlot(NamedTuple):
         weight, bias = self.layer.in_effect()
         return known_rows(bias if bias is not None and self.name.endswith(".bias") else weight, self.omega)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the weight."""
+        return is_sharded(self.layer.base.weight)
+
     def protected(self) -> ProtectedWeights:
-        """The weight in effect beside the memory's values."""
+        """The weight in effect beside the memory's values, or the parts that this process holds."""
         with torch.no_grad():
-            return ProtectedWeights(self.in_effect(), self.anchor, self.omega)
+            return ProtectedWeights(*map(local_part, (self.in_effect(), self.anchor, self.omega)))
 
 
 def adapter_slots(
@@ -64,9 +70,15 @@ def adapter_slots(
             )
         place = base.device if device is None else device
         wide = torch.float32 if layer.is_quantised else wide_dtype(base)
-        held = memory.anchor[name].detach().to(place, wide)
-        held = held.clone() if held.data_ptr() == base.data_ptr() else held  # merging adapters moves the base weight
-        omega = memory.importance[name]
+        omega = placed_like(memory.importance[name], base)
+        held = placed_like(memory.anchor[name], base).to(place, wide)
+        if local_part(held).data_ptr() == local_part(base).data_ptr():
+            held = held.clone()  # merging adapters moves the base weight
+        if is_sharded(base) and omega.shape != base.shape:
+            raise ProtectionError(
+                f"{name} is cut between processes, has adapters, and has more rows than the memory knows. Leave it "
+                f"free: exclude={name!r}."
+            )
         found.append(AdapterSlot(name, layer, held, omega.to(place, dtype or omega.dtype)))
     return found
 
@@ -125,16 +137,18 @@ def _gradients(slot: AdapterSlot, factor: float) -> tuple[Tensor, Iterable[tuple
     """sum Omega (W_eff - W*)^2, and the gradients of factor times it with respect to the adapters.
 
     With G = 2 factor Omega (W + s B A - W*): dB = s G A^T and dA = s B^T G. For DoRA and other kinds of adapters, by
-    autograd through the weight in effect.
+    autograd through the weight in effect. So it is if the weight is sharded: torch then gathers A, which is small, and
+    sums its gradient over processes.
     """
-    if slot.layer.is_low_rank():
+    if slot.layer.is_low_rank() and not slot.is_sharded:
         return _low_rank_gradients(slot, factor)
     with torch.enable_grad():
         moved = slot.in_effect().to(slot.anchor.dtype) - slot.anchor.to(slot.layer.base.weight.device)
         value = (slot.omega.to(moved) * moved.square()).sum()
     wanted = slot.layer.parameters()
     found = torch.autograd.grad(factor * value, wanted, allow_unused=True) if value.requires_grad else ()
-    return value.detach(), [(p, g) for p, g in zip(wanted, found, strict=False) if g is not None]
+    pairs = [(p, g) for p, g in zip(wanted, found, strict=False) if g is not None]
+    return gathered(value), [(p, redistributed_like(g, p)) for p, g in pairs]
 
 
 @torch.no_grad()
@@ -282,6 +296,12 @@ def check_low_rank(slots: Sequence[AdapterSlot], error: type[MemsynError]) -> No
     Raises:
         OptionError, ProtectionError: as `error` says; names the first of them.
     """
+    cut = [slot.name for slot in slots if slot.is_sharded]
+    if cut:
+        raise error(
+            f"form='proximal' is for adapters that each process holds as a whole, and {cut[0]} is cut between "
+            "processes: use form='gradient' or 'auto'."
+        )
     others = [slot for slot in slots if not slot.layer.is_low_rank()]
     if others:
         raise error(

@@ -13,6 +13,7 @@ from torch import nn
 from memsyn.adapters import AdaptedLayer, LowRank
 from memsyn.errors import ProtectionError
 from memsyn.matrices import Layout, Matrix
+from memsyn.sharding import gathered, largest_over_parts, local_part
 from memsyn.values.directions import Directions, LayerDirections
 from memsyn.values.spectra import spectrum_of
 from memsyn.weights_in_effect import adapted_weights
@@ -40,9 +41,10 @@ class AdaptedMatrix(NamedTuple):
     def of_up(self) -> LayerDirections:
         """The directions of B: the inputs A x, with second moment A E[x x^T] A^T, and the outputs of the weight.
 
-        Relative to the usual size of A: as long as A is in the free directions alone, B is free.
+        Relative to the usual size of A: as long as A is in the free directions alone, B is free. If A is sharded, it is
+        gathered, and all processes must call this together.
         """
-        own, down = self.directions, self.term.down.detach().flatten(1)
+        own, down = self.directions, gathered(self.term.down).flatten(1)
         inputs = own.inputs.to(down.device, torch.promote_types(down.dtype, torch.float32))
         wide = down.to(inputs.values)
         if inputs.vectors is None:
@@ -96,5 +98,5 @@ def _directions_of(name: str, layer: AdaptedLayer, directions: Directions) -> La
 
 
 def is_fresh(term: LowRank) -> bool:
-    """Whether an adapter adds nothing yet because B is zero."""
-    return not bool(term.up.detach().any())
+    """Whether an adapter adds nothing yet because B is zero, in all processes."""
+    return not any(largest_over_parts([float(local_part(term.up).any())], [term.up]))

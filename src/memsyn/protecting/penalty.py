@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from memsyn.errors import OptionError, ProtectionError
 from memsyn.parameters import Patterns, only_those, wide_dtype
 from memsyn.protecting import compiled
+from memsyn.sharding import any_sharded, is_sharded, part_beside, reshard, summed_over_parts
 from memsyn.torch_private import (
     foreach_add,
     foreach_add_,
@@ -59,6 +60,10 @@ def penalty(
     Aljundi et al. 2018, Eq. 3; no factor 1/2. Parameters and rows that the memory does not know are free to change. So
     are running statistics, as BatchNorm's: keep them by `freeze_statistics`.
 
+    Of a model under `fully_shard`, each process computes its own parts, and one sum over all processes makes the value
+    whole: all must call it together. Add it to the loss of each process. Its gradient is not averaged over processes,
+    since each holds the gradient of its own parts alone, so that the strength means the same as in one process.
+
     Args:
         model: the model of the memory.
         memory: what is protected.
@@ -90,18 +95,30 @@ def penalty(
         )
     memory = memory.fitted(model).select(only=only, exclude=exclude)
     check_tensors(only_those(parameters_by_name(model, memory.names), memory.importance))
+    reshard(model)
     parameters = weights_by_name(model, memory.names)
     check_fit(memory.importance, parameters, "the memory", may_change=True)
-    terms = []
+    terms, likes = [], []
     for name, omega in memory.importance.items():
         if name in parameters:
-            parameter = known_rows(parameters[name], omega)
-            dtype = wide_dtype(parameter)
-            moved = parameter.to(dtype) - memory.anchor[name].to(parameter.device, dtype)
-            terms.append((omega.to(moved) * moved.square()).sum())
+            parameter = parameters[name]
+            terms.append(_term(parameter, part_beside(memory.anchor[name], parameter), part_beside(omega, parameter)))
+            likes.append(parameter if is_sharded(parameter) else terms[-1])
     if not terms:
         return torch.zeros((), device=next(iter(parameters.values())).device if parameters else None)
-    return torch.stack([term.to(terms[0]) for term in terms]).sum()
+    total = torch.stack([term.to(terms[0]) for term in terms]).sum()
+    if not any_sharded(likes):
+        return total
+    summed = summed_over_parts([term.detach() for term in terms], likes)
+    return total + (torch.stack([term.to(summed[0]) for term in summed]).sum() - total.detach())
+
+
+def _term(parameter: Tensor, anchor: Tensor, omega: Tensor) -> Tensor:
+    """sum Omega (theta - theta*)^2 over what this process holds of a parameter, differentiable."""
+    own = known_rows(parameter.to_local() if is_sharded(parameter) else parameter, omega)
+    dtype = wide_dtype(own)
+    moved = own.to(dtype) - anchor.to(own.device, dtype)
+    return (omega.to(moved) * moved.square()).sum()
 
 
 def check_tensors(parameters: Mapping[str, Tensor]) -> None:
@@ -122,6 +139,20 @@ def check_tensors(parameters: Mapping[str, Tensor]) -> None:
                 f'{name} has no values: it is on the device "meta". Protect after the weights are loaded, without '
                 "offloading."
             )
+
+
+def check_placed(tensor: Tensor, parameter: Tensor, name: str) -> None:
+    """Refuse a gradient, or an optimizer's state, that is cut in another way than its sharded parameter.
+
+    Raises:
+        ProtectionError: names the parameter.
+    """
+    if not is_sharded(tensor) or not is_sharded(parameter) or tensor.placements != parameter.placements:
+        raise ProtectionError(
+            f"{name} is placed as {getattr(parameter, 'placements', 'whole')}, and its gradient or its state in the "
+            f"optimizer as {getattr(tensor, 'placements', 'whole')}: redistribute it before the step, or leave "
+            f"the parameter free: exclude={name!r}."
+        )
 
 
 def known_rows(parameter: Tensor, held: Tensor) -> Tensor:

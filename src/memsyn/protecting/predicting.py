@@ -6,7 +6,7 @@ does not hold them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, final
 
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from memsyn.errors import MismatchError, OptionError
 from memsyn.parameters import canonical_name, fitted
 from memsyn.protecting.statistics import WatchedStatistics
+from memsyn.sharding import gathered, is_sharded, local_part, placed_like
 from memsyn.values.directions import Directions
 from memsyn.values.memory import Memory
 from memsyn.values.relative_change import NO_LENGTH, RelativeChange, relative_change, why_unknown
-from memsyn.weights_in_effect import weights_by_name
+from memsyn.weights_in_effect import parameters_by_name, weights_by_name
 
 OldWeights = nn.Module | Mapping[str, Tensor]
 """The model that was measured, or its weights by name."""
@@ -48,7 +49,29 @@ class ChangePredictor:
     def change(self, weights: Mapping[str, Tensor]) -> RelativeChange:
         """The predicted change for these weights, if nothing is unknown."""
         known = self.directions.only(weights.keys())
-        return relative_change(known.predicted_change(self.before, weights), self.squared_outputs)
+        found = known.predicted_change(_Gathered(self.before), _Gathered(weights))
+        return relative_change(found, self.squared_outputs)
+
+
+@final
+class _Gathered(Mapping[str, Tensor]):
+    """Weights of which each is gathered from all processes when it is asked for: one at a time is whole."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = self._weights[name]
+        return gathered(found) if is_sharded(found) else found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 class Watched(NamedTuple):
@@ -100,11 +123,15 @@ def change_predictor(memory: Memory, whole: Memory, model: nn.Module, reference:
     squared_outputs = whole.directions.squared_outputs
     if squared_outputs is None:
         return ChangePredictor(unknown=f"{NO_LENGTH}. Measure the factors again, or {CURE}")
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    before = {
-        name: found[name].clone() if found[name].untyped_storage().data_ptr() in own else found[name]
-        for name in directions.names()
-    }
+    own = {local_part(p).untyped_storage().data_ptr() for p in model.parameters()}
+
+    places = parameters_by_name(model, whole.names)
+
+    def kept(name: str) -> Tensor:
+        placed = placed_like(found[name], places[name]) if is_sharded(places[name]) else found[name]
+        return placed.clone() if local_part(placed).untyped_storage().data_ptr() in own else placed
+
+    before = {name: kept(name) for name in sorted(directions.names())}
     return ChangePredictor(directions, before, squared_outputs)
 
 

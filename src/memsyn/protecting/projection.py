@@ -7,22 +7,37 @@ Gradients are damped before the step too. An optimizer such as Adam divides them
 in protected directions would make its steps in the free directions small.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any, Final, final
+from typing import Any, Final, NamedTuple, final
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from memsyn.errors import OptionError
+from memsyn.errors import MemsynError, OptionError, OutputSideWarning
 from memsyn.matrices import Matrix
 from memsyn.parameters import fitted, layer_of, wide_dtype
 from memsyn.protecting.adapter_projection import AdaptedMatrix, adapted_matrices, is_fresh
+from memsyn.protecting.held_layers import D_V, U_D, held_layer, placed_directions
 from memsyn.protecting.optimizers import PROJECTED, Stepping
+from memsyn.protecting.penalty import check_placed
 from memsyn.protecting.predicting import Watched
 from memsyn.protecting.protection import Protection, Report, check_optimizer, is_protected
 from memsyn.protecting.strength import checked_strength
+from memsyn.sharding import (
+    any_sharded,
+    is_sharded,
+    largest_over_parts,
+    local_part,
+    part_beside,
+    reshard,
+    summed_over_parts,
+    summed_over_parts_,
+)
 from memsyn.torch_private import version_of
 from memsyn.values.directions import (
     DiagonalDirections,
@@ -37,6 +52,18 @@ from memsyn.weights_in_effect import parameters_by_name, weights_by_name
 EVERY: Final = 10
 """Steps between two projections by default; the measurements are in docs/decisions.md."""
 
+BUCKET_BYTES: Final = 32 * 2**20
+"""What layers sum over processes is summed together, about so much at a time."""
+
+
+class Projections(NamedTuple):
+    """What a damped change is computed from, beside the change."""
+
+    by_inputs: Tensor | None
+    """D V, (G, m, r)."""
+    by_outputs: Tensor | None
+    """U^T D, (G, q, n)."""
+
 
 @final
 class Damping:
@@ -48,15 +75,25 @@ class Damping:
         h_00 D + U [(h_i0 - h_00) Q + ((h_ij - h_i0 - h_0j + h_00) C) V^T] + ((h_0j - h_00) P) V^T
 
     Args:
-        own: the directions of a layer.
+        own: the directions of a layer; of a cut weight, those of the part that this process holds.
         strength: c.
         device, dtype: of the changes to come.
+        summed: `U_D` or `D_V` if it is a sum over processes, of which each has the term of its part.
     """
 
-    def __init__(self, own: LayerDirections, strength: float, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        own: LayerDirections,
+        strength: float,
+        device: torch.device,
+        dtype: torch.dtype,
+        summed: str | None = None,
+    ) -> None:
+        self.summed = summed
         inputs = own.inputs.to(device, dtype)
         outputs = None if own.outputs is None else own.outputs.to(device, dtype)
         self._by_column = inputs.vectors is None
+        self._has_bias = own.matrix.bias is not None
         self._vectors = inputs.vectors
         self._output_vectors = None if outputs is None else outputs.vectors
         column_values = _with_rest(inputs)
@@ -73,17 +110,35 @@ class Damping:
             self._of_both = gains[:, :-1, :-1] - gains[:, :-1, -1:] - gains[:, -1:, :-1] + corner
 
     def __call__(self, change: Tensor) -> Tensor:
-        """The damped change, (G, m, n)."""
-        result = change * self._rest
+        """The damped change, (G, m, n), of a matrix of which nothing is summed over processes."""
+        return self.damped(change, self.projections(change))
+
+    def projections(self, change: Tensor) -> Projections:
+        """D V and U^T D of a change, or of the part of it that this process holds."""
         u, v = self._output_vectors, self._vectors
-        if v is not None:
-            by_inputs = change @ v
+        return Projections(None if v is None else change @ v, None if u is None else u.transpose(1, 2) @ change)
+
+    def to_sum(self, found: Projections) -> list[Tensor]:
+        """Those tensors of the projections, or views of them, that are sums over processes."""
+        if self.summed == U_D:
+            return [own for own in (found.by_outputs,) if own is not None]
+        if self.summed != D_V or found.by_inputs is None:
+            return []
+        # The column of the bias belongs to no part of the inputs: each process holds some of its numbers.
+        of_bias = found.by_outputs[:, :, -1:] if self._has_bias and found.by_outputs is not None else None
+        return [found.by_inputs] if of_bias is None else [found.by_inputs, of_bias]
+
+    def damped(self, change: Tensor, found: Projections) -> Tensor:
+        """The damped change, from projections that are sums over all processes."""
+        u, v, (by_inputs, by_outputs) = self._output_vectors, self._vectors, found
+        result = change * self._rest
+        if v is not None and by_inputs is not None:
             result = result.baddbmm_(by_inputs * self._of_columns, v.transpose(1, 2))
-        if u is not None:
-            rotated = u.transpose(1, 2) @ change
-            kept = rotated * self._of_rows
-            if v is not None:
-                kept = kept.baddbmm_((rotated @ v) * self._of_both, v.transpose(1, 2))
+        if u is not None and by_outputs is not None:
+            kept = by_outputs * self._of_rows
+            if v is not None and by_inputs is not None:
+                both = u.transpose(1, 2) @ by_inputs if self.summed == D_V else by_outputs @ v
+                kept = kept.baddbmm_(both * self._of_both, v.transpose(1, 2))
             result = result.baddbmm_(u, kept)
         return result
 
@@ -104,6 +159,12 @@ class UpDamping:
         """The damped change, (1, m, r)."""
         return Damping(self._own.of_up(), self._strength, change.device, change.dtype)(change)
 
+    def of_part(self) -> Damping:
+        """The damping of what this process holds of B, by all of A. All processes must call it together."""
+        up = self._own.term.up
+        held = held_layer(self._own.of_up(), up, None)
+        return Damping(held.directions, self._strength, up.device, wide_dtype(up), held.summed)
+
 
 def _with_rest(spectrum: Spectrum) -> Tensor:
     """The eigenvalues that are kept and that of the rest, (G, r + 1); of a table, all n."""
@@ -120,55 +181,190 @@ class _Protected:
     parameters: tuple[Tensor, ...]
     """The weight, and its bias if both are protected together."""
     matrix: Matrix | None
-    """None for a parameter that is no matrix."""
+    """Of what this process holds. None for a parameter that is no matrix."""
     damping: Damping | UpDamping | Tensor
     """Of a parameter that is no matrix, the factor of each weight."""
-    num_rows: int
-    """The rows of the weight that the memory knows."""
+    num_rows: tuple[int, ...]
+    """The rows of each parameter that the memory knows, of those that this process holds."""
+    num_known: tuple[int, ...]
+    """The same of the whole parameters."""
+    bias_rows: slice | None = None
+    """As in `HeldLayer`."""
+    is_cut: bool = False
+    """Whether a parameter is sharded."""
+    leaves_out_outputs: bool = False
+    """As in `HeldLayer`."""
 
-    def rows(self, parameter: Tensor) -> Tensor:
-        """The part of a parameter that the memory knows."""
-        return parameter.detach()[: self.num_rows] if parameter.ndim else parameter.detach()
+    @property
+    def is_summed(self) -> bool:
+        """Whether all processes must damp a change together."""
+        return isinstance(self.damping, Damping) and self.damping.summed is not None
 
-    def project_gradients(self) -> None:
-        """Damp the gradients of a matrix in place, those that are there. Other parameters keep theirs."""
-        gradients = [parameter.grad for parameter in self.parameters]
-        if isinstance(self.damping, Tensor) or any(g is not None and g.is_sparse for g in gradients):
-            return
-        if all(gradient is None for gradient in gradients):
-            return
+    def part(self, tensor: Tensor) -> Tensor:
+        """What this process holds of a tensor like a parameter."""
+        return local_part(tensor) if self.is_cut else tensor.detach()
+
+    def versions(self) -> tuple[int, ...]:
+        """They change if somebody writes to a parameter. A DTensor and its part count different writes."""
+        own = tuple(map(version_of, self.parameters))
+        return (*own, *(version_of(local_part(p)) for p in self.parameters)) if self.is_cut else own
+
+    def parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What this process holds of tensors like the parameters, without the rows that the memory does not know."""
+        found = zip(map(self.part, tensors), self.num_rows, strict=True)
+        return [part[:count] if part.ndim else part for part, count in found]
+
+    def joined(self, changes: Sequence[Tensor]) -> Tensor:
+        """Changes of the parts as a matrix."""
         assert self.matrix is not None
-        rows = [
-            torch.zeros_like(self.rows(p), dtype=wide_dtype(p)) if g is None else self.rows(g).to(wide_dtype(p))
-            for p, g in zip(self.parameters, gradients, strict=True)
-        ]
-        damped = self.matrix.split(self.damping(self.matrix.joined(*rows)), rows)
-        for gradient, own in zip(gradients, damped, strict=True):
-            if gradient is not None:
-                self.rows(gradient).copy_(own)
+        if self.bias_rows is None:
+            return self.matrix.joined(*changes)
+        weight, bias = changes
+        padded = bias.new_zeros(self.matrix.layout.outputs)
+        padded[self.bias_rows] = bias
+        return self.matrix.joined(weight, padded)
+
+    def split(self, matrix: Tensor, changes: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse of `joined`, in the shapes of the changes."""
+        assert self.matrix is not None
+        if self.bias_rows is None:
+            return self.matrix.split(matrix, changes)
+        weight, bias = self.matrix.split(matrix, [changes[0], matrix.new_empty(self.matrix.layout.outputs)])
+        return [weight, bias[self.bias_rows]]
+
+    def num_weights(self) -> dict[int, int]:
+        """id of a parameter -> how many of its numbers the memory knows, in all processes together."""
+        pairs = zip(self.parameters, self.num_known, strict=True)
+        return {id(p): min(count, len(p)) * (p.numel() // max(1, len(p))) if p.ndim else 1 for p, count in pairs}
 
     def has_moved(self, befores: Mapping[int, Tensor]) -> bool:
         """Whether a parameter may have changed. The version does not tell: fused optimizers do not count it up."""
         # On an accelerator, a comparison would wait for all that was asked of it so far.
-        return any(p.device.type != "cpu" or not torch.equal(p, befores[id(p)]) for p in self.parameters)
+        return any(p.device.type != "cpu" or not torch.equal(self.part(p), befores[id(p)]) for p in self.parameters)
 
-    def project(self, befores: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
-        """Damp the change since `befores`, in place. Returns ||change||^2 before and after."""
-        changes = []
-        for parameter in self.parameters:
-            rows, dtype = self.rows(parameter), wide_dtype(parameter)
-            changes.append(rows.to(dtype) - self.rows(befores[id(parameter)]).to(dtype))
-        before = torch.stack([change.square().sum() for change in changes]).sum()
-        if isinstance(self.damping, Tensor):
-            damped = [changes[0] * self.damping]
+    def of_gradients(self) -> _Change | None:
+        """The gradients of a matrix, those that are there. Other parameters keep theirs."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        if isinstance(self.damping, Tensor) or any(g is not None and g.is_sparse for g in gradients):
+            return None
+        if all(gradient is None for gradient in gradients):
+            return None
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is not None and self.is_cut:
+                check_placed(gradient, parameter, self.matrix.weight if self.matrix is not None else self.name)
+        whole = zip(self.parameters, gradients, strict=True)
+        return _Change(self, [torch.zeros_like(p) if gradient is None else gradient for p, gradient in whole])
+
+    def is_as_remembered(self, befores: Mapping[int, Tensor]) -> bool:
+        """Whether the parameters have the shape and device of `befores`."""
+        pairs = [(befores[id(p)], self.part(p)) for p in self.parameters]
+        return all(old.shape == own.shape and old.device == own.device for old, own in pairs)
+
+    def since(self, befores: Mapping[int, Tensor]) -> _Change:
+        """The change of the parameters since `befores`, which has their parts."""
+        return _Change(self, self.parameters, [befores[id(p)] for p in self.parameters])
+
+
+@final
+class _Change(NamedTuple):
+    """What is to be damped in place: gradients, or weights since their values before."""
+
+    layer: _Protected
+    tensors: Sequence[Tensor]
+    befores: Sequence[Tensor] | None = None
+    """What this process holds of the values before; None for gradients."""
+
+    def values(self) -> list[Tensor]:
+        """The change of each tensor, in float32 at least."""
+        dtypes = [wide_dtype(parameter) for parameter in self.layer.parameters]
+        parts = [own.to(dtype) for own, dtype in zip(self.layer.parts(self.tensors), dtypes, strict=True)]
+        if self.befores is None:
+            return parts
+        olds = zip(parts, self.layer.parts(self.befores), strict=True)
+        return [own - old.to(own.dtype) for own, old in olds]
+
+    def projections(self) -> Projections:
+        """Those of the part that this process holds."""
+        assert isinstance(self.layer.damping, Damping)
+        return self.layer.damping.projections(self.layer.joined(self.values()))
+
+    def damp(self, found: Projections | None = None) -> tuple[Tensor, Tensor] | None:
+        """Damp it, with projections that were summed if there are any.
+
+        Returns:
+            ||change||^2 before and after, of what this process holds; None for gradients.
+        """
+        layer, changes = self.layer, self.values()
+        if not any(change.numel() for change in changes):
+            return (changes[0].new_zeros(()),) * 2
+        if isinstance(layer.damping, Tensor):
+            damped = [changes[0] * layer.damping]
+        elif found is not None and isinstance(layer.damping, Damping):
+            damped = layer.split(layer.damping.damped(layer.joined(changes), found), changes)
         else:
-            assert self.matrix is not None
-            damped = self.matrix.split(self.damping(self.matrix.joined(*changes)), changes)
-        after = torch.stack([change.square().sum() for change in damped]).sum()
-        for parameter, change in zip(self.parameters, damped, strict=True):
-            old = self.rows(befores[id(parameter)])
-            self.rows(parameter).copy_(old.to(change.dtype) + change)
+            assert not layer.is_summed
+            damped = layer.split(layer.damping(layer.joined(changes)), changes)
+        if self.befores is None:
+            for own, change in zip(layer.parts(self.tensors), damped, strict=True):
+                own.copy_(change)
+            return None
+        before, after = (torch.stack([own.square().sum() for own in side]).sum() for side in (changes, damped))
+        for own, old, change in zip(layer.parts(self.tensors), layer.parts(self.befores), damped, strict=True):
+            own.copy_(old.to(change.dtype) + change)
         return before, after
+
+
+def _damp_all(changes: Iterable[_Change]) -> list[tuple[Tensor, Tensor] | None]:
+    """Damp changes, one after the other. Returns what `_Change.damp` returns of each.
+
+    What several of them sum over processes is summed together, up to `BUCKET_BYTES`. A tied weight is in two changes:
+    the second is not looked at before the first is damped.
+    """
+    found: dict[int, tuple[Tensor, Tensor] | None] = {}
+    waiting: list[tuple[int, _Change, Projections]] = []
+    touched: set[int] = set()
+    size = 0
+    for index, change in enumerate(map(_as_it_is, changes)):
+        if touched and touched & {id(parameter) for parameter in change.layer.parameters}:
+            found |= _damp_together(waiting)
+            waiting, touched, size = [], set(), 0
+        if not change.layer.is_summed:
+            found[index] = change.damp()
+            continue
+        projections = change.projections()
+        waiting.append((index, change, projections))
+        touched |= {id(parameter) for parameter in change.layer.parameters}
+        size += sum(own.nbytes for own in projections if own is not None)
+        if size > BUCKET_BYTES:
+            found |= _damp_together(waiting)
+            waiting, touched, size = [], set(), 0
+    found |= _damp_together(waiting)
+    return [found[index] for index in sorted(found)]
+
+
+def _as_it_is(change: _Change) -> _Change:
+    """Of the part of B of an adapter, with the damping that A as it is asks for; it holds until B is damped."""
+    layer = change.layer
+    if layer.is_cut and isinstance(layer.damping, UpDamping):
+        return change._replace(layer=replace(layer, damping=layer.damping.of_part()))
+    return change
+
+
+def _damp_together(waiting: Sequence[tuple[int, _Change, Projections]]) -> dict[int, tuple[Tensor, Tensor] | None]:
+    """Sum over processes what each change needs, and damp them."""
+    sums: dict[Any, list[Tensor]] = {}
+    likes: dict[Any, Tensor] = {}
+    for _, change, projections in waiting:
+        like = change.layer.parameters[0]
+        assert isinstance(change.layer.damping, Damping)
+        assert is_sharded(like)
+        own = change.layer.damping.to_sum(projections)
+        key = like.device_mesh, like.placements, own[0].dtype, own[0].device
+        sums.setdefault(key, []).extend(own)
+        likes[key] = like
+    for key, tensors in sums.items():
+        summed_over_parts_(tensors, likes[key])
+    return {index: change.damp(projections) for index, change, projections in waiting}
 
 
 @final
@@ -194,18 +390,22 @@ class Projecting(Protection):
         self._layers: list[_Protected] = []
         self._seen: list[Any] = []
         self._befores: dict[int, Tensor] = {}
-        """id of a parameter -> its values after the last projection."""
-        self._versions: dict[int, int] = {}
-        """id of a parameter -> its version when `_befores` was taken: another one if somebody has written to it."""
+        """id of a parameter -> its values after the last projection, or those of the part that this process holds."""
+        self._versions: dict[str, tuple[int, ...]] = {}
+        """Layer -> its versions when `_befores` was taken: others if somebody has written to a parameter."""
         self._num_waiting = 0
         """Steps that are not projected yet."""
-        self._removed: dict[str, tuple[Tensor, Tensor]] = {}
-        """Layer -> ||change||^2 before and after its last projection."""
+        self._removed: dict[str, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
+        """Layer -> a parameter, and ||change||^2 before and after its last projection, of what this process holds."""
         check_optimizer(found.optimizer, model, directions.names())
         self._averaged: dict[int, Tensor] = {}
         """id of a parameter -> schedule-free's `z` before the step."""
         super().__init__(found, model, directions.names(), watched)
-        self._find_layers(found.optimizer)
+        try:
+            self._find_layers(found.optimizer)
+        except MemsynError:
+            self._let_go()
+            raise
         self._take_norms()  # fresh adapters were damped
 
     def value(self) -> float:
@@ -216,15 +416,19 @@ class Projecting(Protection):
         """How far outputs are predicted to have changed, how much of the last change was taken away, and the room."""
         self._check_acted()
         layers: dict[str, list[tuple[float, float]]] = {}
-        for name, (before, after) in self._removed.items():
-            layers.setdefault(layer_of(name), []).append((float(before), float(after)))
+        sums = summed_over_parts(
+            [torch.stack(own) for _, own in self._removed.values()], [p for p, _ in self._removed.values()]
+        )
+        for name, own in zip(self._removed, sums, strict=True):
+            before, after = own.tolist()
+            layers.setdefault(layer_of(name), []).append((before, after))
         removed = {layer: _share_removed(parts) for layer, parts in layers.items()}
         room = {layer_of(key): share for key, share in self._directions.room(self.strength).items()}
         optimizer = self._optimizer()
         if optimizer is not None:
             self._find_layers(optimizer)
         # A tied weight is in two layers.
-        held = {id(p): layer.rows(p).numel() for layer in self._layers for p in layer.parameters}
+        held = {key: count for layer in self._layers for key, count in layer.num_weights().items()}
         report = Report(
             0.0,
             0.0,
@@ -261,6 +465,7 @@ class Projecting(Protection):
         fit = fitted(directions.names() | directions.free, parameters)
         directions = directions.renamed(fit.names)
         directions.check(parameters)
+        directions = placed_directions(directions, parameters_by_name(self._model, directions.names()))
         self.flush()
         every = checked_every(state["every"])
         self.strength, self.every = checked_strength(state["strength"]), 1 if self._in_each_step else every
@@ -277,12 +482,23 @@ class Projecting(Protection):
             return
         self._num_waiting = 0
         self._project_z()
-        moved = [layer for layer in self._layers if layer.has_moved(self._befores)]
-        for layer in moved:
-            self._removed[layer.name] = layer.project(self._befores)
+        moved = self._moved_layers()
+        norms = _damp_all(layer.since(self._befores) for layer in moved)
+        for layer, own in zip(moved, norms, strict=True):
+            if own is not None:
+                self._removed[layer.name] = layer.parameters[0], own
         # Not before, since a tied weight is in two layers: both damp the same change, one after the other.
         for layer in moved:
-            self._remember(layer.parameters)
+            self._remember(layer)
+
+    def _moved_layers(self) -> list[_Protected]:
+        """The layers that may have changed in one of the processes: all of them damp a change together."""
+        moved = [layer.has_moved(self._befores) for layer in self._layers]
+        cut = [layer for layer in self._layers if layer.is_cut]
+        likes = [p for layer in cut for p in layer.parameters if p.device.type == "cpu"]
+        if likes:
+            moved = list(map(bool, largest_over_parts(list(map(float, moved)), likes)))
+        return [layer for layer, has_moved in zip(self._layers, moved, strict=True) if has_moved]
 
     @torch.no_grad()
     def _waiting_values(self) -> dict[int, Tensor]:
@@ -290,8 +506,8 @@ class Projecting(Protection):
             return {}
         found = {id(p): p.detach().clone() for layer in self._layers for p in layer.parameters}
         befores = {id(copy): self._befores[key] for key, copy in found.items()}
-        for layer in self._layers:
-            replace(layer, parameters=tuple(found[id(p)] for p in layer.parameters)).project(befores)
+        copies = [replace(layer, parameters=tuple(found[id(p)] for p in layer.parameters)) for layer in self._layers]
+        _damp_all(layer.since(befores) for layer in copies)
         return found
 
     def remove(self) -> None:
@@ -304,12 +520,12 @@ class Projecting(Protection):
         if not self.strength:
             return None
         self._find_layers(optimizer)
-        self._averaged = {id(p): z.clone() for p, z in self._zs(optimizer)}
+        self._averaged = {id(p): local_part(z).clone() for p, z in self._zs(optimizer)}
         # What was changed since the last projection, and not by a step, is not to be projected: it is taken over.
         if self._num_waiting == 0:
             for layer in self._layers:
-                if any(self._versions.get(id(p)) != version_of(p) for p in layer.parameters):
-                    self._remember(layer.parameters)
+                if self._versions.get(layer.name) != layer.versions():
+                    self._remember(layer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._project_gradients()
@@ -330,8 +546,8 @@ class Projecting(Protection):
 
     @torch.no_grad()
     def _project_gradients(self) -> None:
-        for layer in self._layers:
-            layer.project_gradients()
+        changes = (layer.of_gradients() for layer in self._layers)
+        _damp_all(change for change in changes if change is not None)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.strength:
@@ -341,14 +557,14 @@ class Projecting(Protection):
             self.flush()
 
     @torch.no_grad()
-    def _remember(self, parameters: tuple[Tensor, ...]) -> None:
-        for parameter in parameters:
-            old = self._befores.get(id(parameter))
-            if old is None or old.shape != parameter.shape or old.device != parameter.device:
-                self._befores[id(parameter)] = parameter.detach().clone()
+    def _remember(self, layer: _Protected) -> None:
+        self._versions[layer.name] = layer.versions()
+        for parameter in layer.parameters:
+            old, own = self._befores.get(id(parameter)), layer.part(parameter)
+            if old is None or old.shape != own.shape or old.device != own.device:
+                self._befores[id(parameter)] = own.clone()
             else:
-                old.copy_(parameter.detach())
-            self._versions[id(parameter)] = version_of(parameter)
+                old.copy_(own)
 
     def _zs(self, optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
         """Each parameter that schedule-free has stepped, with its `z`."""
@@ -365,11 +581,13 @@ class Projecting(Protection):
         """
         optimizer = self._optimizer()
         zs = {} if optimizer is None else {id(p): z for p, z in self._zs(optimizer)}
+        changes: list[_Change] = []
         for layer in self._layers:
             if all(id(p) in zs for p in layer.parameters):
                 # In its first step, z begins at the weights.
                 befores = {id(zs[id(p)]): self._averaged.get(id(p), self._befores[id(p)]) for p in layer.parameters}
-                replace(layer, parameters=tuple(zs[id(p)] for p in layer.parameters)).project(befores)
+                changes.append(replace(layer, parameters=tuple(zs[id(p)] for p in layer.parameters)).since(befores))
+        _damp_all(changes)
 
     def _weights_loaded(self) -> None:
         super()._weights_loaded()
@@ -383,16 +601,15 @@ class Projecting(Protection):
     def _find_layers(self, optimizer: Optimizer) -> None:
         """Look for the protected parameters again if the optimizer's parameters have changed."""
         held = [p for group in optimizer.param_groups for p in group["params"]]
-        seen = [key for p in held for key in (id(p), p.data_ptr(), p.shape, p.device, p.requires_grad)]
+        seen = [key for p in held for key in (id(p), p.data_ptr(), p.shape, p.dtype, p.device, p.requires_grad)]
         if seen == self._seen:
             return
         if self._num_waiting and all(id(p) in self._befores for layer in self._layers for p in layer.parameters):
-            same = [
-                layer for layer in self._layers if all(_is_as_remembered(p, self._befores) for p in layer.parameters)
-            ]
+            same = [layer for layer in self._layers if layer.is_as_remembered(self._befores)]
             self._layers = same
             self.flush()
         self._num_waiting = 0
+        reshard(self._model)
         learning = {id(p) for p in held if p.requires_grad}
         names = self._directions.names()
         parameters = {name: p for name, p in parameters_by_name(self._model, names).items() if id(p) in learning}
@@ -404,8 +621,18 @@ class Projecting(Protection):
         ]
         self._layers = [layer for layer in made if layer is not None]
         self._seen = seen
+        reduced = [layer.name for layer in self._layers if layer.leaves_out_outputs]
+        if reduced:
+            warn(
+                f"{len(reduced)} matrices (the first is {reduced[0]}) are projected by "
+                "their inputs alone: the model is cut between processes along their outputs, of which the memory keeps "
+                "so many directions that each step would sum nearly as many numbers as the weight has. Consolidate "
+                "with a smaller rank to project by the outputs too.",
+                OutputSideWarning,
+                stacklevel=4,
+            )
         for layer in self._layers:
-            self._remember(layer.parameters)
+            self._remember(layer)
 
     def _layer(self, key: str, own: LayerDirections, parameters: Mapping[str, nn.Parameter]) -> _Protected | None:
         matrix = own.matrix
@@ -415,44 +642,51 @@ class Projecting(Protection):
             return None if bias_alone is None else self._bias(key, own, bias_alone)
         bias = None if matrix.bias is None else parameters.get(matrix.bias)
         # If the bias does not move, only the part of A without it counts.
-        own = own.without_bias(parameters)
-        damped = Damping(own, self.strength, weight.device, wide_dtype(weight))
-        return _Protected(key, (weight,) if bias is None else (weight, bias), own.matrix, damped, matrix.layout.rows)
+        return self._held(key, own.without_bias(parameters), weight, bias)
+
+    def _held(self, key: str, own: LayerDirections, weight: Tensor, bias: Tensor | None) -> _Protected:
+        held, layout = held_layer(own, weight, bias), own.matrix.layout
+        damped = Damping(held.directions, self.strength, weight.device, wide_dtype(weight), held.summed)
+        parameters = (weight,) if bias is None else (weight, bias)
+        known = (layout.rows, layout.groups * layout.outputs)[: len(parameters)]
+        return _Protected(
+            key,
+            parameters,
+            held.directions.matrix,
+            damped,
+            held.num_rows,
+            known,
+            held.bias_rows,
+            any_sharded(parameters),
+            held.leaves_out_outputs,
+        )
 
     def _bias(self, key: str, own: LayerDirections, bias: nn.Parameter) -> _Protected:
         """A bias that moves without its weight."""
-        alone = own.of_bias()
-        damped = Damping(alone, self.strength, bias.device, wide_dtype(bias))
-        return _Protected(key, (bias,), alone.matrix, damped, alone.matrix.layout.rows)
+        return self._held(key, own.of_bias(), bias, None)
 
     def _adapter(self, own: AdaptedMatrix, learning: Set[int]) -> Iterator[_Protected]:
         """A and B of an adapter. If it adds nothing yet, A is damped itself, so that B A x is small for old inputs."""
         down, up = own.term.down, own.term.up
-        matrix = own.of_down()
-        damped = Damping(matrix, self.strength, down.device, wide_dtype(down))
         if id(down) in learning:
-            part = _Protected(f"{own.path} A", (down,), matrix.matrix, damped, len(down))
+            part = self._held(f"{own.path} A", own.of_down(), down, None)
             if id(down) not in self._befores and self.strength and is_fresh(own.term):
                 with torch.no_grad():
-                    part.project({id(down): torch.zeros_like(down)})
+                    part.since({id(down): torch.zeros_like(part.part(down))}).damp()
             yield part
         if id(up) in learning:
-            matrix = own.of_up()
-            rows = matrix.matrix.layout.rows
-            yield _Protected(f"{own.path} B", (up,), matrix.matrix, UpDamping(own, self.strength), rows)
+            part = self._held(f"{own.path} B", own.of_up(), up, None)
+            yield replace(part, damping=UpDamping(own, self.strength))
 
     def _single(self, name: str, own: DiagonalDirections, parameters: Mapping[str, nn.Parameter]) -> _Protected | None:
         parameter = parameters.get(name)
         if parameter is None:
             return None
-        squares = own.squares.to(parameter.device, wide_dtype(parameter))
+        squares = part_beside(own.squares, parameter).to(parameter.device, wide_dtype(parameter))
         factor = diagonal_damping(squares, own.mass, self.strength)
-        return _Protected(name, (parameter,), None, factor, len(squares) if squares.ndim else 1)
-
-
-def _is_as_remembered(parameter: Tensor, befores: Mapping[int, Tensor]) -> bool:
-    old = befores[id(parameter)]
-    return old.shape == parameter.shape and old.device == parameter.device
+        rows = (len(squares) if squares.ndim else 1,)
+        known = (len(own.squares) if squares.ndim else 1,)
+        return _Protected(name, (parameter,), None, factor, rows, known, is_cut=is_sharded(parameter))
 
 
 def _share_removed(parts: list[tuple[float, float]]) -> float:

@@ -4,6 +4,7 @@ Owns the options of `protect`. The penalty forms are in `penalising`, the projec
 """
 
 from collections.abc import Set
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -11,7 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from memsyn.errors import OptionError, ProtectionError
-from memsyn.parameters import Patterns, listed, only_those
+from memsyn.parameters import Patterns, listed, only_those, refuse_other_sharding
+from memsyn.protecting.held_layers import placed_directions
 from memsyn.protecting.optimizers import (
     AUTO,
     GRADIENT,
@@ -29,6 +31,7 @@ from memsyn.protecting.protection import Protection, check_optimizer, is_protect
 from memsyn.protecting.replaced import check_replaced, warn_of_grown
 from memsyn.protecting.statistics import WatchedStatistics
 from memsyn.protecting.strength import Relative, checked_strength
+from memsyn.sharding import is_sharded, reshard
 from memsyn.values.directions import STRENGTH
 from memsyn.values.memory import Memory, check_model
 from memsyn.weights_in_effect import adapted_weights, parameters_by_name, weights_by_name
@@ -116,6 +119,14 @@ def protect(
         reference: the model that was measured, or its state_dict, for `report().change`. It is needed only if the
             weights have moved since, as those of a checkpoint, and the memory has no anchor.
 
+    Of a model under `fully_shard` (FSDP2), each process protects the parts that it holds, and all call `protect`
+    together. The memory may be whole, as from a file, or sharded as the model is. A step of the penalty forms talks to
+    no other process. The projected form sums over processes the directions along which a weight is cut: U^T D of a
+    Linear, a few percent of the weight. Where this is over 4 MiB and over an eighth of the weight, the outputs are left
+    out, with a warning: the factor is 1 / (1 + c a_j). No step gathers a weight. All processes must together call
+    `report()`, `value()`, `flush()`, `remove()` and the `state_dict` of the model. The handle's `state_dict` holds
+    DTensors, so that torch.distributed.checkpoint saves the part of each process.
+
     A name is not an identity: a new head may have the old one's name and shape, and would be pulled to the old weights.
     So the weights are compared with the anchor. A matrix of n >= 64 values looks newly initialised if it is more than
     0.9 ||theta*|| from its anchor and its cosine with it is below 3 / sqrt(n), three standard deviations of unrelated
@@ -129,11 +140,13 @@ def protect(
         the handle keeps a copy of the weights that the memory knows, if the memory has directions and no anchor.
 
     Raises:
+        ModelError: the model is cut by DeepSpeed's ZeRO-3, or by the old FullyShardedDataParallel.
         OptionError: strength is negative or not finite, the form is unknown or does not suit optimizer or memory, or a
             pattern matches no parameter of the memory.
         MismatchError: the memory is of another architecture than the model, or the reference is not what was measured.
         ProtectionError: the optimizer is protected already, holds no parameter of the memory, or calls no hooks; or a
-            parameter looks newly initialised, has a sparse gradient, has no values (device "meta"), or is nested.
+            parameter looks newly initialised, has a sparse gradient, has no values (device "meta"), or is nested; or it
+            is cut between processes in a way that the form cannot take.
 
     Warns:
         NewParametersWarning, LostParametersWarning: only the model, or only the memory has a parameter.
@@ -142,6 +155,7 @@ def protect(
         GrownParametersWarning: a parameter has more rows than the memory knows.
         NotProtectedWarning: protected weights have moved, and the optimizer has made no step. This is looked at when
             the model's `state_dict` is called, and in `report()` and `remove()`.
+        OutputSideWarning: matrices of a sharded model are projected by their inputs alone.
         MovedStatisticsWarning: the model's statistics are not those that the memory remembers; and later, once, in the
             step in which they are seen to move.
 
@@ -158,6 +172,8 @@ def protect(
     if not (isinstance(model, nn.Module) and isinstance(memory, Memory)):
         given = ", ".join(type(value).__name__ for value in (optimizer, model, memory))
         raise OptionError(f"expected protect(optimizer, model, memory), got ({given}).")
+    refuse_other_sharding(model)
+    reshard(model)
     found = stepping_optimizer(optimizer)
     optimizer = found.optimizer
     whole = memory.fitted(model)
@@ -169,6 +185,9 @@ def protect(
     if is_protected(optimizer):
         raise ProtectionError("this optimizer is protected already: call remove() on its first handle.")
     memory = _chosen(whole, model, form, only, exclude)
+    if memory.directions is not None:
+        own = parameters_by_name(model, memory.names)
+        memory = replace(memory, directions=placed_directions(memory.directions, own))
     ignored = whole.statistics.keys() - memory.statistics.keys()
     predictor = change_predictor(memory, whole, model, reference)
     if form == PROJECTED:
@@ -198,8 +217,9 @@ def _form_for(optimizer: Optimizer, model: nn.Module, memory: Memory) -> str:
     """The form for form="auto": projected where the memory has directions and the optimizer allows it."""
     if memory.directions is not None and not (isinstance(optimizer, torch.optim.LBFGS) and memory.importance):
         return PROJECTED
-    low_rank = all(layer.is_low_rank() for _, layer in adapted_weights(model, memory.importance.keys()))
-    return best_form(optimizer) if low_rank else GRADIENT
+    adapted = adapted_weights(model, memory.importance.keys())
+    can_pull = all(layer.is_low_rank() and not is_sharded(layer.base.weight) for _, layer in adapted)
+    return best_form(optimizer) if can_pull else GRADIENT
 
 
 def _check_dense_gradients(model: nn.Module, memory: Memory, held: Set[int]) -> None:

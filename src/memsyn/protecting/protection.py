@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, final
-from weakref import WeakMethod, WeakSet, ref
+from weakref import WeakKeyDictionary, WeakMethod, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from memsyn.errors import NotProtectedWarning, ProtectionError
 from memsyn.parameters import named_parameters, unwrap, wide_dtype
 from memsyn.protecting.optimizers import PROJECTED, Stepping, known_kind
 from memsyn.protecting.predicting import Watched, of_another_memory
-from memsyn.sharding import local_part
+from memsyn.sharding import local_part, reshard
 from memsyn.torch_private import num_steps_in_progress
 from memsyn.values.display import LayerRow, counted, html_table, html_text, percent, short_name
 from memsyn.weights_in_effect import WeightsInEffect, moving_parameters, weights_by_name
@@ -28,8 +28,8 @@ from memsyn.weights_in_effect import WeightsInEffect, moving_parameters, weights
 _protected: "WeakSet[Optimizer]" = WeakSet()
 """The optimizers with a handle that was not removed."""
 
-_handles: "WeakSet[Protection]" = WeakSet()
-"""The handles that were not collected."""
+_handles: "WeakKeyDictionary[Protection, None]" = WeakKeyDictionary()
+"""The handles that were not collected, in order: processes that talk about several take them one after the other."""
 
 
 def is_protected(optimizer: Optimizer) -> bool:
@@ -274,7 +274,7 @@ class Protection(ABC):
         self._norms: dict[tuple[str, torch.dtype, torch.device], Tensor] | None = self._norms_now()
         """Of the parameters when protection began; None if they were loaded since."""
         _protected.add(optimizer)
-        _handles.add(self)
+        _handles[self] = None
         self._watched = watched
         watched.statistics.begin(optimizer)
 
@@ -294,11 +294,17 @@ class Protection(ABC):
 
     @abstractmethod
     def value(self) -> float:
-        """The penalty now: lambda sum Omega (theta - theta*)^2; 0 in the projected form, which has none."""
+        """The penalty now: lambda sum Omega (theta - theta*)^2; 0 in the projected form, which has none.
+
+        Of a model under `fully_shard`, all processes must call it together.
+        """
 
     @abstractmethod
     def report(self) -> Report:
-        """What protection does to the weights, layer by layer."""
+        """What protection does to the weights, layer by layer.
+
+        Of a model under `fully_shard`, all processes must call it together, and all get the same.
+        """
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -314,7 +320,10 @@ class Protection(ABC):
         """
 
     def flush(self) -> None:  # noqa: B027 (the penalty forms have nothing to do)
-        """Project the changes of the last steps that are not projected yet; only the projected form delays any."""
+        """Project the changes of the last steps that are not projected yet; only the projected form delays any.
+
+        Of a model under `fully_shard`, all processes must call it together.
+        """
 
     def remove(self) -> None:
         """Stop protecting; a second call does nothing."""
@@ -323,15 +332,20 @@ class Protection(ABC):
         if self._hooks and optimizer is not None:
             self.flush()
             self._check_acted()
-            for hook in self._hooks:
-                hook.remove()
-            _protected.discard(optimizer)
-            _handles.discard(self)
             for other in _handles if self._acted else ():
                 if unwrap(other._model) is unwrap(self._model):
                     other._norms = None  # this handle has let the weights move
-        for guard in self._guards:
-            guard.remove()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Take every hook away, also of a handle that could not be made: then another call of `protect` may follow."""
+        self._watched.statistics.end()
+        optimizer = self._optimizer()
+        if optimizer is not None and self._hooks:
+            _protected.discard(optimizer)
+        _handles.pop(self, None)
+        for hook in (*self._hooks, *self._guards):
+            hook.remove()
         self._hooks, self._guards = [], []
 
     def _with_outputs(self, report: Report) -> Report:
@@ -353,7 +367,8 @@ class Protection(ABC):
     def _weights_after_flush(self) -> Iterator[Mapping[str, Tensor]]:
         """The weights in effect, with the values that `flush` of all handles of the model would give them."""
         waiting: dict[int, Tensor] = {}
-        for handle in _handles:
+        reshard(self._model)
+        for handle in list(_handles):
             if unwrap(handle._model) is unwrap(self._model):
                 waiting |= handle._waiting_values()
         weights = weights_by_name(self._model, self._names)
@@ -392,6 +407,7 @@ class Protection(ABC):
         """
         optimizer = self._optimizer()
         held = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
+        reshard(self._model)
         moving = moving_parameters(self._model, self._names)
         local = {name: local_part(p) for name, p in moving.items() if id(p) in held}
         return {

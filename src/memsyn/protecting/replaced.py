@@ -15,7 +15,8 @@ from torch import Tensor
 from memsyn.errors import GrownParametersWarning, MovedWeightsWarning, ProtectionError
 from memsyn.parameters import wide_dtype, with_their_layers
 from memsyn.protecting.optimizers import PROJECTED
-from memsyn.sharding import gathered
+from memsyn.protecting.penalty import known_rows
+from memsyn.sharding import gathered, is_sharded, local_part, part_beside, summed_over_parts
 from memsyn.values.directions import excerpt
 from memsyn.values.memory import Memory
 
@@ -104,6 +105,8 @@ def _distances(memory: Memory, parameters: Mapping[str, Tensor], form: str) -> d
         rows, anchors = memory.directions.num_rows(), memory.directions.excerpts
     found = {}
     for name in (name for name in rows if name in parameters and name in anchors):
+        if form != PROJECTED and is_sharded(parameters[name]):
+            continue
         parameter, anchor = gathered(parameters[name]), gathered(anchors[name])
         if form == PROJECTED:
             parameter = excerpt(parameter, rows[name])
@@ -118,6 +121,25 @@ def _distances(memory: Memory, parameters: Mapping[str, Tensor], form: str) -> d
         if own > 0:
             cosine = (theirs**2 + own**2 - apart**2) / (2 * theirs * own) if theirs > 0 else 0.0
             found[name] = _Distance(apart / own, cosine, old.numel(), parameters[name].ndim > 1)
+    return found if form == PROJECTED else found | _distances_of_parts(memory.anchor, parameters)
+
+
+def _distances_of_parts(anchors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, _Distance]:
+    """The same of sharded parameters: each process compares its part, and one sum over all makes them whole."""
+    names = [name for name in anchors if name in parameters and is_sharded(parameters[name])]
+    squares = []
+    for name in names:
+        anchor = part_beside(anchors[name], parameters[name])
+        theta = known_rows(local_part(parameters[name]), anchor).double()
+        old = anchor.to(theta)
+        squares.append(torch.stack([part.square().sum() for part in (theta, old, theta - old)]))
+    found = {}
+    sums = summed_over_parts(squares, [parameters[name] for name in names])
+    for name, (theirs, own, apart) in zip(names, (squares.tolist() for squares in sums), strict=True):
+        if own > 0:
+            cosine = (theirs + own - apart) / (2 * math.sqrt(theirs * own)) if theirs > 0 else 0.0
+            num_values = anchors[name].numel()
+            found[name] = _Distance(math.sqrt(apart / own), cosine, num_values, parameters[name].ndim > 1)
     return found
 
 

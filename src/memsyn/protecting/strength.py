@@ -5,13 +5,16 @@ Owns the default strength and the checks of a strength. How a strength acts is i
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Final, final
 
 import torch
+from torch import Tensor
 
 from memsyn.errors import MismatchError, OptionError, StrengthWarning
+from memsyn.sharding import local_part, summed_over_parts
 from memsyn.values.factors import BOTH, INPUTS_ALONE
 from memsyn.values.memory import RULES, Memory
 
@@ -55,20 +58,31 @@ class Relative:
     def of(self, memory: Memory) -> float:
         """The paper's lambda for this memory; 0, with a warning, if no weight has any importance.
 
+        Of a memory that is sharded between processes, all must call it together.
+
         Raises:
             MismatchError: an importance is not finite.
         """
         total, count = 0.0, 0
-        for name, omega in memory.importance.items():
-            own = float(omega.sum(dtype=torch.promote_types(omega.dtype, torch.float32)))
+        for name, (own, important) in _sums(memory.importance).items():
             if not math.isfinite(own):
                 raise MismatchError(f"the importance of {name} is not finite: measure it again.")
             total += own
-            count += int(omega.count_nonzero())
+            count += int(important)
         if not total:
             warnings.warn("no weight of the memory has any importance: nothing is protected.", StrengthWarning, 3)
             return 0.0
         return self.value * _num_tasks(memory) * count / total
+
+
+def _sums(importance: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Parameter -> the sum of its importance, and how many numbers are not zero; over all processes."""
+    found = []
+    for part in (local_part(omega) for omega in importance.values()):
+        total = part.sum(dtype=torch.promote_types(part.dtype, torch.float32))
+        found.append(torch.stack([total.double(), part.count_nonzero().double()]))
+    sums = summed_over_parts(found, list(importance.values()))
+    return dict(zip(importance, (own.tolist() for own in sums), strict=True))
 
 
 def _num_tasks(memory: Memory) -> float:

@@ -370,7 +370,8 @@ class Directions:
             found[layer] = found.get(layer, 0.0) + own.predicted_change(change)
         for name, diagonal in self.diagonal.items():
             change = _difference(name, before, after, len(diagonal.squares) if diagonal.squares.ndim else None)
-            own_change = float((diagonal.squares.to(change) * change.square()).sum()) * diagonal.scale / diagonal.mass
+            squares = gathered(diagonal.squares).to(change)
+            own_change = float((squares * change.square()).sum()) * diagonal.scale / diagonal.mass
             found[layer_of(name)] = found.get(layer_of(name), 0.0) + own_change
         return found
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from memsyn.engine.calls import Call, changes_its_input, with_tensors
 from memsyn.engine.recorder import ParameterGroup
 from memsyn.kernels.operations import operation_of
-from memsyn.kernels.outer_products import Magnitude
-from memsyn.kernels.rules import Axis, NoRuleError, Rule, Use, add_terms, per_sample, signed, tied
+from memsyn.kernels.outer_products import Magnitude, signed
+from memsyn.kernels.rules import Axis, NoRuleError, Rule, Use, add_terms, per_sample, tied
 from memsyn.parameters import wide_dtype
 from memsyn.torch_private import base_of
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memsyn.kernels.convolutions import Geometry, Pair, conv_products, conv_products_of_one_sign, geometry_of
-from memsyn.kernels.outer_products import Magnitude, add_token_products, magnitudes
+from memsyn.kernels.outer_products import Magnitude, absolute, add_token_products, magnitudes, square
 
 
 class NoRuleError(Exception):
@@ -81,21 +81,6 @@ class Use(NamedTuple):
     operand_axis: Axis | None
     grad: Tensor
     axis: Axis
-
-
-def absolute(gradient: Tensor, out: Tensor | None = None) -> Tensor:
-    """f(g) = |g|: the magnitude of MAS."""
-    return torch.abs(gradient, out=gradient if out is None else out)
-
-
-def square(gradient: Tensor, out: Tensor | None = None) -> Tensor:
-    """f(g) = g^2: the magnitude of the diagonal Fisher information."""
-    return torch.mul(gradient, gradient, out=gradient if out is None else out)
-
-
-def signed(gradient: Tensor, out: Tensor | None = None) -> Tensor:
-    """f(g) = g: then the sums equal the gradients of autograd."""
-    return gradient if out is None else out.copy_(gradient)
 
 
 MAGNITUDES: dict[str, Magnitude] = {"abs": absolute, "square": square}

@@ -136,6 +136,13 @@ static inline float pulled(float theta, float anchor, float omega, float divisor
     return share < 0.5f ? theta + share * way : anchor - way * (1.0f - share);
 }
 
+/* Before a loop of few rounds, whose number is known: arrays that it indexes can then be registers. */
+#if defined(__clang__)
+#define UNROLLED _Pragma("clang loop unroll(full)")
+#else
+#define UNROLLED _Pragma("GCC unroll 16")
+#endif
+
 #define ALWAYS static inline __attribute__((always_inline))
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -160,7 +167,7 @@ static inline float pulled(float theta, float anchor, float omega, float divisor
 #include "native_level.c"
 
 #define LEVEL avx512
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #define LANES 16
 #define ROWS 14
 #define STEP 16

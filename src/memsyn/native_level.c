@@ -27,26 +27,28 @@ ALWAYS TARGET void NAME(tile_of)(const int height, const int vectors, int64_t sa
                                  int magnitude) {
     for (int64_t k = 0; k < samples; k++) {
         VECTOR products[ROWS][2];
-#pragma GCC unroll 16
+        /* Without this, gcc keeps a second copy of `sums` on the stack from sample to sample, and writes both. */
+        __asm__ volatile("" : : : "memory");
+        UNROLLED
         for (int i = 0; i < height; i++)
-#pragma GCC unroll 2
+            UNROLLED
             for (int j = 0; j < vectors; j++) products[i][j] = first ? (VECTOR){0} : part[i * vectors + j];
         for (int64_t t = 0; t < tokens; t++) {
             VECTOR columns[2];
-#pragma GCC unroll 2
+            UNROLLED
             for (int j = 0; j < vectors; j++) columns[j] = *(const VECTOR *)(right + j * LANES);
-#pragma GCC unroll 16
+            UNROLLED
             for (int i = 0; i < height; i++) {
                 const float row = left[i];
-#pragma GCC unroll 2
+                UNROLLED
                 for (int j = 0; j < vectors; j++) products[i][j] += row * columns[j];
             }
             left += STEP;
             right += COLUMNS;
         }
-#pragma GCC unroll 16
+        UNROLLED
         for (int i = 0; i < height; i++)
-#pragma GCC unroll 2
+            UNROLLED
             for (int j = 0; j < vectors; j++) {
                 if (last)
                     sums[i * vectors + j] += NAME(magnitude)(products[i][j], magnitude);
@@ -98,7 +100,7 @@ ALWAYS TARGET void NAME(turn)(const char *data, int half, const int64_t *offsets
     const __mmask16 used = (__mmask16)((1u << tokens) - 1), kept = (__mmask16)((1u << count) - 1);
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     __m512 rows[16];
-#pragma GCC unroll 16
+    UNROLLED
     for (int i = 0; i < 16; i++) {
         if (i >= count)
             rows[i] = _mm512_setzero_ps();
@@ -109,14 +111,14 @@ ALWAYS TARGET void NAME(turn)(const char *data, int half, const int64_t *offsets
             rows[i] = _mm512_maskz_loadu_ps(used, data + 4 * offsets[i]);
     }
     /* For each distance 1, 2, 4, 8: of rows i and i + distance, change the blocks off the diagonal. */
-#pragma GCC unroll 4
+    UNROLLED
     for (int distance = 1; distance < 16; distance *= 2) {
         const __m512i far = _mm512_set1_epi32(distance);
         const __mmask16 upper = _mm512_test_epi32_mask(lanes, far);
         /* index 16 + x is entry x of the second row */
         const __m512i low = _mm512_mask_add_epi32(lanes, upper, lanes, _mm512_sub_epi32(_mm512_set1_epi32(16), far));
         const __m512i high = _mm512_mask_add_epi32(_mm512_add_epi32(lanes, far), upper, lanes, _mm512_set1_epi32(16));
-#pragma GCC unroll 16
+        UNROLLED
         for (int i = 0; i < 16; i++)
             if (!(i & distance)) {
                 const __m512 one = rows[i], other = rows[i + distance];
@@ -124,7 +126,7 @@ ALWAYS TARGET void NAME(turn)(const char *data, int half, const int64_t *offsets
                 rows[i + distance] = _mm512_permutex2var_ps(one, high, other);
             }
     }
-#pragma GCC unroll 16
+    UNROLLED
     for (int t = 0; t < 16; t++)
         if (t < tokens) _mm512_mask_storeu_ps(packed + t * step, kept, rows[t]);
 }
@@ -165,25 +167,25 @@ TARGET static void NAME(pack)(const factor *f, const panels *cut, int64_t group,
     const int64_t num_runs = turns ? 0 : runs_of(features, cut, size, runs);
     for (int64_t k = 0; k < samples; k++) {
         const char *data = (const char *)f->data + width * ((sample + k) * f->sample_stride + group * f->group_stride);
-        for (int64_t done = 0, some; done < tokens; done += some) {
-            some = at_most(at_most(length - (token + done) % length, tokens - done), LANES);
-            const char *at = data + width * offset_of(token + done, f->token_sizes, f->token_strides);
-            float *to = packed + k * between + done * step;
-            for (int64_t r = 0; r < num_runs; r++) {
-                const char *from = at + width * runs[r].from;
-                if (runs[r].count == COLUMNS)
-                    NAME(copy)(from, half, stride, some, COLUMNS, to + runs[r].to, step);
-                else if (runs[r].count == LANES)
-                    NAME(copy)(from, half, stride, some, LANES, to + runs[r].to, step);
-                else
-                    NAME(copy)(from, half, stride, some, (int)runs[r].count, to + runs[r].to, step);
-            }
-            if (!turns) continue;
-            for (int64_t panel = 0; panel < cut->panels; panel++) {
-                const int64_t first = first_of(cut, panel), count = first_of(cut, panel + 1) - first;
-                for (int64_t i = 0; i < count; i += LANES)
+        /* Squares: panel after panel, of few features each, so that the processor can read ahead in all of them. */
+        for (int64_t part = 0; part < (turns ? cut->panels : 1); part++) {
+            const int64_t first = first_of(cut, part), count = first_of(cut, part + 1) - first;
+            for (int64_t done = 0, some; done < tokens; done += some) {
+                some = at_most(at_most(length - (token + done) % length, tokens - done), LANES);
+                const char *at = data + width * offset_of(token + done, f->token_sizes, f->token_strides);
+                float *to = packed + k * between + done * step;
+                for (int64_t i = 0; turns && i < count; i += LANES)
                     NAME(turn)(at, half, features + first + i, (int)at_most(count - i, LANES), (int)some,
-                               to + panel * size + i, step);
+                               to + part * size + i, step);
+                for (int64_t r = 0; r < num_runs; r++) {
+                    const char *from = at + width * runs[r].from;
+                    if (runs[r].count == COLUMNS)
+                        NAME(copy)(from, half, stride, some, COLUMNS, to + runs[r].to, step);
+                    else if (runs[r].count == LANES)
+                        NAME(copy)(from, half, stride, some, LANES, to + runs[r].to, step);
+                    else
+                        NAME(copy)(from, half, stride, some, (int)runs[r].count, to + runs[r].to, step);
+                }
             }
         }
     }
@@ -210,10 +212,12 @@ TARGET static void NAME(pack_uses)(const problem *p, const factor *factors, int 
 #ifndef DEPTH_OF_LEVEL
 #define DEPTH_OF_LEVEL 256
 #endif
-#define LONGEST 1024
+#ifndef LONGEST
+#define LONGEST 512
+#endif
 #ifndef LEFT_PANELS
-#define LEFT_PANELS 48
-#define WIDEST 512
+#define LEFT_PANELS 24
+#define WIDEST 1024
 #endif
 
 TARGET static plan NAME(plan_of)(const problem *p, const factor *factors) {
@@ -388,7 +392,7 @@ TARGET static void NAME(pull)(int64_t count, const int64_t *sizes, float *const 
 #undef EACH_HEIGHT
 #undef TILE
 #undef NARROW_TILE
-#undef LONGEST
+
 #undef COLUMNS
 #undef VECTOR
 #undef BITS

@@ -37,13 +37,13 @@ THREADS = (["-fopenmp"], [])
 def compile_library(library: Path = LIBRARY) -> str | None:
     """Compile the library to this path; why that failed, or None.
 
-    An old file is removed first: what lies there afterwards is of this source.
+    Before it is compiled, an old file is removed: what lies there afterwards is of this source.
     """
-    library.unlink(missing_ok=True)
     if os.environ.get("MEMSYN_NATIVE") == "off":
         return "MEMSYN_NATIVE is off"
     if sys.platform == "win32":
         return "it is not built on Windows"
+    library.unlink(missing_ok=True)
     reason = "no compiler"
     for threads in THREADS:
         try:

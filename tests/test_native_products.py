@@ -198,15 +198,16 @@ GEOMETRIES = {
 @pytest.mark.parametrize("name", GEOMETRIES)
 @pytest.mark.parametrize("num_pairs", [1, 2])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_convolutions(level: str, name: str, num_pairs: int, channels_last: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_convolutions(level: str, name: str, num_pairs: int, channels_last: bool, dtype: torch.dtype) -> None:
     geometry = convolutions.Geometry(*GEOMETRIES[name])
     generator = torch.Generator().manual_seed(0)
     pairs = []
     for extra in range(num_pairs):
-        image = torch.randint(-3, 4, (5, 6, *(9 + extra,) * len(geometry.kernel)), generator=generator).float()
+        image = torch.randint(-3, 4, (5, 6, *(9 + extra,) * len(geometry.kernel)), generator=generator).to(dtype)
         windows = convolutions.windows_of(image, geometry)
         size = windows.shape[2 + len(geometry.kernel) :]
-        grad = torch.randint(-3, 4, (5, 8, *size), generator=generator).float()
+        grad = torch.randint(-3, 4, (5, 8, *size), generator=generator).to(dtype)
         if channels_last:
             image, grad = (x.movedim(1, -1).contiguous().movedim(-1, 1) for x in (image, grad))
         pairs.append(convolutions.Pair(grad, image))
@@ -222,4 +223,4 @@ def test_convolutions(level: str, name: str, num_pairs: int, channels_last: bool
 @needs_library
 def test_images_are_copied_some_samples_at_a_time(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convolutions, "INPUTS", 700)
-    test_convolutions(level, "3x3", 1, False)
+    test_convolutions(level, "3x3", 1, False, torch.float32)

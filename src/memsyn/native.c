@@ -40,6 +40,14 @@ typedef struct {
     int64_t magnitude, threads, uses;
 } problem;
 
+/* Images (samples, channels, *sizes) of any strides, to be copied to floats (samples, *padded, channels) without gaps. */
+typedef struct {
+    int64_t data, half, sample_stride, channels, channel_stride;
+    int64_t sizes[3], strides[3];
+    int64_t before[3], padded[3]; /* where the image begins in the padded one, and how large that is */
+    int64_t samples, threads;
+} images;
+
 /* How a problem is cut: into `chunks` of the samples, and blocks of the weight. Only the chunks change the order of a
    sum, and they do not depend on the number of threads: any number of threads gives the same bits. */
 typedef struct {
@@ -187,13 +195,14 @@ typedef struct {
     const char *name;
     int64_t (*scratch)(const problem *, const factor *);
     void (*products)(const problem *, const factor *, float *);
+    void (*channels_last)(const images *, float *);
     void (*gradients)(int64_t, const int64_t *, float *const *, const float *const *, const float *const *,
                       const void *const *, const int32_t *, const float *, int);
     void (*pull)(int64_t, const int64_t *, float *const *, const float *const *, const void *const *,
                  const float *const *, const int32_t *, const float *, const float *, int);
 } level;
 
-#define ENTRY(name) {#name, scratch_##name, products_##name, gradients_##name, pull_##name}
+#define ENTRY(name) {#name, scratch_##name, products_##name, channels_last_##name, gradients_##name, pull_##name}
 
 static const level LEVELS[] = {
     ENTRY(generic),
@@ -231,7 +240,7 @@ const char *memsyn_choose(const char *name) {
 }
 
 /* What changes with any change of the arguments below: native.py does not call a library of another number. */
-int memsyn_interface(void) { return 1; }
+int memsyn_interface(void) { return 2; }
 
 /* Whether it was compiled with OpenMP. */
 int memsyn_has_threads(void) { return HAS_THREADS; }
@@ -247,6 +256,8 @@ void memsyn_outer_products(const problem *p, factor *factors, float *scratch) {
     }
     chosen->products(p, factors, scratch);
 }
+
+void memsyn_channels_last(const images *from, float *to) { chosen->channels_last(from, to); }
 
 /* In the two updates every array has `count` entries, one per tensor; `half[i]` says that omega[i] is in bfloat16, else
    all is float. */

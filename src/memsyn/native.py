@@ -18,7 +18,7 @@ from memsyn.errors import OptionError
 LIBRARY: Final = Path(__file__).with_name("libmemsyn.so")
 """The name is the same on all systems: the loader does not care."""
 
-INTERFACE: Final = 1
+INTERFACE: Final = 2
 """The number that the library must give. Its source holds it too: change both with the arguments of any function."""
 
 VARIABLE: Final = "MEMSYN_NATIVE"

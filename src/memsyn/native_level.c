@@ -191,6 +191,47 @@ TARGET static void NAME(pack)(const factor *f, const panels *cut, int64_t group,
     }
 }
 
+/* Some channels of one row of pixels. */
+ALWAYS TARGET void NAME(channels_of_row)(const images *f, const char *data, int64_t channel, int64_t channels,
+                                         int64_t pixels, float *to) {
+    const int64_t width = f->half ? 2 : 4;
+    int64_t offsets[LANES];
+    for (int64_t i = 0; i < channels; i++) offsets[i] = (channel + i) * f->channel_stride;
+    if (f->strides[2] == 1) {
+        for (int64_t x = 0; x < pixels; x += LANES)
+            NAME(turn)(data + width * x, (int)f->half, offsets, (int)channels, (int)at_most(pixels - x, LANES),
+                       to + x * f->channels + channel, f->channels);
+    } else {
+        for (int64_t x = 0; x < pixels; x++)
+            for (int64_t i = 0; i < channels; i++) {
+                const int64_t at = x * f->strides[2] + offsets[i];
+                to[x * f->channels + channel + i] =
+                    f->half ? widened(((const uint16_t *)data)[at]) : ((const float *)data)[at];
+            }
+    }
+}
+
+TARGET static void NAME(channels_last)(const images *f, float *to) {
+    const int64_t first = at_most(f->before[2], f->padded[2]);
+    const int64_t pixels = at_most(f->sizes[2], f->padded[2] - first), row = f->padded[2] * f->channels;
+    const int64_t rows = f->padded[0] * f->padded[1];
+#pragma omp parallel for schedule(static) num_threads((int)f->threads) if (f->threads > 1)
+    for (int64_t job = 0; job < f->samples * rows; job++) {
+        const int64_t z = job % rows / f->padded[1] - f->before[0], y = job % f->padded[1] - f->before[1];
+        float *own = to + job * row;
+        if (z < 0 || z >= f->sizes[0] || y < 0 || y >= f->sizes[1]) {
+            memset(own, 0, sizeof(float) * (size_t)row);
+            continue;
+        }
+        memset(own, 0, sizeof(float) * (size_t)(first * f->channels));
+        memset(own + (first + pixels) * f->channels, 0, sizeof(float) * (size_t)(row - (first + pixels) * f->channels));
+        const int64_t offset = job / rows * f->sample_stride + z * f->strides[0] + y * f->strides[1];
+        const char *data = (const char *)f->data + (f->half ? 2 : 4) * offset;
+        for (int64_t channel = 0; channel < f->channels; channel += LANES)
+            NAME(channels_of_row)(f, data, channel, at_most(LANES, f->channels - channel), pixels, own + first * f->channels);
+    }
+}
+
 /* Tokens `token` .. `token + tokens` of the tokens of all uses, on one side (0: left, 1: right). */
 TARGET static void NAME(pack_uses)(const problem *p, const factor *factors, int side, const panels *cut, int64_t group,
                                    int64_t sample, int64_t samples, int64_t token, int64_t tokens, float *packed,

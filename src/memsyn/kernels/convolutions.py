@@ -7,11 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from memsyn.kernels.outer_products import INPUTS, Magnitude, add_natively, add_outer_products, scratch
+from memsyn.kernels.native_products import copy_channels_last
+from memsyn.kernels.outer_products import INPUTS, Magnitude, add_natively, add_outer_products, can_add_natively, scratch
 
 UNFOLD = 64
 """Windows are unfolded (copied) if a kernel has at most this many inputs per output: kernel size * input channels."""
@@ -106,9 +108,11 @@ def _one_sign(features: Tensor) -> bool:
 
 def _conv_weight_natively(pairs: Sequence[Pair], geometry: Geometry, magnitude: Magnitude) -> Tensor | None:
     """One product over views of the gradients and of the padded images; None if the native library cannot."""
+    if not can_add_natively([tensor for pair in pairs for tensor in pair], magnitude):
+        return None
     grad, inputs, groups = pairs[0].grad, pairs[0].image, geometry.groups
     window = (*geometry.kernel, inputs.shape[1] // groups)
-    total = grad.new_zeros(groups, grad.shape[1] // groups, math.prod(window))
+    total = grad.new_zeros(groups, grad.shape[1] // groups, math.prod(window), dtype=torch.float32)
     copied = sum(math.prod(_lengths(pair, geometry)) * pair.image.shape[1] for pair in pairs)
     step = max(1, min(len(grad), INPUTS // copied))
     for start in range(0, len(grad), step):
@@ -117,13 +121,12 @@ def _conv_weight_natively(pairs: Sequence[Pair], geometry: Geometry, magnitude: 
             (
                 # (b, out, *size) -> (b, G, *size, out / G)
                 pair.grad[some].unflatten(1, (groups, -1)).movedim(2, -1),
-                _windows_last(Pair(pair.grad[some], pair.image[some]), geometry, f"{index}"),
+                _windows_last(Pair(pair.grad[some], pair.image[some]), geometry, f"{index}", total),
                 len(geometry.kernel),
             )
             for index, pair in enumerate(pairs)
         ]
-        if not add_natively(uses, total, magnitude):
-            return None
+        add_natively(uses, total, magnitude)
     weight: Tensor = total.view(-1, *window).movedim(-1, 1)
     return weight
 
@@ -138,7 +141,7 @@ def _lengths(pair: Pair, geometry: Geometry) -> list[int]:
     ]
 
 
-def _windows_last(pair: Pair, geometry: Geometry, use: str) -> Tensor:
+def _windows_last(pair: Pair, geometry: Geometry, use: str, like: Tensor) -> Tensor:
     """The windows as a view: (b, G, *size, *kernel, C / G). For 1x1 kernels a view of the image, else of a copy.
 
     In the copy channels lie next to each other in memory. So a row of a window is one run of numbers.
@@ -147,7 +150,9 @@ def _windows_last(pair: Pair, geometry: Geometry, use: str) -> Tensor:
     if math.prod(geometry.kernel) == 1 and not _is_padded(geometry):
         last = image.movedim(1, -1)
     else:
-        last = _channels_last(image, geometry, _lengths(pair, geometry)[0], use)
+        shape = (len(image), *_lengths(pair, geometry), image.shape[1])
+        last = scratch(f"padded {use}", shape, like)
+        copy_channels_last(image, last, [before for before, _ in geometry.padding])
     steps = last.stride()[1:-1]
     strides = (
         last.stride(0),

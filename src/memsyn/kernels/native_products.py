@@ -62,6 +62,30 @@ def add_native_products(uses: Sequence[Factors], total: Tensor, code: int, scrat
     torch.autograd.graph.increment_version(total)
 
 
+def copy_channels_last(image: Tensor, padded: Tensor, before: Sequence[int]) -> None:
+    """Copy images (b, C, *spatial) to zero-padded ones (b, *spatial, C) in float32 without gaps.
+
+    Args:
+        image: images for which `takes_products` holds, with up to three spatial dimensions. Pixels that do not fit are
+            left out.
+        padded: the result.
+        before: the number of zeros before the image, per spatial dimension.
+    """
+    library = native_library()
+    assert library is not None
+    missing = 5 - image.ndim
+    image_strides = image.stride()
+    numbers = (
+        *(image.data_ptr(), int(image.dtype == torch.bfloat16), image_strides[0], image.shape[1], image_strides[1]),
+        *([1] * missing + [*image.shape[2:]]),
+        *([0] * missing + [*image_strides[2:]]),
+        *([0] * missing + [*before]),
+        *([1] * missing + [*padded.shape[1:-1]]),
+        *(len(image), torch.get_num_threads()),
+    )
+    library.memsyn_channels_last((ctypes.c_int64 * len(numbers))(*numbers), ctypes.c_void_p(padded.data_ptr()))
+
+
 def _described(factor: Tensor, num_dims: int) -> list[int]:
     """A factor as the library's struct: where it lies, then sizes and strides of the tokens, then of the features."""
     sizes, strides, split = factor.shape, factor.stride(), 2 + num_dims

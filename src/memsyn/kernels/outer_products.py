@@ -157,10 +157,15 @@ def add_outer_products(
                 _add_tiles(pairs, total, magnitude)
 
 
+def can_add_natively(factors: Sequence[Tensor], magnitude: Magnitude) -> bool:
+    """Whether the native library is there, and knows f and these factors."""
+    return magnitude in NATIVE and takes_products(*factors)
+
+
 def add_natively(uses: Sequence[Factors], total: Tensor, magnitude: Magnitude) -> bool:
     """Add sum_k f(sum_t left_kt right_kt^T) to (G, rows, columns) in the native library; whether it could."""
     factors = [tensor for left, right, _ in uses for tensor in (left, right)]
-    if magnitude not in NATIVE or total.dtype != torch.float32 or not takes_products(*factors):
+    if total.dtype != torch.float32 or not can_add_natively(factors, magnitude):
         return False
     add_native_products(uses, total, NATIVE[magnitude], lambda size: scratch("native", (size,), total))
     return True

@@ -5,13 +5,15 @@ gives the same bits.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+import memsyn
 from memsyn.kernels import convolutions, outer_products
 from memsyn.kernels.native_products import Factors, takes_products
 from memsyn.kernels.outer_products import Magnitude, absolute, add_natively, signed, square
@@ -224,3 +226,51 @@ def test_convolutions(level: str, name: str, num_pairs: int, channels_last: bool
 def test_images_are_copied_some_samples_at_a_time(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convolutions, "INPUTS", 700)
     test_convolutions(level, "3x3", 1, False, torch.float32)
+
+
+class Tied(nn.Module):
+    """A table that is the map to the logits too, and a Linear between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.middle = nn.Embedding(11, 6), nn.Linear(6, 6)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return nn.functional.linear(torch.tanh(self.middle(self.table(tokens))), self.table.weight)
+
+
+@needs_library
+def test_factors_in_bfloat16_are_not_widened_before(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the result is that of the widened ones: products and sums are in float32."""
+    seen: list[torch.dtype] = []
+    add = outer_products.add_native_products
+
+    def noted(uses: Sequence[Factors], *others: Any) -> None:
+        seen.extend(factor.dtype for left, right, _ in uses for factor in (left, right))
+        add(uses, *others)
+
+    monkeypatch.setattr(outer_products, "add_native_products", noted)
+    torch.manual_seed(0)
+    model, batch = Tied().bfloat16(), torch.randint(11, (5, 7))
+    found = memsyn.measure(model, [batch], progress=False).mean()
+    assert set(seen) == {torch.bfloat16}
+    assert len(seen) >= 4
+    with native_is("off"):
+        expected = memsyn.measure(model, [batch], progress=False).mean()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(4, 3), (4, 5, 3)])
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float16), (torch.bfloat16, torch.float32)])
+def test_other_halves_and_unlike_ones_are_widened(
+    shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    torch.manual_seed(0)
+    left, right = torch.randn(shape).to(dtypes[0]), torch.randn(shape).to(dtypes[1])
+    found, expected = torch.zeros(3, 3), torch.zeros(3, 3)
+    outer_products.add_token_products([left], [right], found, absolute)
+    with native_is("off"):
+        outer_products.add_token_products([left.float()], [right.float()], expected, absolute)
+    torch.testing.assert_close(found, expected)

@@ -175,12 +175,15 @@ def add_token_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], total:
     """Add sum_k f(sum_t left_kt right_kt^T), (rows, columns).
 
     Args:
-        lefts: per use, a tensor (B, ..., rows). The dimensions between are tokens.
+        lefts: per use, a tensor (B, ..., rows). The dimensions between are tokens. In half precision, too.
         rights: per use, a tensor (B, ..., columns).
         total: (rows, columns), added to in place.
         magnitude: f.
     """
-    if len(lefts) == 1 and lefts[0].ndim == 2:
+    is_single = len(lefts) == 1 and lefts[0].ndim == 2
+    if is_single or not can_add_natively([*lefts, *rights], magnitude):
+        lefts, rights = ([factor.to(total.dtype) for factor in factors] for factors in (lefts, rights))
+    if is_single:
         _add_product(lefts[0], rights[0], total, magnitude)
         return
     pairs = [(_tokens_of(left), _tokens_of(right)) for left, right in zip(lefts, rights, strict=True)]

@@ -102,6 +102,8 @@ class Rule:
     """For elementwise rules: whether the parameter (C,) lies along the second dimension, as in (B, C, H, W)."""
     shared_as: str | None = None
     """"table" (an embedding) or "map" (a Linear): `tied` measures a parameter that is used as both."""
+    takes_half: bool = False
+    """Whether output gradients and operands may be in half precision, and not of one dtype."""
 
 
 def samples_first(tensors: Sequence[tuple[Tensor, Axis]], num_samples: int) -> list[Tensor]:
@@ -368,7 +370,11 @@ def tied(tables: Sequence[Use], maps: Sequence[Use], total: Tensor, num_samples:
     for k in range(num_samples):
         own = samples == k
         found = rows[own]
-        linear = sum(grad[k][:, found].T @ operand[k] for grad, operand in zip(grads, inputs, strict=True))
+        # Maps may be in half precision.
+        linear = sum(
+            grad[k][:, found].T.to(sums.dtype) @ operand[k].to(sums.dtype)
+            for grad, operand in zip(grads, inputs, strict=True)
+        )
         assert isinstance(linear, Tensor)
         # `linear` is changed in place by the last call, so the order of the two matters. With L_k = 3 and E_k = -2, the
         # sum already holds |3|, and |3 - 2| - |3| = -2 corrects it to 1.

@@ -9,13 +9,15 @@ TOOLS := .venv-tools
 TOOLS_STAMP := $(TOOLS)/.installed
 OUT := dist
 
-.PHONY: install demo docs test soak speed avalanche torch check lock sbom audit packages release-check
+.PHONY: install demo docs test soak speed avalanche torch check lock sbom audit packages wheels release-check
 
 install: $(STAMP)
 
 # In CI, each file that is installed has a hash in requirements.lock, and so has what builds the two distributions.
 # Elsewhere constraints.txt is enough. Last, weights whose package asks for sentence-transformers and scikit-learn.
-$(STAMP): pyproject.toml bench/pyproject.toml constraints.txt requirements.lock
+# The sources of the native library are among the requirements, since an editable installation compiles it in its place.
+NATIVE := hatch_build.py src/memsyn/native.c src/memsyn/native_level.c
+$(STAMP): pyproject.toml bench/pyproject.toml constraints.txt requirements.lock $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifeq ($(CI),true)
 	$(PIP) --require-hashes -r requirements.lock
@@ -36,7 +38,7 @@ COMPILE = CUSTOM_COMPILE_COMMAND="make lock" $(TOOLS)/bin/pip-compile --quiet --
 	--allow-unsafe --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 lock: $(STAMP) $(TOOLS_STAMP)
 	$(BIN)/python -m pip freeze --exclude-editable | $(COMPILE) --output-file requirements.lock -
-	printf 'cyclonedx-bom\npip-audit\npip-tools\n' | $(COMPILE) --output-file requirements-tools.lock -
+	printf 'cibuildwheel\ncyclonedx-bom\npip-audit\npip-tools\n' | $(COMPILE) --output-file requirements-tools.lock -
 
 # The bill of materials of the environment (CycloneDX 1.6), checked by its schema.
 sbom: $(STAMP) $(TOOLS_STAMP)
@@ -92,11 +94,15 @@ avalanche:
 	.venv-avalanche/bin/python -m pip install --quiet --disable-pip-version-check -e '.[avalanche]' pytest
 	.venv-avalanche/bin/python -m pytest tests/test_trainers_avalanche.py
 
-# The files of a release: an sdist and a wheel of each distribution.
+# An sdist and a wheel of each distribution. With MEMSYN_NATIVE=off the wheel of memsyn is pure Python, for any system.
 packages: $(STAMP)
 	rm -rf $(OUT)/packages
 	$(BIN)/python -m hatchling build -d $(OUT)/packages
 	cd bench && $(CURDIR)/$(BIN)/python -m hatchling build -d $(CURDIR)/$(OUT)/packages
+
+# The wheel of memsyn with the native library, for the systems of this processor's kind. On Linux it needs Docker.
+wheels: $(TOOLS_STAMP)
+	$(TOOLS)/bin/cibuildwheel --output-dir $(OUT)/packages
 
 # Whether all texts name the version TAG (v0.2.0), and the changelog its day.
 release-check: $(STAMP)

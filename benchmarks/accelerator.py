@@ -37,7 +37,7 @@ from tqdm import tqdm
 import memsyn
 from measure import attempt, markdown, measured, spread
 from memsyn.kernels import fused_products
-from memsyn.kernels.rules import absolute, signed, square
+from memsyn.kernels.outer_products import absolute, signed, square
 from models import Block, Subject
 from passes import Pass, Values, exact, one_by_one, ordinary, per_sample_gradients, relative_error, seconds
 

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from memsyn.kernels import outer_products as products
 from memsyn.kernels.operations import OPERATIONS
-from memsyn.kernels.rules import Axis, Use, absolute
+from memsyn.kernels.outer_products import absolute
+from memsyn.kernels.rules import Axis, Use
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,5 @@
 """The compiled update against the plain one, and when it must stand aside."""
 
-import shutil
-import warnings
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,20 +7,16 @@ from torch import Tensor, nn
 import memsyn
 from memsyn.protecting import compiled
 from memsyn.protecting import penalty as arithmetic
+from tests.levels import level, native_is, needs_library
+
+__all__ = ["level"]
 
 SHAPES = [(7, 5), (), (3,), (0,), (64, 129), (2, 3, 4, 5)]
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _from_one_weight_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "SMALLEST", 0)
-    clear = compiled._library.cache_clear
-    clear()
-    yield
-    clear()
-
-
-needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler: apt install gcc")
 
 
 def held(dtype: torch.dtype = torch.float32) -> list[arithmetic.ProtectedWeights]:
@@ -52,23 +44,23 @@ def plainly(form: str, items: list[arithmetic.ProtectedWeights], monkeypatch: py
         return updated(form, items)
 
 
-@needs_compiler
+@needs_library
 @pytest.mark.parametrize("form", ["gradient", "proximal", "preconditioned"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_computes_what_the_plain_update_computes(
-    form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    level: str, form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    library = compiled._library()
+    library = compiled.native_library()
     assert library is not None
-    monkeypatch.setattr(compiled, "_library", lambda: calls.append(form) or library)
+    monkeypatch.setattr(compiled, "native_library", lambda: calls.append(form) or library)
     for found, expected in zip(updated(form, held(dtype)), plainly(form, held(dtype), monkeypatch), strict=True):
         torch.testing.assert_close(found, expected, rtol=3e-7, atol=6e-7)
     assert calls == [form]
 
 
-@needs_compiler
-def test_a_weight_at_its_anchor_or_without_importance_does_not_move_by_a_bit() -> None:
+@needs_library
+def test_a_weight_at_its_anchor_or_without_importance_does_not_move_by_a_bit(level: str) -> None:
     weight = torch.randn(1000)
     anchor = torch.where(torch.arange(1000) < 500, weight, torch.randn(1000))
     omega = torch.where(torch.arange(1000) < 500, torch.rand(1000), 0.0)
@@ -77,15 +69,15 @@ def test_a_weight_at_its_anchor_or_without_importance_does_not_move_by_a_bit() -
     assert torch.equal(found, weight)
 
 
-@needs_compiler
+@needs_library
 @pytest.mark.parametrize("omega", [1e30, 3e38])
-def test_overwhelming_importance_pins_to_the_anchor(omega: float) -> None:
+def test_overwhelming_importance_pins_to_the_anchor(level: str, omega: float) -> None:
     weight, anchor = torch.randn(100), torch.randn(100)
     arithmetic.pull_([arithmetic.ProtectedWeights(weight, anchor, torch.full((100,), omega))], [1e6], None)
     assert torch.equal(weight, anchor)
 
 
-@needs_compiler
+@needs_library
 @pytest.mark.parametrize("form", ["gradient", "proximal", "preconditioned"])
 def test_what_it_cannot_take_is_updated_plainly_beside_it(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def mixed() -> list[arithmetic.ProtectedWeights]:
@@ -101,7 +93,7 @@ def test_what_it_cannot_take_is_updated_plainly_beside_it(form: str, monkeypatch
         torch.testing.assert_close(found, expected, rtol=3e-7, atol=6e-7)
 
 
-@needs_compiler
+@needs_library
 def test_autograd_sees_that_a_weight_was_changed() -> None:
     weight = torch.randn(5, 5, requires_grad=True)
     loss = weight.square().sum()
@@ -110,25 +102,17 @@ def test_autograd_sees_that_a_weight_was_changed() -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("command", ["", "no-such-compiler", "false", "true", "cc 'x"])
 @pytest.mark.parametrize("form", ["gradient", "proximal", "preconditioned"])
-def test_without_a_compiler_that_works_the_plain_update_is_used(
-    form: str, command: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CC", command)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+def test_without_the_library_the_plain_update_is_used(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with native_is("off"):
         found = updated(form, held())
-    assert compiled._library() is None
     for own, expected in zip(found, plainly(form, held(), monkeypatch), strict=True):
         assert torch.equal(own, expected)
 
 
-@needs_compiler
+@needs_library
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-def test_training_under_it_is_training_under_the_plain_update(
-    optimizer: type[torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_under_it_is_training_under_the_plain_update(optimizer: type[torch.optim.Optimizer]) -> None:
     def trained() -> nn.Module:
         torch.manual_seed(0)
         model, data = nn.Linear(20, 10), torch.randn(8, 20)
@@ -142,6 +126,5 @@ def test_training_under_it_is_training_under_the_plain_update(
         return model
 
     found = trained()
-    monkeypatch.setenv("CC", "")
-    compiled._library.cache_clear()
-    torch.testing.assert_close(found.state_dict(), trained().state_dict(), rtol=1e-6, atol=1e-7)
+    with native_is("off"):
+        torch.testing.assert_close(found.state_dict(), trained().state_dict(), rtol=1e-6, atol=1e-7)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import memsyn
 from memsyn.kernels import fused_products, triton_products
-from memsyn.kernels.outer_products import Magnitude
-from memsyn.kernels.rules import MAGNITUDES, absolute, signed, square
+from memsyn.kernels.outer_products import Magnitude, absolute, signed, square
+from memsyn.kernels.rules import MAGNITUDES
 from memsyn.measuring.objectives import squared_l2_norm
 
 assert os.environ["TRITON_INTERPRET"] == "1"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from memsyn.engine.calls import Call, changes_its_input, with_tensors
 from memsyn.engine.recorder import ParameterGroup
 from memsyn.kernels.operations import operation_of
-from memsyn.kernels.outer_products import Magnitude
-from memsyn.kernels.rules import Axis, NoRuleError, Rule, Use, add_terms, per_sample, signed, tied
+from memsyn.kernels.outer_products import Magnitude, signed
+from memsyn.kernels.rules import Axis, NoRuleError, Rule, Use, add_terms, per_sample, tied
 from memsyn.parameters import wide_dtype
 from memsyn.torch_private import base_of
 
@@ -120,17 +120,21 @@ def _sum_of_terms(rules: Sequence[Rule], uses: Sequence[Use], shape: torch.Size,
 
 
 def _make_use(call: Call, place: str, rule: Rule, num_samples: int, weights: Tensor | None = None) -> Use:
-    """Make the use that a rule gets: in float32 at least, with the output gradient of sample k multiplied by w_k."""
+    """Make the use that a rule gets, with the output gradient of sample k multiplied by w_k.
+
+    In float32 at least, unless the rule takes half precision: then it widens what it must, and no copy is made for it.
+    """
     split = call.splits[place]
     assert call.grad is not None
     assert split.out is not None
-    grad = call.grad.to(wide_dtype(call.grad))
+    keeps_half = rule.takes_half and weights is None
+    grad = call.grad if keeps_half else call.grad.to(wide_dtype(call.grad))
     if weights is not None:
         grad = grad * _along(weights, split.out, grad, num_samples)
     operand = None if rule.operand is None else call.tensors[rule.operand]
     if grad.is_complex() or (operand is not None and operand.is_complex()):
         raise NoRuleError
-    if operand is not None and operand.is_floating_point():
+    if operand is not None and operand.is_floating_point() and not keeps_half:
         operand = operand.to(grad.dtype)
     axis = None if rule.operand is None else split.args.get(rule.operand)
     # Rules read small tensors by name too: batch_norm takes its `running_mean` from here.

@@ -7,11 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from memsyn.kernels.outer_products import Magnitude, add_outer_products, scratch
+from memsyn.kernels.native_products import copy_channels_last
+from memsyn.kernels.outer_products import INPUTS, Magnitude, add_natively, add_outer_products, can_add_natively, scratch
 
 UNFOLD = 64
 """Windows are unfolded (copied) if a kernel has at most this many inputs per output: kernel size * input channels."""
@@ -57,17 +59,21 @@ class Pair(NamedTuple):
 
 
 def conv_products(pairs: Sequence[Pair], geometry: Geometry, magnitude: Magnitude) -> Tensor:
-    """sum_k f(g_k), (out, in / groups, *kernel), by the fastest of three methods.
+    """sum_k f(g_k), (out, in / groups, *kernel), by the fastest of four methods.
 
     - One input channel per group (a depthwise convolution): one grouped convolution of the images with the gradients.
+    - All others, if the native library can: it reads windows from the image itself, and none is copied.
     - Windows that do not overlap (patches), or small kernels: unfold the windows, then one product.
-    - All others: one product per kernel row, with shifted views of the image.
+    - Without the library, all others: one product per kernel row, with shifted views of the image.
     """
     groups, kernel = geometry.groups, geometry.kernel
     channels = pairs[0].image.shape[1] // groups
     no_overlap = all(s >= k for s, k in zip(geometry.stride, kernel, strict=True))
     if channels == 1 and groups > 1:
         return _conv_weight_by_channel(pairs, geometry, magnitude)
+    found = _conv_weight_natively(pairs, geometry, magnitude)
+    if found is not None:
+        return found
     if no_overlap or math.prod(kernel) * channels <= UNFOLD:
         return _conv_weight_unfolded(pairs, geometry, magnitude)
     return _conv_weight_by_rows(pairs, geometry, magnitude)
@@ -98,6 +104,65 @@ def _one_sign(features: Tensor) -> bool:
     others = [dim for dim in range(features.ndim) if dim != 1]
     low, high = features.amin(others), features.amax(others)
     return not bool(((low < 0) & (high > 0)).any())
+
+
+def _conv_weight_natively(pairs: Sequence[Pair], geometry: Geometry, magnitude: Magnitude) -> Tensor | None:
+    """One product over views of the gradients and of the padded images; None if the native library cannot."""
+    if not can_add_natively([tensor for pair in pairs for tensor in pair], magnitude):
+        return None
+    grad, inputs, groups = pairs[0].grad, pairs[0].image, geometry.groups
+    window = (*geometry.kernel, inputs.shape[1] // groups)
+    total = grad.new_zeros(groups, grad.shape[1] // groups, math.prod(window), dtype=torch.float32)
+    copied = sum(math.prod(_lengths(pair, geometry)) * pair.image.shape[1] for pair in pairs)
+    step = max(1, min(len(grad), INPUTS // copied))
+    for start in range(0, len(grad), step):
+        some = slice(start, start + step)
+        uses = [
+            (
+                # (b, out, *size) -> (b, G, *size, out / G)
+                pair.grad[some].unflatten(1, (groups, -1)).movedim(2, -1),
+                _windows_last(Pair(pair.grad[some], pair.image[some]), geometry, f"{index}", total),
+                len(geometry.kernel),
+            )
+            for index, pair in enumerate(pairs)
+        ]
+        add_natively(uses, total, magnitude)
+    weight: Tensor = total.view(-1, *window).movedim(-1, 1)
+    return weight
+
+
+def _lengths(pair: Pair, geometry: Geometry) -> list[int]:
+    """The size of the part of the padded image that the windows read."""
+    return [
+        stride * (size - 1) + dilation * (kernel - 1) + 1
+        for size, kernel, stride, dilation in zip(
+            pair.grad.shape[2:], geometry.kernel, geometry.stride, geometry.dilation, strict=True
+        )
+    ]
+
+
+def _windows_last(pair: Pair, geometry: Geometry, use: str, like: Tensor) -> Tensor:
+    """The windows as a view: (b, G, *size, *kernel, C / G). For 1x1 kernels a view of the image, else of a copy.
+
+    In the copy channels lie next to each other in memory. So a row of a window is one run of numbers.
+    """
+    image, groups = pair.image, geometry.groups
+    if math.prod(geometry.kernel) == 1 and not _is_padded(geometry):
+        last = image.movedim(1, -1)
+    else:
+        shape = (len(image), *_lengths(pair, geometry), image.shape[1])
+        last = scratch(f"padded {use}", shape, like)
+        copy_channels_last(image, last, [before for before, _ in geometry.padding])
+    steps = last.stride()[1:-1]
+    strides = (
+        last.stride(0),
+        last.stride(-1) * (last.shape[-1] // groups),
+        *(step * s for step, s in zip(steps, geometry.stride, strict=True)),
+        *(step * d for step, d in zip(steps, geometry.dilation, strict=True)),
+        last.stride(-1),
+    )
+    shape = (len(last), groups, *pair.grad.shape[2:], *geometry.kernel, last.shape[-1] // groups)
+    return last.as_strided(shape, strides, last.storage_offset())
 
 
 def _left_factors(grad: Tensor, groups: int) -> Tensor:

@@ -125,7 +125,10 @@ _SELECTION = Operation(selects=_always)
 OPERATIONS: dict[Callable[..., Any], Operation] = {
     F.linear: Operation(
         ("input", "weight", "bias"),
-        {"weight": Rule("input", linear_weight, shared_as="map"), "bias": elementwise(output_gradient)},
+        {
+            "weight": Rule("input", linear_weight, shared_as="map", takes_half=True),
+            "bias": elementwise(output_gradient),
+        },
         saves_output=False,
         matrices={"weight": MatrixUse("input", features, features, bias="bias")},
     ),

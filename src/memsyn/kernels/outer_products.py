@@ -8,12 +8,13 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Protocol, final
+from typing import Final, Protocol, final
 
 import torch
 from torch import Tensor
 
 from memsyn.kernels.fused_products import add_fused_products
+from memsyn.kernels.native_products import Factors, add_native_products, takes_products
 from memsyn.torch_private import version_of
 
 
@@ -24,6 +25,24 @@ class Magnitude(Protocol):
         """Write f(gradient) to `out`; without `out`, work in place."""
         ...
 
+
+def absolute(gradient: Tensor, out: Tensor | None = None) -> Tensor:
+    """f(g) = |g|: the magnitude of MAS."""
+    return torch.abs(gradient, out=gradient if out is None else out)
+
+
+def square(gradient: Tensor, out: Tensor | None = None) -> Tensor:
+    """f(g) = g^2: the magnitude of the diagonal Fisher information."""
+    return torch.mul(gradient, gradient, out=gradient if out is None else out)
+
+
+def signed(gradient: Tensor, out: Tensor | None = None) -> Tensor:
+    """f(g) = g: then the sums equal the gradients of autograd."""
+    return gradient if out is None else out.copy_(gradient)
+
+
+NATIVE: Final[dict[Magnitude, int]] = {absolute: 0, square: 1, signed: 2}
+"""The functions that the native library knows, and their numbers there."""
 
 Tokens = Callable[[slice], Sequence[tuple[Tensor, Sequence[Tensor]]]]
 """Slice of samples -> per use, a left factor (b, G, T, rows) and right factors (b, G, T, columns), with any strides."""
@@ -135,20 +154,37 @@ def add_outer_products(
                 left, right = pairs[0]
                 for group, own in enumerate(total):
                     _add_product(left[:, group, 0], right[:, group, 0], own, magnitude)
-            else:
+            elif not add_natively([(left, right, 1) for left, right in pairs], total, magnitude):
                 _add_tiles(pairs, total, magnitude)
+
+
+def can_add_natively(factors: Sequence[Tensor], magnitude: Magnitude) -> bool:
+    """Whether the native library is there, and knows f and these factors."""
+    return magnitude in NATIVE and takes_products(*factors)
+
+
+def add_natively(uses: Sequence[Factors], total: Tensor, magnitude: Magnitude) -> bool:
+    """Add sum_k f(sum_t left_kt right_kt^T) to (G, rows, columns) in the native library; whether it could."""
+    factors = [tensor for left, right, _ in uses for tensor in (left, right)]
+    if total.dtype != torch.float32 or not can_add_natively(factors, magnitude):
+        return False
+    add_native_products(uses, total, NATIVE[magnitude], lambda size: scratch("native", (size,), total))
+    return True
 
 
 def add_token_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], total: Tensor, magnitude: Magnitude) -> None:
     """Add sum_k f(sum_t left_kt right_kt^T), (rows, columns).
 
     Args:
-        lefts: per use, a tensor (B, ..., rows). The dimensions between are tokens.
+        lefts: per use, a tensor (B, ..., rows). The dimensions between are tokens. In half precision, too.
         rights: per use, a tensor (B, ..., columns).
         total: (rows, columns), added to in place.
         magnitude: f.
     """
-    if len(lefts) == 1 and lefts[0].ndim == 2:
+    is_single = len(lefts) == 1 and lefts[0].ndim == 2
+    if is_single or not can_add_natively([*lefts, *rights], magnitude):
+        lefts, rights = ([factor.to(total.dtype) for factor in factors] for factors in (lefts, rights))
+    if is_single:
         _add_product(lefts[0], rights[0], total, magnitude)
         return
     pairs = [(_tokens_of(left), _tokens_of(right)) for left, right in zip(lefts, rights, strict=True)]

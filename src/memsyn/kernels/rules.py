@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memsyn.kernels.convolutions import Geometry, Pair, conv_products, conv_products_of_one_sign, geometry_of
-from memsyn.kernels.outer_products import Magnitude, add_token_products, magnitudes
+from memsyn.kernels.outer_products import Magnitude, absolute, add_token_products, magnitudes, square
 
 
 class NoRuleError(Exception):
@@ -83,21 +83,6 @@ class Use(NamedTuple):
     axis: Axis
 
 
-def absolute(gradient: Tensor, out: Tensor | None = None) -> Tensor:
-    """f(g) = |g|: the magnitude of MAS."""
-    return torch.abs(gradient, out=gradient if out is None else out)
-
-
-def square(gradient: Tensor, out: Tensor | None = None) -> Tensor:
-    """f(g) = g^2: the magnitude of the diagonal Fisher information."""
-    return torch.mul(gradient, gradient, out=gradient if out is None else out)
-
-
-def signed(gradient: Tensor, out: Tensor | None = None) -> Tensor:
-    """f(g) = g: then the sums equal the gradients of autograd."""
-    return gradient if out is None else out.copy_(gradient)
-
-
 MAGNITUDES: dict[str, Magnitude] = {"abs": absolute, "square": square}
 
 Join = Callable[[Sequence[Use], Tensor, int, Magnitude], None]
@@ -117,6 +102,8 @@ class Rule:
     """For elementwise rules: whether the parameter (C,) lies along the second dimension, as in (B, C, H, W)."""
     shared_as: str | None = None
     """"table" (an embedding) or "map" (a Linear): `tied` measures a parameter that is used as both."""
+    takes_half: bool = False
+    """Whether output gradients and operands may be in half precision, and not of one dtype."""
 
 
 def samples_first(tensors: Sequence[tuple[Tensor, Axis]], num_samples: int) -> list[Tensor]:
@@ -383,7 +370,11 @@ def tied(tables: Sequence[Use], maps: Sequence[Use], total: Tensor, num_samples:
     for k in range(num_samples):
         own = samples == k
         found = rows[own]
-        linear = sum(grad[k][:, found].T @ operand[k] for grad, operand in zip(grads, inputs, strict=True))
+        # Maps may be in half precision.
+        linear = sum(
+            grad[k][:, found].T.to(sums.dtype) @ operand[k].to(sums.dtype)
+            for grad, operand in zip(grads, inputs, strict=True)
+        )
         assert isinstance(linear, Tensor)
         # `linear` is changed in place by the last call, so the order of the two matters. With L_k = 3 and E_k = -2, the
         # sum already holds |3|, and |3 - 2| - |3| = -2 corrects it to 1.

@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memsyn.kernels.outer_products import Magnitude
-from memsyn.kernels.rules import absolute, signed, square
+from memsyn.kernels.outer_products import Magnitude, absolute, signed, square
 
 FUNCTIONS: Final[dict[Magnitude, str]] = {absolute: "abs", square: "square", signed: "signed"}
 """The functions f that the kernel has."""

@@ -40,7 +40,8 @@ from memsyn.engine.routes import (
 )
 from memsyn.engine.tracer import ShapeTracer, guess, merge, splits_between
 from memsyn.errors import BatchError, OutputError
-from memsyn.kernels.rules import Axis, NoRuleError, signed
+from memsyn.kernels.outer_products import signed
+from memsyn.kernels.rules import Axis, NoRuleError
 from memsyn.measuring.model_copy import cached_values, model_copy
 from memsyn.measuring.objectives import (
     ConstantError,

@@ -1,28 +1,20 @@
-"""The two updates of protection in C: one pass over memory, compiled on this machine if it has a C compiler.
+"""The two updates of protection in the native library: one pass over memory.
 
-Owns how the source beside this file is compiled, loaded and called, and which tensors it can update. `penalty` has the
-same arithmetic in torch, for all other tensors.
+Owns how the library is called for them, and which tensors it can update. `penalty` has the same arithmetic in torch,
+for all other tensors.
 """
 
 import ctypes
-import os
-import shlex
-import shutil
-import subprocess
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
-SOURCE: Final = Path(__file__).with_suffix(".c")
-FLAGS: Final = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+from memsyn.native import native_library
 
-SMALLEST: float = 2**20
-"""The number of weights from which C is used: compiling takes a third of a second, which fewer weights do not repay."""
+SMALLEST: float = 2**17
+"""The number of weights from which the library is used. Below it, torch takes no longer: calls are most of the time."""
 
 
 def add_gradients_in_c_(items: Sequence[tuple[Tensor, ...]], factors: Sequence[float]) -> set[int]:
@@ -31,7 +23,7 @@ def add_gradients_in_c_(items: Sequence[tuple[Tensor, ...]], factors: Sequence[f
     Returns:
         The indices of the items that were updated.
     """
-    return _update("add_gradients", items, 3, [factors])
+    return _update("memsyn_add_gradients", items, 3, [factors])
 
 
 def pull_in_c_(items: Sequence[tuple[Tensor, ...]], offsets: Sequence[Any], scales: Sequence[Any]) -> set[int]:
@@ -40,13 +32,13 @@ def pull_in_c_(items: Sequence[tuple[Tensor, ...]], offsets: Sequence[Any], scal
     Returns:
         The indices of the items that were updated.
     """
-    return _update("pull", items, 2, [offsets, scales])
+    return _update("memsyn_pull", items, 2, [offsets, scales])
 
 
 def _update(
     name: str, items: Sequence[tuple[Tensor, ...]], index_of_omega: int, numbers: Sequence[Sequence[Any]]
 ) -> set[int]:
-    """Call a function of the source on the items that it can update, if they hold at least `SMALLEST` weights."""
+    """Call a function of the library on the items that it can update, if they hold at least `SMALLEST` weights."""
     chosen = [
         index
         for index, item in enumerate(items)
@@ -54,7 +46,7 @@ def _update(
     ]
     if sum(items[i][0].numel() for i in chosen) < SMALLEST or torch.compiler.is_compiling():
         return set()
-    library = _library()
+    library = native_library()
     if library is None:
         return set()
     count = len(chosen)
@@ -63,7 +55,7 @@ def _update(
         return (ctypes.c_void_p * count)(*(items[i][part].data_ptr() for i in chosen))
 
     tensors = [pointers(part) for part in range(len(items[0]))]
-    if name == "pull" and len(tensors) == 3:
+    if name == "memsyn_pull" and len(tensors) == 3:
         tensors.append((ctypes.c_void_p * count)())  # null pointers: no squares
     library[name](
         ctypes.c_int64(count),
@@ -89,18 +81,3 @@ def _can_update(item: tuple[Tensor, ...], omega: Tensor) -> bool:
         and tensor.is_contiguous()
         for tensor in item
     )
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    """The source, compiled for this processor by the command in CC, by default cc; None if that fails."""
-    try:
-        command = shlex.split(os.environ.get("CC", "cc"))
-        if not command or shutil.which(command[0]) is None:
-            return None
-        with TemporaryDirectory(prefix="memsyn-") as folder:
-            built = str(Path(folder, "update.so"))
-            subprocess.run([*command, *FLAGS, str(SOURCE), "-o", built], check=True, capture_output=True, timeout=60)
-            return ctypes.CDLL(built)
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None

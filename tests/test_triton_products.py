@@ -23,6 +23,12 @@ KERNEL = "memsyn.kernels.triton_products"
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install triton")
 
 
+@pytest.fixture(autouse=True)
+def _no_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    # It takes tensors on the CPU alone: here they stand for those of a GPU.
+    monkeypatch.setattr(outer_products, "takes_products", lambda *factors: False)
+
+
 class Kernel(ModuleType):
     """A stand-in for the file with the kernel: it counts calls, and adds or raises."""
 
@@ -43,8 +49,6 @@ def in_its_place(monkeypatch: pytest.MonkeyPatch, add: Callable[..., None]) -> K
     kernel = Kernel(add)
     monkeypatch.setitem(sys.modules, KERNEL, kernel)
     monkeypatch.setattr(fused_products, "DEVICES", {"cuda", "cpu"})
-    # The native library takes tensors on the CPU alone: here they stand for those of a GPU.
-    monkeypatch.setattr(outer_products, "takes_products", lambda *factors: False)
     monkeypatch.setattr(fused_products, "failures", {})
     return kernel
 

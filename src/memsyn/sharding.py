@@ -508,7 +508,7 @@ def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
     if is_sharded(tensor) and (tensor.device_mesh, tensor.placements) == (like.device_mesh, like.placements):
         return tensor.detach()
     whole = gathered(tensor)
-    return from_part(cut_like(whole, like), like, whole.shape)
+    return cut_whole(whole, like)
 
 
 def redistributed_like(tensor: Tensor, like: Tensor) -> Tensor:

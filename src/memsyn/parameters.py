@@ -54,7 +54,8 @@ def refuse_other_sharding(model: nn.Module) -> None:
     Raises:
         ModelError: it is under DeepSpeed's ZeRO-3 or the old FullyShardedDataParallel.
     """
-    kind = "FullyShardedDataParallel" if any(_is_old_fsdp(module) for module in model.modules()) else None
+    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    kind = "FullyShardedDataParallel" if "FullyShardedDataParallel" in kinds else None
     # ZeRO-3 gives each parameter a number, and takes its values away: its shape is (0,).
     if any(getattr(parameter, "ds_id", None) is not None for parameter in model.parameters()):
         kind = "DeepSpeed's ZeRO-3"
@@ -64,11 +65,6 @@ def refuse_other_sharding(model: nn.Module) -> None:
             "torch.distributed.fsdp: in Accelerate and transformers fsdp_version: 2, in Lightning the "
             "ModelParallelStrategy. Or keep the model whole in each process, as DistributedDataParallel does."
         )
-
-
-def _is_old_fsdp(module: nn.Module) -> bool:
-    kinds = ((kind.__name__, kind.__module__) for kind in type(module).__mro__)
-    return any(name == "FullyShardedDataParallel" and "fsdp" in place for name, place in kinds)
 
 
 def _is_of_fabric(model: nn.Module) -> bool:

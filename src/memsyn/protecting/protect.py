@@ -145,8 +145,8 @@ def protect(
             pattern matches no parameter of the memory.
         MismatchError: the memory is of another architecture than the model, or the reference is not what was measured.
         ProtectionError: the optimizer is protected already, holds no parameter of the memory, or calls no hooks; or a
-            parameter looks newly initialised, has a sparse gradient, has no values (device "meta"), or is nested; or it
-            is cut between processes in a way that the form cannot take.
+            parameter looks newly initialised, has a sparse gradient, has no values (device "meta"), or is nested. Also
+            if a parameter is cut between processes in a way that the form cannot take.
 
     Warns:
         NewParametersWarning, LostParametersWarning: only the model, or only the memory has a parameter.

@@ -219,7 +219,7 @@ def check_policies() -> None:
         {"mesh": copies},
     ):
         for form in ("gradient", "proximal", "projected"):
-            twin, model, memory = pair("llama", torch.float32, **options)
+            twin, model, memory = pair("llama", torch.float64, **options)
             made = [OPTIMIZERS["adamw"](own.parameters()) for own in (model, twin)]
             handles = [
                 memsyn.protect(optimizer, own, memory, strength=5.0, form=form, every=2)
@@ -227,16 +227,16 @@ def check_policies() -> None:
             ]
             for seed in (2, 3, 4):
                 made[0].zero_grad()
-                loss_of(model, share(batches("llama", torch.float32, seed))).backward()
+                loss_of(model, share(batches("llama", torch.float64, seed))).backward()
                 oracle(model, twin)
                 for optimizer in made:
                     optimizer.step()
                 with torch.no_grad():
-                    loss_of(model, share(batches("llama", torch.float32, seed)))  # shows whole weights, if it may
+                    loss_of(model, share(batches("llama", torch.float64, seed)))  # shows whole weights, if it may
                 reports = [handle.report() for handle in handles]
                 assert abs(reports[0].change - reports[1].change) <= 1e-4 * reports[1].change
             reshard(model)
-            assert_same(model, twin, torch.float32, (options, form))
+            assert_same(model, twin, torch.float64, (options, form))
 
 
 def grown(name: str, model: nn.Module) -> nn.Module:

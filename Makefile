@@ -9,7 +9,7 @@ TOOLS := .venv-tools
 TOOLS_STAMP := $(TOOLS)/.installed
 OUT := dist
 
-.PHONY: install demo docs test soak speed avalanche torch check lock sbom audit packages wheels release-check
+.PHONY: install demo docs test soak bench avalanche torch check lock sbom audit packages wheels release-check
 
 install: $(STAMP)
 
@@ -72,12 +72,10 @@ test: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python -m pytest --soak -m soak --capture=no
 
-# What measuring and protecting cost on this machine, over an ordinary pass and step: tables, for comparing weeks.
-speed: $(STAMP)
-	mkdir -p $(OUT)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/measure.py mlp vit-tiny resnet18 --rounds 5 > $(OUT)/speed.md
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/protect.py >> $(OUT)/speed.md
-	cat $(OUT)/speed.md
+# What measuring and protecting cost: docs/performance.md anew, with what README says of it. MINUTES=25 starts nothing after
+# so many minutes; QUICK=1 tries the small parts; WRITE=only makes the page again from docs/performance.jsonl.
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run_all.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(QUICK),--quick) $(if $(WRITE),--write-only)
 
 # The library's tests with another torch and nothing that is optional. 2.6.0 is the oldest that is declared; an empty
 # TORCH takes the newest.

@@ -12,17 +12,18 @@ import statistics
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import peft
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import memsyn
 from memsyn_bench.language.model import load_smollm2
+from passes import peak_of_tensors
 
 FORMS = ("gradient", "proximal", "projected")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -74,18 +75,6 @@ def seconds(step: Callable[[Tensor], None], tokens: Tensor) -> float:
     return time.process_time() - start
 
 
-def peak(step: Callable[[Tensor], None], tokens: Tensor) -> int:
-    """The most bytes that a step holds beyond those before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        step(tokens)
-    held = most = 0
-    events = (event for event in found.profiler.kineto_results.events() if event.name() == "[memory]")
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="pairs of steps of each form (default 15)")
@@ -110,14 +99,14 @@ def main() -> None:
             if turn >= 1:  # the first one makes the optimizer's state
                 times.append(plain)
                 ratios[form].append(own / plain)
-    bytes_of_bare = peak(bare, tokens)
+    bytes_of_bare = peak_of_tensors(partial(bare, tokens))
     weights = sum(p.numel() for p in model.parameters())
     print(f"{weights:,} weights, {adapted:,} with adapters of rank {options.rank}; {tokens.numel()} tokens a step")
     print(f"bare step {1000 * statistics.median(times):.0f} ms; {platform.processor() or platform.machine()}")
     print("| form | over the bare step | bytes more in the step, per weight |\n|---|---|---:|")
     for form, found in ratios.items():
         low, middle, high = statistics.quantiles(found, n=4)
-        more = max(0, peak(steps[form], tokens) - bytes_of_bare) / adapted
+        more = max(0, peak_of_tensors(partial(steps[form], tokens)) - bytes_of_bare) / adapted
         print(f"| {form} | {middle:.3f}x ({low:.3f}-{high:.3f}) | {more:.2f} |")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 Values = dict[str, Tensor]
 """Parameter name -> importance per weight, a mean over samples."""
@@ -116,6 +117,18 @@ def peak_bytes(run: Pass, model: nn.Module, batches: Sequence[Tensor]) -> int:
     before = _resident("VmRSS")
     run(model, batches)
     return _resident("VmHWM") - before
+
+
+def peak_of_tensors(action: Callable[[], object]) -> int:
+    """The most bytes that tensors on the CPU hold during an action, beyond those before it: a profile of them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        action()
+    held = most = 0
+    events = (event for event in found.profiler.kineto_results.events() if event.name() == "[memory]")
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
 
 
 def _resident(field: str) -> int:

@@ -3,6 +3,7 @@
 Workflows cannot run here. So they are linted (check-jsonschema, zizmor), and what they call is held against this tree.
 """
 
+import json
 import os
 import re
 import shutil
@@ -165,6 +166,7 @@ def tree(tmp_path: Path) -> Path:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         text = (ROOT / name).read_text(encoding="utf-8").replace("OWNER", "someone")
         (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "docs" / "performance.jsonl").write_text(json.dumps({"part": "head", "quick": False}) + "\n", "utf-8")
     shutil.copytree(ROOT / "tests" / "golden", tmp_path / "tests" / "golden")
     changelog = tmp_path / "CHANGELOG.md"
     text = re.sub(r"^## \[0\.2\.0\].*$", "## [0.2.0] - 2026-12-01", changelog.read_text("utf-8"), flags=re.MULTILINE)
@@ -191,6 +193,11 @@ def test_another_version_is_refused_at_each_place(tree: Path) -> None:
 def test_a_placeholder_is_refused(name: str, tree: Path) -> None:
     (tree / name).write_text((tree / name).read_text("utf-8").replace("someone", "OWNER"), encoding="utf-8")
     assert wrong(tree, "0.2.0") == [f"{name}: says OWNER. Write the owner of the public repository."]
+
+
+def test_the_costs_of_a_quick_run_are_refused(tree: Path) -> None:
+    (tree / "docs" / "performance.jsonl").write_text(json.dumps({"part": "head", "quick": True}) + "\n", "utf-8")
+    assert wrong(tree, "0.2.0") == ["docs/performance.md: is of a quick run. Run: make bench"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["0.2.0"], ["v0.2"], ["v0.2.0", "v0.2.1"]])

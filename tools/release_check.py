@@ -5,6 +5,7 @@
 Owns the list of these texts. Prints what is wrong, a line each, and exits with 1 if there is anything.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -50,6 +51,9 @@ def missing_before_release(root: Path, version: str) -> list[str]:
         found.append(f"CHANGELOG.md: has no heading '## [{version}] - YYYY-MM-DD'. Write the day of the release.")
     if not list((root / "tests" / "golden").glob(f"{version}-*.safetensors")):
         found.append(f"tests/golden: has no files of {version}. Run: python -m tests.golden {version}")
+    lines = (root / "docs" / "performance.jsonl").read_text(encoding="utf-8").splitlines()
+    if json.loads(lines[0])["quick"]:
+        found.append("docs/performance.md: is of a quick run. Run: make bench")
     for name in WITH_ADDRESSES:
         if PLACEHOLDER in (root / name).read_text(encoding="utf-8"):
             found.append(f"{name}: says {PLACEHOLDER}. Write the owner of the public repository.")

@@ -193,7 +193,10 @@ def memory(name: str, num_batches: int) -> Numbers:
     own = setup(min(num_batches, 2))
     resident = {who: peak_of(name, who, own) for who in ("ordinary", "memsyn")}
     model, batches = own.subject(name)
-    runs = {"ordinary": partial(ordinary, model, batches), "memsyn": partial(measured, model, batches)}
+    runs: dict[str, Callable[[], object]] = {
+        "ordinary": partial(ordinary, model, batches),
+        "memsyn": partial(measured, model, batches),
+    }
     tensors = {who: peak_of_tensors(run) for who, run in runs.items()}
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return {"bytes": resident, "bytes of tensors": tensors, "bytes of weights": weights}

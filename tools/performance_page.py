@@ -299,11 +299,7 @@ def reason_of_pass(found: Found, name: str, estimator: str) -> str:
         f"{own['other code']:.2f}."
     )
     look = first_looks(found).get(name)
-    return (
-        text
-        if look is None
-        else f"{text} The first look adds {look / 20:.2f} to each of 20 batches (of exact importance)."
-    )
+    return text if look is None else f"{text} The first look of exact importance adds {look / 20:.2f} to each of 20."
 
 
 def profile_table(found: Found) -> list[list[str]]:
@@ -357,7 +353,7 @@ def memory_table(found: Found) -> list[list[str]]:
         ratio, weights = tensors["memsyn"] / tensors["ordinary"], lines[0]["bytes of weights"]
         reason = (
             f"The excess is {mib(own - plain)} MiB. Tensors alone, by a profile, are {mib(more)} "
-            f"MiB more ({ratio:.2f}x); the rest is kept by the allocator. The weights have {mib(weights)} MiB."
+            f"MiB more ({ratio:.2f}x). The weights have {mib(weights)} MiB."
         )  # fmt: skip
         missed(found, f"{lines[0]['title']}, memory", values, MEMORY_TARGET, reason)
         cells = [mib(plain), spread(values), f"{ratio:.2f}x", mib(weights), verdict(values, MEMORY_TARGET)]
@@ -397,7 +393,7 @@ def width_table(found: Found) -> str:
 def products_table(found: Found) -> tuple[list[str], list[list[str]]]:
     """What the importance of a weight takes over its gradient, by the instructions that are used."""
     by_level = {name: found.of("products", name)[0]["milliseconds"] for name in found.names("products")}
-    shapes = next(iter(by_level.values()), {})
+    shapes: dict[str, Any] = next(iter(by_level.values()), {})
     rows = [
         [shape, f"{median([own[shape][2] for own in by_level.values()]):.2f}"]
         + [f"{own[shape][3] / own[shape][2]:.2f}x" for own in by_level.values()]
@@ -494,14 +490,13 @@ def conditions(found: Found) -> str:
 
 def not_measured(found: Found) -> str:
     """What failed, and why."""
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[tuple[str, str], list[str]] = {}
     for line in found.lines:
-        failed = line.get("failed")
-        if isinstance(failed, str):
-            reasons.setdefault(failed, []).append(f"{line['part']} of {line['name']} (run {line['run']})")
-        for estimator, why in failed.items() if isinstance(failed, dict) else ():
-            reasons.setdefault(why, []).append(f"{estimator} of {line['name']} (run {line['run']})")
-    items = [f"- Not measured: {', '.join(own)}. Why: `{why}`" for why, own in reasons.items()]
+        failed = line.get("failed", {})
+        whys = {line["part"]: failed} if isinstance(failed, str) else failed
+        for what, why in whys.items():
+            reasons.setdefault((what, why), []).append(f"{line['name']} (run {line['run']})")
+    items = [f"- Not measured: {what} of {', '.join(own)}. Why: `{why}`" for (what, why), own in reasons.items()]
     return "\n".join(items) or "Everything was measured."
 
 

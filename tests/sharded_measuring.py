@@ -17,7 +17,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import memsyn
-from memsyn.sharding import gathered, is_sharded, local_part
+from memsyn.sharding.exchange import gathered
+from memsyn.sharding.parts import is_sharded, local_part
 
 Data = list[Any]
 """One list of batches for each process."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import memsyn
-from memsyn.sharding import local_part
+from memsyn.sharding.parts import local_part
 
 
 def resident(what: str) -> int:

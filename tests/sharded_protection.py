@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 import memsyn
 from memsyn.integrations.lightning import MemsynCallback
 from memsyn.protecting import held_layers
-from memsyn.sharding import local_part, reshard
+from memsyn.sharding.parts import local_part, reshard
 
 VOCABULARY = 19
 SIZES = {

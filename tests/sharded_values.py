@@ -31,9 +31,10 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import memsyn
-from memsyn import sharding
 from memsyn.matrices import AS_TABLE
 from memsyn.parameters import named_parameters
+from memsyn.sharding import exchange
+from memsyn.sharding import parts as cuts
 from memsyn.values import factors as factors_module
 from memsyn.values.directions import Directions, excerpt
 
@@ -94,7 +95,7 @@ def measured_factors(seed: int, **options: object) -> memsyn.KroneckerFactors:
 def cut(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Tensors by the names of parameters, as sharded `measure` returns them."""
     parameters = named_parameters(model)
-    return {n: sharding.from_part(sharding.cut_like(t, parameters[n]), parameters[n]) for n, t in tensors.items()}
+    return {n: cuts.from_part(cuts.cut_like(t, parameters[n]), parameters[n]) for n, t in tensors.items()}
 
 
 def cut_importance(whole: memsyn.Importance, model: nn.Module) -> memsyn.Importance:
@@ -119,7 +120,7 @@ def check_same(found: dict[str, Tensor], expected: dict[str, Tensor], *, exactly
     """Tensors of which this process may hold parts, and whole ones."""
     assert list(found) == list(expected)
     for name, whole in expected.items():
-        part, own = sharding.local_part(found[name]), sharding.cut_like(whole, found[name])
+        part, own = cuts.local_part(found[name]), cuts.cut_like(whole, found[name])
         assert found[name].shape == whole.shape
         assert part.shape == own.shape, name
         if exactly:
@@ -139,7 +140,7 @@ def check_same_memory(found: memsyn.Memory, expected: memsyn.Memory, *, exactly:
 def check_equal_everywhere(tensors: list[Tensor]) -> None:
     """Whole tensors are bit for bit the same in all processes."""
     for tensor in tensors:
-        assert not sharding.is_sharded(tensor)
+        assert not cuts.is_sharded(tensor)
         everyone = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, tensor.contiguous())
         assert all(
@@ -158,24 +159,24 @@ def check_boxes(mesh: DeviceMesh) -> None:
         whole = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
         for own, places in meshes:
             tensor = distribute_tensor(whole, own, places)
-            assert torch.equal(sharding.cut_like(whole, tensor), tensor.to_local())
-            cut_again = sharding.cut_whole(whole, tensor)
-            assert torch.equal(sharding.local_part(cut_again), tensor.to_local())
+            assert torch.equal(cuts.cut_like(whole, tensor), tensor.to_local())
+            cut_again = cuts.cut_whole(whole, tensor)
+            assert torch.equal(cuts.local_part(cut_again), tensor.to_local())
             if len(own.mesh.shape) == 1 and places == [Shard(0)]:
-                assert torch.equal(whole[sharding.rows_held(tensor)], tensor.to_local())
+                assert torch.equal(whole[cuts.rows_held(tensor)], tensor.to_local())
             elif Shard(1) in places:
                 with pytest.raises(memsyn.ModelError, match="cut along another dimension than 0"):
-                    sharding.rows_held(tensor)
+                    cuts.rows_held(tensor)
             for size in (4, 20, 10**6):
-                pieces = list(sharding.pieces_on_first(tensor, size))
-                assert sharding.is_first(tensor) or not pieces
+                pieces = list(exchange.pieces_on_first(tensor, size))
+                assert exchange.is_first(tensor) or not pieces
                 assert all(0 < len(piece) <= size for piece in pieces)
-                if sharding.is_first(tensor):
+                if exchange.is_first(tensor):
                     assert torch.equal(torch.cat([*pieces, torch.empty(0)]), whole.flatten())
             at = torch.arange(min(whole.numel(), 9)) * 7 % max(1, whole.numel())
-            assert torch.equal(sharding.values_at(tensor, at), whole.flatten()[at])
+            assert torch.equal(exchange.values_at(tensor, at), whole.flatten()[at])
             for rank in range(mesh.size()):
-                found = sharding.whole_on(tensor, rank)
+                found = exchange.whole_on(tensor, rank)
                 assert (found is not None and torch.equal(found, whole)) if rank == dist.get_rank() else found is None
 
 
@@ -187,10 +188,10 @@ def check_tensor_parallel() -> None:
     whole = {name: p.detach().clone() for name, p in model.named_parameters()}
     parallelize_module(model, grid["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
     fully_shard(model, mesh=grid["data"])
-    assert {len(p.placements) for p in model.parameters() if sharding.is_sharded(p)} == {2}
+    assert {len(p.placements) for p in model.parameters() if cuts.is_sharded(p)} == {2}
     assert memsyn.fingerprint(model) == expected
     for name, p in model.named_parameters():
-        assert torch.equal(sharding.cut_like(whole[name], p), sharding.local_part(p))
+        assert torch.equal(cuts.cut_like(whole[name], p), cuts.local_part(p))
         assert torch.equal(excerpt(p), excerpt(whole[name]))
 
 
@@ -201,7 +202,7 @@ def check_importance(mesh: DeviceMesh) -> None:
     whole = one + other
     for pair in ((cut_one, cut_other), (cut_one, other), (one, cut_other)):  # a whole one comes from a file
         both = pair[0] + pair[1]
-        assert all(map(sharding.is_sharded, both.sums.values()))
+        assert all(map(cuts.is_sharded, both.sums.values()))
         check_same(both.sums, whole.sums)
         check_same(both.mean(), whole.mean())
         assert both.num_samples == 24
@@ -211,7 +212,7 @@ def check_importance(mesh: DeviceMesh) -> None:
         assert (mine.layer, mine.num_weights) == (expected.layer, expected.num_weights)
         for name in ("share", "mean", "max", "concentration"):
             assert getattr(mine, name) == pytest.approx(getattr(expected, name), rel=1e-12)
-    held = sum(sharding.local_part(total).numel() for total in cut_one.sums.values()) * 8
+    held = sum(cuts.local_part(total).numel() for total in cut_one.sums.values()) * 8
     assert repr(cut_one).startswith(repr(one).rpartition(",")[0])
     said = f"{held} B" if held < 1000 else f"{held / 1000:.1f} kB"
     assert repr(cut_one).endswith(f", {said} in this process)")
@@ -228,7 +229,7 @@ def check_fingerprints(mesh: DeviceMesh) -> None:
     assert memsyn.fingerprint(model) == memsyn.fingerprint(whole)
     with torch.no_grad():
         for p in model.parameters():
-            part = sharding.local_part(p)
+            part = cuts.local_part(p)
             if dist.get_rank() == mesh.size() - 1 and part.numel():
                 part.view(-1)[-1:].add_(1e-9)
     changed = memsyn.fingerprint(model)
@@ -239,7 +240,7 @@ def check_fingerprints(mesh: DeviceMesh) -> None:
         memsyn.fingerprint({"a": held})
     alone = init_device_mesh("cpu", (mesh.size(), 1), mesh_dim_names=("a", "b"))["b"]
     mixed = {"a": distribute_tensor(torch.ones(9), mesh, [Shard(0)])}
-    mixed["b"] = sharding._sharded(torch.ones(3), [3], distribute_tensor(torch.ones(3), alone, [Shard(0)]), [Shard(0)])
+    mixed["b"] = cuts.sharded_from(torch.ones(3), [3], distribute_tensor(torch.ones(3), alone, [Shard(0)]), [Shard(0)])
     with pytest.raises(memsyn.ModelError, match="cut between different processes"):
         memsyn.fingerprint(mixed)
     with pytest.raises(memsyn.ModelError, match="cut between different processes"):
@@ -261,7 +262,7 @@ def check_consolidation(mesh: DeviceMesh) -> None:
         expected = consolidated(whole, one, other, rule=rule, decay=decay)
         for pair in (cuts, (one, other), (cuts[0], other)):
             found = consolidated(model, *pair, rule=rule, decay=decay)
-            assert all(map(sharding.is_sharded, [*found.anchor.values(), *found.importance.values()]))
+            assert all(map(cuts.is_sharded, [*found.anchor.values(), *found.importance.values()]))
             check_same_memory(found, expected)
     expected, found = consolidated(whole, one), consolidated(model, cuts[0])
     assert "in this process" in repr(found)
@@ -377,20 +378,20 @@ def check_loading(mesh: DeviceMesh, folder: Path) -> None:
     for value, path in zip((alone, one, factors), paths, strict=True):
         value.save(path)
     found = memsyn.Memory.load(paths[0], like=model)
-    assert all(map(sharding.is_sharded, [*found.anchor.values(), *found.importance.values()]))
+    assert all(map(cuts.is_sharded, [*found.anchor.values(), *found.importance.values()]))
     check_same_memory(found, alone)
     assert found.directions is not None
     assert found.matches(model)
     importance = memsyn.Importance.load(paths[1], like=model)
-    assert all(map(sharding.is_sharded, importance.sums.values()))
+    assert all(map(cuts.is_sharded, importance.sums.values()))
     check_same(importance.sums, one.sums)
     loaded, expected = memsyn.KroneckerFactors.load(paths[2], like=model), cut_factors(factors, mesh)
     for name, total in expected.sums.items():
-        assert sharding.is_sharded(loaded.sums[name]) == sharding.is_sharded(total), name
-        assert torch.equal(sharding.local_part(loaded.sums[name]), sharding.local_part(total))
+        assert cuts.is_sharded(loaded.sums[name]) == cuts.is_sharded(total), name
+        assert torch.equal(cuts.local_part(loaded.sums[name]), cuts.local_part(total))
     assert "first.weight" in factors.matrices
     assert "table.weight" + AS_TABLE in factors.matrices
-    assert not any(map(sharding.is_sharded, memsyn.Importance.load(paths[1], like=whole).sums.values()))
+    assert not any(map(cuts.is_sharded, memsyn.Importance.load(paths[1], like=whole).sums.values()))
     if rank == 1:
         paths[0].rename(folder / "away")
     error, says = (memsyn.MemoryFileError, "exist") if rank == 1 else (memsyn.ProcessError, "failed in another process")
@@ -404,7 +405,7 @@ def check_loading(mesh: DeviceMesh, folder: Path) -> None:
     with pytest.raises(memsyn.MemoryFileError, match="checksum"):
         memsyn.Memory.load(paths[0], like=model)
     with torch.no_grad():
-        part = sharding.local_part(model.second.weight)
+        part = cuts.local_part(model.second.weight)
         if rank == 1 and part.numel():
             part[0, 0] += 1.0
     alone.save(paths[0])
@@ -413,7 +414,7 @@ def check_loading(mesh: DeviceMesh, folder: Path) -> None:
     wide = sharded_model(mesh, 9)
     with pytest.warns(memsyn.MovedWeightsWarning, match="parameters"):
         grown = memsyn.Memory.load(paths[0], like=wide)
-    assert not sharding.is_sharded(grown.importance["last.weight"])  # the model's rows are cut at other places
+    assert not cuts.is_sharded(grown.importance["last.weight"])  # the model's rows are cut at other places
     check_same(
         grown.consolidate(wide, measured(2, 9)).importance, alone.consolidate(whole_model(9), measured(2, 9)).importance
     )
@@ -493,7 +494,7 @@ def check_division_of_work(mesh: DeviceMesh) -> None:
     """Each process computes its share of the eigenvectors, and holds one whole second moment at a time."""
     factors, computed, alive = cut_factors(measured_factors(1), mesh), [], [0]
     refs: list[weakref.ref[Tensor]] = []
-    real_spectrum, real_whole = factors_module.spectrum_of, sharding.whole_on
+    real_spectrum, real_whole = factors_module.spectrum_of, exchange.whole_on
 
     def spectrum_of(moment: Tensor, rank: int | None) -> object:
         computed.append(tuple(moment.shape))
@@ -508,7 +509,7 @@ def check_division_of_work(mesh: DeviceMesh) -> None:
 
     with (
         mock.patch.object(factors_module, "spectrum_of", spectrum_of),
-        mock.patch.object(sharding, "whole_on", whole_on),
+        mock.patch.object(exchange, "whole_on", whole_on),
     ):
         memsyn.Memory.empty().consolidate(sharded_model(mesh), factors)
     num_jobs = sum(name.startswith(("inputs/", "outputs/")) for name in factors.sums)
@@ -598,7 +599,7 @@ def check_checkpoints(mesh: DeviceMesh, folder: Path) -> None:
     memory = memsyn.Memory.empty()
     if last.exists():
         memory = memsyn.Memory.from_checkpoint(last, key="memory", like=model)
-        assert all(map(sharding.is_sharded, [*memory.anchor.values(), *memory.importance.values()]))
+        assert all(map(cuts.is_sharded, [*memory.anchor.values(), *memory.importance.values()]))
         check_same_memory(memory, expected_after(stage - 1), exactly=False)
         check_same_memory(memsyn.Memory.from_checkpoint(last, key="memory"), expected_after(stage - 1), exactly=False)
         found = memsyn.Importance.from_checkpoint(last, key="importance", like=model)
@@ -618,7 +619,7 @@ def check_checkpoints(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def sharding_gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: sharding.gathered(tensor) for name, tensor in tensors.items()}
+    return {name: exchange.gathered(tensor) for name, tensor in tensors.items()}
 
 
 def status(of: str) -> int:
@@ -639,7 +640,7 @@ def peak(of: Callable[[], object]) -> int:
 def check_memory(mesh: DeviceMesh, folder: Path) -> None:
     """Of 200 MB, no process holds more than its part and some pieces while they are hashed or written."""
     empty = distribute_tensor(torch.empty(0, 1000), mesh, [Shard(0)])
-    tensor = sharding.empty_cut([50_000, 1000], torch.float32, empty)
+    tensor = cuts.empty_cut([50_000, 1000], torch.float32, empty)
     tensor.to_local().fill_(1.0)
     value = memsyn.Importance({"weight": tensor}, 1)
     value.save(folder / "warm.safetensors")
@@ -655,13 +656,13 @@ def check_memory(mesh: DeviceMesh, folder: Path) -> None:
     fully_shard(model, mesh=mesh)
     model.to_empty(device="cpu")
     with torch.no_grad():
-        sharding.local_part(model.weight).fill_(0.5)
+        cuts.local_part(model.weight).fill_(0.5)
     before = status("RssAnon")
     found = memsyn.Importance.load(path, like=model)
-    held, part = status("RssAnon") - before, sharding.local_part(found.sums["weight"]).numel() * 4
+    held, part = status("RssAnon") - before, cuts.local_part(found.sums["weight"]).numel() * 4
     assert part <= 104_000_000
     assert held < part + 20_000_000, (held, part)
-    assert peak(lambda: sharding.gathered(tensor)) > 150_000_000  # what a gathered tensor would have shown
+    assert peak(lambda: exchange.gathered(tensor)) > 150_000_000  # what a gathered tensor would have shown
     print(f"process {dist.get_rank()} of {mesh.size()}: {grown} beside a part of {part}", file=sys.stderr)
 
 

@@ -49,6 +49,8 @@ def test_other_ways_of_sharding_are_refused_with_what_to_use() -> None:
     model.weight.ds_id = 0  # as deepspeed.zero.Init does, which also leaves the values (0,)
     with pytest.raises(memsyn.ModelError, match=r"DeepSpeed's ZeRO-3, .* Use fully_shard .* fsdp_version: 2"):
         memsyn.protect(optimizer, model, memory)
+    with pytest.raises(memsyn.ModelError, match="Use fully_shard"):
+        memsyn.measure(model, [torch.ones(3, 2)], progress=False)
     del model.weight.ds_id
     old = type("FullyShardedDataParallel", (nn.Linear,), {})(2, 2)
     with pytest.raises(memsyn.ModelError, match="by FullyShardedDataParallel, which memsyn cannot read"):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import memsyn
-from memsyn import sharding
+from memsyn.sharding import exchange
 from memsyn.storage.checkpoints import HEADER
 from tests.sharded_values import check_same, check_same_directions, check_same_memory, expected_after, measured
 
@@ -123,4 +123,4 @@ def test_parts_on_the_cpu_pass_through_the_gpu_if_only_that_can_be_sent() -> Non
     cpu, mesh = torch.device("cpu"), SimpleNamespace(device_type="cuda")
     for known, device in (("cuda:nccl", "cuda"), ("cpu:gloo,cuda:nccl", "cpu"), ("cpu:gloo,cuda:gloo", "cpu")):
         with mock.patch.object(dist, "get_backend_config", return_value=known):
-            assert sharding._wire(cpu, mesh).type == device
+            assert exchange.wire_device(cpu, mesh).type == device

@@ -23,7 +23,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from memsyn.adapters import modules_in_use
 from memsyn.errors import MismatchError, ModelError, OptionError, RenamedParametersWarning
-from memsyn.sharding import check_same_processes, first_process, gathered, is_sharded, pieces_on_first, text_told_by
+from memsyn.sharding.exchange import first_process, gathered, pieces_on_first, text_told_by
+from memsyn.sharding.parts import check_same_processes, is_sharded
 from memsyn.torch_private import compiled_original, persistent_buffers, uncompiled_name
 
 Patterns = str | Iterable[str]

@@ -245,7 +245,10 @@ def _measure_sharded(
     given += ["estimator='mas-local'"] if estimator.local else []
     given += ["weights='effective'"] if weights == "effective" and has_adapters(model) else []
     if given:
-        raise OptionError(f"{given[0]} is not for a sharded model: leave it out.")
+        cure = "leave it out."
+        if given[0] == "checkpoint=":
+            cure = "measure the data in parts, save what each gives, and add them up."
+        raise OptionError(f"{given[0]} is not for a sharded model: {cure}")
     model_to_measure(model, weights, estimator)
     scorer = (FactorScorer(forward, estimator, rank)) if estimator.factors else OutputScorer(forward, estimator)
     sharded = ShardedModel(model)

@@ -42,7 +42,7 @@ from memsyn.measuring.route_check import (
 )
 from memsyn.measuring.sharded_model import ShardedModel
 from memsyn.parameters import wide_dtype
-from memsyn.sharding import empty_cut, from_part, is_sharded, local_part
+from memsyn.sharding.parts import empty_cut, from_part, is_sharded, local_part
 from memsyn.torch_private import without_function_modes
 from memsyn.values.factors import BOTH, INPUTS_ALONE, KroneckerFactors, matrices_from, matrices_header
 from memsyn.values.importance import Importance

@@ -26,7 +26,7 @@ from memsyn.errors import BatchError, ModelError, ProcessError
 from memsyn.measuring.distributed import gather_text
 from memsyn.measuring.route_check import unchanged_buffers
 from memsyn.parameters import named_parameters, unwrap
-from memsyn.sharding import any_sharded, is_sharded
+from memsyn.sharding.parts import any_sharded, is_sharded
 from memsyn.torch_private import without_function_modes
 
 

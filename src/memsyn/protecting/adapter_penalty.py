@@ -16,7 +16,8 @@ from memsyn.errors import MemsynError, ProtectionError
 from memsyn.parameters import wide_dtype
 from memsyn.protecting.optimizers import PROXIMAL, StepSize, known_kind, step_size
 from memsyn.protecting.penalty import BUCKET, ProtectedWeights, known_rows
-from memsyn.sharding import gathered, is_sharded, local_part, placed_like, redistributed_like
+from memsyn.sharding.exchange import gathered, placed_like, redistributed_like
+from memsyn.sharding.parts import is_sharded, local_part
 from memsyn.values.memory import Memory
 from memsyn.weights_in_effect import adapted_weights
 

@@ -13,7 +13,9 @@ from torch import nn
 from memsyn.adapters import AdaptedLayer, LowRank
 from memsyn.errors import ProtectionError
 from memsyn.matrices import Layout, Matrix
-from memsyn.sharding import gathered, largest_over_parts, local_part
+from memsyn.sharding.exchange import gathered
+from memsyn.sharding.parts import local_part
+from memsyn.sharding.sums import largest_over_parts
 from memsyn.values.directions import Directions, LayerDirections
 from memsyn.values.spectra import spectrum_of
 from memsyn.weights_in_effect import adapted_weights

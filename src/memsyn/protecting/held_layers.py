@@ -18,7 +18,8 @@ from torch import Tensor
 
 from memsyn.errors import ProtectionError
 from memsyn.parameters import wide_dtype
-from memsyn.sharding import all_rows_held, is_sharded, placed_like, rows_held
+from memsyn.sharding.exchange import placed_like
+from memsyn.sharding.parts import all_rows_held, is_sharded, rows_held
 from memsyn.values.directions import Directions, LayerDirections
 from memsyn.values.spectra import Spectrum
 

@@ -41,16 +41,9 @@ from memsyn.protecting.penalty import (
 from memsyn.protecting.predicting import Watched
 from memsyn.protecting.protection import Protection, Report, is_protected
 from memsyn.protecting.strength import checked_strength
-from memsyn.sharding import (
-    any_sharded,
-    is_sharded,
-    largest_over_parts,
-    local_part,
-    part_beside,
-    placed_like,
-    reshard,
-    summed_over_parts,
-)
+from memsyn.sharding.exchange import part_beside, placed_like
+from memsyn.sharding.parts import any_sharded, is_sharded, local_part, reshard
+from memsyn.sharding.sums import largest_over_parts, summed_over_parts
 from memsyn.torch_private import version_of
 from memsyn.values.directions import excerpt
 from memsyn.values.memory import Memory, check_fit, check_model

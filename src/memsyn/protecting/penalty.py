@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from memsyn.errors import OptionError, ProtectionError
 from memsyn.parameters import Patterns, only_those, wide_dtype
 from memsyn.protecting import compiled
-from memsyn.sharding import any_sharded, is_sharded, part_beside, reshard, summed_over_parts
+from memsyn.sharding.exchange import part_beside
+from memsyn.sharding.parts import any_sharded, is_sharded, reshard
+from memsyn.sharding.sums import summed_over_parts
 from memsyn.torch_private import (
     foreach_add,
     foreach_add_,

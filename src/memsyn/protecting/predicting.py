@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from memsyn.errors import MismatchError, OptionError
 from memsyn.parameters import canonical_name, fitted
 from memsyn.protecting.statistics import WatchedStatistics
-from memsyn.sharding import gathered, is_sharded, local_part, placed_like
+from memsyn.sharding.exchange import gathered, placed_like
+from memsyn.sharding.parts import is_sharded, local_part
 from memsyn.values.directions import Directions
 from memsyn.values.memory import Memory
 from memsyn.values.relative_change import NO_LENGTH, RelativeChange, relative_change, why_unknown

@@ -28,16 +28,9 @@ from memsyn.protecting.penalty import check_placed
 from memsyn.protecting.predicting import Watched
 from memsyn.protecting.protection import Protection, Report, check_optimizer, is_protected
 from memsyn.protecting.strength import checked_strength
-from memsyn.sharding import (
-    any_sharded,
-    is_sharded,
-    largest_over_parts,
-    local_part,
-    part_beside,
-    reshard,
-    summed_over_parts,
-    summed_over_parts_,
-)
+from memsyn.sharding.exchange import part_beside
+from memsyn.sharding.parts import any_sharded, is_sharded, local_part, reshard
+from memsyn.sharding.sums import largest_over_parts, summed_over_parts, summed_over_parts_
 from memsyn.torch_private import version_of
 from memsyn.values.directions import (
     DiagonalDirections,

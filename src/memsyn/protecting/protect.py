@@ -31,7 +31,7 @@ from memsyn.protecting.protection import Protection, check_optimizer, is_protect
 from memsyn.protecting.replaced import check_replaced, warn_of_grown
 from memsyn.protecting.statistics import WatchedStatistics
 from memsyn.protecting.strength import Relative, checked_strength
-from memsyn.sharding import is_sharded, reshard
+from memsyn.sharding.parts import is_sharded, reshard
 from memsyn.values.directions import STRENGTH
 from memsyn.values.memory import Memory, check_model
 from memsyn.weights_in_effect import adapted_weights, parameters_by_name, weights_by_name

@@ -20,7 +20,7 @@ from memsyn.errors import NotProtectedWarning, ProtectionError
 from memsyn.parameters import named_parameters, unwrap, wide_dtype
 from memsyn.protecting.optimizers import PROJECTED, Stepping, known_kind
 from memsyn.protecting.predicting import Watched, of_another_memory
-from memsyn.sharding import local_part, reshard
+from memsyn.sharding.parts import local_part, reshard
 from memsyn.torch_private import num_steps_in_progress
 from memsyn.values.display import LayerRow, counted, html_table, html_text, percent, short_name
 from memsyn.weights_in_effect import WeightsInEffect, moving_parameters, weights_by_name

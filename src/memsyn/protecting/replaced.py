@@ -16,7 +16,9 @@ from memsyn.errors import GrownParametersWarning, MovedWeightsWarning, Protectio
 from memsyn.parameters import wide_dtype, with_their_layers
 from memsyn.protecting.optimizers import PROJECTED
 from memsyn.protecting.penalty import known_rows
-from memsyn.sharding import gathered, is_sharded, local_part, part_beside, summed_over_parts
+from memsyn.sharding.exchange import gathered, part_beside
+from memsyn.sharding.parts import is_sharded, local_part
+from memsyn.sharding.sums import summed_over_parts
 from memsyn.values.directions import excerpt
 from memsyn.values.memory import Memory
 

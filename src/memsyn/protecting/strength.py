@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from memsyn.errors import MismatchError, OptionError, StrengthWarning
-from memsyn.sharding import local_part, summed_over_parts
+from memsyn.sharding.parts import local_part
+from memsyn.sharding.sums import summed_over_parts
 from memsyn.values.factors import BOTH, INPUTS_ALONE
 from memsyn.values.memory import RULES, Memory
 

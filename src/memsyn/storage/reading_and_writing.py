@@ -36,7 +36,8 @@ import torch
 from torch import Tensor
 
 from memsyn.errors import MemoryFileError, MissingFileError
-from memsyn.sharding import first_process, is_first, local_part, one_sharded, pieces_on_first, text_told_by
+from memsyn.sharding.exchange import first_process, is_first, pieces_on_first, text_told_by
+from memsyn.sharding.parts import local_part, one_sharded
 from memsyn.storage.atomic_files import open_file, replace_file
 from memsyn.storage.safetensors_header import (
     MAX_HEADER,

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from memsyn.parameters import fingerprint
-from memsyn.sharding import first_process, one_sharded, text_told_by
+from memsyn.sharding.exchange import first_process, text_told_by
+from memsyn.sharding.parts import one_sharded
 
 MERGED: Final = "merge"
 """The rule of entries that came from another memory by `Memory.merge`."""

@@ -18,7 +18,8 @@ from torch import Tensor
 from memsyn.errors import MismatchError
 from memsyn.matrices import EXACT_WIDTH, Layout, Matrix, num_weights_of
 from memsyn.parameters import layer_of, only_those, under_new_names, way_out
-from memsyn.sharding import Job, divided, gathered, is_sharded, local_part, on_parts, one_sharded, values_at
+from memsyn.sharding.exchange import Job, divided, gathered, values_at
+from memsyn.sharding.parts import is_sharded, local_part, on_parts, one_sharded
 from memsyn.storage.reading_and_writing import Groups, checked, checked_count
 from memsyn.values.display import LayerRow, counted_matrices, html_table, size_in_memory
 from memsyn.values.factors import (

@@ -14,7 +14,7 @@ from typing import Final
 
 from torch import Tensor
 
-from memsyn.sharding import is_sharded, local_part
+from memsyn.sharding.parts import is_sharded, local_part
 
 LARGEST_TABLE: Final = 30
 """The most layers in a table."""

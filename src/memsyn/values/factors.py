@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from memsyn.errors import MismatchError
 from memsyn.matrices import AS_TABLE, Layout, Matrix, num_weights_of
 from memsyn.parameters import fingerprint, layer_of, under_new_names
-from memsyn.sharding import Job, divided, is_sharded, local_part, on_parts, one_sharded, summed_over_parts
+from memsyn.sharding.exchange import Job, divided
+from memsyn.sharding.parts import is_sharded, local_part, on_parts, one_sharded
+from memsyn.sharding.sums import summed_over_parts
 from memsyn.storage.checkpoints import checkpoint_entries
 from memsyn.storage.reading_and_writing import FACTORS, MOMENTS, Groups, checked, checked_count, well_formed, write
 from memsyn.values.display import LayerRow, counted, counted_matrices, html_table, size_in_memory

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from memsyn.errors import MismatchError, OptionError
 from memsyn.parameters import fingerprint, layer_of, only_those, under_new_names
-from memsyn.sharding import any_sharded, gathered, local_part, on_parts, summed_over_parts
+from memsyn.sharding.exchange import gathered
+from memsyn.sharding.parts import any_sharded, local_part, on_parts
+from memsyn.sharding.sums import summed_over_parts
 from memsyn.storage.checkpoints import checkpoint_entries
 from memsyn.storage.reading_and_writing import (
     IMPORTANCE,

@@ -40,20 +40,9 @@ from memsyn.parameters import (
     weights,
     wide_dtype,
 )
-from memsyn.sharding import (
-    cut_like,
-    failing_in_all,
-    first_process,
-    from_part,
-    gathered,
-    is_sharded,
-    local_part,
-    on_parts,
-    one_sharded,
-    summed_over_parts,
-    text_told_by,
-    told_by,
-)
+from memsyn.sharding.exchange import failing_in_all, first_process, gathered, text_told_by, told_by
+from memsyn.sharding.parts import cut_like, from_part, is_sharded, local_part, on_parts, one_sharded
+from memsyn.sharding.sums import summed_over_parts
 from memsyn.storage.checkpoints import checkpoint_entries
 from memsyn.storage.reading_and_writing import (
     FACTORS,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from memsyn.matrices import AS_TABLE
 from memsyn.parameters import named_parameters, renaming
-from memsyn.sharding import any_sharded, cut_whole, empty_cut, is_sharded
+from memsyn.sharding.parts import any_sharded, cut_whole, empty_cut, is_sharded
 from memsyn.storage.checkpoints import read_checkpoint
 from memsyn.storage.reading_and_writing import IMPORTANCE, MOMENTS, Groups, read
 from memsyn.weights_in_effect import parameters_by_name

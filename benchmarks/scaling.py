@@ -1,7 +1,7 @@
 """Memory of a process and bytes between processes, for models that `fully_shard` has cut: derived, and counted.
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/scaling.py            # counts on a small Llama, prints a table
-    torchrun --standalone --nproc-per-node 2 benchmarks/scaling.py --write    # and keeps the numbers in docs/scaling.jsonl
+    torchrun --standalone --nproc-per-node 2 benchmarks/scaling.py            # counts on a small Llama
+    torchrun --standalone --nproc-per-node 2 benchmarks/scaling.py --write    # and keeps the counts: docs/scaling.jsonl
     .venv/bin/python benchmarks/scaling.py --write                            # writes the tables of docs/scaling.md
     .venv/bin/python benchmarks/scaling.py --check                            # exit code 1 if they would change
 
@@ -18,7 +18,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -225,7 +225,7 @@ class Counted(TorchDispatchMode):
     """Counts the bytes of collectives by kind: `all-reduce of float32`. Small messages of text are `agreements`."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -243,7 +243,8 @@ class Counted(TorchDispatchMode):
 
 def counted(run: Callable[[], object]) -> Counter[str]:
     """The bytes that this process moved while a function ran."""
-    with Counted() as mode:
+    mode = Counted()
+    with mode:
         run()
     return mode.bytes
 
@@ -265,12 +266,13 @@ def small_model(*, whole: bool = False, **options: Any) -> nn.Module:
         use_cache=False,
         tie_word_embeddings=own.tied,
     )
-    model = transformers.LlamaForCausalLM(config)
-    if whole:
-        return model
-    for layer in model.model.layers:
-        fully_shard(layer, **options)
-    return fully_shard(model, **options)
+    model: Any = transformers.LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    if not whole:
+        for layer in model.model.layers:
+            fully_shard(layer, **options)
+        fully_shard(model, **options)
+    made: nn.Module = model
+    return made
 
 
 def batches(count: int) -> list[dict[str, Tensor]]:
@@ -280,7 +282,7 @@ def batches(count: int) -> list[dict[str, Tensor]]:
 
 
 def measured(model: nn.Module, estimator: str, count: int) -> Any:
-    options = {} if estimator == "mas" else {"rank": SMALL.rank}
+    options: dict[str, Any] = {} if estimator == "mas" else {"rank": SMALL.rank}
     return memsyn.measure(model, batches(count), estimator=estimator, progress=False, **options)
 
 
@@ -312,11 +314,18 @@ def of_measuring(model: nn.Module, world: int, estimator: str, item: int) -> Ite
     yield Row(world, f"{words}: a batch", "agreements", None, batch["agreements"])
 
 
+def of_saving(model: nn.Module, world: int, folder: Path) -> Iterator[Row]:
+    """Importance and anchor, tensor after tensor, to the first process."""
+    memory = memsyn.Memory.empty().consolidate(model, measured(model, "mas", 1))
+    numbers = counted(lambda: memory.save(folder / "small.memsyn.safetensors"))
+    yield Row(world, "`Memory.save`, mas", "receive", 2 * to_first(SMALL_LLAMA, world, WIDE), numbers["receive"])
+
+
 def of_protecting(world: int, estimator: str) -> Iterator[Row]:
     """Steps under protection, less the same steps without: what `fully_shard` itself moves is in both."""
     whole = small_model(whole=True)
     found = measured(whole, estimator, 1)
-    memory = memsyn.Memory.empty().consolidate(whole, found, **({} if estimator == "mas" else {"rank": SMALL.rank}))
+    memory = memsyn.Memory.empty().consolidate(whole, found, rank=SMALL.rank)  # for importance, the rank says nothing
 
     def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         for batch in batches(STEPS):
@@ -390,8 +399,8 @@ class Needs:
     part: float
     gathered: float
     inputs: float
-    sums: dict[str, float]
-    whole: dict[str, float]
+    sums: Mapping[str, float]
+    whole: Mapping[str, float]
 
     def total(self, estimator: str) -> float:
         """All of it. Factors of inputs and outputs are summed at once, so that no inputs of layers are kept."""

@@ -217,9 +217,9 @@ def test_the_page_of_errors_has_every_class_and_quotes_real_messages() -> None:
 
 
 RECIPES = DOCS / "recipes"
-WITH_EXAMPLES = {"detection", "embeddings", "entities", "language-model", "lora"}
+WITH_EXAMPLES = {"detection", "embeddings", "entities", "language-model", "larger-than-one-machine", "lora"}
 """Recipes that show a script of `examples/`; test_trainers_examples.py runs those."""
-WITHOUT_CODE = {"index", "larger-than-one-machine"}
+WITHOUT_CODE = {"index"}
 Rows = list[tuple[str, list[float]]]
 """What a recipe printed: the words before the first colon of each line, and the numbers after it."""
 

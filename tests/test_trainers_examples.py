@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_sharded_measuring import torchrun
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 LINE = re.compile(r"^(fine-tuned|with memsyn): old ([\d.]+)(?:%| pixels) -> ([\d.]+)(?:%| pixels), new ([\d.]+)", re.M)
 
 
 def test_no_example_is_forgotten() -> None:
-    others = {"company"}  # test_company.py
+    others = {"company", "fsdp"}  # test_company.py, and below
     found = {path.stem for path in EXAMPLES.glob("*.py")} - others
     assert found == {"detection", "entities", "lora", "retrieval", "sft"}
 
@@ -38,3 +40,14 @@ def test_detection_keeps_the_old_and_learns_the_new(capsys: pytest.CaptureFixtur
     assert forgotten > 3 * begun  # of errors, in pixels
     assert kept < 2 * begun
     assert learned < 2 * begun
+
+
+def test_a_model_that_two_processes_hold_is_measured_kept_and_protected() -> None:
+    done = torchrun(2, "../examples/fsdp.py")
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert "24 samples measured by 2 processes" in done.stdout
+    found = re.search(r"^protected: (\d+) weights, penalty (\S+)$", done.stdout, re.MULTILINE)
+    assert found is not None
+    assert int(found[1]) == 93696
+    assert float(found[2]) > 0
+    assert "kept: memory, model.memsyn.safetensors, step-2" in done.stdout

@@ -335,7 +335,7 @@ def test_each_recipe_runs_or_shows_a_script_that_is_run() -> None:
     assert {path.stem for path in RECIPES.glob("*.md")} == CLAIMS.keys() | WITH_EXAMPLES | WITHOUT_CODE
     shown = "".join(blocks_of(name, "py") for name in WITH_EXAMPLES)
     scripts = re.findall(r'^--8<-- "examples/(\w+)\.py"$', shown, re.MULTILINE)
-    assert sorted(scripts) == ["detection", "entities", "lora", "retrieval", "sft"]
+    assert sorted(scripts) == ["detection", "entities", "fsdp", "lora", "retrieval", "sft"]
 
 
 @pytest.mark.parametrize("name", CLAIMS)

@@ -50,7 +50,7 @@ ROOMS: dict[str, set[str]] = {
     "sidecar": {"__init__", "batches", "storage"},
     "report": BASE | {"comparing", "values", "storage", "parameters"},
     "cli": BASE | {"__init__", "comparing", "batches", "parameters", "values", "storage", "report", "sidecar"},
-    "integrations": {"__init__"},
+    "integrations": {"__init__", "sharding"},  # a trainer may have cut the model
 }
 """Room -> the rooms that it may import, beside itself. `__init__` stands for the public names."""
 

@@ -33,6 +33,7 @@ from memsyn import (
     measure,
     protect,
 )
+from memsyn.sharding.parts import any_sharded
 
 RANK: Final[int | None] = inspect.signature(Memory.consolidate).parameters["rank"].default
 
@@ -325,13 +326,15 @@ def _measured(
     *,
     progress: bool = False,
 ) -> Any:
+    # The processes of a sharded model measure together in any case: `measure` takes no group for it.
+    is_alone = not (dist.is_available() and dist.is_initialized()) or any_sharded(list(model.parameters()))
     return measure(
         model,
         batches,
         estimator=estimator,
         forward=settings.forward,
         max_samples=settings.max_samples,
-        group=dist.group.WORLD if dist.is_available() and dist.is_initialized() else None,
+        group=None if is_alone else dist.group.WORLD,
         progress=progress,
         weights="effective",
     )

@@ -28,7 +28,7 @@ def torchrun(number: int, script: str, *arguments: str, folder: Path | None = No
 @pytest.mark.parametrize(
     ("number", "checks"),
     [
-        (2, ["equal_to_one_process", "images", "errors", "remembered", "language_models", "settings"]),
+        (2, ["equal_to_one_process", "images", "errors", "remembered", "language_models"]),
         (4, ["language_models", "settings"]),
     ],
 )

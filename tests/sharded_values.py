@@ -34,7 +34,7 @@ import memsyn
 from memsyn.matrices import AS_TABLE
 from memsyn.parameters import named_parameters
 from memsyn.sharding import exchange
-from memsyn.sharding import parts as cuts
+from memsyn.sharding import parts as held_parts
 from memsyn.values import factors as factors_module
 from memsyn.values.directions import Directions, excerpt
 
@@ -95,7 +95,7 @@ def measured_factors(seed: int, **options: object) -> memsyn.KroneckerFactors:
 def cut(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Tensors by the names of parameters, as sharded `measure` returns them."""
     parameters = named_parameters(model)
-    return {n: cuts.from_part(cuts.cut_like(t, parameters[n]), parameters[n]) for n, t in tensors.items()}
+    return {n: held_parts.from_part(held_parts.cut_like(t, parameters[n]), parameters[n]) for n, t in tensors.items()}
 
 
 def cut_importance(whole: memsyn.Importance, model: nn.Module) -> memsyn.Importance:
@@ -120,7 +120,7 @@ def check_same(found: dict[str, Tensor], expected: dict[str, Tensor], *, exactly
     """Tensors of which this process may hold parts, and whole ones."""
     assert list(found) == list(expected)
     for name, whole in expected.items():
-        part, own = cuts.local_part(found[name]), cuts.cut_like(whole, found[name])
+        part, own = held_parts.local_part(found[name]), held_parts.cut_like(whole, found[name])
         assert found[name].shape == whole.shape
         assert part.shape == own.shape, name
         if exactly:
@@ -140,7 +140,7 @@ def check_same_memory(found: memsyn.Memory, expected: memsyn.Memory, *, exactly:
 def check_equal_everywhere(tensors: list[Tensor]) -> None:
     """Whole tensors are bit for bit the same in all processes."""
     for tensor in tensors:
-        assert not cuts.is_sharded(tensor)
+        assert not held_parts.is_sharded(tensor)
         everyone = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, tensor.contiguous())
         assert all(
@@ -159,14 +159,14 @@ def check_boxes(mesh: DeviceMesh) -> None:
         whole = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
         for own, places in meshes:
             tensor = distribute_tensor(whole, own, places)
-            assert torch.equal(cuts.cut_like(whole, tensor), tensor.to_local())
-            cut_again = cuts.cut_whole(whole, tensor)
-            assert torch.equal(cuts.local_part(cut_again), tensor.to_local())
+            assert torch.equal(held_parts.cut_like(whole, tensor), tensor.to_local())
+            cut_again = held_parts.cut_whole(whole, tensor)
+            assert torch.equal(held_parts.local_part(cut_again), tensor.to_local())
             if len(own.mesh.shape) == 1 and places == [Shard(0)]:
-                assert torch.equal(whole[cuts.rows_held(tensor)], tensor.to_local())
+                assert torch.equal(whole[held_parts.rows_held(tensor)], tensor.to_local())
             elif Shard(1) in places:
                 with pytest.raises(memsyn.ModelError, match="cut along another dimension than 0"):
-                    cuts.rows_held(tensor)
+                    held_parts.rows_held(tensor)
             for size in (4, 20, 10**6):
                 pieces = list(exchange.pieces_on_first(tensor, size))
                 assert exchange.is_first(tensor) or not pieces
@@ -188,10 +188,10 @@ def check_tensor_parallel() -> None:
     whole = {name: p.detach().clone() for name, p in model.named_parameters()}
     parallelize_module(model, grid["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
     fully_shard(model, mesh=grid["data"])
-    assert {len(p.placements) for p in model.parameters() if cuts.is_sharded(p)} == {2}
+    assert {len(p.placements) for p in model.parameters() if held_parts.is_sharded(p)} == {2}
     assert memsyn.fingerprint(model) == expected
     for name, p in model.named_parameters():
-        assert torch.equal(cuts.cut_like(whole[name], p), cuts.local_part(p))
+        assert torch.equal(held_parts.cut_like(whole[name], p), held_parts.local_part(p))
         assert torch.equal(excerpt(p), excerpt(whole[name]))
 
 
@@ -202,7 +202,7 @@ def check_importance(mesh: DeviceMesh) -> None:
     whole = one + other
     for pair in ((cut_one, cut_other), (cut_one, other), (one, cut_other)):  # a whole one comes from a file
         both = pair[0] + pair[1]
-        assert all(map(cuts.is_sharded, both.sums.values()))
+        assert all(map(held_parts.is_sharded, both.sums.values()))
         check_same(both.sums, whole.sums)
         check_same(both.mean(), whole.mean())
         assert both.num_samples == 24
@@ -212,7 +212,7 @@ def check_importance(mesh: DeviceMesh) -> None:
         assert (mine.layer, mine.num_weights) == (expected.layer, expected.num_weights)
         for name in ("share", "mean", "max", "concentration"):
             assert getattr(mine, name) == pytest.approx(getattr(expected, name), rel=1e-12)
-    held = sum(cuts.local_part(total).numel() for total in cut_one.sums.values()) * 8
+    held = sum(held_parts.local_part(total).numel() for total in cut_one.sums.values()) * 8
     assert repr(cut_one).startswith(repr(one).rpartition(",")[0])
     said = f"{held} B" if held < 1000 else f"{held / 1000:.1f} kB"
     assert repr(cut_one).endswith(f", {said} in this process)")
@@ -229,7 +229,7 @@ def check_fingerprints(mesh: DeviceMesh) -> None:
     assert memsyn.fingerprint(model) == memsyn.fingerprint(whole)
     with torch.no_grad():
         for p in model.parameters():
-            part = cuts.local_part(p)
+            part = held_parts.local_part(p)
             if dist.get_rank() == mesh.size() - 1 and part.numel():
                 part.view(-1)[-1:].add_(1e-9)
     changed = memsyn.fingerprint(model)
@@ -240,7 +240,9 @@ def check_fingerprints(mesh: DeviceMesh) -> None:
         memsyn.fingerprint({"a": held})
     alone = init_device_mesh("cpu", (mesh.size(), 1), mesh_dim_names=("a", "b"))["b"]
     mixed = {"a": distribute_tensor(torch.ones(9), mesh, [Shard(0)])}
-    mixed["b"] = cuts.sharded_from(torch.ones(3), [3], distribute_tensor(torch.ones(3), alone, [Shard(0)]), [Shard(0)])
+    mixed["b"] = held_parts.sharded_from(
+        torch.ones(3), [3], distribute_tensor(torch.ones(3), alone, [Shard(0)]), [Shard(0)]
+    )
     with pytest.raises(memsyn.ModelError, match="cut between different processes"):
         memsyn.fingerprint(mixed)
     with pytest.raises(memsyn.ModelError, match="cut between different processes"):
@@ -262,7 +264,7 @@ def check_consolidation(mesh: DeviceMesh) -> None:
         expected = consolidated(whole, one, other, rule=rule, decay=decay)
         for pair in (cuts, (one, other), (cuts[0], other)):
             found = consolidated(model, *pair, rule=rule, decay=decay)
-            assert all(map(cuts.is_sharded, [*found.anchor.values(), *found.importance.values()]))
+            assert all(map(held_parts.is_sharded, [*found.anchor.values(), *found.importance.values()]))
             check_same_memory(found, expected)
     expected, found = consolidated(whole, one), consolidated(model, cuts[0])
     assert "in this process" in repr(found)
@@ -378,20 +380,20 @@ def check_loading(mesh: DeviceMesh, folder: Path) -> None:
     for value, path in zip((alone, one, factors), paths, strict=True):
         value.save(path)
     found = memsyn.Memory.load(paths[0], like=model)
-    assert all(map(cuts.is_sharded, [*found.anchor.values(), *found.importance.values()]))
+    assert all(map(held_parts.is_sharded, [*found.anchor.values(), *found.importance.values()]))
     check_same_memory(found, alone)
     assert found.directions is not None
     assert found.matches(model)
     importance = memsyn.Importance.load(paths[1], like=model)
-    assert all(map(cuts.is_sharded, importance.sums.values()))
+    assert all(map(held_parts.is_sharded, importance.sums.values()))
     check_same(importance.sums, one.sums)
     loaded, expected = memsyn.KroneckerFactors.load(paths[2], like=model), cut_factors(factors, mesh)
     for name, total in expected.sums.items():
-        assert cuts.is_sharded(loaded.sums[name]) == cuts.is_sharded(total), name
-        assert torch.equal(cuts.local_part(loaded.sums[name]), cuts.local_part(total))
+        assert held_parts.is_sharded(loaded.sums[name]) == held_parts.is_sharded(total), name
+        assert torch.equal(held_parts.local_part(loaded.sums[name]), held_parts.local_part(total))
     assert "first.weight" in factors.matrices
     assert "table.weight" + AS_TABLE in factors.matrices
-    assert not any(map(cuts.is_sharded, memsyn.Importance.load(paths[1], like=whole).sums.values()))
+    assert not any(map(held_parts.is_sharded, memsyn.Importance.load(paths[1], like=whole).sums.values()))
     if rank == 1:
         paths[0].rename(folder / "away")
     error, says = (memsyn.MemoryFileError, "exist") if rank == 1 else (memsyn.ProcessError, "failed in another process")
@@ -405,7 +407,7 @@ def check_loading(mesh: DeviceMesh, folder: Path) -> None:
     with pytest.raises(memsyn.MemoryFileError, match="checksum"):
         memsyn.Memory.load(paths[0], like=model)
     with torch.no_grad():
-        part = cuts.local_part(model.second.weight)
+        part = held_parts.local_part(model.second.weight)
         if rank == 1 and part.numel():
             part[0, 0] += 1.0
     alone.save(paths[0])
@@ -414,7 +416,7 @@ def check_loading(mesh: DeviceMesh, folder: Path) -> None:
     wide = sharded_model(mesh, 9)
     with pytest.warns(memsyn.MovedWeightsWarning, match="parameters"):
         grown = memsyn.Memory.load(paths[0], like=wide)
-    assert not cuts.is_sharded(grown.importance["last.weight"])  # the model's rows are cut at other places
+    assert not held_parts.is_sharded(grown.importance["last.weight"])  # the model's rows are cut at other places
     check_same(
         grown.consolidate(wide, measured(2, 9)).importance, alone.consolidate(whole_model(9), measured(2, 9)).importance
     )
@@ -599,7 +601,7 @@ def check_checkpoints(mesh: DeviceMesh, folder: Path) -> None:
     memory = memsyn.Memory.empty()
     if last.exists():
         memory = memsyn.Memory.from_checkpoint(last, key="memory", like=model)
-        assert all(map(cuts.is_sharded, [*memory.anchor.values(), *memory.importance.values()]))
+        assert all(map(held_parts.is_sharded, [*memory.anchor.values(), *memory.importance.values()]))
         check_same_memory(memory, expected_after(stage - 1), exactly=False)
         check_same_memory(memsyn.Memory.from_checkpoint(last, key="memory"), expected_after(stage - 1), exactly=False)
         found = memsyn.Importance.from_checkpoint(last, key="importance", like=model)
@@ -640,7 +642,7 @@ def peak(of: Callable[[], object]) -> int:
 def check_memory(mesh: DeviceMesh, folder: Path) -> None:
     """Of 200 MB, no process holds more than its part and some pieces while they are hashed or written."""
     empty = distribute_tensor(torch.empty(0, 1000), mesh, [Shard(0)])
-    tensor = cuts.empty_cut([50_000, 1000], torch.float32, empty)
+    tensor = held_parts.empty_cut([50_000, 1000], torch.float32, empty)
     tensor.to_local().fill_(1.0)
     value = memsyn.Importance({"weight": tensor}, 1)
     value.save(folder / "warm.safetensors")
@@ -656,10 +658,10 @@ def check_memory(mesh: DeviceMesh, folder: Path) -> None:
     fully_shard(model, mesh=mesh)
     model.to_empty(device="cpu")
     with torch.no_grad():
-        cuts.local_part(model.weight).fill_(0.5)
+        held_parts.local_part(model.weight).fill_(0.5)
     before = status("RssAnon")
     found = memsyn.Importance.load(path, like=model)
-    held, part = status("RssAnon") - before, cuts.local_part(found.sums["weight"]).numel() * 4
+    held, part = status("RssAnon") - before, held_parts.local_part(found.sums["weight"]).numel() * 4
     assert part <= 104_000_000
     assert held < part + 20_000_000, (held, part)
     assert peak(lambda: exchange.gathered(tensor)) > 150_000_000  # what a gathered tensor would have shown

@@ -91,6 +91,8 @@ import memsyn
 
 def import_all_of(package):
     for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if found.name == "memsyn.libmemsyn":  # a library of C and no module; there is none on Windows
+            continue
         try:
             importlib.import_module(found.name)
         except ModuleNotFoundError as error:

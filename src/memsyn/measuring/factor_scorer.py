@@ -271,7 +271,9 @@ def _with_hidden_uses(finder: MatrixFinder, values: Tensor, parameters: Mapping[
     ]
     try:
         if values.requires_grad and parameters:
-            run_backward(values.sum(), list(parameters.values()), retain_graph=False)
+            # Each sample counts differently: the same sample twice, with opposite signs, would leave rounding alone.
+            weights = torch.arange(1, len(values) + 1).to(values)
+            run_backward((weights * values.sum(1)).sum(), list(parameters.values()), retain_graph=False)
     finally:
         for hook in hooks:
             hook.remove()

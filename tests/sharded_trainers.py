@@ -1,6 +1,6 @@
-"""Trainers that cut the model by `fully_shard`, each with its two lines; started by torchrun from a test.
+"""Trainers that cut the model by `fully_shard`, each with its two lines; started by test_sharded_trainers.py.
 
-    torchrun --standalone --nproc-per-node 2 tests/sharded_trainers.py FOLDER
+    accelerate launch --config_file tests/fsdp2.yaml tests/sharded_trainers.py FOLDER [name of a check ...]
 
 Accelerate has no FSDP on CPUs: without a word, it takes DistributedDataParallel. So it is told here that the two
 processes have GPUs, and then cuts the model as it does there, on the CPU.
@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
@@ -28,7 +28,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 import memsyn
 from memsyn.integrations import lightning as in_lightning
 from memsyn.integrations.transformers import MemsynCallback
-from memsyn.sharding import any_sharded, gathered
+from memsyn.sharding.exchange import gathered
+from memsyn.sharding.parts import any_sharded
 
 NUM_WORDS = 13
 SIZES = {
@@ -98,19 +99,10 @@ class OnGpus:
             state._shared_state.clear()
 
 
-def plugin() -> FullyShardedDataParallelPlugin:
-    """As `accelerate launch` makes it of a configuration with fsdp_version: 2."""
-    return FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-    )
-
-
 def check_accelerate_says_nothing_on_cpus() -> None:
     """What docs/trainers.md says: without a GPU, the model is not cut, and is measured and protected all the same."""
     OnGpus.forget()
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin())
+    accelerator = Accelerator(cpu=True)
     model = accelerator.prepare(a_llama())
     assert accelerator.distributed_type == DistributedType.MULTI_CPU
     assert isinstance(model, nn.parallel.DistributedDataParallel)
@@ -119,10 +111,10 @@ def check_accelerate_says_nothing_on_cpus() -> None:
 def check_accelerate(estimator: str, tied: bool) -> None:
     """Measured, protected with accumulation and clipping, and measured again, as one process does."""
     with OnGpus():
-        accelerator = Accelerator(cpu=True, fsdp_plugin=plugin(), gradient_accumulation_steps=2)
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
         model = a_llama(tied=tied)
         model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
-        assert accelerator.is_fsdp2
+        assert accelerator.is_fsdp2  # by the file that `accelerate launch` has read
         assert isinstance(model, FSDPModule)
         twin = a_llama(tied=tied)
         other = torch.optim.AdamW(twin.parameters(), lr=1e-2)
@@ -268,8 +260,9 @@ def check_old_fsdp() -> None:
 def check_observer(folder: Path) -> None:
     model = a_llama()
     fully_shard(model)
-    with pytest.raises(memsyn.ModelError):
-        memsyn.Observer(model, folder / f"store-{dist.get_rank()}")
+    for onlookers in (False, True):
+        with pytest.raises(memsyn.ModelError, match="cannot be observed while it serves"):
+            memsyn.Observer(model, folder / f"store-{dist.get_rank()}", onlookers=onlookers)
 
 
 def main(folder: Path, names: list[str]) -> None:
@@ -287,7 +280,7 @@ def main(folder: Path, names: list[str]) -> None:
     }
     for name in names or checks:
         checks[name]()
-        print(f"process {dist.get_rank()}: {name}", file=sys.stderr, flush=True)
+        print(f"<{dist.get_rank()} is done: {name}>", file=sys.stderr, flush=True)
     os._exit(0)  # all is checked: threads of torch were once seen to abort the interpreter's own way out
 
 

@@ -32,7 +32,8 @@ from memsyn.live.window import Window, steady_time
 from memsyn.live.worker import TimeBudget, Worker
 from memsyn.measuring.model_copy import Onlooker, check_measurable, refuse_foreign_hooks
 from memsyn.measuring.objectives import Estimator, Forward, find_estimator
-from memsyn.parameters import trainable_parameters, unwrap
+from memsyn.measuring.sharded_model import is_sharded_model
+from memsyn.parameters import refuse_other_sharding, trainable_parameters, unwrap
 from memsyn.storage.writer_locks import WriterLocks
 from memsyn.values.comparison import rank_correlation
 from memsyn.values.display import LayerRow, counted, html_table, printable
@@ -493,6 +494,12 @@ def _check_store(store: str | os.PathLike[str]) -> None:
 def _check_model(model: nn.Module, onlookers: bool) -> torch.device:
     """Refuse a model that cannot be measured; returns the device of its parameters."""
     check_measurable(model)
+    refuse_other_sharding(model)
+    if is_sharded_model(model):
+        raise ModelError(
+            "the model is cut between processes by fully_shard, and cannot be observed while it serves. Measure the "
+            "requests with measure, in all processes together."
+        )
     if not onlookers:
         refuse_foreign_hooks(model)
     for parameter in trainable_parameters(model).values():

@@ -91,6 +91,23 @@ class Llama:
         h, i = self.hidden, self.intermediate
         return [(wide, h), (narrow, h), (narrow, h), (h, wide), (i, h), (i, h), (h, i)]
 
+    def built(self) -> Any:
+        """The same of transformers, with random weights."""
+        import transformers
+
+        config = transformers.LlamaConfig(
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head or None,
+            use_cache=False,
+            tie_word_embeddings=self.tied,
+        )
+        return transformers.LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+
     def layer(self) -> list[Shape]:
         """The shapes of the parameters of a layer."""
         return [*self.matrices(), (self.hidden,), (self.hidden,)]
@@ -251,22 +268,10 @@ def counted(run: Callable[[], object]) -> Counter[str]:
 
 def small_model(*, whole: bool = False, **options: Any) -> nn.Module:
     """A Llama of random weights, cut for all processes by `fully_shard` with some options, or whole in each."""
-    import transformers
     from torch.distributed.fsdp import fully_shard
 
-    own = SMALL_LLAMA
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=own.vocab,
-        hidden_size=own.hidden,
-        intermediate_size=own.intermediate,
-        num_hidden_layers=own.layers,
-        num_attention_heads=own.heads,
-        num_key_value_heads=own.kv_heads,
-        use_cache=False,
-        tie_word_embeddings=own.tied,
-    )
-    model: Any = transformers.LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    model: Any = SMALL_LLAMA.built()
     if not whole:
         for layer in model.model.layers:
             fully_shard(layer, **options)

@@ -224,8 +224,17 @@ def test_convolutions(level: str, name: str, num_pairs: int, channels_last: bool
 
 @needs_library
 def test_images_are_copied_some_samples_at_a_time(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolutions, "INPUTS", 700)
+    copied: list[int] = []
+    copy = convolutions.copy_channels_last
+
+    def noted(image: Tensor, *others: Any) -> None:
+        copied.append(len(image))
+        copy(image, *others)
+
+    monkeypatch.setattr(convolutions, "copy_channels_last", noted)
+    monkeypatch.setattr(convolutions, "INPUTS", 1500)  # an image has 6 channels of 11 x 11: two fit
     test_convolutions(level, "3x3", 1, False, torch.float32)
+    assert copied == [2, 2, 1] * 2  # the check computes the products twice
 
 
 class Tied(nn.Module):

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import transformers
 from benchmarks import scaling
 
 from tests.test_sharded_measuring import torchrun
@@ -34,17 +33,7 @@ def test_the_page_shows_these_numbers() -> None:
 
 @pytest.mark.parametrize("llama", [*scaling.LLAMAS, scaling.SMALL_LLAMA], ids=lambda llama: llama.name)
 def test_a_llama_on_paper_has_the_weights_of_transformers(llama: scaling.Llama) -> None:
-    config = transformers.LlamaConfig(
-        vocab_size=llama.vocab,
-        hidden_size=llama.hidden,
-        intermediate_size=llama.intermediate,
-        num_hidden_layers=llama.layers,
-        num_attention_heads=llama.heads,
-        num_key_value_heads=llama.kv_heads,
-        head_dim=llama.head or None,
-        tie_word_embeddings=llama.tied,
-    )
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config)
+        model = llama.built()
     assert sorted(tuple(p.shape) for p in model.parameters()) == sorted(llama.everything())
     assert llama.num_weights() == sum(math.prod(p.shape) for p in model.parameters())

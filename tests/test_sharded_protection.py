@@ -1,6 +1,7 @@
 """Protection of models under fully_shard, in two and in four processes."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from memsyn.parameters import refuse_other_sharding
 SCRIPT = Path(__file__).with_name("sharded_protection.py")
 
 
-def run(num_processes: int, folder: Path, *checks: str) -> None:
+def run(num_processes: int, folder: Path, *checks: str) -> list[str]:
+    """Run checks in processes that torchrun starts; returns the names of those that each process has ended."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     environment = {**os.environ, "SHARDED_FOLDER": str(folder), "PYTHONPATH": os.pathsep.join([*sys.path, "."])}
     done = subprocess.run(
@@ -23,18 +25,19 @@ def run(num_processes: int, folder: Path, *checks: str) -> None:
     )
     assert done.returncode == 0, done.stderr[-6000:]
     assert done.stderr.count(" is done") == num_processes
-    for check in checks:
-        assert f"{check}: " in done.stderr
+    return [check for check in checks if len(re.findall(rf"{check}: \d", done.stderr)) == num_processes]
 
 
 def test_steps_in_two_processes_are_those_of_one(tmp_path: Path) -> None:
-    run(2, tmp_path, "all_steps", "accumulation", "scaler", "converted", "exception")
+    checks = ["all_steps", "accumulation", "scaler", "converted", "exception"]
+    assert run(2, tmp_path, *checks) == checks
 
 
 def test_steps_in_four_processes_are_those_of_one_and_go_on_in_two_and_one(tmp_path: Path) -> None:
-    several = ("grown", "no_communication", "penalty", "state", "still", "adapters", "memory_in_parts")
-    run(4, tmp_path, *several, "refusals", "some_steps", "policies", "save")
-    run(2, tmp_path, "load", "refusals")
+    several = ["grown", "no_communication", "penalty", "state", "still", "adapters", "memory_in_parts"]
+    several += ["refusals", "some_steps", "policies", "save"]
+    assert run(4, tmp_path, *several) == several
+    assert run(2, tmp_path, "load", "refusals") == ["load", "refusals"]
     alone = [sys.executable, "-c", "from tests import sharded_protection as own; own.go_on_alone()"]
     environment = {**os.environ, "SHARDED_FOLDER": str(tmp_path)}
     done = subprocess.run(alone, capture_output=True, text=True, timeout=240, check=False, env=environment)

@@ -358,7 +358,7 @@ def _side(sums: Mapping[str, Tensor], side: str, key: str) -> dict[str, Tensor]:
 
 
 def zero_sums(
-    matrices: Mapping[str, Matrix], parameters: Mapping[str, nn.Parameter], *, outputs: bool, rank: int | None
+    matrices: Mapping[str, Matrix], parameters: Mapping[str, Tensor], *, outputs: bool, rank: int | None
 ) -> dict[str, Tensor]:
     """The sums before the first sample: `inputs/<key>` and so on, and the number of positions, `positions/<key>`."""
     sums: dict[str, Tensor] = {}

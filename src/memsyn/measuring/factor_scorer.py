@@ -77,25 +77,6 @@ class FactorScorer(Scorer):
         weights = {matrix.weight for matrix in self.matrices.values()}
         return weights | {matrix.bias for matrix in self.matrices.values() if matrix.bias is not None}
 
-    def find_matrices(
-        self,
-        model: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        batch: Batch,
-        position: Position,
-        measured: Container[str],
-    ) -> dict[str, Tensor]:
-        """Find the matrices among the parameters, those that are known apart; returns their sums, which are zero.
-
-        They take no gradient from now on. A parameter of `measured` has sums of another kind already, which would be
-        lost: it is measured as before.
-        """
-        found, _ = self.candidates(model, parameters, batch, position, measured)
-        own = self.take(found, parameters)
-        for name in self.names() & parameters.keys():
-            parameters[name].requires_grad_(False)
-        return own
-
     def candidates(
         self,
         model: nn.Module,
@@ -106,8 +87,9 @@ class FactorScorer(Scorer):
     ) -> tuple[dict[str, Matrix], set[str]]:
         """(key -> matrix for the matrices among the parameters, parameters that the batch uses in another way).
 
-        Of output gradients, a matrix is only taken if sum d x^T over its uses is the gradient of autograd: then no use
-        of it is hidden.
+        Those that are known are apart. A parameter of `measured` has sums of another kind already, which would be lost:
+        it is measured as before. Of output gradients, a matrix is only taken if sum d x^T over its uses is the gradient
+        of autograd: then no use of it is hidden.
         """
         several = (
             batch
@@ -130,15 +112,19 @@ class FactorScorer(Scorer):
         weights = {matrix.weight for matrix in found.values()}
         return found, (finder.others | finder.num_positions.keys()) - weights
 
-    def take(self, found: Mapping[str, Matrix], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Measure these matrices from now on; returns their sums, which are zero, on the parameters' device."""
+    def take(
+        self, found: Mapping[str, Matrix], parameters: Mapping[str, nn.Parameter], *, on_meta: bool = False
+    ) -> dict[str, Tensor]:
+        """Measure these matrices from now on; returns their sums, which are zero.
+
+        The sums are on the parameters' device; with `on_meta`, they have no values, but shapes and dtypes alone.
+        """
         self.matrices.update(found)
         self._parameters.update({name: parameters[name] for name in self.names() & parameters.keys()})
-        return zero_sums(found, self._parameters, outputs=self.needs_outputs, rank=self._rank)
-
-    def watch(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Take the objects that the forward pass uses as the parameters of matrices."""
-        self._parameters.update(parameters)
+        weights: Mapping[str, Tensor] = self._parameters
+        if on_meta:
+            weights = {name: torch.empty_like(p, device="meta") for name, p in weights.items()}
+        return zero_sums(found, weights, outputs=self.needs_outputs, rank=self._rank)
 
     def _watched(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, position: Position

@@ -29,7 +29,7 @@ from memsyn.batches import (
 from memsyn.errors import MemsynError, ModelError, OptionError, SlowParametersWarning
 from memsyn.measuring.distributed import ProcessGroup, fail_together, group_of, rank_and_size
 from memsyn.measuring.factor_scorer import FactorScorer
-from memsyn.measuring.in_effect import in_base_names, model_to_measure
+from memsyn.measuring.in_effect import EFFECTIVE, in_base_names, model_to_measure
 from memsyn.measuring.measurement import Measurement, describe_slow
 from memsyn.measuring.model_copy import check_measurable
 from memsyn.measuring.objectives import Estimator, Forward, OutputScorer, Scorer, find_estimator
@@ -100,8 +100,8 @@ def measure(
 
     Omega = 1/N sum_k |d s(F(x_k; theta)) / d theta|, where s is the squared L2 norm of the raw output, summed over
     every non-batch dimension (Aljundi et al. 2018, Eq. 2). The absolute value is taken per sample. So the result does
-    not depend on the batch size, the order or the split of the data. It costs 1.2 to 3.2 ordinary forward and
-    backward passes. Parameters without a fast route are measured one sample at a time, and a warning names them.
+    not depend on the batch size, the order or the split of the data. What it costs is in docs/performance.md.
+    Parameters without a fast route are measured one sample at a time, and a warning names them.
 
     estimator="mas-local" takes every layer's own output, and needs only forward passes (same paper; for ReLU it is
     Hebb's rule): Omega_ij = 1/N sum_k |sum_p 2 y_kip phi'(z_kip) a_kjp|. Here a is the layer's input, z = W a + b, y =
@@ -191,7 +191,14 @@ def measure(
     refuse_other_sharding(model)
     if is_sharded_model(model):
         refused = {"batched": batched, "checkpoint": checkpoint, "group": group}
-        return _measure_sharded(model, batches, forward, max_samples, chosen, refused, progress, rank, split, weights)
+        refused |= {"weights": weights == EFFECTIVE and has_adapters(model)}
+        _check_sharded_options(chosen, refused)
+        model_to_measure(model, weights, chosen)
+        scorer = FactorScorer(forward, chosen, rank) if chosen.factors else OutputScorer(forward, chosen)
+        length, has_forward = length_of(batches, max_samples), forward is not None
+        read = first_samples((in_samples(own, split, has_forward=has_forward) for own in batches), max_samples)
+        bar = progress_bar(read, "measuring", total=length, unit="batch", shown=progress)
+        return _measure_sharded(model, bar, scorer)
     group, given = group or group_of(model), model
     model = model_to_measure(model, weights, chosen)
     trainable = trainable_parameters(model)
@@ -224,37 +231,38 @@ def measure(
     return in_base_names(result, given, weights)
 
 
-def _measure_sharded(
-    model: nn.Module,
-    batches: Iterable[Any],
-    forward: Forward | None,
-    max_samples: int | None,
-    estimator: Estimator,
-    refused: Mapping[str, object],
-    progress: bool,
-    rank: int | None,
-    split: BatchSplit | None,
-    weights: str | None,
-) -> Importance | KroneckerFactors:
-    """`measure` of a model of which each process holds a part, in place.
+def _check_sharded_options(estimator: Estimator, refused: Mapping[str, object]) -> None:
+    """Refuse what is not for sharded models: an estimator, or an option that was given.
 
     Raises:
-        OptionError: an option is not for sharded models.
+        OptionError: says which.
     """
     given = [f"{name}=" for name, value in refused.items() if value]
     given += ["estimator='mas-local'"] if estimator.local else []
-    given += ["weights='effective'"] if weights == "effective" and has_adapters(model) else []
     if given:
         cure = "leave it out."
         if given[0] == "checkpoint=":
             cure = "measure the data in parts, save what each gives, and add them up."
         raise OptionError(f"{given[0]} is not for a sharded model: {cure}")
-    model_to_measure(model, weights, estimator)
-    scorer = (FactorScorer(forward, estimator, rank)) if estimator.factors else OutputScorer(forward, estimator)
+
+
+def _measure_sharded(
+    model: nn.Module, batches: Iterable[Any], scorer: OutputScorer | FactorScorer
+) -> Importance | KroneckerFactors:
+    """`measure` of a model of which each process holds a part, in place."""
     sharded = ShardedModel(model)
     trainable = {name: p for name, p in sharded.weights.items() if p.requires_grad}
     if not trainable:
         raise ModelError("the model has no parameter that requires a gradient: there is nothing to measure.")
+
+    def parts(batch: Any) -> list[Batch]:
+        if isinstance(batch, Samples):
+            return [batch_to_measure(scorer, sample, whole=True) for sample in batch]
+        return [batch_to_measure(scorer, batch, whole=False)]
+
+    def warn(slow: set[str]) -> None:
+        warnings.warn(describe_slow(model, slow, len(trainable)), SlowParametersWarning, stacklevel=5)
+
     with (
         untouched_generators(),
         lost_processes(),
@@ -264,19 +272,7 @@ def _measure_sharded(
         sharded.in_evaluation(),
     ):
         measurement = ShardedMeasurement(sharded, trainable, scorer)
-        length, has_forward = length_of(batches, max_samples), forward is not None
-        read = (in_samples(batch, split, has_forward=has_forward) for batch in batches)
-        bar = progress_bar(first_samples(read, max_samples), "measuring", total=length, unit="batch", shown=progress)
-        parts = (
-            [batch_to_measure(scorer, part, whole=isinstance(batch, Samples)) for part in own]
-            for batch in bar
-            for own in (batch if isinstance(batch, Samples) else [batch],)
-        )
-
-        def warn(slow: set[str]) -> None:
-            warnings.warn(describe_slow(model, slow, len(trainable)), SlowParametersWarning, stacklevel=5)
-
-        measure_in_place(measurement, sharded, parts, warn)
+        measure_in_place(measurement, sharded, map(parts, batches), warn)
         return measurement.result()
 
 

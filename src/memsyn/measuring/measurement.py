@@ -287,8 +287,10 @@ class Measurement:
         assert self.sums is not None
         parts = self.sums.parts()
         measured = {name for name in self.parameters if any(name in p and bool(p[name].any()) for p in parts)}
-        zeros = self.scorer.find_matrices(self.copy, self.parameters, batch, position, measured)
-        names = self.scorer.names()
+        found, _ = self.scorer.candidates(self.copy, self.parameters, batch, position, measured)
+        zeros, names = self.scorer.take(found, self.parameters), self.scorer.names()
+        for name in names & self.parameters.keys():
+            self.parameters[name].requires_grad_(False)
         self.parameters = {name: p for name, p in self.parameters.items() if name not in names}
         self.sums.replace(names, zeros)
         self.table.routes.update(dict.fromkeys(names, BY_FACTORS))

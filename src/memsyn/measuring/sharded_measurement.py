@@ -510,9 +510,7 @@ class ShardedMeasurement:
                 if agreed.setdefault(key, matrix) != matrix:
                     refused.add(matrix.weight)
         agreed = {key: matrix for key, matrix in sorted(agreed.items()) if matrix.weight not in refused}
-        zeros = self._scorer.take(agreed, self._on_meta(agreed))
-        names = self._scorer.names()
-        self._scorer.watch({name: p for name, p in self._parameters.items() if name in names})
+        zeros, names = self._scorer.take(agreed, self._parameters, on_meta=True), self._scorer.names()
         # An activation checkpoint runs layers again without the tracer: there too, nothing may take a gradient.
         self._model.freeze([name for name in self._parameters if name in names])
         self._parameters = _without(self._parameters, names)
@@ -524,15 +522,6 @@ class ShardedMeasurement:
             {name: _like_factor(name, own, self._model.weights[weights[name]]) for name, own in zeros.items()}, weights
         )
         self.table.routes.update(dict.fromkeys(names, BY_FACTORS))
-
-    def _on_meta(self, matrices: Mapping[str, Matrix]) -> dict[str, nn.Parameter]:
-        """The parameters of matrices without values: their sums are made whole nowhere."""
-        names = {name for matrix in matrices.values() for name in (matrix.weight, matrix.bias) if name is not None}
-        return {
-            name: nn.Parameter(torch.empty_like(p, device="meta"))
-            for name, p in self._parameters.items()
-            if name in names
-        }
 
     @property
     def _magnitude(self) -> Magnitude:

@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether a tensor is a DTensor, of which this process holds a part."""
-    own = tensor if type(tensor) is not torch.nn.Parameter else tensor.data
-    return type(own).__name__ == "DTensor"  # by its name: importing the class takes a second
+    return type(tensor).__name__ == "DTensor"  # by its name: importing the class takes a second
 
 
 def any_sharded(tensors: Sequence[Tensor] | Mapping[str, Tensor]) -> bool:

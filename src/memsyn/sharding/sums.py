@@ -4,7 +4,7 @@ Owns these reductions. All processes of a mesh must call them together, in the s
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,9 +13,6 @@ from torch import Tensor
 from memsyn.sharding.boxes import cut_mesh_dimensions
 from memsyn.sharding.exchange import wire_device
 from memsyn.sharding.parts import is_sharded
-
-if TYPE_CHECKING:
-    pass
 
 
 def summed_over_parts(numbers: Sequence[Tensor], likes: Sequence[Tensor]) -> list[Tensor]:

@@ -343,13 +343,15 @@ class _Check:
         for k in range(len(together)):
             sample = batch.take(k, k + 1)
             single = ShapeTracer(self.parameters, sample.tensors)
-            with single:
+            # If the samples before have shown all splits, only the objective is still of interest.
+            is_traced = not by_sample or any(self.splits.get(path) is None for path in traced.events)
+            with single if is_traced else nullcontext():
                 alone = score_alone(self.scores, sample, k)
             if by_sample:
                 check_same_alone(alone.detach(), together, k, tolerance)
             found.append(alone.detach() if by_sample else alone)
             # One sample may skip operations that another one needs, for instance those for padding.
-            for path, split in splits_between(single, traced).items():
+            for path, split in splits_between(single, traced).items() if is_traced else ():
                 if self.splits.get(path) is None:
                     self.splits[path] = split
         values = torch.cat(found)
@@ -383,7 +385,9 @@ class _Check:
         differing = sorted(
             name
             for name, grad in found.items()
-            if _exceeds_rounding(grad, expected[name], float(expected[name].norm()), total_norm, exactly=False)
+            if _exceeds_rounding(
+                grad - expected[name], expected[name], float(expected[name].norm()), total_norm, exactly=False
+            )
         )
         if differing:
             raise samples_interact(f"the gradient of {', '.join(differing[:3])}")
@@ -496,19 +500,20 @@ class _Comparison:
             if uses is None:
                 continue
             for route in self.check.routes:
-                found = self._signed_sums(route, ParameterGroup(group.names, list(uses)))
-                if found is not None and self._agrees(found):
+                gaps = self._gaps(route, ParameterGroup(group.names, list(uses)))
+                if gaps is not None and self._agrees(gaps):
                     if uses is not group.uses:
                         self._note_splits(uses)
                     return route
         return None
 
-    def _signed_sums(self, route: str, group: ParameterGroup) -> Sums | None:
-        """sum_k w_k g_k of a group's parameters by a route; None if the route does not support the uses."""
+    def _gaps(self, route: str, group: ParameterGroup) -> Sums | None:
+        """sum_k w_k g_k by a route, less autograd's gradient, of a group's parameters; None if it supports no such use.
+
+        Each sum starts at the negative of what it should reach. So no third tensor of the parameter's size is needed.
+        """
         size, parameters = len(self.weights), self.check.parameters
-        found = {
-            n: torch.zeros_like(self.unmatched[n], dtype=wide_dtype(self.unmatched[n])) for n in sorted(group.names)
-        }
+        found = {n: self.unmatched[n].to(wide_dtype(self.unmatched[n])).neg() for n in sorted(group.names)}
         try:
             if route == BY_OPERATION:
                 if group.uses:
@@ -526,12 +531,12 @@ class _Comparison:
             return None
         return found
 
-    def _agrees(self, found: Sums) -> bool:
+    def _agrees(self, gaps: Sums) -> bool:
         return not any(
             _exceeds_rounding(
-                total, self.unmatched[n], self.norms.get(n, 0.0), self.total_norm, exactly=self.check.precise
+                gap, self.unmatched[n], self.norms.get(n, 0.0), self.total_norm, exactly=self.check.precise
             )
-            for n, total in found.items()
+            for n, gap in gaps.items()
         )
 
     def _note_splits(self, uses: Uses) -> None:
@@ -587,8 +592,9 @@ def doubled(tensor: Tensor) -> Tensor:
 
 def _is_equal(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors hold the same numbers in the precision of the left one, compared in chunks."""
-    parts = zip(left.detach().reshape(-1).split(COMPARED), right.detach().reshape(-1).split(COMPARED), strict=True)
-    return all(torch.equal(part, other.to(part.dtype)) for part, other in parts)
+    # Parts that fit into the cache, since the right ones are converted into new memory.
+    parts = (tensor.detach().reshape(-1).split(COMPARED // 16) for tensor in (left, right))
+    return all(torch.equal(part, other.to(part.dtype)) for part, other in zip(*parts, strict=True))
 
 
 def _any_written(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
@@ -600,13 +606,13 @@ def _any_written(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
     )
 
 
-def _exceeds_rounding(found: Tensor, expected: Tensor, norm: float, total_norm: float, *, exactly: bool) -> bool:
-    """Whether two gradients differ by more than rounding: relative to `norm`, or to a small part of `total_norm`."""
+def _exceeds_rounding(gap: Tensor, expected: Tensor, norm: float, total_norm: float, *, exactly: bool) -> bool:
+    """Whether a gap between gradients is more than rounding: relative to `norm`, or to a small part of `total_norm`."""
     tolerance, floor = (1e-6, 1e-4) if exactly else (_rounding(expected),) * 2
     # A gradient that is zero in exact arithmetic (the key bias of an attention) consists only of rounding errors. So it
     # is compared with a small part of all gradients.
     scale = max(norm, floor * total_norm)
-    return not float(torch.dist(found, expected.to(found.dtype))) <= tolerance * scale
+    return not float(gap.norm()) <= tolerance * scale
 
 
 def _rounding(gradient: Tensor) -> float:

@@ -25,8 +25,7 @@ from memsyn.torch_private import version_of
 ValuePath = tuple[str, ...]
 
 
-@dataclass(eq=False, frozen=True)
-class Value:
+class Value(NamedTuple):
     """A tensor that is computed only from parameters, with its graph back to them."""
 
     tensor: Tensor
@@ -79,7 +78,10 @@ class Call:
 
     def is_intact(self) -> bool:
         """Whether no kept tensor was written to after the operation ran."""
-        return all(version_of(self.tensors[place]) == version for place, version in self.versions.items())
+        for place, version in self.versions.items():  # noqa: SIM110 (for each parameter and batch: no generator)
+            if version_of(self.tensors[place]) != version:
+                return False
+        return True
 
 
 def path_of(value: Value, function: Function, place: str) -> ValuePath:
@@ -93,7 +95,7 @@ def arguments(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]
     `torch.cat([a, b], 1)` gives {"0.0": a, "0.1": b, "1": 1}; `F.linear(x, W)` gives {"input": x, "weight": W}.
     """
     names = operation_of(function).arguments
-    if len(args) <= len(names) and list not in map(type, args) and tuple not in map(type, args) and not kwargs:
+    if _are_plain(args, kwargs, names):
         return dict(zip(names, args, strict=False))
     found: dict[str, Any] = {}
     for index, value in enumerate(args):
@@ -110,6 +112,11 @@ def arguments(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]
     return found
 
 
+def _are_plain(args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> bool:
+    """Whether all arguments have a name and none is a list, as in most calls."""
+    return not kwargs and len(args) <= len(names) and list not in (kinds := [*map(type, args)]) and tuple not in kinds
+
+
 def _holds_tensors(value: Any) -> bool:
     return type(value) is not Tensor and isinstance(value, (list, tuple)) and any(isinstance(p, Tensor) for p in value)
 
@@ -119,6 +126,8 @@ def with_tensors(
 ) -> tuple[list[Any], dict[str, Any]]:
     """The arguments (args, kwargs) with the tensors at some places replaced."""
     names = operation_of(function).arguments
+    if _are_plain(args, kwargs, names):
+        return [tensors.get(name, value) for name, value in zip(names, args, strict=False)], {}
 
     def put(place: str, value: Any) -> Any:
         if _holds_tensors(value):

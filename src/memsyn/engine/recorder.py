@@ -51,6 +51,11 @@ class ParameterGroup:
     num_waiting: int = 0
     """The number of calls that still wait for their gradient."""
 
+    def calls(self) -> list[Call]:
+        """The calls of the uses, each once."""
+        # Most parameters have one use, and every batch comes through here for each of them.
+        return [self.uses[0][0]] if len(self.uses) == 1 else unique(call for call, _ in self.uses)
+
 
 class Plan(NamedTuple):
     """What the recorder does with an operation that takes values."""
@@ -217,7 +222,8 @@ class Recorder(Tracer):
             first = args[0].data_ptr()
             call.tensors = {place: t.clone() if t.data_ptr() == first else t for place, t in call.tensors.items()}
         # The operation runs on detached values, so autograd computes no weight gradient and keeps nothing for one.
-        cut = {place: value.tensor.detach() for place, value in values.items()}
+        kept = {} if call is None or changed else call.tensors
+        cut = {place: kept[place] if place in kept else value.tensor.detach() for place, value in values.items()}
         new_args, new_kwargs = with_tensors(function, args, kwargs, cut)
         output = function(*new_args, **new_kwargs)
         saves_output = operation_of(function).saves_output
@@ -267,7 +273,7 @@ class Recorder(Tracer):
             for place, value in call.values.items():
                 self._group(value.names).uses.append((call, place))
         for group in unique(self._groups.values()):
-            calls = unique(call for call, _ in group.uses)
+            calls = group.calls()
             group.num_waiting = len(calls)
             for call in calls:
                 call.num_groups += 1
@@ -283,7 +289,10 @@ class Recorder(Tracer):
         """
         if len(names) == 1:
             (name,) = names
-            return self._groups.setdefault(name, ParameterGroup(names))
+            own = self._groups.get(name)
+            if own is None:
+                own = self._groups[name] = ParameterGroup(names)
+            return own
         found = unique(group for name in names if (group := self._groups.get(name)) is not None)
         if len(found) == 1 and names <= found[0].names:
             return found[0]
@@ -302,7 +311,7 @@ class Recorder(Tracer):
                 return
             call.grad = grad
             names = [name for value in call.values.values() for name in value.names]
-            for group in unique(group for name in names if (group := self._groups.get(name)) is not None):
+            for group in unique([self._groups[name] for name in names if name in self._groups]):
                 group.num_waiting -= 1
                 if group.num_waiting == 0:
                     self._hand_over(group)
@@ -337,7 +346,7 @@ class Recorder(Tracer):
             self.unknown |= group.names
             return
         # Listed before the uses without a gradient are removed, since their tensors must be freed too.
-        calls = unique(call for call, _ in group.uses)
+        calls = group.calls()
         group.uses = [(call, place) for call, place in group.uses if call.grad is not None]
         self.consume(group)
         # The graph keeps the calls alive until the end of the pass, so free their tensors now.

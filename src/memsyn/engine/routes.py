@@ -55,7 +55,8 @@ def add_by_rule(
     """
     if not uses:
         return
-    if all(call.values[place].tensor is parameter for call, place in uses):
+    # Lists, not generators, here and in `_join`: every parameter and batch comes through, most often with one use.
+    if all([call.values[place].tensor is parameter for call, place in uses]):  # noqa: C419
         return _join(uses, total, num_samples, magnitude, weights)
     # Uses of the same part are joined. A part is known by its shape, strides and offset: for W (16, 4), `W[:8]` is
     # ((8, 4), (4, 1), 0) and `W[8:]` is ((8, 4), (4, 1), 32).
@@ -91,12 +92,12 @@ def _join(uses: Uses, total: Tensor, num_samples: int, magnitude: Magnitude, wei
     Raises:
         NoRuleError: no rule applies; nothing was added.
     """
-    found = [(operation_of(call.function).rules.get(place), call, place) for call, place in uses]
-    rules = [rule for rule, _, _ in found if rule is not None]
+    found = [operation_of(call.function).rules.get(place) for call, place in uses]
+    rules = [rule for rule in found if rule is not None]
     if len(rules) < len(found):
         raise NoRuleError
-    made = [_make_use(call, place, rule, num_samples, weights) for rule, call, place in found if rule is not None]
-    if all(rule.join == rules[0].join for rule in rules):
+    made = [_make_use(*use, rule, num_samples, weights) for use, rule in zip(uses, rules, strict=True)]
+    if len(rules) == 1 or all(rule.join == rules[0].join for rule in rules):
         rules[0].join(made, total, num_samples, magnitude)
     elif all(rule.term is not None for rule in rules):
         # Different elementwise operations, as in `x * p + p`: both gradients are summed before f is applied.

@@ -12,7 +12,7 @@ Words:
 - A place is the name of an argument ("weight"), or its number if the name is not known ("1").
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from memsyn.kernels.operations import Function, name_of, operation_of
 from memsyn.kernels.rules import Axis
-from memsyn.torch_private import version_of
+from memsyn.torch_private import is_view, unviewed, version_of
 
 ValuePath = tuple[str, ...]
 
@@ -152,3 +152,60 @@ def tensors_of(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
     return [part for part in output if isinstance(part, Tensor)] if isinstance(output, (list, tuple)) else []
+
+
+def unneeded_places(function: Function, values: Mapping[str, Value]) -> frozenset[str | None]:
+    """The places of tensors that no rule needs, if each value has a rule."""
+    operation = operation_of(function)
+    rules = [rule for place in values if (rule := operation.rules.get(place)) is not None]
+    if len(rules) < len(values):
+        return frozenset()
+    # For F.linear(x, W, b), the rule of W needs x. If only b is trainable, x is not kept.
+    return operation.activations - {rule.operand for rule in rules} - values.keys()
+
+
+def keep_call(
+    function: Function,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    given: Mapping[str, Any],
+    values: Mapping[str, Value],
+    splits: Mapping[str, Split],
+    unneeded: Container[str | None],
+) -> Call:
+    """Make a call of an operation that has not run yet.
+
+    It keeps the tensors that the rules need, and small ones such as statistics. If a value has no rule, it keeps all
+    tensors.
+
+    Args:
+        function, args, kwargs: the operation.
+        given: the arguments by place.
+        values, splits: as in `Call`.
+        unneeded: places of tensors that are not kept.
+    """
+    kept: dict[str, Tensor] = {}
+    options: dict[str, Any] = {}
+    for place, value in given.items():
+        if not isinstance(value, Tensor):
+            options[place] = value
+        elif place not in unneeded:
+            kept[place] = value.detach()
+    # If a tensor was not kept, the operation cannot run again, and only a rule can measure it.
+    again = None
+    if len(kept) + len(options) == len(given):
+        again = with_tensors(function, args, kwargs, dict.fromkeys(kept))
+    if changes_its_input(function, kwargs):  # the rules need the input before the change
+        first = args[0].data_ptr()
+        kept = {place: t.clone() if t.data_ptr() == first else t for place, t in kept.items()}
+    return Call(function, options, values, splits, kept, {}, again)
+
+
+def without_view(result: Tensor, *, saves_output: bool) -> Tensor:
+    """The result of an operation, not as a view: autograd loses sight of a view that is later changed in-place.
+
+    `saves_output` tells whether the operation's backward pass reads its output. Then a view is copied.
+    """
+    if is_view(result):
+        return result.clone() if saves_output else unviewed(result)
+    return result

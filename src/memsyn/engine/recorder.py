@@ -20,13 +20,16 @@ from memsyn.engine.calls import (
     ValuePath,
     arguments,
     changes_its_input,
+    keep_call,
     path_of,
     tensors_of,
+    unneeded_places,
     with_tensors,
+    without_view,
 )
 from memsyn.engine.tracer import Tracer
 from memsyn.kernels.operations import Function, operation_of
-from memsyn.torch_private import is_view, unviewed, version_of, without_function_modes
+from memsyn.torch_private import version_of, without_function_modes
 
 Item = TypeVar("Item")
 
@@ -55,6 +58,31 @@ class ParameterGroup:
         """The calls of the uses, each once."""
         # Most parameters have one use, and every batch comes through here for each of them.
         return [self.uses[0][0]] if len(self.uses) == 1 else unique(call for call, _ in self.uses)
+
+
+def group_holding(groups: dict[str, ParameterGroup], names: frozenset[str]) -> ParameterGroup:
+    """The group of these parameters. If they are in several groups, merge these into one.
+
+    {a} and {b} become {a, b} when a value is computed from a and b.
+
+    Args:
+        groups: parameter -> its group; new groups are added.
+        names: the parameters.
+    """
+    if len(names) == 1:
+        (name,) = names
+        own = groups.get(name)
+        if own is None:
+            own = groups[name] = ParameterGroup(names)
+        return own
+    found = unique(group for name in names if (group := groups.get(name)) is not None)
+    if len(found) == 1 and names <= found[0].names:
+        return found[0]
+    group = ParameterGroup(names.union(*(other.names for other in found)))
+    for other in found:
+        group.uses += other.uses
+    groups.update(dict.fromkeys(group.names, group))
+    return group
 
 
 class Plan(NamedTuple):
@@ -92,12 +120,7 @@ class Plans:
         # with a result that is a value, and another with a result that depends on samples.
         if len(known) < len(values) or len(makes_value) > 1:
             return Plan(None, False, frozenset())
-        operation = operation_of(function)
-        rules = [rule for place in values if (rule := operation.rules.get(place)) is not None]
-        ruled = len(rules) == len(values)
-        # For F.linear(x, W, b), the rule of W needs x. If only b is trainable, x is not kept.
-        unneeded = operation.activations - {rule.operand for rule in rules} - values.keys() if ruled else frozenset()
-        return Plan(known, all(makes_value), unneeded)
+        return Plan(known, all(makes_value), unneeded_places(function, values))
 
 
 class _AliasFromRoot(torch.autograd.Function):
@@ -135,9 +158,7 @@ def attach_to_root(result: Tensor, root: Tensor, *, changed: bool, saves_output:
     if not result.requires_grad:
         alias: Tensor = _AliasFromRoot.apply(result, root)  # type: ignore[no-untyped-call]
         return alias
-    if is_view(result):
-        return result.clone() if saves_output else unviewed(result)
-    return result
+    return without_view(result, saves_output=saves_output)
 
 
 class _Phase(Enum):
@@ -172,13 +193,9 @@ class Recorder(Tracer):
         parameters: Mapping[str, nn.Parameter],
         plans: Plans,
         consume: Callable[[ParameterGroup], None],
-        *,
-        keeps: bool = False,
     ) -> None:
         super().__init__(parameters)
         self.plans, self.consume = plans, consume
-        self.keeps = keeps
-        """Whether calls keep their tensors after their groups were consumed."""
         self.root = torch.zeros((), requires_grad=True)
         """The leaf at which the graph starts, in place of the parameters."""
         self.unknown: set[str] = set()
@@ -217,10 +234,10 @@ class Recorder(Tracer):
         plan: Plan,
     ) -> Any:
         changed = changes_its_input(function, kwargs)
-        call = self._keep(function, args, kwargs, given, values, plan) if self._phase is _Phase.FORWARD else None
-        if call is not None and changed:  # the rules need the input before the change
-            first = args[0].data_ptr()
-            call.tensors = {place: t.clone() if t.data_ptr() == first else t for place, t in call.tensors.items()}
+        call = None
+        if self._phase is _Phase.FORWARD:
+            assert plan.splits is not None
+            call = keep_call(function, args, kwargs, given, values, plan.splits, plan.unneeded)
         # The operation runs on detached values, so autograd computes no weight gradient and keeps nothing for one.
         kept = {} if call is None or changed else call.tensors
         cut = {place: kept[place] if place in kept else value.tensor.detach() for place, value in values.items()}
@@ -238,40 +255,13 @@ class Recorder(Tracer):
         # After an in-place operation, the model goes on with the object that was changed, not with a new one.
         return output if changed else result
 
-    @staticmethod
-    def _keep(
-        function: Function,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        given: Mapping[str, Any],
-        values: Mapping[str, Value],
-        plan: Plan,
-    ) -> Call:
-        """Make the call. It keeps the tensors that the rules need, and small ones such as statistics.
-
-        If a value has no rule, the call keeps all tensors.
-        """
-        kept: dict[str, Tensor] = {}
-        options: dict[str, Any] = {}
-        for place, value in given.items():
-            if not isinstance(value, Tensor):
-                options[place] = value
-            elif place not in plan.unneeded:
-                kept[place] = value.detach()
-        assert plan.splits is not None
-        # If a tensor was not kept, the operation cannot run again, and only a rule can measure it.
-        again = None
-        if len(kept) + len(options) == len(given):
-            again = with_tensors(function, args, kwargs, dict.fromkeys(kept))
-        return Call(function, options, values, plan.splits, kept, {}, again)
-
     def start_backward(self, *, last: bool) -> None:
         """Group the parameters for one backward pass; the forward pass has recorded all uses."""
         for call in self._calls:
             if self._phase is _Phase.BACKWARD:  # the gradient of the previous objective
                 call.grad = None
             for place, value in call.values.items():
-                self._group(value.names).uses.append((call, place))
+                group_holding(self._groups, value.names).uses.append((call, place))
         for group in unique(self._groups.values()):
             calls = group.calls()
             group.num_waiting = len(calls)
@@ -281,26 +271,6 @@ class Recorder(Tracer):
         if last:
             # From here on, only the groups and the graph hold the calls, so each call is freed with them.
             self._calls.clear()
-
-    def _group(self, names: frozenset[str]) -> ParameterGroup:
-        """The group of these parameters. If they are in several groups, merge these into one.
-
-        {a} and {b} become {a, b} when a value is computed from a and b.
-        """
-        if len(names) == 1:
-            (name,) = names
-            own = self._groups.get(name)
-            if own is None:
-                own = self._groups[name] = ParameterGroup(names)
-            return own
-        found = unique(group for name in names if (group := self._groups.get(name)) is not None)
-        if len(found) == 1 and names <= found[0].names:
-            return found[0]
-        group = ParameterGroup(names.union(*(other.names for other in found)))
-        for other in found:
-            group.uses += other.uses
-        self._groups.update(dict.fromkeys(group.names, group))
-        return group
 
     def _receive_grad(self, call: Call, grad: Tensor) -> None:
         with without_function_modes():
@@ -352,7 +322,7 @@ class Recorder(Tracer):
         # The graph keeps the calls alive until the end of the pass, so free their tensors now.
         for call in calls:
             call.num_groups -= 1
-            if call.num_groups == 0 and not self.keeps:
+            if call.num_groups == 0:
                 call.grad = None
                 if self._is_last:
                     call.tensors.clear()

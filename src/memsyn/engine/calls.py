@@ -20,7 +20,7 @@ from torch import Tensor
 
 from memsyn.kernels.operations import Function, name_of, operation_of
 from memsyn.kernels.rules import Axis
-from memsyn.torch_private import is_view, unviewed, version_of
+from memsyn.torch_private import unviewed, version_of
 
 ValuePath = tuple[str, ...]
 
@@ -75,6 +75,8 @@ class Call:
     """The output gradient."""
     num_groups: int = 0
     """The number of parameter groups that still have to read this call."""
+    is_alone: bool = False
+    """Whether its values are parameters that no other call uses in this pass."""
 
     def is_intact(self) -> bool:
         """Whether no kept tensor was written to after the operation ran."""
@@ -127,7 +129,7 @@ def with_tensors(
     """The arguments (args, kwargs) with the tensors at some places replaced."""
     names = operation_of(function).arguments
     if _are_plain(args, kwargs, names):
-        return [tensors.get(name, value) for name, value in zip(names, args, strict=False)], {}
+        return [*map(tensors.get, names, args)], {}
 
     def put(place: str, value: Any) -> Any:
         if _holds_tensors(value):
@@ -172,6 +174,8 @@ def keep_call(
     values: Mapping[str, Value],
     splits: Mapping[str, Split],
     unneeded: Container[str | None],
+    *,
+    changed: bool,
 ) -> Call:
     """Make a call of an operation that has not run yet.
 
@@ -183,6 +187,7 @@ def keep_call(
         given: the arguments by place.
         values, splits: as in `Call`.
         unneeded: places of tensors that are not kept.
+        changed: whether the operation writes to its input.
     """
     kept: dict[str, Tensor] = {}
     options: dict[str, Any] = {}
@@ -195,17 +200,15 @@ def keep_call(
     again = None
     if len(kept) + len(options) == len(given):
         again = with_tensors(function, args, kwargs, dict.fromkeys(kept))
-    if changes_its_input(function, kwargs):  # the rules need the input before the change
+    if changed:  # the rules need the input before the change
         first = args[0].data_ptr()
         kept = {place: t.clone() if t.data_ptr() == first else t for place, t in kept.items()}
     return Call(function, options, values, splits, kept, {}, again)
 
 
-def without_view(result: Tensor, *, saves_output: bool) -> Tensor:
+def without_view(view: Tensor, *, saves_output: bool) -> Tensor:
     """The result of an operation, not as a view: autograd loses sight of a view that is later changed in-place.
 
-    `saves_output` tells whether the operation's backward pass reads its output. Then a view is copied.
+    `saves_output` tells whether the operation's backward pass reads its output. Then it is copied.
     """
-    if is_view(result):
-        return result.clone() if saves_output else unviewed(result)
-    return result
+    return view.clone() if saves_output else unviewed(view)

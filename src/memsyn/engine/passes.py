@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from memsyn.batches import Batch
-from memsyn.engine.recorder import ParameterGroup, Plans, Recorder
-from memsyn.engine.routes import BY_RULE, BY_SAMPLE, UNUSED, Sums, add_by_operation, add_by_rule
+from memsyn.engine.recorder import Plans, Recorder
+from memsyn.engine.routes import BY_RULE, BY_SAMPLE, UNUSED, Sums, Uses, add_by_operation, add_by_rule
 from memsyn.errors import BatchError, ModelError, OutputError, SamplesInteractError
 from memsyn.kernels.outer_products import Magnitude
 from memsyn.kernels.rules import NoRuleError, UnseenError
@@ -79,11 +79,10 @@ def add_by_uses(
     unknown: set[str] = set()
     num_samples = batch.num_samples or 0
 
-    def consume(group: ParameterGroup) -> None:
-        names = group.names
-        own = {routes[name] for name in names}
+    def consume(names: frozenset[str], uses: Uses) -> None:
+        own = {*map(routes.__getitem__, names)}  # no comprehension: every parameter and batch comes through here
         # The check saw no use of this parameter, so no route was compared with autograd: a new check must run first.
-        if UNUSED in own and group.uses:
+        if UNUSED in own and uses:
             unknown.update(names)
             return
         # A group is measured as a whole: if one parameter needs single samples, so do the others. In the second pass
@@ -92,20 +91,21 @@ def add_by_uses(
             refused.update(name for name in names if routes[name] != BY_SAMPLE and only is None)
             return
         try:
-            if not all([call.is_intact() for call, _ in group.uses]):  # noqa: C419
-                raise NoRuleError
+            for call, _ in uses:
+                if not call.is_intact():
+                    raise NoRuleError
             # The check has compared only zeros for an unproven parameter. So its sums are collected apart, and dropped
             # if they are not zero.
             is_unproven = bool(unproven) and any(name in unproven for name in names)
-            totals = {n: torch.zeros_like(sums[n]) if is_unproven else sums[n] for n in names}
+            totals = {name: torch.zeros_like(sums[name]) for name in names} if is_unproven else sums
             # A rule gives the gradient of one tensor. If a value is computed from several parameters, only autograd can
             # go on from the value to each of them.
-            if len(names) == 1 and own == {BY_RULE}:
+            if len(names) == 1 and BY_RULE in own:
                 (name,) = names
-                add_by_rule(totals[name], parameters[name], group.uses, num_samples, magnitude)
-            elif group.uses:
-                add_by_operation(totals, parameters, group, num_samples, magnitude)
-            if is_unproven and any(bool(total.any()) for total in totals.values()):
+                add_by_rule(totals[name], parameters[name], uses, num_samples, magnitude)
+            elif uses:
+                add_by_operation(totals, parameters, names, uses, num_samples, magnitude)
+            if is_unproven and any(bool(totals[name].any()) for name in names):
                 raise UnseenError
         except UnseenError:
             unknown.update(names)
@@ -295,7 +295,7 @@ def add_one_sample(
         Those parameters in `new` that the sample uses. Nothing was added for them.
     """
     used: set[str] = set()
-    recorder = Recorder({}, Plans({}), lambda group: None)
+    recorder = Recorder({}, Plans({}), lambda names, uses: None)
     with torch.autograd.set_multithreading_enabled(False), recorder:
         values = scores(sample, 0, recorder)
         if values.requires_grad:

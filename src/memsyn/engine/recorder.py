@@ -4,7 +4,8 @@ Owns cutting the graph between values and samples, and grouping the parameters t
 formulas.
 """
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -29,7 +30,7 @@ from memsyn.engine.calls import (
 )
 from memsyn.engine.tracer import Tracer
 from memsyn.kernels.operations import Function, operation_of
-from memsyn.torch_private import version_of, without_function_modes
+from memsyn.torch_private import is_view, version_of, without_function_modes
 
 Item = TypeVar("Item")
 
@@ -158,7 +159,7 @@ def attach_to_root(result: Tensor, root: Tensor, *, changed: bool, saves_output:
     if not result.requires_grad:
         alias: Tensor = _AliasFromRoot.apply(result, root)  # type: ignore[no-untyped-call]
         return alias
-    return without_view(result, saves_output=saves_output)
+    return without_view(result, saves_output=saves_output) if is_view(result) else result
 
 
 class _Phase(Enum):
@@ -180,7 +181,7 @@ class Recorder(Tracer):
 
         forward     Two calls are recorded, `linear(x, W, b)` and `linear(h, W)`. Each keeps what its rules need.
         start       Two groups are made: {W} waits for both calls, {b} waits for the first call. So two groups must read
-                    the first call, and one group the second.
+                    the first call, and one group the second. A call whose parameters have no other use needs no group.
         backward    The gradient of the second call arrives: {W} waits for one more call. The gradient of the first call
                     arrives: {W} and {b} are complete and are consumed. No group needs the calls any more, so their
                     tensors are freed.
@@ -192,7 +193,7 @@ class Recorder(Tracer):
         self,
         parameters: Mapping[str, nn.Parameter],
         plans: Plans,
-        consume: Callable[[ParameterGroup], None],
+        consume: Callable[[frozenset[str], Sequence[tuple[Call, str]]], None],
     ) -> None:
         super().__init__(parameters)
         self.plans, self.consume = plans, consume
@@ -237,7 +238,7 @@ class Recorder(Tracer):
         call = None
         if self._phase is _Phase.FORWARD:
             assert plan.splits is not None
-            call = keep_call(function, args, kwargs, given, values, plan.splits, plan.unneeded)
+            call = keep_call(function, args, kwargs, given, values, plan.splits, plan.unneeded, changed=changed)
         # The operation runs on detached values, so autograd computes no weight gradient and keeps nothing for one.
         kept = {} if call is None or changed else call.tensors
         cut = {place: kept[place] if place in kept else value.tensor.detach() for place, value in values.items()}
@@ -257,10 +258,16 @@ class Recorder(Tracer):
 
     def start_backward(self, *, last: bool) -> None:
         """Group the parameters for one backward pass; the forward pass has recorded all uses."""
+        counts = Counter([name for call in self._calls for value in call.values.values() for name in value.names])
         for call in self._calls:
             if self._phase is _Phase.BACKWARD:  # the gradient of the previous objective
                 call.grad = None
-            for place, value in call.values.items():
+            # Most parameters have one use. Then no other gradient belongs to theirs, and they need no group. A call that
+            # has its gradient already waits in a group for the end.
+            names = [name for value in call.values.values() for name in value.names]
+            has_others = len(names) > len(call.values) or max(map(counts.__getitem__, names)) > 1
+            call.is_alone = call.grad is None and not has_others
+            for place, value in () if call.is_alone else call.values.items():
                 group_holding(self._groups, value.names).uses.append((call, place))
         for group in unique(self._groups.values()):
             calls = group.calls()
@@ -280,11 +287,24 @@ class Recorder(Tracer):
                 call.grad = grad if call.grad is None else call.grad + grad
                 return
             call.grad = grad
+            if call.is_alone:
+                self._hand_over_alone(call)
+                return
             names = [name for value in call.values.values() for name in value.names]
             for group in unique([self._groups[name] for name in names if name in self._groups]):
                 group.num_waiting -= 1
                 if group.num_waiting == 0:
                     self._hand_over(group)
+
+    def _hand_over_alone(self, call: Call) -> None:
+        """Hand over a call whose parameters have no other use, and free its tensors."""
+        for place, value in call.values.items():
+            # A use of the parameter may have been left to autograd.
+            if value.names.isdisjoint(self.unknown):
+                self.consume(value.names, [(call, place)])
+        call.grad = None
+        if self._is_last:
+            call.tensors.clear()
 
     def hand_over_early(self, names: Container[str]) -> set[str]:
         """Hand over, in the forward pass, the calls that have their gradients and use nothing but `names`.
@@ -301,7 +321,7 @@ class Recorder(Tracer):
                 own = [value.names for value in call.values.values()]
                 if all(len(members) == 1 and all(name in names for name in members) for members in own):
                     for place, value in call.values.items():
-                        self.consume(ParameterGroup(value.names, [(call, place)]))
+                        self.consume(value.names, [(call, place)])
                     call.grad = None
                     call.tensors.clear()
                     self._calls.remove(call)
@@ -318,7 +338,7 @@ class Recorder(Tracer):
         # Listed before the uses without a gradient are removed, since their tensors must be freed too.
         calls = group.calls()
         group.uses = [(call, place) for call, place in group.uses if call.grad is not None]
-        self.consume(group)
+        self.consume(group.names, group.uses)
         # The graph keeps the calls alive until the end of the pass, so free their tensors now.
         for call in calls:
             call.num_groups -= 1

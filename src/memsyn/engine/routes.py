@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from memsyn.engine.calls import Call, changes_its_input, with_tensors
-from memsyn.engine.recorder import ParameterGroup
 from memsyn.kernels.operations import operation_of
 from memsyn.kernels.outer_products import Magnitude, signed
 from memsyn.kernels.rules import Axis, NoRuleError, Rule, Use, add_terms, per_sample, tied
@@ -55,8 +54,10 @@ def add_by_rule(
     """
     if not uses:
         return
-    # Lists, not generators, here and in `_join`: every parameter and batch comes through, most often with one use.
-    if all([call.values[place].tensor is parameter for call, place in uses]):  # noqa: C419
+    first, place = uses[0]
+    if (len(uses) == 1 and first.values[place].tensor is parameter) or all(
+        call.values[place].tensor is parameter for call, place in uses
+    ):
         return _join(uses, total, num_samples, magnitude, weights)
     # Uses of the same part are joined. A part is known by its shape, strides and offset: for W (16, 4), `W[:8]` is
     # ((8, 4), (4, 1), 0) and `W[8:]` is ((8, 4), (4, 1), 32).
@@ -92,12 +93,19 @@ def _join(uses: Uses, total: Tensor, num_samples: int, magnitude: Magnitude, wei
     Raises:
         NoRuleError: no rule applies; nothing was added.
     """
+    if len(uses) == 1:  # as most often: every parameter and batch comes through here
+        ((call, place),) = uses
+        rule = operation_of(call.function).rules.get(place)
+        if rule is None:
+            raise NoRuleError
+        rule.join([_make_use(call, place, rule, num_samples, weights)], total, num_samples, magnitude)
+        return
     found = [operation_of(call.function).rules.get(place) for call, place in uses]
     rules = [rule for rule in found if rule is not None]
     if len(rules) < len(found):
         raise NoRuleError
     made = [_make_use(*use, rule, num_samples, weights) for use, rule in zip(uses, rules, strict=True)]
-    if len(rules) == 1 or all(rule.join == rules[0].join for rule in rules):
+    if all(rule.join == rules[0].join for rule in rules):
         rules[0].join(made, total, num_samples, magnitude)
     elif all(rule.term is not None for rule in rules):
         # Different elementwise operations, as in `x * p + p`: both gradients are summed before f is applied.
@@ -160,7 +168,8 @@ def _along(weights: Tensor, axis: Axis, tensor: Tensor, num_samples: int) -> Ten
 def add_by_operation(
     totals: Sums,
     parameters: Mapping[str, nn.Parameter],
-    group: ParameterGroup,
+    group: Iterable[str],
+    uses: Uses,
     num_samples: int,
     magnitude: Magnitude,
     *,
@@ -173,15 +182,15 @@ def add_by_operation(
     Raises:
         NoRuleError: an operation cannot be cut into samples; nothing was added.
     """
-    names = sorted(group.names)
+    names = sorted(group)
     # Collected apart: if a later sample raises NoRuleError, nothing may have been added to `totals`.
     found = {name: torch.zeros_like(totals[name]) for name in names}
     for k in range(num_samples):
         # First compute the gradient of each value (for instance, a normalised weight), summed over its uses. Then go on
         # from the values to the parameters, through the graph that the forward pass has left between them.
-        values = {id(call.values[place]): call.values[place].tensor for call, place in group.uses}
+        values = {id(call.values[place]): call.values[place].tensor for call, place in uses}
         grads: dict[int, Tensor] = {}
-        for call, place in group.uses:
+        for call, place in uses:
             grad, key = _sample_gradient(call, place, k, num_samples), id(call.values[place])
             grads[key] = grads[key] + grad if key in grads else grad
         inputs, outputs = [parameters[name] for name in names], [values[key] for key in grads]

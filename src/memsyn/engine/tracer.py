@@ -46,7 +46,7 @@ from memsyn.engine.calls import (
 from memsyn.engine.decompositions import DECOMPOSITIONS
 from memsyn.kernels.operations import Function, name_of, operation_of
 from memsyn.kernels.rules import Axis
-from memsyn.torch_private import base_of
+from memsyn.torch_private import base_of, is_view
 
 
 class Tracer(TorchFunctionMode, ABC):
@@ -154,13 +154,14 @@ class ShapeTracer(Tracer):
         shapes = {place: tensor.shape for place, tensor in tensors.items()}
         values = {place: self.values[id(tensor)] for place, tensor in tensors.items() if id(tensor) in self.values}
         with_samples = any(self._depends_on_samples(t) for place, t in tensors.items() if place not in values)
-        call = None
+        changed, call = changes_its_input(function, kwargs), None
         if self._keeps_calls:
-            call = keep_call(function, args, kwargs, given, values, {}, unneeded_places(function, values))
+            unneeded = unneeded_places(function, values)
+            call = keep_call(function, args, kwargs, given, values, {}, unneeded, changed=changed)
         output = function(*args, **kwargs)
-        changed = changes_its_input(function, kwargs)
         if call is not None and isinstance(output, Tensor) and not changed and id(base_of(output)) not in self.values:
-            output = without_view(output, saves_output=operation_of(function).saves_output)
+            saves_output = operation_of(function).saves_output
+            output = without_view(output, saves_output=saves_output) if is_view(output) else output
         result = args[0] if output is None and changed else output
         if with_samples:
             self._mark(function, result, list(tensors.values()), args if changed else ())

@@ -47,8 +47,9 @@ class Axis(NamedTuple):
 
         For B = 3, Axis(1) turns (5, 3, 8) into (3, 5, 8), and Axis(0, folded=True) turns (6, 8) into (3, 2, 8).
         """
-        if self._size(tensor, num_samples) == num_samples:
+        if tensor.shape[self.dim] == num_samples:
             return tensor.movedim(self.dim, 0) if self.dim else tensor
+        self._size(tensor, num_samples)
         sizes = (-1, num_samples) if self.minor else (num_samples, -1)
         first: Tensor = tensor.unflatten(self.dim, sizes).movedim(self.dim + self.minor, 0)
         return first
@@ -112,6 +113,8 @@ def samples_first(tensors: Sequence[tuple[Tensor, Axis]], num_samples: int) -> l
 
 
 def _operands(uses: Sequence[Use], num_samples: int) -> list[Tensor]:
+    if len(uses) == 1 and uses[0].operand is not None and uses[0].operand_axis is not None:
+        return [uses[0].operand_axis.first(uses[0].operand, num_samples)]
     pairs = [(use.operand, use.operand_axis) for use in uses]
     if any(operand is None or axis is None for operand, axis in pairs):
         raise NoRuleError  # the operand is the same for all samples
@@ -119,7 +122,7 @@ def _operands(uses: Sequence[Use], num_samples: int) -> list[Tensor]:
 
 
 def _grads(uses: Sequence[Use], num_samples: int) -> list[Tensor]:
-    return samples_first([(use.grad, use.axis) for use in uses], num_samples)
+    return [use.axis.first(use.grad, num_samples) for use in uses]
 
 
 # Elementwise: g_k is the sum of terms over all dimensions along which the parameter was broadcast

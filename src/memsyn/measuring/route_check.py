@@ -549,7 +549,7 @@ class _Comparison:
         try:
             if route == BY_OPERATION:
                 if group.uses:
-                    add_by_operation(found, parameters, group, size, signed, weights=self.weights)
+                    add_by_operation(found, parameters, group.names, group.uses, size, signed, weights=self.weights)
             elif len(group.names) == 1:
                 (name,) = group.names
                 add_by_rule(found[name], parameters[name], group.uses, size, signed, weights=self.weights)

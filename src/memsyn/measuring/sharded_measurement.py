@@ -313,7 +313,7 @@ class ShardedMeasurement:
         # The rules' parameters are cut from the graph, which then reaches as deep in every process: a backward pass to
         # the experts of one sample alone would end at another layer than that of another process.
         by_rule = {} if self.table.seen != Seen.SEVERAL_SAMPLES else _without(self._parameters, own)
-        recorder = Recorder(by_rule, self.table.plans if by_rule else Plans({}), lambda group: None)
+        recorder = Recorder(by_rule, self.table.plans if by_rule else Plans({}), lambda names, uses: None)
         hooks = [p.register_post_accumulate_grad_hook(partial(self._add_gradient, name)) for name, p in own.items()]
         excludes = isinstance(self._scorer, FactorScorer) and bool(by_rule)
         if isinstance(self._scorer, FactorScorer) and excludes:

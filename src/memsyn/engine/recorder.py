@@ -262,8 +262,8 @@ class Recorder(Tracer):
         for call in self._calls:
             if self._phase is _Phase.BACKWARD:  # the gradient of the previous objective
                 call.grad = None
-            # Most parameters have one use. Then no other gradient belongs to theirs, and they need no group. A call that
-            # has its gradient already waits in a group for the end.
+            # Most parameters have one use. Then no other gradient belongs to theirs, and they need no group. But a call
+            # that has its gradient already waits in a group for the end.
             names = [name for value in call.values.values() for name in value.names]
             has_others = len(names) > len(call.values) or max(map(counts.__getitem__, names)) > 1
             call.is_alone = call.grad is None and not has_others

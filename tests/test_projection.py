@@ -43,26 +43,36 @@ def damped(change: Tensor, a: Tensor, s: Tensor | None, c: float = C) -> Tensor:
     return u @ ((u.mT @ change @ v) / (1 + c * weights)) @ v.mT
 
 
+def in_place(own: LayerDirections, change: Tensor) -> Tensor:
+    """The damped change; its columns are damped in two parts if the matrix has a bias."""
+    found = change.clone()
+    widths = [own.matrix.layout.inputs] + ([] if own.matrix.bias is None else [1])
+    Damping(own, C, change.device, change.dtype).damp_(found.split(widths, 2))
+    return found
+
+
 @given(
     groups=st.integers(1, 2),
     outputs=st.integers(1, 7),
     inputs=st.integers(1, 9),
     rank=st.sampled_from([None, 1, 2, 3]),
     both=st.booleans(),
+    bias=st.booleans(),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60, deadline=None)
 def test_the_damping_is_its_formula(
-    groups: int, outputs: int, inputs: int, rank: int | None, both: bool, seed: int
+    groups: int, outputs: int, inputs: int, rank: int | None, both: bool, bias: bool, seed: int
 ) -> None:
+    width = inputs + bias
     a, s = (
-        spectrum_of(a_moment(groups, inputs, seed), rank)[0],
+        spectrum_of(a_moment(groups, width, seed), rank)[0],
         spectrum_of(a_moment(groups, outputs, seed + 1), rank)[0],
     )
-    matrix = Matrix("w", None, Layout(groups, outputs, inputs, False, False))
+    matrix = Matrix("w", "b" if bias else None, Layout(groups, outputs, inputs, False, False))
     own = LayerDirections(matrix, a, s if both else None, 1.0, (1.0, 1.0), (1, 1))
-    change = torch.randn(groups, outputs, inputs, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    found = Damping(own, C, change.device, change.dtype)(change)
+    change = torch.randn(groups, outputs, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    found = in_place(own, change)
     torch.testing.assert_close(found, damped(change, a.dense(), s.dense() if both else None), rtol=1e-9, atol=1e-9)
     # In the direction of an eigenvector, the layer's output moves at most 1 / (1 + c a mu) as far as before.
     values, vectors = torch.linalg.eigh(a.dense())
@@ -77,7 +87,7 @@ def test_the_damping_of_a_table_is_by_row() -> None:
     s = spectrum_of(a_moment(1, 2, 0), None)[0]
     own = LayerDirections(matrix, Spectrum(counts, None, torch.zeros(1)), s, 1.0, (1.0, 1.0), (1, 1))
     change = torch.ones(1, 2, 3, dtype=torch.float64)
-    found = Damping(own, C, change.device, change.dtype)(change)
+    found = in_place(own, change)
     torch.testing.assert_close(found, damped(change, torch.diag_embed(counts), s.dense()))
     torch.testing.assert_close(found[:, :, 1:], change[:, :, 1:])  # rows that were never read are free
 

@@ -54,8 +54,12 @@ class Projections(NamedTuple):
 
     by_inputs: Tensor | None
     """D V, (G, m, r)."""
-    by_outputs: Tensor | None
-    """U^T D, (G, q, n)."""
+    by_outputs: list[Tensor] | None
+    """U^T D, as (G, q, n) for each part of the columns."""
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return ([] if self.by_inputs is None else [self.by_inputs]) + (self.by_outputs or [])
 
 
 @final
@@ -65,7 +69,10 @@ class Damping:
     With V of r columns and U of q, let P = D V, Q = U^T D and C = U^T D V, and let h_ij be the damping, where the index
     0 stands for the rest. Then the result is
 
-        h_00 D + U [(h_i0 - h_00) Q + ((h_ij - h_i0 - h_0j + h_00) C) V^T] + ((h_0j - h_00) P) V^T
+        h_00 D + [(h_0j - h_00) P + U ((h_ij - h_i0 - h_0j + h_00) C)] V^T + U [(h_i0 - h_00) Q]
+
+    Four products of m n r or m n q take nearly all the time. The last two are added to D in place. Its columns come in
+    parts, those of the weight and that of the bias, so that these need not be copied into one matrix.
 
     Args:
         own: the directions of a layer; of a cut weight, those of the part that this process holds.
@@ -85,55 +92,81 @@ class Damping:
         self.summed = summed
         inputs = own.inputs.to(device, dtype)
         outputs = None if own.outputs is None else own.outputs.to(device, dtype)
-        self._by_column = inputs.vectors is None
-        self._has_bias = own.matrix.bias is not None
-        self._vectors = inputs.vectors
+        widths = [own.matrix.layout.inputs] + ([] if own.matrix.bias is None else [1])
+        vectors = None if inputs.vectors is None else inputs.vectors.split(widths, 1)
+        self._vectors = None if vectors is None else [part.contiguous() for part in vectors]
         self._output_vectors = None if outputs is None else outputs.vectors
         column_values = _with_rest(inputs)
         row_values = None if outputs is None else _with_rest(outputs)
         gains = damping(column_values, row_values, strength)  # (G, q + 1 or 1, r + 1, or n for a table)
         corner = gains[:, -1:, -1:]
-        if self._by_column:
-            self._rest = gains[:, -1:, :]
-            self._of_rows = gains[:, :-1, :] - self._rest
+        if self._vectors is None:
+            self._rests = gains[:, -1:, :].split(widths, 2)
+            self._of_rows = (gains[:, :-1, :] - gains[:, -1:, :]).split(widths, 2)
         else:
-            self._rest = corner
+            self._rests = (corner,) * len(widths)
             self._of_columns = gains[:, -1:, :-1] - corner
-            self._of_rows = gains[:, :-1, -1:] - corner
+            self._of_rows = (gains[:, :-1, -1:] - corner,) * len(widths)
             self._of_both = gains[:, :-1, :-1] - gains[:, :-1, -1:] - gains[:, -1:, :-1] + corner
+        # A number can be given to the product, which then does in one pass what would be two. To read it from an
+        # accelerator would wait for all that was asked of it so far.
+        is_number = device.type == "cpu" and corner.numel() == 1 and vectors is not None
+        self._rest = float(corner) if is_number else None
 
-    def __call__(self, change: Tensor) -> Tensor:
-        """The damped change, (G, m, n), of a matrix of which nothing is summed over processes."""
-        return self.damped(change, self.projections(change))
+    def projections(self, parts: Sequence[Tensor]) -> Projections:
+        """D V and U^T D of a change, or of what this process holds of it.
 
-    def projections(self, change: Tensor) -> Projections:
-        """D V and U^T D of a change, or of the part of it that this process holds."""
+        Args:
+            parts: D by its columns: (G, m, n) of the weight, and (G, m, 1) of the bias if there is one.
+        """
         u, v = self._output_vectors, self._vectors
-        return Projections(None if v is None else change @ v, None if u is None else u.transpose(1, 2) @ change)
+        by_inputs = None
+        if v is not None:
+            by_inputs = parts[0] @ v[0]
+            if len(parts) > 1:
+                by_inputs.addcmul_(parts[1], v[1])
+        return Projections(by_inputs, None if u is None else [u.transpose(1, 2) @ part for part in parts])
 
     def to_sum(self, found: Projections) -> list[Tensor]:
-        """Those tensors of the projections, or views of them, that are sums over processes."""
+        """Those tensors of the projections that are sums over processes."""
         if self.summed == U_D:
-            return [own for own in (found.by_outputs,) if own is not None]
+            return found.by_outputs or []
         if self.summed != D_V or found.by_inputs is None:
             return []
         # The column of the bias belongs to no part of the inputs: each process holds some of its numbers.
-        of_bias = found.by_outputs[:, :, -1:] if self._has_bias and found.by_outputs is not None else None
-        return [found.by_inputs] if of_bias is None else [found.by_inputs, of_bias]
+        return [found.by_inputs, *(found.by_outputs or [])[1:]]
 
-    def damped(self, change: Tensor, found: Projections) -> Tensor:
-        """The damped change, from projections that are sums over all processes."""
-        u, v, (by_inputs, by_outputs) = self._output_vectors, self._vectors, found
-        result = change * self._rest
+    def damp_(self, parts: Sequence[Tensor], found: Projections | None = None) -> None:
+        """Damp a change in place.
+
+        Args:
+            parts: as `projections` takes them.
+            found: the projections, if they were summed over processes.
+        """
+        u, v, (by_inputs, by_outputs) = self._output_vectors, self._vectors, found or self.projections(parts)
+        of_inputs = None
         if v is not None and by_inputs is not None:
-            result = result.baddbmm_(by_inputs * self._of_columns, v.transpose(1, 2))
-        if u is not None and by_outputs is not None:
-            kept = by_outputs * self._of_rows
-            if v is not None and by_inputs is not None:
-                both = u.transpose(1, 2) @ by_inputs if self.summed == D_V else by_outputs @ v
-                kept = kept.baddbmm_(both * self._of_both, v.transpose(1, 2))
-            result = result.baddbmm_(u, kept)
-        return result
+            of_inputs = by_inputs * self._of_columns
+            if u is not None and by_outputs is not None:
+                of_inputs.baddbmm_(u, self._both(by_inputs, by_outputs).mul_(self._of_both))
+        for index, part in enumerate(parts):
+            if v is None or of_inputs is None:
+                part.mul_(self._rests[index])
+            elif self._rest is not None:
+                part.baddbmm_(of_inputs, v[index].transpose(1, 2), beta=self._rest)
+            else:
+                part.mul_(self._rests[index]).baddbmm_(of_inputs, v[index].transpose(1, 2))
+            if u is not None and by_outputs is not None:
+                part.baddbmm_(u, by_outputs[index] * self._of_rows[index])
+
+    def _both(self, by_inputs: Tensor, by_outputs: Sequence[Tensor]) -> Tensor:
+        """C = U^T D V, (G, q, r), from that of the two projections which has all of D."""
+        assert self._output_vectors is not None
+        assert self._vectors is not None
+        if self.summed != U_D:
+            return self._output_vectors.transpose(1, 2) @ by_inputs
+        both: Tensor = by_outputs[0] @ self._vectors[0]
+        return both if len(by_outputs) == 1 else both.baddbmm_(by_outputs[1], self._vectors[1])
 
 
 @final
@@ -148,9 +181,10 @@ class UpDamping:
     def __init__(self, own: AdaptedMatrix, strength: float) -> None:
         self._own, self._strength = own, strength
 
-    def __call__(self, change: Tensor) -> Tensor:
-        """The damped change, (1, m, r)."""
-        return Damping(self._own.of_up(), self._strength, change.device, change.dtype)(change)
+    def damp_(self, parts: Sequence[Tensor]) -> None:
+        """Damp a change, [(1, m, r)], in place."""
+        (change,) = parts
+        Damping(self._own.of_up(), self._strength, change.device, change.dtype).damp_(parts)
 
     def of_part(self) -> Damping:
         """The damping of what this process holds of B, by all of A. All processes must call it together."""
@@ -207,23 +241,30 @@ class _Protected:
         found = zip(map(self.part, tensors), self.num_rows, strict=True)
         return [part[:count] if part.ndim else part for part, count in found]
 
-    def joined(self, changes: Sequence[Tensor]) -> Tensor:
-        """Changes of the parts as a matrix."""
-        assert self.matrix is not None
-        if self.bias_rows is None:
-            return self.matrix.joined(*changes)
-        weight, bias = changes
-        padded = bias.new_zeros(self.matrix.layout.outputs)
-        padded[self.bias_rows] = bias
-        return self.matrix.joined(weight, padded)
+    def columns(self, changes: Sequence[Tensor]) -> list[Tensor]:
+        """Changes of the parts as the columns of a matrix: (G, m, n) of the weight, (G, m, 1) of the bias.
 
-    def split(self, matrix: Tensor, changes: Sequence[Tensor]) -> list[Tensor]:
-        """The inverse of `joined`, in the shapes of the changes."""
+        They are views of the changes where these can be viewed so.
+        """
         assert self.matrix is not None
-        if self.bias_rows is None:
-            return self.matrix.split(matrix, changes)
-        weight, bias = self.matrix.split(matrix, [changes[0], matrix.new_empty(self.matrix.layout.outputs)])
-        return [weight, bias[self.bias_rows]]
+        layout = self.matrix.layout
+        weight = layout.matrix(changes[0])
+        if len(changes) == 1:
+            return [weight]
+        bias = changes[1]
+        if self.bias_rows is not None:
+            bias = changes[1].new_zeros(layout.outputs)
+            bias[self.bias_rows] = changes[1]
+        return [weight, bias.reshape(*weight.shape[:2], 1).to(weight)]
+
+    def parts_of(self, columns: Sequence[Tensor], changes: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse of `columns`, in the shapes of the changes."""
+        assert self.matrix is not None
+        found = [self.matrix.layout.weight(columns[0], changes[0].shape)]
+        if len(changes) > 1:
+            bias = columns[1].flatten()
+            found.append((bias if self.bias_rows is None else bias[self.bias_rows]).reshape(changes[1].shape))
+        return found
 
     def num_weights(self) -> dict[int, int]:
         """id of a parameter -> how many of its numbers the memory knows, in all processes together."""
@@ -279,7 +320,7 @@ class _Change(NamedTuple):
     def projections(self) -> Projections:
         """Those of the part that this process holds."""
         assert isinstance(self.layer.damping, Damping)
-        return self.layer.damping.projections(self.layer.joined(self.values()))
+        return self.layer.damping.projections(self.layer.columns(self.values()))
 
     def damp(self, found: Projections | None = None) -> tuple[Tensor, Tensor] | None:
         """Damp it, with projections that were summed if there are any.
@@ -287,24 +328,41 @@ class _Change(NamedTuple):
         Returns:
             ||change||^2 before and after, of what this process holds; None for gradients.
         """
-        layer, changes = self.layer, self.values()
+        changes = self.values()
         if not any(change.numel() for change in changes):
             return (changes[0].new_zeros(()),) * 2
-        if isinstance(layer.damping, Tensor):
-            damped = [changes[0] * layer.damping]
-        elif found is not None and isinstance(layer.damping, Damping):
-            damped = layer.split(layer.damping.damped(layer.joined(changes), found), changes)
-        else:
-            assert not layer.is_summed
-            damped = layer.split(layer.damping(layer.joined(changes)), changes)
         if self.befores is None:
-            for own, change in zip(layer.parts(self.tensors), damped, strict=True):
-                own.copy_(change)
+            for own, change in zip(self.layer.parts(self.tensors), self._damped(changes, found), strict=True):
+                # A gradient that can be read as a matrix, and is wide enough, was damped where it is.
+                if change.data_ptr() != own.data_ptr():
+                    own.copy_(change)
             return None
-        before, after = (torch.stack([own.square().sum() for own in side]).sum() for side in (changes, damped))
-        for own, old, change in zip(layer.parts(self.tensors), layer.parts(self.befores), damped, strict=True):
-            own.copy_(old.to(change.dtype) + change)
+        before = _squares(changes)
+        damped = self._damped(changes, found)
+        after = _squares(damped)
+        for own, old, change in zip(
+            self.layer.parts(self.tensors), self.layer.parts(self.befores), damped, strict=True
+        ):
+            torch.add(change, old, out=own) if own.dtype == change.dtype else own.copy_(change.add_(old))
         return before, after
+
+    def _damped(self, changes: Sequence[Tensor], found: Projections | None) -> list[Tensor]:
+        """The damped changes, in the memory of the changes where that can be."""
+        layer = self.layer
+        if isinstance(layer.damping, Tensor):
+            return [changes[0].mul_(layer.damping)]
+        columns = layer.columns(changes)
+        if isinstance(layer.damping, Damping):
+            assert found is not None or not layer.is_summed
+            layer.damping.damp_(columns, found)
+        else:
+            layer.damping.damp_(columns)
+        return layer.parts_of(columns, changes)
+
+
+def _squares(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of all squares, without a tensor of them."""
+    return torch.stack([torch.linalg.vector_norm(own) for own in tensors]).square().sum()
 
 
 def _damp_all(changes: Iterable[_Change]) -> list[tuple[Tensor, Tensor] | None]:
@@ -327,7 +385,7 @@ def _damp_all(changes: Iterable[_Change]) -> list[tuple[Tensor, Tensor] | None]:
         projections = change.projections()
         waiting.append((index, change, projections))
         touched |= {id(parameter) for parameter in change.layer.parameters}
-        size += sum(own.nbytes for own in projections if own is not None)
+        size += sum(own.nbytes for own in projections.tensors())
         if size > BUCKET_BYTES:
             found |= _damp_together(waiting)
             waiting, touched, size = [], set(), 0

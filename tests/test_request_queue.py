@@ -114,6 +114,28 @@ def test_what_can_be_measured_together_is_taken_together() -> None:
     assert own.lag == 0
 
 
+def test_taking_a_batch_looks_at_no_request_behind_it() -> None:
+    """Else it would hold the lock longer the more requests wait."""
+    compared = []
+
+    class Version:
+        def __hash__(self) -> int:
+            return 1
+
+        def __eq__(self, other: object) -> bool:
+            compared.append(other)
+            return True
+
+    own = queue_of(10**6)
+    for _ in range(1000):
+        own.choose(1)
+        own.put(QueuedSamples(torch.zeros(1, 4), 1, None, Version(), 0.0))
+    compared.clear()
+    assert len(own.take(8)) == 8
+    assert len(compared) < 30
+    assert own.num_waiting == 1000
+
+
 def test_joined_requests_are_the_batch_they_would_have_been() -> None:
     table = torch.arange(5)
     whole = {"ids": torch.arange(12).view(4, 3), "mask": [torch.ones(4, 3), ("text", 1)], "table": table, "flag": True}

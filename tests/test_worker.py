@@ -4,6 +4,8 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -343,3 +345,38 @@ def test_a_fork_waits_for_no_lock(store: Path) -> None:
                     os._exit(7)
                 os._exit(99)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+ENDING = """
+import sys, time
+import torch
+from memsyn.live import observer
+from tests.serving import begin
+
+class Slow(torch.nn.Sequential):
+    def forward(self, x):
+        for _ in range(100_000):
+            x = super().forward(x)
+        return x
+
+observer.EXIT_WAIT = 0.1
+own = begin(Slow(torch.nn.Linear(200, 200)), sys.argv[1], max_batch=1)
+own.observe(torch.zeros(1, 200))
+time.sleep(1)
+if sys.argv[2] == "closed":
+    own.close(0.1)
+print(own._worker.is_running)
+"""
+"""A process that ends while its observer measures."""
+
+
+@pytest.mark.parametrize("how", ["closed", "left open"])
+def test_a_process_that_ends_while_a_batch_is_measured_is_not_aborted(store: Path, how: str) -> None:
+    """torch aborts a process whose interpreter ends a thread in one of its operations."""
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING, str(store), how], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+    assert "the process ended while samples were measured or stored: they are lost." in done.stderr
+    assert time.monotonic() - start < 60

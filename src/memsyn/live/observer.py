@@ -40,6 +40,9 @@ from memsyn.values.display import LayerRow, counted, html_table, printable
 from memsyn.values.factors import KroneckerFactors
 from memsyn.values.importance import Importance
 
+EXIT_WAIT: Final = 10.0
+"""Seconds for which the end of the process waits for what is being measured."""
+
 LONGEST_ERROR: Final = 120
 """The most characters of an error in the display of `Stats`."""
 
@@ -233,7 +236,7 @@ class Observer:
             release()
             raise
         self._hook: RemovableHandle | None = None
-        atexit.register(self.close)
+        atexit.register(self._exit)
 
     def observe(self, inputs: Any, *, segment: str | None = None) -> None:
         """Show the observer the inputs of a request: chosen samples are copied at once. Never blocks, never raises.
@@ -292,10 +295,11 @@ class Observer:
         Args:
             timeout: seconds to wait at most.
         """
-        atexit.unregister(self.close)
         self.detach()
         was_open = self._worker.is_open
         self._worker.close(timeout)
+        if not self._worker.is_running:
+            atexit.unregister(self._exit)
         if was_open and (count := self._sums.num_withheld):
             were = f"{count:,} samples were" if count > 1 else "1 sample was"
             self._log.event(
@@ -304,6 +308,13 @@ class Observer:
                 "segment and weights.",
                 count=count,
             )
+
+    def _exit(self) -> None:
+        """The process ends: close, and end the thread if that takes too long."""
+        self.close(EXIT_WAIT)
+        if self._worker.is_running:
+            self._log.event("lost", "the process ended while samples were measured or stored: they are lost.")
+            self._worker.interrupt()
 
     def __enter__(self) -> Observer:
         return self

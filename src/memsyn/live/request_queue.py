@@ -133,7 +133,8 @@ class RequestQueue:
                 return []
             key, oldest, _ = queue.popleft()
             batch, others, size = [oldest], [], oldest.num_samples
-            for _ in range(len(queue)):
+            # Only up to a full batch: many requests may wait, and the threads that serve wait for the lock.
+            while queue and size < max_batch:
                 entry = queue.popleft()
                 if entry[0] == key and size + entry[1].num_samples <= max_batch:
                     batch.append(entry[1])
@@ -155,10 +156,11 @@ class RequestQueue:
         """Drop all samples in the queue, and those that come later: nobody will take them."""
         with self._lock:
             self._is_closed = True
-            left = sum(samples.num_samples for _, samples, _ in self._queue)
-            self._queue.clear()
+            # They are freed without the lock, for which the threads that serve would wait.
+            left, self._queue = self._queue, deque()
+            self._drop_closed(sum(self._sizes.values()))
             self._sizes.clear()
-            self._drop_closed(left)
+        left.clear()
 
     def _drop_closed(self, num_samples: int) -> None:
         self.num_waiting -= num_samples

@@ -4,6 +4,7 @@ Owns when work is done, and how much time it may take. An error is counted, and 
 SystemExit or KeyboardInterrupt, which a model's code may raise. Whatever ends it, nobody waits for it after that.
 """
 
+import ctypes
 import os
 import threading
 import time
@@ -27,6 +28,12 @@ BUSY_WAIT: Final = 0.02
 
 LONGEST_WAIT: Final = 3600.0
 """The longest wait in seconds: Python refuses waits of many years."""
+
+INTERRUPTS: Final = 10
+"""How often a thread is interrupted that does not end."""
+
+INTERRUPT_WAIT: Final = 0.5
+"""Seconds between two of them."""
 
 
 @final
@@ -62,11 +69,12 @@ class Signals:
         urgent: set when a flush or the end is asked for: it ends any rest.
         closed: whether the end was asked for.
         ended: whether the thread takes no more work.
+        exiting: whether the process ends, so that no further batch is measured.
     """
 
     def __init__(self) -> None:
         self.queue_full, self.urgent = threading.Event(), threading.Event()
-        self.closed = self.ended = False
+        self.closed = self.ended = self.exiting = False
         self._lock = threading.Lock()
         self._flushes: list[Future[bool]] = []
         """Those that are not answered yet."""
@@ -177,7 +185,28 @@ class Worker:
         """Measure one more batch, store the sums and end the thread; waits at most `timeout` seconds for that."""
         if self.is_open:
             self._signals.close()
+        if not self.is_fork:
             self._thread.join(timeout)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread of this process has not ended."""
+        return self._thread.is_alive() and not self.is_fork
+
+    def interrupt(self) -> None:
+        """End the thread, whatever it does; the batch that it measures is lost. For the end of the process.
+
+        If the interpreter ended a thread that runs operations of torch, C++ would abort the whole process.
+        """
+        self._signals.exiting = True
+        for _ in range(INTERRUPTS):
+            if not self.is_running:
+                return
+            # The thread raises it before its next line of Python. One that comes in a destructor is ignored.
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(self._thread.ident or 0), ctypes.py_object(SystemExit)
+            )
+            self._thread.join(INTERRUPT_WAIT)
 
     def _work(self, device: torch.device, release: Callable[[], None]) -> None:
         with ExitStack() as at_end:
@@ -198,7 +227,8 @@ class Worker:
                 self._log.note(error)
                 self._signals.urgent.wait(BUSY_WAIT)
         self._spend(self._store)  # before the last batch, for which there may be no time
-        self._spend(lambda: self._measure(self._queue.take(self._max_batch), stream))
+        if not self._signals.exiting:
+            self._spend(lambda: self._measure(self._queue.take(self._max_batch), stream))
         if not self._spend(self._store):
             self._log.event("lost", "the observer was closed, and new sums were not stored: lost.")
 
@@ -241,7 +271,8 @@ class Worker:
         try:
             return action()
         except BaseException as error:
-            self._log.note(error)
+            if not self._signals.exiting:  # then it is the interrupt
+                self._log.note(error)
             return False
         finally:
             self._budget.spend(began)

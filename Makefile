@@ -72,8 +72,8 @@ test: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python -m pytest --soak -m soak --capture=no
 
-# What measuring and protecting cost: docs/performance.md anew, with what README says of it. MINUTES=25 starts nothing after
-# so many minutes; QUICK=1 tries the small parts; WRITE=only makes the page again from docs/performance.jsonl.
+# What measuring and protecting cost: docs/performance.md anew, with what README says of it. MINUTES=45 runs each part
+# once, and again while there is time; QUICK=1 tries the small parts; WRITE=only makes the page again from docs/performance.jsonl.
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run_all.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(QUICK),--quick) $(if $(WRITE),--write-only)
 

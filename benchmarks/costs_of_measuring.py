@@ -9,19 +9,19 @@ measured; `tools/performance_page.py` makes ratios and words of the numbers.
 import argparse
 import cProfile
 import json
-import pstats
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import layer_calls
 import memsyn
 import products
+import profiles
 from measure import CONTENDERS, Setup, peak_of
 from memsyn.kernels import outer_products
 from models import SUBJECTS
@@ -30,7 +30,6 @@ from passes import ordinary, peak_of_tensors
 Numbers = dict[str, object]
 Action = Callable[[], object]
 ESTIMATORS = ("mas", "mas-local", "inputs", "kronecker")
-PACKAGE = Path(memsyn.__file__).parent
 SHAPES = (
     "mlp 784-400",
     "vit 192-576",
@@ -91,91 +90,76 @@ def whole_pass(name: str, pairs: int, num_batches: int, estimators: Sequence[str
     return {"batches": num_batches, "seconds": in_turn(actions, pairs, name), "failed": failed}
 
 
-def first_look(name: str, pairs: int, num_batches: int) -> Numbers:
-    """Passes over one batch and over more: what the first one costs beyond a steady one is the first look."""
-    model, batches = subject(name, num_batches + 1)
-    ordinary(model, batches[:1])
-    measured(model, batches[:1])
-    actions: dict[str, Action] = {
-        "ordinary": partial(ordinary, model, batches),
-        "one batch": partial(measured, model, batches[:1]),
-        "all batches": partial(measured, model, batches),
-    }
-    return {"batches": len(batches), "seconds": in_turn(actions, pairs, name)}
+def first_look(name: str, pairs: int) -> Numbers:
+    """Processor seconds of the first batch, of a steady one, and of an ordinary pass of the same batch.
 
-
-def chain(num_layers: int) -> nn.Module:
-    """Small linear layers, so that torch and memsyn do next to nothing but call."""
-    torch.manual_seed(0)
-    return nn.Sequential(*(layer for _ in range(num_layers) for layer in (nn.Linear(8, 8), nn.Tanh())))
-
-
-def python_per_layer(pairs: int, num_batches: int) -> Numbers:
-    """Steady batches of a short and a long chain, with and without memsyn."""
-    batches = [torch.randn(4, 8) for _ in range(2 * num_batches)]
-    actions: dict[str, Action] = {}
-    for num_layers in (10, 50):
-        model = chain(num_layers)
-        for count in (num_batches, 2 * num_batches):
-            actions[f"ordinary {num_layers} {count}"] = partial(ordinary, model, batches[:count])
-            actions[f"mas {num_layers} {count}"] = partial(measured, model, batches[:count])
-    for action in actions.values():
-        action()
-    return {"batches": num_batches, "layers": [10, 50], "seconds": in_turn(actions, pairs, "layers")}
-
-
-def place_of(filename: str) -> str:
-    """The room of memsyn that a file is in, or `torch` for all other code."""
-    path = Path(filename)
-    if PACKAGE not in path.parents:
-        return "torch"
-    parts = path.relative_to(PACKAGE).parts
-    return parts[0] if len(parts) > 1 else "memsyn"
-
-
-def seconds_by_place(profile: cProfile.Profile) -> dict[str, float]:
-    """Seconds of the profile: in products (kernels), in other code of memsyn, and in torch with the model.
-
-    An operation of torch counts where it was called, but for those that the engine calls: they are the model's own.
+    What the first batch costs beyond a steady one is the first look: how each parameter is measured, and the check.
     """
-    found = {"products": 0.0, "other code": 0.0, "torch": 0.0}
-    stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
-    for (filename, _, _), (_, _, own, _, callers) in stats.items():
-        if filename != "~":
-            found[_kind(place_of(filename))] += own
-            continue
-        for (caller, _, _), (_, _, part, _) in callers.items():
-            place = place_of(caller)
-            found["torch" if place == "engine" else _kind(place)] += part
-    return found
+    model, batches = subject(name, 1)
+    ordinary(model, batches)
+    layer_calls.batch_times(model, batches * 2)
+    found: dict[str, list[float]] = {"ordinary": [], "first": [], "steady": []}
+    for _ in tqdm(range(pairs), f"first look of {name}", leave=False):
+        start = time.process_time()
+        ordinary(model, batches * 2)
+        found["ordinary"].append((time.process_time() - start) / 2)
+        # The third batch is not timed: `measure` folds sums after the last one.
+        first, steady = layer_calls.batch_times(model, batches * 3)[:2]
+        found["first"].append(first)
+        found["steady"].append(steady)
+    return {"seconds": found}
 
 
-def _kind(place: str) -> str:
-    return {"torch": "torch", "kernels": "products"}.get(place, "other code")
+def python_per_layer(rounds: int) -> Numbers:
+    """Microseconds of Python for each small layer and steady batch: beyond the ordinary pass, and of that pass.
+
+    Also the number of calls of Python functions, and by a profile the functions with the most time.
+    """
+    found = [layer_calls.microseconds_of_layer() for _ in tqdm(range(rounds), "layers", leave=False)]
+    profile, num_batches = cProfile.Profile(), 20
+    batches = [torch.ones(2, 4)] * (num_batches + 1)
+    model = layer_calls.small_layers(layer_calls.NUM_LAYERS)
+    memsyn.measure(model, profiled(batches, profile), progress=False)
+    return {
+        "beyond": [beyond for beyond, _ in found],
+        "ordinary": [own for _, own in found],
+        "calls": layer_calls.calls_of_layer(),
+        "functions": profiles.most_of(profile, num_batches * layer_calls.NUM_LAYERS),
+    }
 
 
-def profiled(batches: Sequence[Tensor], profile: cProfile.Profile) -> Iterator[Tensor]:
-    """The batches; the profile is of all but the first."""
+def profiled(
+    batches: Sequence[Tensor], steady: cProfile.Profile, first: cProfile.Profile | None = None
+) -> Iterator[Tensor]:
+    """The batches; one profile is of all but the first, the other of the first."""
     for index, batch in enumerate(batches):
+        if index == 0 and first is not None:
+            first.enable()
         if index == 1:
-            profile.enable()
+            if first is not None:
+                first.disable()
+            steady.enable()
         yield batch
-    profile.disable()
+    steady.disable()
 
 
 def where(name: str, num_batches: int, estimators: Sequence[str]) -> Numbers:
-    """A profile of steady batches of each estimator, and what weight gradients take of an ordinary pass."""
+    """A profile of the first batch and of steady ones, and what weight gradients take of an ordinary pass."""
     model, batches = subject(name, num_batches + 1)
     steady = batches[1:]
+    measured(model, batches[:1])  # imports what is imported late
     places: dict[str, dict[str, float]] = {}
+    at_first: dict[str, dict[str, float]] = {}
     for estimator in estimators:
-        profile = cProfile.Profile()
+        profile, of_first = cProfile.Profile(), cProfile.Profile()
         try:
-            memsyn.measure(model, profiled(batches, profile), estimator=estimator, progress=False)
+            memsyn.measure(model, profiled(batches, profile, of_first), estimator=estimator, progress=False)
         except (RuntimeError, memsyn.MemsynError):
             profile.disable()  # `pass` names the error
+            of_first.disable()
             continue
-        places[estimator] = seconds_by_place(profile)
+        places[estimator] = profiles.seconds_by_place(profile)
+        at_first[estimator] = profiles.seconds_by_place(of_first)
     whole = partial(ordinary, model, steady)
     whole()
     taken = [seconds(whole) for _ in range(3)]
@@ -185,7 +169,13 @@ def where(name: str, num_batches: int, estimators: Sequence[str]) -> Numbers:
     for own, parameter in parameters.items():
         parameter.requires_grad_(own == first)
     without = [seconds(whole) for _ in range(3)]
-    return {"batches": num_batches, "places": places, "ordinary": taken, "without weight gradients": without}
+    return {
+        "batches": num_batches,
+        "places": places,
+        "places of the first": at_first,
+        "ordinary": taken,
+        "without weight gradients": without,
+    }
 
 
 def memory(name: str, num_batches: int) -> Numbers:
@@ -248,8 +238,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     parts: dict[str, Callable[[], Numbers]] = {
         "pass": lambda: whole_pass(given.model, given.pairs, given.batches, given.estimators),
-        "first-look": lambda: first_look(given.model, given.pairs, given.batches),
-        "python": lambda: python_per_layer(given.pairs, given.batches),
+        "first-look": lambda: first_look(given.model, given.pairs),
+        "python": lambda: python_per_layer(given.pairs),
         "where": lambda: where(given.model, given.batches, given.estimators),
         "memory": lambda: memory(given.model, given.batches),
         "scaling": lambda: scaling(given.model, given.pairs, given.batches),

@@ -3,15 +3,14 @@
     python benchmarks/costs_of_steps.py steps vit-tiny --pairs 7
     python benchmarks/costs_of_steps.py adapters smollm2 --pairs 7
 
-In one process and in turn: bare steps of training, and as many protected ones. A form that projects every tenth step is
-timed over ten steps, so that each time holds one projection. The same way: reports, an observer's calls, files.
+In one process and in turn: a bare step of training, then a protected one. A form that projects every tenth step is
+timed over ten such pairs, so that each sum holds one projection. The same way: reports, an observer's calls, files.
 """
 
 import argparse
 import cProfile
 import json
 import os
-import pstats
 import tempfile
 import time
 import warnings
@@ -32,12 +31,12 @@ from tqdm import tqdm
 import factors
 import memsyn
 import observe
+import profiles
 import protect
 from models import SUBJECTS
 
 Numbers = dict[str, object]
 Step = Callable[[], object]
-PACKAGE = Path(memsyn.__file__).parent
 PENALTIES = ("gradient", "proximal")
 PROJECTED = ("projected, every 1", "projected, every 10")
 OTHERS = protect.CONTENDERS[len(PENALTIES) :]
@@ -83,7 +82,9 @@ def steps_in_turn(bare: Step, steps: dict[str, Step], pairs: int, fewer: int) ->
             count = every_of(form)
             if count > 1 and turn >= fewer:
                 continue
-            found[form].append([seconds(bare, count), seconds(step, count)])
+            # Step by step in turn: what else the machine does meets both alike.
+            taken = [(seconds(bare, 1), seconds(step, 1)) for _ in range(count)]
+            found[form].append([sum(side) / count for side in zip(*taken, strict=True)])
     return found
 
 
@@ -97,25 +98,8 @@ def functions_of(steps: dict[str, Step]) -> dict[str, dict[str, float]]:
         with cProfile.Profile() as profile:
             for _ in range(count):
                 step()
-        found[form] = most_of(profile, count)
+        found[form] = profiles.most_of(profile, count)
     return found
-
-
-def most_of(profile: cProfile.Profile, count: int) -> dict[str, float]:
-    """A function's own time, and that of the operations that it calls directly."""
-    times: dict[str, float] = {}
-
-    def add(filename: str, name: str, own: float) -> None:
-        if PACKAGE in Path(filename).parents:
-            key = f"{Path(filename).stem}.{name}"
-            times[key] = times.get(key, 0.0) + own / count
-
-    for (filename, _, name), (_, _, own, _, callers) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
-        add(filename, name, own)
-        if filename == "~":
-            for (caller, _, calling), (_, _, part, _) in callers.items():
-                add(caller, calling, part)
-    return dict(sorted(times.items(), key=lambda item: -item[1])[:3])
 
 
 def seconds(step: Step, count: int) -> float:

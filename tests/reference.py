@@ -75,7 +75,14 @@ def local_importance(
 
 def signs(k: int, size: int) -> Tensor:
     """The signs of sample k: 1 or -1 for each number of its output."""
-    return torch.randint(2, (size,), generator=torch.Generator().manual_seed(k)) * 2 - 1
+    bits = []
+    for block in range(-(-size // 64)):
+        word = (k * 0x9E3779B97F4A7C15 + (block + 1) * 0xB4B82F3A5EB2B3DB) % 2**64
+        word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        word = (word ^ word >> 27) * 0x94D049BB133111EB % 2**64
+        word ^= word >> 31
+        bits += [word >> place & 1 for place in range(64)]
+    return torch.tensor(bits[:size]) * 2 - 1
 
 
 def _patches(image: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 import memsyn
-from memsyn.measuring.objectives import ESTIMATORS, SampleInfo
+from memsyn.measuring.objectives import ESTIMATORS, SampleInfo, signed_outputs
 from tests.cases import CASES, Lambda, integers, normal
-from tests.reference import errors
+from tests.reference import errors, signs
 
 NUM_SAMPLES = 6
 Scalars = Callable[[Tensor, int], list[tuple[float, Tensor]]]
@@ -337,3 +337,22 @@ def test_a_tensor_beside_numbers_and_text_is_the_output() -> None:
     model = Lambda(lambda m, x: (m.a(x), None, 0.5, "text", (1, [None]), {"lr": np.float64(2)}), a=nn.Linear(4, 3))
     found, expected = (memsyn.measure(m.double(), [BATCH], progress=False) for m in (model, model.a))
     assert torch.equal(found.sums["a.weight"], expected.sums["weight"])
+
+
+@pytest.mark.parametrize("first", [0, 2**62 + 12345])
+@pytest.mark.parametrize("size", [1, 64, 65, 200])
+def test_the_signs_of_a_sample_are_mixed_from_its_place(first: int, size: int) -> None:
+    outputs = torch.zeros(3, size, requires_grad=True)
+    signed_outputs(outputs, SampleInfo(first)).sum().backward()
+    assert torch.equal(outputs.grad, torch.stack([signs(first + k, size) for k in range(3)]).float())
+
+
+def test_signs_of_two_outputs_or_two_samples_are_independent() -> None:
+    """Sums of products of signs have mean 0 and variance 1, once divided by the root of their number."""
+    outputs = torch.zeros(2000, 200, requires_grad=True)
+    signed_outputs(outputs, SampleInfo(0)).sum().backward()
+    for own in (outputs.grad, outputs.grad.T):
+        pairs = (own.T @ own / len(own) ** 0.5).triu(1)
+        count = pairs.count_nonzero() + (pairs == 0).triu(1).sum()
+        assert pairs.abs().max() < 6
+        assert 0.95 < pairs.square().sum() / count < 1.05

@@ -17,6 +17,7 @@ from torch.nn.utils import prune
 
 import memsyn
 from memsyn.measuring.model_copy import Onlooker, model_copy
+from tests import reference
 from tests.serving import (
     Words,
     a_model,
@@ -309,8 +310,7 @@ def test_the_other_result_is_an_error(store: Path) -> None:
 
 def signs_of(places: Any, width: int) -> Tensor:
     """sum v v^T over the samples at these places: the last layer's output gradients are the signs themselves."""
-    drawn = [torch.randint(2, (width,), generator=torch.Generator().manual_seed(place)) for place in places]
-    signs = (2 * torch.stack(drawn) - 1).double()
+    signs = torch.stack([reference.signs(place, width) for place in places]).double()
     return signs.T @ signs
 
 

@@ -139,18 +139,17 @@ def expected_log_likelihood(output: Tensor, info: SampleInfo) -> Tensor:
 def signed_outputs(output: Tensor, info: SampleInfo) -> Tensor:
     """sum_o v_ko y_ko with random signs v, (B,): with d = J^T v, the mean of d d^T over the signs is sum_o J_o^T J_o.
 
-    The signs of sample k, counted over all batches, are the same numbers for every k. So they do not depend on the batch
-    size, on the split or on the device.
+    The signs of sample k, counted over all batches, depend on k alone: not on the batch size, the split or the device.
     """
     flat = output.flatten(1)
     return (flat * _signs(info.first_sample, *flat.shape, flat.device).to(flat)).sum(1)
 
 
 def _signs(first: int, num_samples: int, num_outputs: int, device: torch.device) -> Tensor:
-    """Random signs for the samples from `first` on, (B, R). The signs 64 b .. 64 b + 63 of a sample are one number's bits.
+    """Random signs for the samples from `first` on, (B, R). Each 64 signs of a sample are the bits of one number.
 
-    That number is mixed from the sample and b, as SplitMix64 does (Steele et al. 2014), for all samples at once. A
-    generator with a seed for each sample took a third of a small network's pass.
+    That number is mixed from the places of the sample and of the 64 signs, as SplitMix64 does (Steele et al. 2014), for
+    all samples at once. A generator for each sample took a third of a small network's pass.
     """
     samples = torch.arange(first, first + num_samples, device=device).unsqueeze(1)
     blocks = torch.arange(1, math.ceil(num_outputs / 64) + 1, device=device)

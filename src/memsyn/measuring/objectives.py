@@ -142,7 +142,7 @@ def signed_outputs(output: Tensor, info: SampleInfo) -> Tensor:
     The signs of sample k, counted over all batches, depend on k alone: not on the batch size, the split or the device.
     """
     flat = output.flatten(1)
-    return (flat * _signs(info.first_sample, *flat.shape, flat.device).to(flat)).sum(1)
+    return (flat * _signs(info.first_sample, len(flat), flat.shape[1], flat.device).to(flat)).sum(1)
 
 
 def _signs(first: int, num_samples: int, num_outputs: int, device: torch.device) -> Tensor:

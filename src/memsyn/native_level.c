@@ -35,6 +35,7 @@ ALWAYS TARGET void NAME(tile_of)(const int height, const int vectors, int64_t sa
             for (int j = 0; j < vectors; j++) products[i][j] = first ? (VECTOR){0} : part[i * vectors + j];
         for (int64_t t = 0; t < tokens; t++) {
             VECTOR columns[2];
+            __builtin_prefetch(left + 8 * STEP); /* of all left panels, few are in the level-one cache */
             UNROLLED
             for (int j = 0; j < vectors; j++) columns[j] = *(const VECTOR *)(right + j * LANES);
             UNROLLED

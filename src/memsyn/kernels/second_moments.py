@@ -114,7 +114,7 @@ def add_counts(total: Tensor, index: Tensor) -> None:
     total += index.bincount(minlength=len(total)).to(total)
 
 
-BLOCK: Final = 128
+BLOCK: Final = 96
 """Rows of a block. Only blocks on and above the diagonal are computed."""
 
 

@@ -377,13 +377,15 @@ TARGET static void NAME(products)(const problem *p, const factor *factors, float
         }
         if (cut.chunks > 1) {
 #pragma omp for schedule(static)
-            for (int64_t line = 0; line < p->groups * p->rows; line++)
-                for (int64_t x = 0; x < p->columns; x++) {
-                    float found = 0;
-                    for (int64_t chunk = 0; chunk < cut.chunks; chunk++)
-                        found += chunks[(chunk * p->groups * p->rows + line) * p->columns + x];
-                    total[line / p->rows * p->group_stride + line % p->rows * p->row_stride + x * p->column_stride] += found;
+            for (int64_t line = 0; line < p->groups * p->rows; line++) {
+                float *restrict found = chunks + line * p->columns;
+                float *to = total + line / p->rows * p->group_stride + line % p->rows * p->row_stride;
+                for (int64_t chunk = 1; chunk < cut.chunks; chunk++) {
+                    const float *restrict own = chunks + (chunk * p->groups * p->rows + line) * p->columns;
+                    for (int64_t x = 0; x < p->columns; x++) found[x] += own[x];
                 }
+                for (int64_t x = 0; x < p->columns; x++) to[x * p->column_stride] += found[x];
+            }
         }
     }
 }

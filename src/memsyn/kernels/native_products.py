@@ -15,6 +15,9 @@ from memsyn.native import native_library
 MOST_DIMS = 4
 """The most dimensions that tokens, or features, may have. The library's source holds this number too."""
 
+MOST_TRANSPOSED = 2**16
+"""The most weights of a matrix that the library sums transposed, if it has more rows than columns."""
+
 Factors = tuple[Tensor, Tensor, int]
 """The left and the right factor of one use, (B, G, *tokens, rows) and (B, G, *tokens, *columns), and the number of
 dimensions of the tokens, which must agree in their number only. Any strides."""
@@ -47,10 +50,15 @@ def add_native_products(uses: Sequence[Factors], total: Tensor, code: int, scrat
     """
     library = native_library()
     assert library is not None
-    groups, rows, columns = total.shape
+    if total.shape[2] < total.shape[1] and total[0].numel() <= MOST_TRANSPOSED:
+        # Rows are taken one by one, and columns by whole vectors: of 40 columns, 48 would be computed.
+        uses, written = [(right, left, num_dims) for left, right, num_dims in uses], total.transpose(1, 2)
+    else:
+        written = total
+    groups, rows, columns = written.shape
     threads = torch.get_num_threads()
     samples = len(uses[0][0])
-    problem = (total.data_ptr(), *total.stride(), groups, samples, rows, columns, code, threads, len(uses))
+    problem = (total.data_ptr(), *written.stride(), groups, samples, rows, columns, code, threads, len(uses))
     factors: list[int] = []
     for left, right, num_dims in uses:
         factors += _described(left, num_dims)

@@ -220,6 +220,27 @@ def test_convolutions(level: str, name: str, num_pairs: int, channels_last: bool
         )
     assert convolutions._conv_weight_natively(pairs, geometry, absolute) is not None
     assert torch.equal(found, expected.float())
+    total = torch.ones_like(found)
+    if channels_last:
+        total = total.movedim(1, -1).contiguous().movedim(-1, 1)
+    is_pointwise = geometry.kernel == (1, 1)
+    assert convolutions.add_pointwise_products(pairs, geometry, total, absolute) == is_pointwise
+    assert torch.equal(total, expected.float() + 1 if is_pointwise else torch.ones_like(found))
+
+
+@needs_library
+def test_products_of_pointwise_convolutions_that_are_not_added_in_place() -> None:
+    one = ((1, 1), (1, 1), (1, 1), ((0, 0), (0, 0)))
+    grad, image, total = torch.ones(2, 4, 3, 3), torch.ones(2, 4, 3, 3), torch.zeros(4, 4, 1, 1)
+    pairs, geometry = [convolutions.Pair(grad, image)], convolutions.Geometry(*one, 1)
+    add = convolutions.add_pointwise_products
+    assert not add(pairs, geometry, total.double(), absolute)
+    assert not add(pairs, convolutions.Geometry(*one, 4), total[:, :1], absolute)
+    with native_is("off"):
+        assert not add(pairs, geometry, total, absolute)
+    assert not total.any()
+    assert add(pairs, geometry, total, absolute)
+    assert (total == 18).all()
 
 
 @needs_library

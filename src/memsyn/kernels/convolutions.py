@@ -58,6 +58,19 @@ class Pair(NamedTuple):
     """(B, columns, *spatial): the image that the windows read."""
 
 
+def add_pointwise_products(pairs: Sequence[Pair], geometry: Geometry, total: Tensor, magnitude: Magnitude) -> bool:
+    """Add sum_k f(g_k) of a 1x1 kernel to `total` itself, without other memory of its size; whether that was done.
+
+    Nothing is added if the kernel is larger, for one channel per group, or if the native library cannot.
+    """
+    if math.prod(geometry.kernel) > 1 or total.shape[1] == 1 < geometry.groups or total.dtype != torch.float32:
+        return False
+    if not can_add_natively([tensor for pair in pairs for tensor in pair], magnitude):
+        return False
+    _add_natively_by_samples(pairs, geometry, total.view(geometry.groups, -1, total.shape[1]), magnitude)
+    return True
+
+
 def conv_products(pairs: Sequence[Pair], geometry: Geometry, magnitude: Magnitude) -> Tensor:
     """sum_k f(g_k), (out, in / groups, *kernel), by the fastest of four methods.
 
@@ -113,6 +126,14 @@ def _conv_weight_natively(pairs: Sequence[Pair], geometry: Geometry, magnitude: 
     grad, inputs, groups = pairs[0].grad, pairs[0].image, geometry.groups
     window = (*geometry.kernel, inputs.shape[1] // groups)
     total = grad.new_zeros(groups, grad.shape[1] // groups, math.prod(window), dtype=torch.float32)
+    _add_natively_by_samples(pairs, geometry, total, magnitude)
+    weight: Tensor = total.view(-1, *window).movedim(-1, 1)
+    return weight
+
+
+def _add_natively_by_samples(pairs: Sequence[Pair], geometry: Geometry, total: Tensor, magnitude: Magnitude) -> None:
+    """Add to (G, out / G, kernel * C / G) in the native library, so many samples at a time that copies stay small."""
+    grad, groups = pairs[0].grad, geometry.groups
     copied = sum(math.prod(_lengths(pair, geometry)) * pair.image.shape[1] for pair in pairs)
     step = max(1, min(len(grad), INPUTS // copied))
     for start in range(0, len(grad), step):
@@ -127,8 +148,6 @@ def _conv_weight_natively(pairs: Sequence[Pair], geometry: Geometry, magnitude: 
             for index, pair in enumerate(pairs)
         ]
         add_natively(uses, total, magnitude)
-    weight: Tensor = total.view(-1, *window).movedim(-1, 1)
-    return weight
 
 
 def _lengths(pair: Pair, geometry: Geometry) -> list[int]:

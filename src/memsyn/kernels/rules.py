@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memsyn.kernels.convolutions import Geometry, Pair, conv_products, conv_products_of_one_sign, geometry_of
+from memsyn.kernels.convolutions import (
+    Geometry,
+    Pair,
+    add_pointwise_products,
+    conv_products,
+    conv_products_of_one_sign,
+    geometry_of,
+)
 from memsyn.kernels.outer_products import Magnitude, absolute, add_token_products, magnitudes, square
 
 
@@ -294,7 +301,10 @@ def conv_weight(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude:
     images, grads = _images(_operands(uses, num_samples), total.ndim), _images(_grads(uses, num_samples), total.ndim)
     pairs, geometry = [Pair(grad, image) for grad, image in zip(grads, images, strict=True)], _geometry(uses, total)
     found = conv_products_of_one_sign(*pairs[0], geometry) if magnitude is absolute and len(pairs) == 1 else None
-    total += conv_products(pairs, geometry, magnitude) if found is None else found
+    if found is not None:
+        total += found
+    elif not add_pointwise_products(pairs, geometry, total, magnitude):
+        total += conv_products(pairs, geometry, magnitude)
 
 
 def conv_transpose_weight(uses: Sequence[Use], total: Tensor, num_samples: int, magnitude: Magnitude) -> None:

@@ -711,6 +711,28 @@ def test_a_weight_whose_rows_are_inputs_and_its_longer_bias_are_damped_as_its_tr
     torch.testing.assert_close(turned.bias, plain.bias, rtol=1e-9, atol=1e-12)
 
 
+def test_a_gradient_that_is_no_view_of_a_matrix_is_damped_alike() -> None:
+    """That of a convolution in channels_last is copied to be a matrix, and must be written back."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).double()
+    data = torch.randn(6, 3, 5, 5, dtype=torch.float64)
+    factors = memsyn.measure(plain, [data], estimator="kronecker", progress=False)
+    memory = memsyn.Memory.empty().consolidate(plain, factors)
+    other = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    start = plain[0].weight.detach().clone()
+    for layer, batch in ((plain, data), (other, data.to(memory_format=torch.channels_last))):
+        optimizer = SGD(layer.parameters(), lr=0.1)
+        memsyn.protect(optimizer, layer, memory, every=2)
+        for _ in range(2):
+            optimizer.zero_grad()
+            (layer(batch) - 1).square().mean().backward()
+            optimizer.step()
+    assert not other[0].weight.grad.is_contiguous()
+    assert (plain[0].weight - start).abs().max() > 1e-4
+    torch.testing.assert_close(other[0].weight, plain[0].weight, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(other[0].bias, plain[0].bias, rtol=1e-9, atol=1e-12)
+
+
 def test_what_does_not_fit_together() -> None:
     model = a_network()
     memory = a_memory(model)

@@ -290,7 +290,8 @@ class Observer:
     def close(self, timeout: float = 10.0) -> None:
         """Measure one more batch, store the sums and end the thread; other waiting samples are dropped.
 
-        This is also done at exit. A warning is logged if measured samples are in no file, see `min_samples`.
+        This is also done at exit; what is being measured after 10 seconds is then lost. A warning is logged if measured
+        samples are in no file, see `min_samples`.
 
         Args:
             timeout: seconds to wait at most.

@@ -128,13 +128,13 @@ def add_second_moments(sums: Mapping[str, Tensor], rows: Tensor, *, with_bias: b
     width = rows.shape[2]
     if "whole" in sums:
         total = sums["whole"]
+        # A depthwise convolution has as many groups as channels.
+        is_one = len(total) == 1
+        columns, own = (rows[0], total[0]) if is_one else (rows, total)
         for start in range(0, width, BLOCK):
             stop = min(start + BLOCK, width)
-            left = rows[:, :, start:stop].transpose(1, 2)
-            if len(total) == 1:
-                total[0, start:stop, start:width].addmm_(left[0], rows[0, :, start:])
-            else:  # a depthwise convolution has as many groups as channels
-                total[:, start:stop, start:width].baddbmm_(left, rows[:, :, start:])
+            left, block = columns[..., start:stop].mT, own[..., start:stop, start:width]
+            (block.addmm_ if is_one else block.baddbmm_)(left, columns[..., start:])
         if with_bias:
             total[:, :width, width] += rows.sum(1)
             total[:, width, width] += rows.shape[1]

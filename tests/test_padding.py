@@ -53,7 +53,7 @@ def measured(model: nn.Module, *batches: Any, **options: Any) -> dict[str, Tenso
 @pytest.mark.parametrize(
     ("kind", "head"), [("Wav2Vec2", "ForCTC"), ("Wav2Vec2", "Model"), ("Hubert", "ForCTC"), ("WavLM", "ForCTC")]
 )
-@pytest.mark.filterwarnings("ignore::memsyn.SlowParametersWarning")
+@pytest.mark.filterwarnings("ignore::memsyn.SlowParametersWarning", "ignore:Support for mismatched:UserWarning")
 def test_a_clip_counts_the_same_however_it_is_padded(kind: str, head: str) -> None:
     model = build_of(f"{kind}{head}", f"{kind}Config", **SPEECH, feat_extract_norm="layer").double()
     plain = measured(model, {"input_values": clip(0)["input_values"]})

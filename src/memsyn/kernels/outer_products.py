@@ -181,12 +181,11 @@ def add_token_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], total:
         total: (rows, columns), added to in place.
         magnitude: f.
     """
-    is_single = len(lefts) == 1 and lefts[0].ndim == 2
-    if is_single or not can_add_natively([*lefts, *rights], magnitude):
-        lefts, rights = ([factor.to(total.dtype) for factor in factors] for factors in (lefts, rights))
-    if is_single:
-        _add_product(lefts[0], rights[0], total, magnitude)
+    if len(lefts) == 1 and lefts[0].ndim == 2:
+        _add_product(lefts[0].to(total.dtype), rights[0].to(total.dtype), total, magnitude)
         return
+    if not can_add_natively([*lefts, *rights], magnitude):
+        lefts, rights = ([factor.to(total.dtype) for factor in factors] for factors in (lefts, rights))
     pairs = [(_tokens_of(left), _tokens_of(right)) for left, right in zip(lefts, rights, strict=True)]
     left, right = pairs[0]
     num_tokens = sum(own.shape[2] for own, _ in pairs)

@@ -93,7 +93,7 @@ def test_the_first_look_has_two_targets_and_is_explained_by_the_profile_of_the_f
     ]  # fmt: skip
     assert "**Net mlp, first look, ordinary batches**: 3.000x in place of 1x." in text
     assert "**Net mlp, first look, of a pass**: 0.070x in place of 0.05x." in text
-    more = "operations take 1.75 more (two forward and two backward passes of two samples, in float64), products 0.10"
+    more = "operations take 1.75 more (three forward and two backward passes of two samples, in float64), products 0.10"
     assert f"{more}, other code of memsyn 1.25." in text
     met = page(found(look_line(2.5, 2.0)))
     assert cells(met.partition("## The first batch")[2], "Net mlp")[-1] == "1x, met; 0.05x, met"

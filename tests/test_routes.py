@@ -55,6 +55,54 @@ def test_sizes_that_coincide_do_not_matter(length: int) -> None:
         assert BY_SAMPLE not in found.routes.values()
 
 
+class OneShot(torch.autograd.Function):
+    """tanh, whose backward pass frees what it needs, as those of reversible networks do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.y = torch.tanh(x)
+        return ctx.y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        y = ctx.y
+        del ctx.y
+        return grad * (1 - y * y)  # type: ignore[no-any-return]
+
+
+def scaled_gradient(m: nn.Module, x: Tensor) -> Tensor:
+    """A hook of the model changes the gradient after memsyn's own hook has seen it."""
+    h: Tensor = m.a(x)
+    h.register_hook(lambda grad: grad * 0.1)
+    return m.b(torch.tanh(h))  # type: ignore[no-any-return]
+
+
+def refined(m: nn.Module, x: Tensor) -> Tensor:
+    """The weights move the inputs by a gradient that the objective does not see, and are used again."""
+    x = x.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(m.b(torch.tanh(m.a(x))).square().sum(), x)
+    return m.b(torch.tanh(m.a(x.detach() - 0.1 * grad)))  # type: ignore[no-any-return]
+
+
+def force(m: nn.Module, x: Tensor) -> Tensor:
+    """The output is itself a gradient."""
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(m.b(torch.tanh(m.a(x))).sum(), x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("run", [scaled_gradient, refined, force, lambda m, x: m.b(OneShot.apply(m.a(x)))])
+@pytest.mark.filterwarnings("ignore::memsyn.SlowParametersWarning")
+def test_what_a_model_does_with_gradients_is_measured_exactly(run: Any) -> None:
+    """The check must see gradients as the measurement does: those that autograd gives elsewhere would agree."""
+    torch.manual_seed(0)
+    model = Lambda(run, a=nn.Linear(4, 6), b=nn.Linear(6, 3)).double()
+    batches = [normal(4)(5, torch.float64), normal(4)(3, torch.float64)]
+    found = memsyn.measure(model, batches, progress=False)
+    samples = torch.cat(batches)
+    expected = reference.importance(model, samples, len(samples), lambda m, x, k: m(x[k : k + 1]))
+    assert max(reference.errors(found.mean(), expected).values()) <= 1e-9
+
+
 def test_batches_of_one_are_ordinary_passes() -> None:
     model, batch = build(CASES["state space"], torch.float64)
     expected = memsyn.measure(model, [batch], progress=False)

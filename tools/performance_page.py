@@ -355,7 +355,7 @@ def reason_of_look(found: Found, name: str) -> str:
     more = {place: first[place] - steady[place] for place in first}
     return (
         f"By profiles of the first and of steady batches, in ordinary batches: the model's own operations take "
-        f"{more['torch']:.2f} more (two forward and two backward passes of two samples, in float64), products "
+        f"{more['torch']:.2f} more (three forward and two backward passes of two samples, in float64), products "
         f"{more['products']:.2f}, other code of memsyn {more['other code']:.2f}."
     )
 

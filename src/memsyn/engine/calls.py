@@ -20,7 +20,7 @@ from torch import Tensor
 
 from memsyn.kernels.operations import Function, name_of, operation_of
 from memsyn.kernels.rules import Axis
-from memsyn.torch_private import unviewed, version_of
+from memsyn.torch_private import version_of
 
 ValuePath = tuple[str, ...]
 
@@ -204,11 +204,3 @@ def keep_call(
         first = args[0].data_ptr()
         kept = {place: t.clone() if t.data_ptr() == first else t for place, t in kept.items()}
     return Call(function, options, values, splits, kept, {}, again)
-
-
-def without_view(view: Tensor, *, saves_output: bool) -> Tensor:
-    """The result of an operation, not as a view: autograd loses sight of a view that is later changed in-place.
-
-    `saves_output` tells whether the operation's backward pass reads its output. Then it is copied.
-    """
-    return view.clone() if saves_output else unviewed(view)

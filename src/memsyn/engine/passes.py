@@ -3,8 +3,7 @@
 Owns running the measured model forward and backward. Must not know loaders, progress or files.
 """
 
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 import torch
@@ -155,31 +154,8 @@ def run_backward(
     with without_function_modes():
         edges = _edges([total, *inputs])
         start = torch.ones_like(total) if gradient is None else gradient
-    with _differentiated():
-        torch.autograd.backward([edges[0]], [start], retain_graph=retain_graph, inputs=edges[1:])
-
-
-def output_gradients(total: Tensor, edges: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
-    """The gradient of `total` at each edge, None where it does not depend on it. The graph is kept.
-
-    Raises:
-        ModelError: autograd cannot differentiate the model.
-    """
-    if not edges or not total.requires_grad:
-        return [None] * len(edges)
-    with _differentiated():
-        return torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)
-
-
-@contextmanager
-def _differentiated() -> Iterator[None]:
-    """Say what an error of autograd means.
-
-    Raises:
-        ModelError: autograd cannot differentiate the model.
-    """
     try:
-        yield
+        torch.autograd.backward([edges[0]], [start], retain_graph=retain_graph, inputs=edges[1:])
     except RuntimeError as error:
         # Want of memory is a RuntimeError too, but it says nothing about the model.
         if is_out_of_memory(error):

@@ -26,11 +26,10 @@ from memsyn.engine.calls import (
     tensors_of,
     unneeded_places,
     with_tensors,
-    without_view,
 )
 from memsyn.engine.tracer import Tracer
 from memsyn.kernels.operations import Function, operation_of
-from memsyn.torch_private import is_view, version_of, without_function_modes
+from memsyn.torch_private import is_view, unviewed, version_of, without_function_modes
 
 Item = TypeVar("Item")
 
@@ -159,7 +158,9 @@ def attach_to_root(result: Tensor, root: Tensor, *, changed: bool, saves_output:
     if not result.requires_grad:
         alias: Tensor = _AliasFromRoot.apply(result, root)  # type: ignore[no-untyped-call]
         return alias
-    return without_view(result, saves_output=saves_output) if is_view(result) else result
+    if is_view(result):
+        return result.clone() if saves_output else unviewed(result)
+    return result
 
 
 class _Phase(Enum):
@@ -194,9 +195,13 @@ class Recorder(Tracer):
         parameters: Mapping[str, nn.Parameter],
         plans: Plans,
         consume: Callable[[frozenset[str], Sequence[tuple[Call, str]]], None],
+        *,
+        keeps: bool = False,
     ) -> None:
         super().__init__(parameters)
         self.plans, self.consume = plans, consume
+        self.keeps = keeps
+        """Whether calls keep their tensors after they were consumed."""
         self.root = torch.zeros((), requires_grad=True)
         """The leaf at which the graph starts, in place of the parameters."""
         self.unknown: set[str] = set()
@@ -284,7 +289,8 @@ class Recorder(Tracer):
             # The model or a scorer may differentiate a part of the forward pass at once. Groups do not exist yet, so
             # the gradient waits in the call.
             if self._phase is _Phase.FORWARD:
-                call.grad = grad if call.grad is None else call.grad + grad
+                own = grad.detach()  # with `create_graph=True`, it has a graph
+                call.grad = own if call.grad is None else call.grad + own
                 return
             call.grad = grad
             if call.is_alone:
@@ -302,9 +308,10 @@ class Recorder(Tracer):
             # A use of the parameter may have been left to autograd.
             if value.names.isdisjoint(self.unknown):
                 self.consume(value.names, [(call, place)])
-        call.grad = None
-        if self._is_last:
-            call.tensors.clear()
+        if not self.keeps:
+            call.grad = None
+            if self._is_last:
+                call.tensors.clear()
 
     def hand_over_early(self, names: Container[str]) -> set[str]:
         """Hand over, in the forward pass, the calls that have their gradients and use nothing but `names`.
@@ -342,7 +349,7 @@ class Recorder(Tracer):
         # The graph keeps the calls alive until the end of the pass, so free their tensors now.
         for call in calls:
             call.num_groups -= 1
-            if call.num_groups == 0:
+            if call.num_groups == 0 and not self.keeps:
                 call.grad = None
                 if self._is_last:
                     call.tensors.clear()

@@ -27,26 +27,12 @@ from typing import Any, NamedTuple, final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from memsyn.engine.calls import (
-    Call,
-    Split,
-    Value,
-    ValuePath,
-    arguments,
-    changes_its_input,
-    keep_call,
-    path_of,
-    tensors_of,
-    unneeded_places,
-    without_view,
-)
+from memsyn.engine.calls import Split, Value, ValuePath, arguments, changes_its_input, path_of, tensors_of
 from memsyn.engine.decompositions import DECOMPOSITIONS
 from memsyn.kernels.operations import Function, name_of, operation_of
 from memsyn.kernels.rules import Axis
-from memsyn.torch_private import base_of, is_view
 
 
 class Tracer(TorchFunctionMode, ABC):
@@ -118,23 +104,14 @@ class _Event(NamedTuple):
 
 @final
 class ShapeTracer(Tracer):
-    """Notes the operations at each path and the shapes of their tensors during a forward pass.
+    """Notes the operations at each path and the shapes of their tensors during a forward pass. Changes nothing."""
 
-    Changes nothing. With `keeps_calls`, it also keeps the operations on values, and the edges in the graph at which the
-    gradients of their outputs arrive.
-    """
-
-    def __init__(
-        self, parameters: Mapping[str, nn.Parameter], batch: Iterable[Tensor], *, keeps_calls: bool = False
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], batch: Iterable[Tensor]) -> None:
         super().__init__(parameters)
         self.events: dict[ValuePath, list[_Event]] = {}
-        self.calls: list[tuple[Call, GradientEdge | None]] = []
-        """Edges are None for outputs that are not one tensor."""
         self.written: set[str] = set()
         """Parameters that an operation may write to."""
         self._samples = {id(tensor): tensor for tensor in batch}
-        self._keeps_calls = keeps_calls
         self._selected: dict[int, Tensor] = {}
         """The tensors that depend on samples and have rows that the data chose or reordered."""
 
@@ -148,20 +125,13 @@ class ShapeTracer(Tracer):
 
     def run_with_values(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the operation, note its shapes, and note whether the result is a value or depends on samples."""
-        given = arguments(function, args, kwargs)
-        tensors = {place: v for place, v in given.items() if isinstance(v, Tensor)}
+        tensors = {place: v for place, v in arguments(function, args, kwargs).items() if isinstance(v, Tensor)}
         # Before the operation runs, since an in-place one (`squeeze_`) may change the shape of its argument.
         shapes = {place: tensor.shape for place, tensor in tensors.items()}
         values = {place: self.values[id(tensor)] for place, tensor in tensors.items() if id(tensor) in self.values}
         with_samples = any(self._depends_on_samples(t) for place, t in tensors.items() if place not in values)
-        changed, call = changes_its_input(function, kwargs), None
-        if self._keeps_calls:
-            unneeded = unneeded_places(function, values)
-            call = keep_call(function, args, kwargs, given, values, {}, unneeded, changed=changed)
         output = function(*args, **kwargs)
-        if call is not None and isinstance(output, Tensor) and not changed and id(base_of(output)) not in self.values:
-            saves_output = operation_of(function).saves_output
-            output = without_view(output, saves_output=saves_output) if is_view(output) else output
+        changed = changes_its_input(function, kwargs)
         result = args[0] if output is None and changed else output
         if with_samples:
             self._mark(function, result, list(tensors.values()), args if changed else ())
@@ -178,9 +148,6 @@ class ShapeTracer(Tracer):
             self.events.setdefault(path_of(value, function, place), []).append(
                 _Event(with_samples, in_order, out, shapes)
             )
-        if call is not None:
-            # At once: after a later in-place change of the tensor, its edge would be another one.
-            self.calls.append((call, get_gradient_edge(result) if isinstance(result, Tensor) else None))
         if not with_samples:
             self._follow(function, values, result)
         return output

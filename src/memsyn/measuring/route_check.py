@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 from memsyn.adapters import is_quantised
 from memsyn.batches import Batch
-from memsyn.engine.calls import Call, Split, Value, ValuePath, path_of, split_from
+from memsyn.engine.calls import Call, Split, ValuePath, path_of, split_from
 from memsyn.engine.passes import (
     TOLERANCE,
+    backward_to_activations,
     check_same_alone,
     gradients,
-    output_gradients,
     refuse_nonfinite,
     run_backward,
     samples_interact,
     score_alone,
 )
-from memsyn.engine.recorder import ParameterGroup, Plans, group_holding
+from memsyn.engine.recorder import ParameterGroup, Plans, Recorder
 from memsyn.engine.routes import (
     BY_OPERATION,
     BY_RULE,
@@ -298,8 +298,8 @@ class _Check:
 
     def verdict(self, batch: Batch) -> CheckResult:
         """Run the check."""
-        traced, together, values = self._trace(batch)
-        groups = self._groups(traced, batch, together) if len(values) > 1 else {}
+        values, written = self._trace(batch)
+        groups = self._record(batch) if len(values) > 1 else {}
         comparison = _Comparison(self, groups, _sample_weights(len(values)).to(values))
         comparison.run(values)
         if self.precise and not self.in_place:  # a sharded model has freed its weights by now
@@ -307,7 +307,6 @@ class _Check:
         slow = comparison.unmatched
         if slow and len(values) > 1 and batch.num_samples is not None and not self.in_place:
             self._check_slow(batch, len(values), slow, comparison.total_norm)
-        written = traced.written
         if self.in_place:
             return CheckResult(comparison.routes, self.splits, comparison.unproven(), written, self.changes_inputs)
         own = named_parameters(self.model)
@@ -320,22 +319,21 @@ class _Check:
         }
         return CheckResult(comparison.routes, self.splits, comparison.unproven(), written, self.changes_inputs)
 
-    def _trace(self, batch: Batch) -> tuple[ShapeTracer, Tensor, Tensor]:
-        """Find the splits. Returns the run of all samples together, its scores, and scores that tell samples apart."""
-        traced = ShapeTracer(self.parameters, batch.tensors, keeps_calls=not self.in_place)
+    def _trace(self, batch: Batch) -> tuple[Tensor, set[str]]:
+        """Find the splits. Returns the scores, and the names of the parameters that the forward pass writes to."""
+        together = ShapeTracer(self.parameters, batch.tensors)
         found = {} if self.in_place else cached_values(self.model, self.clone)
         cached = {name: tensor.requires_grad_() for name, tensor in found.items()}
-        with traced:
-            together = self.scores(batch)
-        values = together
+        with together:
+            values = self.scores(batch)
         check_dependence(values.sum(1), [] if self.in_place else trainable_parameters(self.model).values())
         check_cached(values.sum(1), cached)
         if batch.num_samples is None:
-            self.splits = guess(traced, len(values))
+            self.splits = guess(together, len(values))
         elif len(values) > 1:
-            alone = self._compare_with_single(traced, batch, values.detach())
+            alone = self._compare_with_single(together, batch, values.detach())
             values = values if self.scorer.tells_samples_apart else alone
-        return traced, together, values
+        return values, together.written
 
     def _compare_with_single(self, traced: ShapeTracer, batch: Batch, together: Tensor) -> Tensor:
         """Run every sample alone, to find the splits and to check that samples do not interact. Returns the scores."""
@@ -361,39 +359,20 @@ class _Check:
             check_same_alone(values.detach().sum(0, keepdim=True), together, 0, tolerance)
         return values
 
-    def _groups(self, traced: ShapeTracer, batch: Batch, values: Tensor) -> dict[str, ParameterGroup]:
-        """Parameter -> its group, with all uses that have an output gradient.
+    def _record(self, batch: Batch) -> dict[str, ParameterGroup]:
+        """Parameter -> its group, with all uses and their output gradients."""
+        groups: list[ParameterGroup] = []
 
-        Parameters with a use whose batch axes are unknown are left out, with all that share a group with them.
-        """
-        if self.in_place:
-            # The backward pass of a sharded model frees what another one would need, so it gets a graph of its own.
-            traced = ShapeTracer(self.parameters, batch.tensors, keeps_calls=True)
-            with traced:
-                values = self.scores(batch)
-        # Signed gradients may be added before they are compared, so one backward pass serves all R objectives.
-        with no_gradients_kept(self.parameters) if self.in_place else nullcontext():
-            found = output_gradients(values.sum(), [edge for _, edge in traced.calls if edge is not None])
-        grads = iter(found)
-        plans, groups, unknown = Plans(self.splits), dict[str, ParameterGroup](), set[str]()
-        for call, edge in traced.calls:
-            call.grad = None if edge is None else next(grads)
-            # The tracer takes the result of `linear(zeros, W)` for a value, and notes what is done with it.
-            call.values = {place: value for place, value in call.values.items() if self._is_value(value)}
-            plan = plans.find(call.function, call.values)
-            if plan.splits is None:
-                unknown.update(*(value.names for value in call.values.values()))
-            elif not plan.makes_value:
-                call.splits = plan.splits
-                for place, value in call.values.items():
-                    group_holding(groups, value.names).uses += [(call, place)] if call.grad is not None else []
-        return {name: group for name, group in groups.items() if not group.names & unknown}
+        def keep(names: frozenset[str], uses: Uses) -> None:
+            groups.append(ParameterGroup(names, list(uses)))
 
-    def _is_value(self, value: Value) -> bool:
-        """Whether the splits say that all operations from the parameters to this tensor give values."""
-        path = value.path
-        makers = [(*path[:end], path[end].rpartition(".")[0]) for end in range(1, len(path))]
-        return all((split := self.splits.get(maker)) is not None and split.out is None for maker in makers)
+        recorder = Recorder(self.parameters, Plans(self.splits), keep, keeps=True)
+        kept = no_gradients_kept(self.parameters) if self.in_place else nullcontext()
+        with torch.autograd.set_multithreading_enabled(False), kept, recorder:
+            values = self.scores(batch)
+            # Signed gradients may be added before they are compared, so one backward pass serves all R objectives.
+            backward_to_activations(recorder, values.sum(1, keepdim=True), self.parameters.values())
+        return {name: group for group in groups for name in group.names}
 
     def _check_slow(self, batch: Batch, size: int, expected: Sums, total_norm: float) -> None:
         """Check that the gradients of single samples give autograd's gradients, for parameters without a fast route.
@@ -464,20 +443,13 @@ class _Comparison:
             for name, parameter in parameters.items()
         ]
         try:
-            run_backward(
-                (self.weights * values.sum(1)).sum(), list(parameters.values()), retain_graph=self._keeps_graph()
-            )
+            run_backward((self.weights * values.sum(1)).sum(), list(parameters.values()), retain_graph=False)
         finally:
             for hook in hooks:
                 hook.remove()
         refuse_nonfinite([name for name in parameters if not math.isfinite(self.norms.get(name, 0.0))])
         self.total_norm = math.hypot(*self.norms.values())
         self._compare_rest()
-
-    def _keeps_graph(self) -> bool:
-        """Whether a route may need the graph between a parameter and a value that is computed from it."""
-        uses = (use for group in self.group_of.values() for use in group.uses)
-        return any(call.values[place].tensor.grad_fn is not None for call, place in uses)
 
     def _receive_grad(self, name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None

@@ -236,7 +236,7 @@ class Observer:
             release()
             raise
         self._hook: RemovableHandle | None = None
-        atexit.register(self._exit)
+        atexit.register(self.close_at_exit)
 
     def observe(self, inputs: Any, *, segment: str | None = None) -> None:
         """Show the observer the inputs of a request: chosen samples are copied at once. Never blocks, never raises.
@@ -300,7 +300,7 @@ class Observer:
         was_open = self._worker.is_open
         self._worker.close(timeout)
         if not self._worker.is_running:
-            atexit.unregister(self._exit)
+            atexit.unregister(self.close_at_exit)
         if was_open and (count := self._sums.num_withheld):
             were = f"{count:,} samples were" if count > 1 else "1 sample was"
             self._log.event(
@@ -310,8 +310,8 @@ class Observer:
                 count=count,
             )
 
-    def _exit(self) -> None:
-        """The process ends: close, and end the thread if that takes too long."""
+    def close_at_exit(self) -> None:
+        """Close as the process ends, which calls this: end the thread if it takes longer than 10 seconds."""
         self.close(EXIT_WAIT)
         if self._worker.is_running:
             self._log.event("lost", "the process ended while samples were measured or stored: they are lost.")

@@ -82,7 +82,7 @@ class SidecarRun:
             finally:
                 stored = self._store()
                 if stored is None:
-                    atexit.unregister(self._observer._exit)  # it would write the store, without a position
+                    atexit.unregister(self._observer.close_at_exit)  # it would write the store, without a position
                 else:
                     self._observer.close()
                 facts = self.facts()

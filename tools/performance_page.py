@@ -80,9 +80,10 @@ the operations of torch that it calls. Model: the network's own forward and back
 of memsyn, most of it Python. The profiler adds some time to Python code, so small networks look worse here than they
 are.
 
-In a pass of memsyn the products take the place of weight gradients. The last column has what these take of an
-ordinary pass, by a pass without them. So the ratio of a steady batch is about 1 - weight gradients + products + other
-code."""
+In a pass of memsyn the products take the place of weight gradients. The last column has what these take of an ordinary
+pass, by a pass without them, but for the first parameter: its gradient is left, so that the pass goes as far back.
+Torch computes those of the LSTM with the others of the layer, so that nothing is saved. So the ratio of a steady batch
+is about 1 - weight gradients + products + other code."""
 
 FIRST = """\
 On the first batch memsyn finds out how to measure each parameter, and checks that on two samples. The first look is

@@ -16,9 +16,6 @@ HEAD = {
 }  # fmt: skip
 
 
-measured = pytest.mark.skipif(not LINES.exists(), reason="nothing was measured yet: run make bench")
-
-
 def found(*lines: dict[str, object]) -> Found:
     return Found(HEAD, list(lines))
 
@@ -35,13 +32,11 @@ def cells(text: str, start: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")[2:-1]]
 
 
-@measured
 def test_the_committed_page_is_what_the_program_makes_of_the_committed_lines() -> None:
     """If this fails, run `make bench WRITE=only`."""
     assert page(read(LINES)) == PAGE.read_text(encoding="utf-8")
 
 
-@measured
 @pytest.mark.parametrize("path", SENTENCES, ids=lambda path: path.name)
 def test_what_other_pages_say_of_a_pass_is_what_was_measured(path: Path) -> None:
     text, own = path.read_text(encoding="utf-8"), read(LINES)

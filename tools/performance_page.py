@@ -394,8 +394,8 @@ def memory_table(found: Found) -> list[list[str]]:
         more = tensors["memsyn"] - tensors["ordinary"]
         ratio, weights = tensors["memsyn"] / tensors["ordinary"], lines[0]["bytes of weights"]
         reason = (
-            f"The excess is {mib(own - plain)} MiB. Tensors alone, by a profile, are {mib(more)} "
-            f"MiB more ({ratio:.2f}x). The weights have {mib(weights)} MiB."
+            f"The excess is {mib(own - plain)} MiB. Tensors alone, by a profile, are {mib(abs(more))} "
+            f"MiB {'more' if more >= 0 else 'less'} ({ratio:.2f}x). The weights have {mib(weights)} MiB."
         )  # fmt: skip
         missed(found, f"{lines[0]['title']}, memory", values, MEMORY_TARGET, reason)
         cells = [mib(plain), spread(values), str(len(values)), f"{ratio:.2f}x", mib(weights)]
@@ -547,7 +547,10 @@ def not_measured(found: Found) -> str:
         for what, why in whys.items():
             reasons.setdefault((what, why), []).append(f"{line['name']} (run {line['run']})")
     items = [f"- Not measured: {what} of {', '.join(own)}. Why: `{why}`" for (what, why), own in reasons.items()]
-    return "\n".join(items) or "Everything was measured."
+    return (
+        "\n".join(items)
+        or 'Nothing. Of parts that are run again, runs were left out where the time was over: see "pairs" and "runs".'
+    )
 
 
 MEMORY_COLUMNS = ["model", "ordinary, MiB", "memsyn", "runs", "tensors alone", "weights, MiB", "target"]

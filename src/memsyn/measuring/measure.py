@@ -189,14 +189,13 @@ def measure(
     _check_options(chosen, batched=batched, checkpoint=checkpoint, rank=rank)
     check_measurable(model)
     refuse_other_sharding(model)
+    length, read = length_of(batches, max_samples), _read(batches, split, max_samples, has_forward=forward is not None)
     if is_sharded_model(model):
         refused = {"batched": batched, "checkpoint": checkpoint, "group": group}
         refused |= {"weights": weights == EFFECTIVE and has_adapters(model)}
         _check_sharded_options(chosen, refused)
         model_to_measure(model, weights, chosen)
         scorer = FactorScorer(forward, chosen, rank) if chosen.factors else OutputScorer(forward, chosen)
-        length, has_forward = length_of(batches, max_samples), forward is not None
-        read = first_samples((in_samples(own, split, has_forward=has_forward) for own in batches), max_samples)
         bar = progress_bar(read, "measuring", total=length, unit="batch", shown=progress)
         return _measure_sharded(model, bar, scorer)
     group, given = group or group_of(model), model
@@ -221,14 +220,19 @@ def measure(
             settings = {**measurement.settings(), "max_samples": max_samples, "process": rank_and_size(group)}
             settings |= {"whether there is a split": True} if split is not None else {}
             resumable.begin(settings, measurement.state, measurement.restore)
-        length, has_forward = length_of(batches, max_samples), forward is not None
-        read = (in_samples(batch, split, has_forward=has_forward) for batch in batches)
         reader = _Reader(measurement, can_guess=max_samples is None)
-        _add_batches(reader, first_samples(read, max_samples), resumable, length=length, progress=progress)
+        _add_batches(reader, read, resumable, length=length, progress=progress)
     result = measurement.result(group)
     if resumable is not None:
         resumable.finish()
     return in_base_names(result, given, weights)
+
+
+def _read(
+    batches: Iterable[Any], split: BatchSplit | None, max_samples: int | None, *, has_forward: bool
+) -> Iterator[Any]:
+    """The batches in samples. Nothing is read before the first is asked for: a DataLoader then draws random numbers."""
+    yield from first_samples((in_samples(batch, split, has_forward=has_forward) for batch in batches), max_samples)
 
 
 def _check_sharded_options(estimator: Estimator, refused: Mapping[str, object]) -> None:
